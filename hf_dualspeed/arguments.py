@@ -1,0 +1,114 @@
+"""Training arguments: everything the paper tunes, on top of transformers' own."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+MODE_SCHEDULES = ("random", "periodic")
+POSITION_IDS = ("original", "compact")
+DEFAULT_SLOW_MODE_RATIO = 0.1
+
+
+@dataclass
+class DualSpeedTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] plus the options of DualSpeed (arXiv 2602.03815).
+
+    Raises:
+        ValueError: an option is outside its range; the message names it, its value and the remedy.
+    """
+
+    pruner: str = field(
+        default="divprune",
+        metadata={"help": "Name of a registered pruner, or a folder that holds a pruner_config.json."},
+    )
+    pruning_ratio: float = field(
+        default=0.9, metadata={"help": "Fraction of the visual tokens removed in fast mode, in [0, 1)."}
+    )
+    slow_mode_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of optimizer steps that train on all tokens, in [0, 1]. Unset: 0.1, or 0 where the "
+            "language model is frozen (projector-only training)."
+        },
+    )
+    mode_schedule: str = field(
+        default="random",
+        metadata={"help": "'random': each step is slow with probability slow_mode_ratio; 'periodic': every 1/ratio."},
+    )
+    slow_warmup_steps: int = field(
+        default=0, metadata={"help": "The first so many optimizer steps are slow, whatever the schedule says."}
+    )
+    slow_tail_ratio: float = field(
+        default=0.0, metadata={"help": "The last fraction of all optimizer steps that is slow, in [0, 1]."}
+    )
+    isolator_length: int = field(
+        default=4, metadata={"help": "Learnt tokens in front of each image's kept tokens; 0 turns them off."}
+    )
+    distillation_weight: float = field(
+        default=1.0, metadata={"help": "Weight of KL(teacher || student) in slow steps; 0 turns distillation off."}
+    )
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
+    position_ids: str = field(
+        default="original",
+        metadata={"help": "'original': kept tokens keep their positions; 'compact': renumbered, as in the paper."},
+    )
+    fast_only_parameters: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Glob patterns of parameters that only fast steps update (e.g. '*lora_*.fast.*')."},
+    )
+    slow_only_parameters: list[str] = field(
+        default_factory=list, metadata={"help": "Glob patterns of parameters that only slow steps update."}
+    )
+    # Vision-language batches are made by the collator from columns that the model's forward does not name.
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop data set columns that the model's forward does not name."}
+    )
+
+    def __post_init__(self):
+        check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
+        if self.slow_mode_ratio is not None:
+            check_range("slow_mode_ratio", self.slow_mode_ratio, 0, 1, off="Use 0.0 for fast steps only.")
+        check_range("slow_tail_ratio", self.slow_tail_ratio, 0, 1, off="Use 0.0 for no slow tail.")
+        check_range("slow_warmup_steps", self.slow_warmup_steps, 0, off="Use 0 for no slow warm-up.")
+        check_range("isolator_length", self.isolator_length, 0, off="Use 0 to train without an isolator.")
+        check_range("distillation_weight", self.distillation_weight, 0, off="Use 0.0 to turn distillation off.")
+        check_range("distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual.")
+        check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
+        check_choice("position_ids", self.position_ids, POSITION_IDS)
+        super().__post_init__()
+
+
+def check_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float | None = None,
+    *,
+    left_open: bool = False,
+    right_open: bool = False,
+    off: str = "",
+) -> None:
+    """Raises a `ValueError` naming argument, value, range and remedy unless `value` lies in the range."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    above = number and (value > low if left_open else value >= low)
+    below = number and (high is None or (value < high if right_open else value <= high))
+    if above and below:
+        return
+    upper = "inf)" if high is None else f"{high}{')' if right_open else ']'}"
+    allowed = f"{'(' if left_open else '['}{low}, {upper}"
+    raise ValueError(f"`{name}` must be in {allowed}, got {value!r}. {off}".strip())
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
+    """Raises a `ValueError` that lists the choices, and the nearest one, unless `value` is among them."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.{nearest(value, choices)}")
+
+
+def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
+    """The words " Did you mean 'x'?", or nothing where no known word is close."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
