@@ -1,0 +1,29 @@
+"""Pruners, one file each; importing this package registers them."""
+
+from . import avg_pool, cls_attention, divprune, grid, random
+from .base import (
+    AutoPruner,
+    PrunedTokens,
+    Pruner,
+    PrunerConfig,
+    VisualTokens,
+    available_pruners,
+    budget,
+    register_pruner,
+)
+
+__all__ = [
+    "AutoPruner",
+    "PrunedTokens",
+    "Pruner",
+    "PrunerConfig",
+    "VisualTokens",
+    "available_pruners",
+    "avg_pool",
+    "budget",
+    "cls_attention",
+    "divprune",
+    "grid",
+    "random",
+    "register_pruner",
+]

@@ -1,0 +1,26 @@
+"""2-D average pooling to the budget: the second honest baseline."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import PrunedTokens, Pruner, VisualTokens, in_source_order, register_pruner, rows_at
+from .grid import cells, centres, pool
+
+
+@register_pruner("avg_pool")
+class AveragePoolPruner(Pruner):
+    """Averages the tokens of each of K equal cells; the cell's centre gives the position. Cost: O(N D)."""
+
+    needs = frozenset({"grid"})
+    merges = True
+
+    def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
+        most = max(lengths)
+        with torch.no_grad():
+            cell = cells(tokens, lengths)
+            middle = centres(tokens, cell, most)
+            positions, order, valid = in_source_order(middle, lengths, cell.shape[1])
+        # Means are taken in float32: a bfloat16 sum over a large cell loses the small terms.
+        merged = pool(tokens.features.float(), cell, most).to(tokens.features.dtype)
+        return PrunedTokens(rows_at(merged, order), positions, valid, lengths)

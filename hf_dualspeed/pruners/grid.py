@@ -1,0 +1,84 @@
+"""Evenly spaced tokens, and the cells that pooling shares with it."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import PrunedTokens, Pruner, VisualTokens, register_pruner, take
+
+
+def row_layout(grid: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Start index and width, both `(B, N)`, of the image row that each token lies in.
+
+    A row is a run of tokens of equal (t, row), so frames, tiles and newline columns of any width fit in.
+    """
+    index = torch.arange(grid.shape[1], device=grid.device).expand(grid.shape[:2])
+    change = (grid[:, 1:, :2] != grid[:, :-1, :2]).any(-1)
+    begins = torch.cat([torch.ones_like(change[:, :1]), change], dim=1)
+    start = torch.where(begins, index, 0).cummax(dim=1).values
+    width = torch.zeros_like(index).scatter_add_(1, start, valid.long()).gather(1, start)
+    return start, width.clamp(min=1)
+
+
+def cells(tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
+    """Assigns every token to one of `lengths[b]` cells that tile the image evenly, `(B, N)`.
+
+    The rows are cut into bands of equal token count, each band into columns, so that the cells are near square
+    and none is empty. Where that cannot be (no grid, or a budget close to the token count), cells are runs in
+    raster order. Tokens on padding go to the cell one past the last.
+    """
+    device = tokens.features.device
+    batch, most = tokens.features.shape[:2]
+    count = torch.tensor(tokens.lengths).to(device, non_blocking=True)[:, None]
+    kept = torch.tensor(lengths).to(device, non_blocking=True)[:, None]
+    index = torch.arange(most, device=device).expand(batch, -1)
+    valid = index < count
+    runs = index * kept // count.clamp(min=1)
+    if tokens.grid is not None:
+        start, width = row_layout(tokens.grid, valid)
+        narrowest = width.masked_fill(~valid, most).min(1, keepdim=True).values
+        widest = width.masked_fill(~valid, 1).max(1, keepdim=True).values
+        fewest_bands = (kept + narrowest - 1) // narrowest
+        most_bands = count // widest
+        # Square cells: bands / (kept / bands) = height / width, with height = count / width.
+        bands = (kept * count).sqrt().div(widest).round().long()
+        bands = torch.minimum(torch.maximum(bands, fewest_bands), most_bands).clamp(min=1)
+        band = start * bands // count.clamp(min=1)
+        columns = (band + 1) * kept // bands - band * kept // bands
+        tiled = band * kept // bands + (index - start) * columns // width
+        runs = torch.where(fewest_bands <= most_bands, tiled, runs)
+    return torch.where(valid, runs, kept.amax())
+
+
+def centres(tokens: VisualTokens, cell: torch.Tensor, most: int) -> torch.Tensor:
+    """The token nearest the middle of each cell, the earlier one where two tie, `(B, most)`."""
+    index = torch.arange(cell.shape[1], device=cell.device)
+    place = tokens.grid[..., 1:].float() if tokens.grid is not None else index[None, :, None].float()
+    place = place.expand(*cell.shape, place.shape[-1])
+    mean = pool(place, cell, most).gather(1, cell.clamp(max=most - 1)[..., None].expand_as(place))
+    # Distances lie on a fine lattice after rounding, so that equal ones tie exactly; the index breaks the tie.
+    far = ((place - mean).square().sum(-1) * 64).round().long() * cell.shape[1] + index
+    best = torch.full((cell.shape[0], most + 1), torch.iinfo(torch.long).max, device=cell.device)
+    best = best.scatter_reduce_(1, cell, far, reduce="amin")[:, :most]
+    return best % cell.shape[1]
+
+
+def pool(features: torch.Tensor, cell: torch.Tensor, most: int) -> torch.Tensor:
+    """Mean of `features` `(B, N, D)` over each cell, `(B, most, D)`."""
+    batch, _, width = features.shape
+    sums = features.new_zeros(batch, most + 1, width)
+    sums = sums.scatter_add(1, cell[..., None].expand_as(features), features)
+    count = features.new_zeros(batch, most + 1).scatter_add(1, cell, torch.ones_like(cell, dtype=features.dtype))
+    return (sums / count.clamp(min=1)[..., None])[:, :most]
+
+
+@register_pruner("grid")
+class GridPruner(Pruner):
+    """Keeps evenly spaced tokens: the centres of equal cells of the image. Cost: O(N)."""
+
+    needs = frozenset({"grid"})
+
+    def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
+        with torch.no_grad():
+            positions = centres(tokens, cells(tokens, lengths), max(lengths))
+        return take(tokens, positions, lengths)

@@ -1,0 +1,19 @@
+"""Random subset: the first honest baseline."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Pruner, VisualTokens, highest, register_pruner
+
+
+@register_pruner("random")
+class RandomPruner(Pruner):
+    """Keeps a uniformly random subset, drawn anew on each call from `tokens.generator`. Cost: O(N log N)."""
+
+    deterministic = False
+
+    def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
+        shape = tokens.features.shape[:2]
+        draws = torch.rand(shape, generator=tokens.generator, device=tokens.features.device)
+        return highest(draws, tokens.valid, most)
