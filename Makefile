@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Accelerate gives each process one CPU thread unless told otherwise.
+THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
+# Spelled out, these keep `accelerate launch` from warning that nobody ran `accelerate config`.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS)
+
+.PHONY: help quickstart compare bench test lint
+
+help:
+	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
+	@echo "make compare     train with and without DualSpeed and compare them"
+	@echo "make bench       time fast and slow training steps"
+	@echo "make test        run the tests"
+	@echo "make lint        check style and formatting"
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt -e ".[test]"
+	touch $@
+
+quickstart: $(STAMP)
+	$(LAUNCH) train.py --config trainer_configs/quickstart.yaml
+
+compare: $(STAMP)
+	$(BIN)/dualspeed compare
+
+bench: $(STAMP)
+	$(BIN)/dualspeed bench
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
