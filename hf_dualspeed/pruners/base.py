@@ -236,7 +236,7 @@ def register_pruner(name: str) -> Callable[[type[Pruner]], type[Pruner]]:
         unknown = sorted(cls.needs - NEEDS)
         if unknown:
             raise ValueError(f"`needs` of {cls.__name__} must be among {sorted(NEEDS)}, got {unknown}.")
-        if "pruner_type" not in vars(cls.config_class):  # no config of its own: give it one that carries the name
+        if "config_class" not in vars(cls):  # no settings of its own: a config that only carries the name
             cls.config_class = dataclass(type(f"{cls.__name__}Config", (cls.config_class,), {}))
         cls.config_class.pruner_type = name
         _REGISTRY[name] = cls

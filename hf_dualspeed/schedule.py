@@ -1,0 +1,51 @@
+"""Which optimizer steps are fast and which are slow: a function of the seed and the step alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from .arguments import MODE_SCHEDULES, check_choice, check_range
+
+FAST, SLOW = "fast", "slow"
+
+
+@dataclass(frozen=True)
+class ModeSchedule:
+    """`mode_at(step)` gives the same answer on every rank, for every micro-batch and after resuming.
+
+    Args:
+        ratio (`float`): fraction of slow steps.
+        kind (`str`): "random": each step is slow with probability `ratio`; "periodic": the last of every
+            `round(1 / ratio)` steps is.
+        seed (`int`): of the random schedule.
+        warmup_steps (`int`): the first so many steps are slow.
+        tail_ratio (`float`): the last fraction of `total_steps` that is slow.
+        total_steps (`int`, *optional*): optimizer steps of the whole run; needed for a tail.
+    """
+
+    ratio: float = 0.1
+    kind: str = "random"
+    seed: int = 0
+    warmup_steps: int = 0
+    tail_ratio: float = 0.0
+    total_steps: int | None = None
+
+    def __post_init__(self):
+        check_range("ratio", self.ratio, 0, 1, off="Use 0.0 for fast steps only.")
+        check_choice("kind", self.kind, MODE_SCHEDULES)
+        check_range("tail_ratio", self.tail_ratio, 0, 1, off="Use 0.0 for no slow tail.")
+        if self.tail_ratio and not self.total_steps:
+            raise ValueError("`tail_ratio` needs `total_steps`, got None. Set total_steps or tail_ratio=0.0.")
+
+    def mode_at(self, step: int) -> str:
+        """ "fast" or "slow" for optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return SLOW
+        if self.tail_ratio and step >= self.total_steps - round(self.tail_ratio * self.total_steps):
+            return SLOW
+        if self.kind == "periodic":
+            period = round(1 / self.ratio) if self.ratio else 0
+            return SLOW if period and step % period == period - 1 else FAST
+        # A generator per step, seeded by a string: Python documents both the seeding and `random()` as stable.
+        return SLOW if random.Random(f"{self.seed}:{step}").random() < self.ratio else FAST
