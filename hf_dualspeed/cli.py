@@ -1,0 +1,82 @@
+"""The `dualspeed` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand and returns its exit code: 2, after one line on stderr, where the user made an error.
+
+    Args:
+        argv (`list[str]`, *optional*): The words after `dualspeed`; by default those of the command line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="dualspeed", description="Fine-tunes vision-language models faster, on pruned visual tokens."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (help_text, _) in COMMANDS.items():
+        commands.add_parser(name, help=help_text)
+    arguments = sys.argv[1:] if argv is None else argv
+    # Only the first word: a subcommand parses its own words, its --help included.
+    name = parser.parse_args(arguments[:1]).command
+    try:
+        return COMMANDS[name][1](arguments[1:]) or 0
+    # transformers reports a model it cannot find as an OSError.
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("DUALSPEED_DEBUG") == "1":
+            raise
+        _print_error(error)
+        return 2
+
+
+def _train(argv: list[str]) -> None:
+    # Imported late, here and below, so that `dualspeed --help` does not wait for torch.
+    from hf_dualspeed.recipe_arguments import parse_recipe
+
+    arguments = parse_recipe(argv, prog="dualspeed train")
+    from hf_dualspeed.recipe import run_recipe
+
+    run_recipe(*arguments)
+
+
+def _pruners(argv: list[str]) -> None:
+    argparse.ArgumentParser(prog="dualspeed pruners", description="Lists the registered pruners.").parse_args(
+        argv
+    )
+    import hf_dualspeed
+    from hf_dualspeed.pruners.base import pruner_class
+
+    table = Table("pruner", "what it keeps")
+    for name in hf_dualspeed.available_pruners():
+        table.add_row(name, (pruner_class(name).__doc__ or "").strip().partition("\n")[0])
+    Console().print(table)
+
+
+def _module(name: str) -> Callable[[list[str]], int | None]:
+    return lambda argv: importlib.import_module(f"hf_dualspeed.{name}").main(argv)
+
+
+def _print_error(error: Exception) -> None:
+    line = " ".join(str(error).split()) or type(error).__name__
+    hint = "(DUALSPEED_DEBUG=1 shows where.)"
+    Console(stderr=True, soft_wrap=True).print(Text(f"Error: {line} {hint}", style="red"))
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
+    "train": ("train a model from a recipe", _train),
+    "pruners": ("list the pruners", _pruners),
+    "compare": ("compare training with and without DualSpeed", _module("compare")),
+    "bench": ("time fast and slow training steps", _module("bench")),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

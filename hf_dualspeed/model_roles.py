@@ -1,0 +1,80 @@
+"""Which parameters of a vision-language model are its vision tower, its projector and its language model."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+# Of transformers' models; the projector is the one role that they have no accessor for.
+PROJECTOR_NAMES = (
+    "multi_modal_projector",
+    "connector",
+    "merger",
+    "deepstack_merger_list",
+    "mm_projector",
+    "aligner",
+    "embed_vision",
+    "vision_projection",
+    "language_projection",
+    "modality_projection",
+)
+
+
+def freeze_roles(
+    model: PreTrainedModel, *, train_vision_tower: bool, train_projector: bool, train_language_model: bool
+) -> None:
+    """Freezes the roles that are not to be trained, adapters inside them included, and thaws nothing.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model, without a PEFT wrapper around it.
+        train_vision_tower (`bool`): Whether to leave the vision tower as it is.
+        train_projector (`bool`): Whether to leave the projector, and what belongs to no role, as it is.
+        train_language_model (`bool`): Whether to leave the language model, embeddings and head included, as it is.
+
+    Raises:
+        ValueError: some role is to be frozen, but the model has no module for one of the roles.
+    """
+    if train_vision_tower and train_projector and train_language_model:
+        return
+    train = {"vision_tower": train_vision_tower, "language_model": train_language_model}
+    for name, role in parameter_roles(model).items():
+        if not train.get(role, train_projector):
+            model.get_parameter(name).requires_grad_(False)
+
+
+def parameter_roles(model: PreTrainedModel) -> dict[str, str]:
+    """The role of each parameter by its name: `"vision_tower"`, `"projector"` or `"language_model"`."""
+    modules = role_modules(model)
+    # A projector may lie inside the vision tower (Qwen's merger), so it comes last and wins.
+    owner = {
+        id(parameter): role
+        for role in ("language_model", "vision_tower", "projector")
+        for module in modules[role]
+        for parameter in module.parameters()
+    }
+    # What is left joins the modalities (LLaVA-NeXT's image_newline, a Q-Former): it follows the projector.
+    return {name: owner.get(id(parameter), "projector") for name, parameter in model.named_parameters()}
+
+
+def role_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """The modules of each role, found by transformers' accessors and by the names of its projectors."""
+    tower, decoder, head = (
+        model.get_encoder(modality="image"),
+        model.get_decoder(),
+        model.get_output_embeddings(),
+    )
+    # transformers answers with the model itself where it finds nothing.
+    whole = (model, model.base_model)
+    modules = {
+        "vision_tower": [] if tower in whole else [tower],
+        "projector": [m for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTOR_NAMES],
+        "language_model": [] if decoder in whole else language,
+    }
+    for role, found in modules.items():
+        if not found:
+            raise ValueError(
+                f"{type(model).__name__} has no module that is known to be its {role}, so roles cannot be "
+                "frozen. Set `train_vision_tower`, `train_projector` and `train_language_model` to True, and "
+                "freeze parameters yourself before you pass the model to DualSpeedTrainer."
+            )
+    return modules

@@ -1,0 +1,65 @@
+"""Pictures of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the markers do the same in black and white.
+LINES = {
+    "fast_loss": ("fast steps (pruned tokens)", "#0072B2", "o"),
+    "slow_loss": ("slow steps (all tokens)", "#D55E00", "s"),
+    "distillation_loss": ("distillation", "#009E73", "^"),
+}
+PANELS = {"loss": ("fast_loss", "slow_loss"), "distillation loss": ("distillation_loss",)}
+
+
+def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -> Path:
+    """Draws the losses of fast and slow steps, and below them that of distillation if it was logged, by step.
+
+    Args:
+        log_history (`list[dict]`): `trainer.state.log_history`.
+        path (`str` or `Path`): The PNG file to write.
+        title (`str`): What stands above the picture.
+
+    Raises:
+        ValueError: nothing was logged.
+    """
+    panels = {label: [key for key in keys if _points(log_history, key)] for label, keys in PANELS.items()}
+    panels = {label: keys for label, keys in panels.items() if keys}
+    if not panels:
+        raise ValueError(
+            "`log_history` holds no losses, so there is nothing to draw. "
+            "Train for at least `logging_steps` steps."
+        )
+    # A figure of its own rather than pyplot's: no display, and no state shared with the caller's figures.
+    figure = Figure(figsize=(7.5, 1.2 + 2.6 * len(panels)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axis, (label, keys) in zip(axes, panels.items(), strict=True):
+        _draw_panel(axis, log_history, keys, label)
+    axes[-1].set_xlabel("optimizer step")
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path)
+    return Path(path)
+
+
+def _draw_panel(axis: Axes, log_history: list[dict], keys: list[str], label: str) -> None:
+    for key in keys:
+        name, colour, marker = LINES[key]
+        steps, values = zip(*_points(log_history, key), strict=True)
+        # About twenty markers, however long the run.
+        every = max(1, len(steps) // 20)
+        axis.plot(steps, values, color=colour, marker=marker, markevery=every, markersize=4, label=name)
+    axis.set_ylabel(label)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+
+
+def _points(log_history: list[dict], key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]

@@ -1,0 +1,198 @@
+"""From a recipe to a folder with a trained model, its results, its learning curve and its model card."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_dualspeed.arguments import DualSpeedTrainingArguments, nearest
+from hf_dualspeed.data import VisionLanguageCollator, load_examples
+from hf_dualspeed.easy_vqa import majority_accuracy
+from hf_dualspeed.evaluation import answer_accuracy
+from hf_dualspeed.model_card import write_model_card
+from hf_dualspeed.model_roles import freeze_roles
+from hf_dualspeed.plots import plot_learning_curve
+from hf_dualspeed.recipe_arguments import RecipeArguments
+from hf_dualspeed.results import print_results, run_record, without_paths, write_results
+from hf_dualspeed.tiny_llava import build_tiny_llava
+from hf_dualspeed.trainer import DualSpeedTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArguments) -> dict:
+    """Trains a model, and writes it, its results, learning curve and model card to `training_args.output_dir`.
+
+    Args:
+        recipe ([`RecipeArguments`]): Model, data and evaluation.
+        training_args ([`DualSpeedTrainingArguments`]): The training.
+
+    Returns:
+        `dict`: What results.json holds; empty in all processes but the main one.
+    """
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="loading the data"):
+        train = load_examples(recipe.dataset, split=recipe.dataset_split, image_folder=recipe.image_folder)
+        test = _load_eval_data(recipe)
+    model, processor = load_model(recipe, train, training_args.seed)
+    trainer = DualSpeedTrainer(
+        model=prepare_model(model, recipe),
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=None if training_args.eval_strategy == "no" else test,
+        processing_class=processor,
+        data_collator=VisionLanguageCollator(
+            processor,
+            max_length=recipe.max_length,
+            unreadable_images=recipe.unreadable_images,
+            image_folder=recipe.image_folder,
+        ),
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_checkpoint(training_args))
+    seconds = time.perf_counter() - started
+    trainer.save_model()
+    results = {}
+    if trainer.is_world_process_zero():
+        results = _record(recipe, trainer, seconds, train, test)
+        _write(recipe, trainer, results)
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def load_model(recipe: RecipeArguments, train: Dataset, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The recipe's model and processor, or a small LLaVA that knows the words of the training data."""
+    if recipe.tiny_llava is not None:
+        _check_keys("tiny_llava", recipe.tiny_llava, list(inspect.signature(build_tiny_llava).parameters)[1:])
+        return build_tiny_llava(_texts(train), **{"seed": seed, **recipe.tiny_llava})
+    model = AutoModelForImageTextToText.from_pretrained(
+        recipe.model_name_or_path,
+        dtype=recipe.dtype,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    # Without torchvision, transformers falls back to the PIL image processors by itself.
+    processor = AutoProcessor.from_pretrained(
+        recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code
+    )
+    return model, processor
+
+
+def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):
+    """Adds the recipe's LoRA adapters, and freezes the roles that it does not train."""
+    prepared = model
+    if recipe.lora is not None:
+        prepared = _add_lora(model, recipe.lora)
+    freeze_roles(
+        model,
+        train_vision_tower=recipe.train_vision_tower,
+        train_projector=recipe.train_projector,
+        train_language_model=recipe.train_language_model,
+    )
+    return prepared
+
+
+def _add_lora(model: PreTrainedModel, options: dict):
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("`lora` needs PEFT. Run `pip install hf-dualspeed[peft]`.") from error
+    _check_keys("lora", options, [field.name for field in fields(LoraConfig) if field.init])
+    return get_peft_model(model, LoraConfig(**options))
+
+
+def _load_eval_data(recipe: RecipeArguments) -> Dataset | None:
+    if recipe.eval_dataset is None:
+        return None
+    return load_examples(recipe.eval_dataset, split=recipe.eval_split, image_folder=recipe.image_folder)
+
+
+def _checkpoint(args: DualSpeedTrainingArguments) -> str | None:
+    """The checkpoint to resume from; "last" starts anew where there is none."""
+    if str(args.resume_from_checkpoint).lower() not in ("last", "true"):
+        return args.resume_from_checkpoint
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last is None:
+        logger.warning(
+            "There is no checkpoint in %s yet; training starts from the beginning.", args.output_dir
+        )
+    return last
+
+
+def _record(
+    recipe: RecipeArguments, trainer: DualSpeedTrainer, seconds: float, train: Dataset, test: Dataset | None
+) -> dict:
+    model_name = recipe.model_name_or_path or "tiny LLaVA, from scratch"
+    results = {"model": model_name, "dataset": recipe.dataset, "dataset_split": recipe.dataset_split}
+    if test is not None and "answer" in test.column_names:
+        results |= _evaluate(recipe, trainer, train, test)
+    return results | run_record(trainer.args, trainer.summary(), seconds)
+
+
+def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset, test: Dataset) -> dict:
+    answers = answer_accuracy(
+        _whole_model(trainer, recipe),
+        trainer.processing_class,
+        test,
+        batch_size=recipe.eval_batch_size,
+        max_new_tokens=recipe.max_new_tokens,
+        limit=recipe.eval_limit,
+        description="accuracy with all visual tokens",
+    )
+    found = {
+        "eval_dataset": recipe.eval_dataset,
+        "eval_split": recipe.eval_split,
+        "accuracy": answers["accuracy"],
+        "n": answers["n"],
+    }
+    if recipe.dataset == recipe.eval_dataset == "easy-vqa":
+        asked = test if recipe.eval_limit is None else test.select(range(min(recipe.eval_limit, len(test))))
+        found["majority_accuracy"] = majority_accuracy(train, asked)
+    return found
+
+
+def _whole_model(trainer: DualSpeedTrainer, recipe: RecipeArguments):
+    """The trained model with all its parameters in this process."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return trainer.accelerator.unwrap_model(trainer.model)
+    # Sharded parameters cannot answer in one process alone; what was just saved can.
+    saved = AutoModelForImageTextToText.from_pretrained(
+        trainer.args.output_dir, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
+    )
+    return saved.to(trainer.args.device)
+
+
+def _write(recipe: RecipeArguments, trainer: DualSpeedTrainer, results: dict) -> None:
+    folder = Path(trainer.args.output_dir)
+    history = trainer.state.log_history
+    if any("fast_loss" in entry or "slow_loss" in entry for entry in history):
+        title = f"{folder.resolve().name}: training on {without_paths(recipe.dataset)}"
+        plot_learning_curve(history, folder / "learning_curve.png", title)
+    write_results(folder, results)
+    datasets = [without_paths(recipe.dataset)]
+    write_model_card(folder, without_paths(results), without_paths(recipe.model_name_or_path), datasets)
+    print_results(results, trainer.args.output_dir)
+
+
+def _texts(dataset: Dataset) -> Iterator[str]:
+    """All texts of the conversations; images are not touched."""
+    for messages in dataset.select_columns("messages")["messages"]:
+        for message in messages:
+            parts = message["content"]
+            yield from (
+                [parts] if isinstance(parts, str) else [part["text"] for part in parts if part.get("text")]
+            )
+
+
+def _check_keys(name: str, given: dict, known: list[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"`{name}` has an unknown key {key!r}.{nearest(key, known)}")

@@ -1,0 +1,117 @@
+"""The record of a training run: results.json, and the table printed at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path, PurePath
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hf_dualspeed.arguments import DualSpeedTrainingArguments
+
+PACKAGES = ("torch", "transformers", "accelerate", "hf-dualspeed")
+
+
+def run_record(args: DualSpeedTrainingArguments, summary: dict, total_seconds: float) -> dict:
+    """What a run was and how long it took: settings, steps, seconds, seeds, versions, machine and date.
+
+    Args:
+        args ([`DualSpeedTrainingArguments`]): The run's arguments.
+        summary (`dict`): [`DualSpeedTrainer.summary`]'s answer.
+        total_seconds (`float`): Wall seconds of the training.
+    """
+    return {
+        "steps": summary["steps"],
+        "seconds": {"total": total_seconds, **summary["seconds"]},
+        "settings": {key: value for key, value in summary.items() if key not in ("steps", "seconds")},
+        "training": _training_settings(args),
+        "seeds": {"seed": args.seed, "data_seed": args.data_seed},
+        "versions": versions(),
+        "machine": machine(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {name.replace("-", "_"): version(name) for name in PACKAGES}
+    return {**found, "python": platform.python_version()}
+
+
+def machine() -> dict[str, str | int | None]:
+    """CPU model, its cores, the threads this process uses, and the accelerator's name or None."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and accelerator.type == "cuda":
+        accelerator = torch.cuda.get_device_name()
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": None if accelerator is None else str(accelerator),
+    }
+
+
+def write_results(output_dir: str | Path, results: dict) -> Path:
+    """Writes results.json, with the last part of each absolute path, so that it may be published."""
+    path = Path(output_dir) / "results.json"
+    path.write_text(json.dumps(without_paths(results), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def without_paths(value: object) -> object:
+    """The value with each absolute path in it replaced by the path's last part."""
+    if isinstance(value, dict):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(inner) for inner in value]
+    if isinstance(value, (str, PurePath)) and Path(value).is_absolute():
+        return Path(value).name
+    return value
+
+
+def print_results(results: dict, output_dir: str | Path) -> None:
+    """Prints the run's main numbers as a table."""
+    seconds, steps = results["seconds"], results["steps"]
+    rows = {
+        "accuracy, all visual tokens": _percent(results.get("accuracy")),
+        "most frequent answer, without the image": _percent(results.get("majority_accuracy")),
+        "training time": f"{seconds['total']:.1f} s",
+        "fast steps": f"{steps['fast']} in {seconds['fast']:.1f} s",
+        "slow steps": f"{steps['slow']} in {seconds['slow']:.1f} s",
+        "written to": str(output_dir),
+    }
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, value)
+    Console().print(table)
+
+
+def _training_settings(args: DualSpeedTrainingArguments) -> dict:
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "processes": args.world_size,
+        "global_batch_size": batch,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": args.lr_scheduler_type.value,
+        "warmup_steps": args.warmup_steps,
+        "mixed_precision": args.mixed_precision,
+    }
+
+
+def _cpu_model() -> str:
+    # platform.processor() names only the architecture on Linux.
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
