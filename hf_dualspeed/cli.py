@@ -49,9 +49,8 @@ def _train(argv: list[str]) -> None:
 
 
 def _pruners(argv: list[str]) -> None:
-    argparse.ArgumentParser(prog="dualspeed pruners", description="Lists the registered pruners.").parse_args(
-        argv
-    )
+    parser = argparse.ArgumentParser(prog="dualspeed pruners", description="Lists the registered pruners.")
+    parser.parse_args(argv)
     import hf_dualspeed
     from hf_dualspeed.pruners.base import pruner_class
 

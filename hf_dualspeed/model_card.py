@@ -78,8 +78,8 @@ def _introduction(name: str, base_model: str | None, datasets: list[str]) -> str
     origin = f"fine-tuned from `{base_model}`" if base_model else "trained from scratch"
     return (
         f"# {name}\n\nA vision-language model {origin} on {', '.join(f'`{d}`' for d in datasets)} with "
-        f"DualSpeed ([arXiv 2602.03815]({PAPER})): most steps trained on pruned visual tokens. At inference it is "
-        "a plain model of transformers that sees all visual tokens."
+        f"DualSpeed ([arXiv 2602.03815]({PAPER})): most steps trained on pruned visual tokens. At inference "
+        "it is a plain model of transformers that sees all visual tokens."
     )
 
 
@@ -96,10 +96,8 @@ processor = AutoProcessor.from_pretrained("path/to/this/folder")
 def _training(results: dict, has_curve: bool) -> str:
     settings = {key: results.get("settings", {}).get(key) for key in SETTINGS}
     settings |= results.get("training", {}) | results.get("seeds", {})
-    parts = [
-        "## How it was trained",
-        _table(("setting", "value"), [(k, _text(v)) for k, v in settings.items()]),
-    ]
+    described = [(key, _text(value)) for key, value in settings.items()]
+    parts = ["## How it was trained", _table(("setting", "value"), described)]
     steps, seconds = results.get("steps", {}), results.get("seconds", {})
     rows = [(mode, steps.get(mode), _rounded(seconds.get(mode))) for mode in ("fast", "slow")]
     parts.append(_table(("mode", "optimizer steps", "seconds in steps"), rows))
@@ -113,14 +111,9 @@ def _training(results: dict, has_curve: bool) -> str:
 def _evaluation(results: dict) -> str:
     if results.get("accuracy") is None:
         return ""
-    rows = [("this model, all visual tokens", f"{results['accuracy']:.1%}")]
-    if results.get("majority_accuracy") is not None:
-        rows.append(
-            (
-                "most frequent answer to each question, without the image",
-                f"{results['majority_accuracy']:.1%}",
-            )
-        )
+    rows = [("this model, all visual tokens", _percent(results["accuracy"]))]
+    majority = _percent(results.get("majority_accuracy"))
+    rows.append(("most frequent answer to each question, without the image", majority))
     where = f"{results['n']} questions of `{results['eval_dataset']}` ({results['eval_split']})"
     return f"## Results\n\nAccuracy on {where}:\n\n" + _table(("answers of", "accuracy"), rows)
 
@@ -139,8 +132,8 @@ def _limits(results: dict) -> str:
         else "Its quality has not been measured."
     )
     return (
-        f"## Limits\n\n{measured} It may answer wrongly and with confidence, and it inherits the biases of its "
-        "data and of the model it started from. The licences of both apply."
+        f"## Limits\n\n{measured} It may answer wrongly and with confidence, and it inherits the biases of "
+        "its data and of the model it started from. The licences of both apply."
     )
 
 
@@ -168,6 +161,10 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join(
         f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines
     )
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
 
 
 def _rounded(seconds: float | None) -> str | None:

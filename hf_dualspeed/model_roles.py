@@ -29,7 +29,7 @@ def freeze_roles(
         model ([`~transformers.PreTrainedModel`]): The model, without a PEFT wrapper around it.
         train_vision_tower (`bool`): Whether to leave the vision tower as it is.
         train_projector (`bool`): Whether to leave the projector, and what belongs to no role, as it is.
-        train_language_model (`bool`): Whether to leave the language model, embeddings and head included, as it is.
+        train_language_model (`bool`): Whether to leave the language model, with its head, as it is.
 
     Raises:
         ValueError: some role is to be frozen, but the model has no module for one of the roles.
@@ -58,11 +58,8 @@ def parameter_roles(model: PreTrainedModel) -> dict[str, str]:
 
 def role_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """The modules of each role, found by transformers' accessors and by the names of its projectors."""
-    tower, decoder, head = (
-        model.get_encoder(modality="image"),
-        model.get_decoder(),
-        model.get_output_embeddings(),
-    )
+    tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
+    language = [module for module in (decoder, model.get_output_embeddings()) if module is not None]
     # transformers answers with the model itself where it finds nothing.
     whole = (model, model.base_model)
     modules = {

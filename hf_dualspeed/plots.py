@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the markers do the same in black and white.
+# Okabe and Ito's colours: colour-blind readers can tell them apart. The markers do it in black and white.
 LINES = {
     "fast_loss": ("fast steps (pruned tokens)", "#0072B2", "o"),
     "slow_loss": ("slow steps (all tokens)", "#D55E00", "s"),

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArguments) -> dict:
-    """Trains a model, and writes it, its results, learning curve and model card to `training_args.output_dir`.
+    """Trains a model and writes it, its results, learning curve and model card to the output folder.
 
     Args:
         recipe ([`RecipeArguments`]): Model, data and evaluation.

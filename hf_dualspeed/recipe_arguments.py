@@ -83,19 +83,19 @@ class RecipeArguments:
         if (self.model_name_or_path is None) == (self.tiny_llava is None):
             raise ValueError(
                 f"Set exactly one of `model_name_or_path` (got {self.model_name_or_path!r}) and `tiny_llava` "
-                f"(got {self.tiny_llava!r}): the first fine-tunes a model, the second trains one anew."
+                f"(got {self.tiny_llava!r}): one fine-tunes a model, the other trains one anew."
             )
         if self.dataset is None:
             raise ValueError("`dataset` is not set. Name the training data, e.g. `--dataset easy-vqa`.")
         if not (self.train_vision_tower or self.train_projector or self.train_language_model):
             raise ValueError(
-                "`train_vision_tower`, `train_projector` and `train_language_model` are all False, so nothing "
+                "`train_vision_tower`, `train_projector` and `train_language_model` are all False: nothing "
                 "would be trained. Set at least one of them to True."
             )
 
 
 class RecipeParser(HfArgumentParser):
-    """[`~transformers.HfArgumentParser`] with defaults from a YAML file, and exceptions for errors."""
+    """[`~transformers.HfArgumentParser`] with defaults from a YAML file, and errors that are exceptions."""
 
     def __init__(self, prog: str | None = None):
         super().__init__(

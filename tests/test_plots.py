@@ -15,7 +15,6 @@ def test_all_curves_are_drawn(tmp_path):
     history = [
         {
             "step": step,
-            "loss": 2 / step,
             "fast_loss": 2 / step,
             "slow_loss": 1.9 / step,
             "distillation_loss": 1 / step,

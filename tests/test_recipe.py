@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "trainer_configs").rglob("*.yaml"))
 ACCELERATE = [path for path in CONFIGS if path.parent.name == "accelerate"]
 RECIPES = [path for path in CONFIGS if path not in ACCELERATE]
+ROLES = ("vision_tower", "projector", "language_model")
 TINY = {
     "image_size": 16,
     "vision_hidden_size": 8,
@@ -85,9 +86,8 @@ def test_command_line_overrides_yaml(recipe):
 
 
 def test_yaml_values_are_read_as_on_the_command_line(recipe, tmp_path):
-    path = recipe(
-        fast_only_parameters=["*a*", "*b*"], slow_only_parameters=[], lora={"r": 4, "lora_dropout": 0.5}
-    )
+    lora = {"r": 4, "lora_dropout": 0.5}
+    path = recipe(fast_only_parameters=["*a*", "*b*"], slow_only_parameters=[], lora=lora)
     with open(path, "a") as file:
         file.write("learning_rate: 2e-5\neval_strategy: no\nbf16: no\nmax_length: null\n")
     recipe_args, args = parse_recipe(["--config", path])
@@ -169,9 +169,7 @@ def tiny_qwen():
 @pytest.mark.parametrize("trained", ROLES)
 def test_only_the_trained_role_learns(build, tower, projector, trained):
     model = build()
-    freeze_roles(
-        model, **{f"train_{r}": r == trained for r in ("vision_tower", "projector", "language_model")}
-    )
+    freeze_roles(model, **{f"train_{role}": role == trained for role in ROLES})
     for name, parameter in model.named_parameters():
         role = "projector" if projector in name else "vision_tower" if tower in name else "language_model"
         assert parameter.requires_grad == (role == trained), name
