@@ -1,0 +1,315 @@
+"""The collators: conversations about images become batches with labels."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+from transformers.image_utils import load_image
+
+from hf_dualspeed.arguments import check_choice, check_range
+from hf_dualspeed.examples import load_examples, sample_name, to_messages
+
+__all__ = ["MaskVisualLabels", "VisionLanguageCollator", "load_examples", "to_messages"]
+
+logger = logging.getLogger(__name__)
+
+UNREADABLE_IMAGES = ("raise", "skip")
+PIXEL_INPUTS = ("pixel_values", "image_patches", "input_features")
+# What Pillow raises on broken files: a PNG with a broken chunk is a SyntaxError, for example.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+IGNORED = -100
+
+
+def open_image(image: Any, folder: str | None = None) -> Image.Image:
+    """Reads a PIL image, a path, or a `{"bytes", "path"}` record of `datasets` as an upright RGB image."""
+    if isinstance(image, dict):
+        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+    if isinstance(image, (str, os.PathLike)):
+        image = os.path.join(folder or "", image)
+    if image is None:
+        raise ValueError("it is None")
+    if not isinstance(image, (Image.Image, str, io.BytesIO)):
+        raise TypeError(
+            f"An image must be a PIL image, a path or a dict with 'bytes' or 'path', got {type(image)}."
+        )
+    opened = image if isinstance(image, Image.Image) else Image.open(image)
+    if 0 in opened.size:
+        raise ValueError(f"its size is {opened.size}")
+    return load_image(opened)
+
+
+def encode(
+    processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]], **options: Any
+) -> dict:
+    """Calls the processor on rendered conversations; `images` holds a list, possibly empty, per text."""
+    bos = processor.tokenizer.bos_token
+    return processor(
+        images=images if any(images) else None,
+        text=texts,
+        padding=True,
+        return_tensors="pt",
+        # A template that writes the BOS itself would otherwise yield two.
+        add_special_tokens=not (bos and texts[0].startswith(bos)),
+        **options,
+    )
+
+
+def assistant_spans(render: Callable[..., str], messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """Renders a conversation and finds the characters that the assistant has to produce.
+
+    Rendering the messages before a turn (with the generation prompt) and those up to it gives the turn's two
+    ends, whatever the template, so long as each is how the whole begins.
+
+    Returns:
+        The rendered text, and `(start, end)` of each assistant turn, with its end-of-turn token.
+    """
+    text = render(messages)
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        # Without messages, most templates fail: there is nothing to answer yet.
+        before = render(messages[:index], add_generation_prompt=True) if index else ""
+        after = render(messages[: index + 1])
+        for what, prefix in (("before it plus the generation prompt", before), ("up to it", after)):
+            if not text.startswith(prefix):
+                raise ValueError(
+                    f"The chat template does not render conversations step by step: the messages {what} "
+                    f"(assistant message {index}) render to {prefix[-80:]!r}, which the whole conversation "
+                    "does not begin with. Pass a processor whose `chat_template` keeps earlier turns "
+                    "unchanged, such as a training template."
+                )
+        spans.append((len(before), len(before) + len(after[len(before) :].rstrip())))
+    return text, spans
+
+
+class VisionLanguageCollator:
+    """Makes a batch, with labels, from conversations in any layout that [`to_messages`] understands.
+
+    Every assistant turn is supervised, with its end-of-turn token; everything else is -100. Samples with
+    several images, one or none may share a batch. Nothing in the examples changes.
+
+    Args:
+        processor (`ProcessorMixin`): A processor of transformers with a chat template and a fast tokenizer.
+        max_length (`int`, *optional*): Longer samples lose their end, but never visual tokens.
+        unreadable_images (`str`, *optional*, defaults to `"raise"`): What a sample with a broken image does:
+            `"raise"` a `ValueError`, or `"skip"`: it is left out of the batch, logged and counted in
+            `skipped` (per process, so per data loader worker).
+        image_folder (`str`, *optional*): What relative image paths are relative to.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        *,
+        max_length: int | None = None,
+        unreadable_images: str = "raise",
+        image_folder: str | None = None,
+    ):
+        check_choice("unreadable_images", unreadable_images, UNREADABLE_IMAGES)
+        if max_length is not None:
+            check_range("max_length", max_length, 1, off="Use None to keep samples whole.")
+        if not processor.tokenizer.is_fast:
+            raise ValueError(
+                f"`processor` must have a fast tokenizer, got {type(processor.tokenizer).__name__}: labels "
+                "need the characters of each token. Load it with AutoProcessor.from_pretrained(...)."
+            )
+        if not (processor.chat_template or processor.tokenizer.chat_template):
+            raise ValueError(
+                "`processor` has no chat template. Set `processor.chat_template`, a Jinja string."
+            )
+        self.processor = processor
+        self.max_length = max_length
+        self.unreadable_images = unreadable_images
+        self.image_folder = image_folder
+        self.skipped = 0
+        self._warned = False
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collates.
+
+        Returns:
+            `dict` with `input_ids` `(B, S)`, `attention_mask` `(B, S)`, `labels` `(B, S)` and whatever else
+            the processor makes, such as `pixel_values`.
+        """
+        samples = [sample for index, example in enumerate(examples) if (sample := self._read(index, example))]
+        if not samples:
+            raise ValueError(
+                f"All {len(examples)} samples of the batch were left out because of unreadable images. "
+                "Repair the images, or make the batch larger."
+            )
+        rendered = [assistant_spans(self._render, sample["messages"]) for sample in samples]
+        texts = [text for text, _ in rendered]
+        self._warn_without_end(rendered)
+        batch = encode(
+            self.processor,
+            texts,
+            [sample["images"] for sample in samples],
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+        replaced = self._replacements(batch)
+        if self.max_length is not None:
+            self._truncate(batch, [sample["name"] for sample in samples])
+        spans = [
+            [_shift(span, row) for span in spans] for (_, spans), row in zip(rendered, replaced, strict=True)
+        ]
+        batch["labels"] = self._labels(batch, spans)
+        batch.pop("offset_mapping")
+        return dict(batch)
+
+    def _read(self, index: int, example: dict[str, Any]) -> dict[str, Any] | None:
+        """The example as messages and opened images, or None where it is to be skipped."""
+        sample = to_messages(example)
+        name = f"sample {index} of the batch, {sample_name(example)}"
+        try:
+            images = [open_image(image, self.image_folder) for image in sample["images"]]
+        except IMAGE_ERRORS as error:
+            if self.unreadable_images == "raise":
+                raise ValueError(
+                    f"An image cannot be read ({name}): {error}. Repair or remove the sample, or pass "
+                    "unreadable_images='skip'."
+                ) from error
+            self.skipped += 1
+            logger.warning("Left out %s: an image cannot be read: %s", name, error)
+            return None
+        return {"messages": sample["messages"], "images": images, "name": name}
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _warn_without_end(self, rendered: list[tuple[str, list[tuple[int, int]]]]) -> None:
+        ends = tuple(self.processor.tokenizer.get_added_vocab())
+        if not self._warned and any(
+            not text[a:b].endswith(ends) for text, spans in rendered for a, b in spans
+        ):
+            self._warned = True
+            logger.warning(
+                "The chat template writes no end-of-turn token after the assistant's answer, so the model "
+                "does not learn to stop. Add one to `processor.chat_template`, such as eos_token."
+            )
+
+    def _replacements(self, batch: dict) -> list[list[dict]]:
+        """Per sample, where the processor put visual tokens in place of a placeholder."""
+        replaced = batch.pop("text_replacement_offsets", None)
+        if replaced is None:
+            raise ValueError(
+                f"`processor` ({type(self.processor).__name__}) does not report where it puts visual tokens "
+                "(return_text_replacement_offsets), so labels cannot be placed. Use your own collator, which "
+                "returns `labels`."
+            )
+        return replaced
+
+    def _truncate(self, batch: dict, names: list[str]) -> None:
+        """Cuts every row of the batch to `max_length` tokens, whichever side the padding is on."""
+        shape = batch["input_ids"].shape
+        lengths = batch["attention_mask"].sum(1)
+        over = (lengths - self.max_length).clamp(min=0)
+        if not over.any():
+            return
+        left = self.processor.tokenizer.padding_side == "left"
+        before = self._is_visual(batch["input_ids"]).sum(1)
+        for key, value in batch.items():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.shape[:2] == shape
+                and not key.startswith(PIXEL_INPUTS)
+            ):
+                # With padding on the left, rolling a row brings its surplus end to the front, where the cut
+                # is.
+                rows = (
+                    [row.roll(int(extra), 0) for row, extra in zip(value, over, strict=True)]
+                    if left
+                    else value
+                )
+                batch[key] = torch.stack(rows)[:, -self.max_length :] if left else rows[:, : self.max_length]
+        lost = before - self._is_visual(batch["input_ids"]).sum(1)
+        for name, length, missing in zip(names, lengths.tolist(), lost.tolist(), strict=True):
+            if missing:
+                raise ValueError(
+                    f"`max_length`={self.max_length} would cut {missing} visual tokens off a sample of "
+                    f"{length} tokens ({name}). Use a `max_length` of at least {length}, smaller images, or "
+                    "leave the sample out."
+                )
+
+    def _is_visual(self, input_ids: torch.Tensor) -> torch.Tensor:
+        ids = [*self.processor.image_token_ids, *self.processor.video_token_ids]
+        return torch.isin(input_ids, torch.tensor([index for index in ids if index is not None]))
+
+    def _labels(self, batch: dict, spans: list[list[tuple[int, int]]]) -> torch.Tensor:
+        """Labels `(B, S)`: the ids of the tokens that overlap a span of characters, -100 elsewhere."""
+        starts, ends = batch["offset_mapping"].unbind(-1)
+        supervised = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        for row, row_spans in enumerate(spans):
+            for start, end in row_spans:
+                # Tokens that the tokenizer adds, such as padding, cover no character: (0, 0).
+                supervised[row] |= (starts[row] < end) & (ends[row] > start)
+        supervised &= ~self._is_visual(batch["input_ids"])
+        return batch["input_ids"].masked_fill(~supervised, IGNORED)
+
+
+def _shift(span: tuple[int, int], replacements: list[dict]) -> tuple[int, int]:
+    """Moves a span of the rendered text to where it is after placeholders became visual tokens."""
+    growth = [(row["span"][1], len(row["replacement"]) - len(row["text"])) for row in replacements]
+    start, end = (position + sum(size for at, size in growth if at <= position) for position in span)
+    return start, end
+
+
+class MaskVisualLabels:
+    """Wraps any collator and makes sure that no visual token is a label, and that images reach the model.
+
+    Args:
+        collator (`Callable`): Makes a batch with `input_ids` `(B, S)` and `labels` `(B, S)` from a list of
+            examples.
+        visual_token_ids (`list[int]`): Ids of the placeholders that stand for visual tokens.
+    """
+
+    # One warning per process is enough, however many trainers wrap their collators.
+    _warned = False
+
+    def __init__(self, collator: Callable[[list], dict[str, Any]], visual_token_ids: list[int]):
+        self.collator = collator
+        self.visual_token_ids = list(visual_token_ids)
+
+    def __call__(self, examples: list) -> dict[str, Any]:
+        batch = dict(self.collator(examples))
+        for key in ("input_ids", "labels"):
+            if key not in batch:
+                raise ValueError(
+                    f"The data collator's batch has no `{key}`, only {sorted(batch)}. Return it, or use "
+                    "hf_dualspeed's VisionLanguageCollator."
+                )
+        visual = torch.isin(
+            batch["input_ids"], torch.tensor(self.visual_token_ids, device=batch["input_ids"].device)
+        )
+        if visual.any() and not any(key.startswith(PIXEL_INPUTS) for key in batch):
+            raise ValueError(
+                f"The batch has {int(visual.sum())} visual tokens in `input_ids` but no images: none of its "
+                f"keys {sorted(batch)} begins with {', '.join(PIXEL_INPUTS)}. Return all that the processor "
+                "makes, and set remove_unused_columns=False."
+            )
+        wrong = visual & (batch["labels"] != IGNORED)
+        if wrong.any():
+            self._warn(int(wrong.sum()))
+            batch["labels"] = batch["labels"].masked_fill(wrong, IGNORED)
+        return batch
+
+    @classmethod
+    def _warn(cls, count: int) -> None:
+        if not MaskVisualLabels._warned:
+            MaskVisualLabels._warned = True
+            logger.warning(
+                "The data collator's `labels` held %d visual tokens, which no model can predict; they are "
+                "set to %d, here and in every later batch.",
+                count,
+                IGNORED,
+            )
