@@ -17,6 +17,7 @@ from hf_dualspeed.arguments import DualSpeedTrainingArguments, nearest
 from hf_dualspeed.data import VisionLanguageCollator, load_examples
 from hf_dualspeed.easy_vqa import majority_accuracy
 from hf_dualspeed.evaluation import answer_accuracy
+from hf_dualspeed.examples import to_messages
 from hf_dualspeed.model_card import write_model_card
 from hf_dualspeed.model_roles import freeze_roles
 from hf_dualspeed.plots import plot_learning_curve
@@ -50,10 +51,7 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
         eval_dataset=None if training_args.eval_strategy == "no" else test,
         processing_class=processor,
         data_collator=VisionLanguageCollator(
-            processor,
-            max_length=recipe.max_length,
-            unreadable_images=recipe.unreadable_images,
-            image_folder=recipe.image_folder,
+            processor, max_length=recipe.max_length, unreadable_images=recipe.unreadable_images
         ),
     )
     started = time.perf_counter()
@@ -183,13 +181,10 @@ def _write(recipe: RecipeArguments, trainer: DualSpeedTrainer, results: dict) ->
 
 
 def _texts(dataset: Dataset) -> Iterator[str]:
-    """All texts of the conversations; images are not touched."""
-    for messages in dataset.select_columns("messages")["messages"]:
-        for message in messages:
-            parts = message["content"]
-            yield from (
-                [parts] if isinstance(parts, str) else [part["text"] for part in parts if part.get("text")]
-            )
+    """All texts of the conversations."""
+    for example in dataset:
+        for message in to_messages(example)["messages"]:
+            yield from (part["text"] for part in message["content"] if part.get("text"))
 
 
 def _check_keys(name: str, given: dict, known: list[str]) -> None:
