@@ -170,8 +170,10 @@ def _undecoded(dataset: Dataset) -> Dataset:
 
 
 def _with_paths(dataset: Dataset, image_folder: str | Path | None) -> Dataset:
-    text = Value("string")
-    columns = [name for name in ("image", "images") if dataset.features.get(name) in (text, List(text))]
+    texts = {name: getattr(feature, "feature", feature) for name, feature in dataset.features.items()}
+    columns = [
+        name for name in ("image", "images") if getattr(texts.get(name), "dtype", "").endswith("string")
+    ]
     if image_folder is None or not columns:
         return dataset
 
