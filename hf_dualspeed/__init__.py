@@ -14,11 +14,13 @@ from .pruners import (
     register_pruner,
 )
 from .schedule import ModeSchedule
+from .trainer import DualSpeedTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoPruner",
+    "DualSpeedTrainer",
     "DualSpeedTrainingArguments",
     "ModeIsolator",
     "ModeSchedule",

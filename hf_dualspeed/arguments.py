@@ -24,8 +24,12 @@ class DualSpeedTrainingArguments(TrainingArguments):
         default="divprune",
         metadata={"help": "Name of a registered pruner, or a folder that holds a pruner_config.json."},
     )
-    pruning_ratio: float = field(
-        default=0.9, metadata={"help": "Fraction of the visual tokens removed in fast mode, in [0, 1)."}
+    pruning_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of the visual tokens removed in fast mode, in [0, 1). Unset: that of the saved pruner, "
+            "or 0.9."
+        },
     )
     slow_mode_ratio: float | None = field(
         default=None,
@@ -68,7 +72,8 @@ class DualSpeedTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
+        if self.pruning_ratio is not None:
+            check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
         if self.slow_mode_ratio is not None:
             check_range("slow_mode_ratio", self.slow_mode_ratio, 0, 1, off="Use 0.0 for fast steps only.")
         check_range("slow_tail_ratio", self.slow_tail_ratio, 0, 1, off="Use 0.0 for no slow tail.")

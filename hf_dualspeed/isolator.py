@@ -70,6 +70,12 @@ class ModeIsolator(nn.Module):
         return f"length={self.length}, hidden_size={self.prompt.shape[1]}"
 
 
+def saved_length(folder: str | Path) -> int | None:
+    """Length of the isolator in `folder`; None where it holds none."""
+    path = Path(folder) / WEIGHTS_NAME
+    return load_file(path)["prompt"].shape[0] if path.is_file() else None
+
+
 def save_isolator(prompt: torch.Tensor, folder: str | Path) -> None:
     """Writes a prompt `(l, D)` to `mode_isolator.safetensors` in `folder`."""
     Path(folder).mkdir(parents=True, exist_ok=True)

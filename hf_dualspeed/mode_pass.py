@@ -1,0 +1,131 @@
+"""One training pass in fast or slow mode, by hooks on the model that the trainer is given.
+
+The hooks sit on the outermost model, so that encoding, pruning and the teacher run inside the call that DDP, FSDP2
+and DeepSpeed wrap. Shapes: B batch, S sequence, M supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .encoding import PIXEL_KEYS, encode, unwrap
+from .fast_pass import check_inputs, shorten_inputs
+from .isolator import ModeIsolator
+from .pruners import Pruner
+from .schedule import FAST, SLOW
+
+NAME = "dualspeed"
+
+
+class ModePass(nn.Module):
+    """The trainable parts of the fast view, and the hooks that run a pass in the mode set by `begin`.
+
+    It hangs on the model as `model.dualspeed`, so that optimizer, gradient clipping and sharding see its parameters;
+    `save_pretrained` leaves them out of the checkpoint. With no mode set, the model runs as it always does.
+
+    After a call in a mode, `targets` `(M,)` holds the labels of the returned logits `(M, V)`, `teacher_logits`
+    `(M, V)` those of the pruned view (slow mode with distillation), and the output's `loss` a zero that touches the
+    fast view's parameters, so that DDP finds each of them in every step.
+    """
+
+    def __init__(self, pruner: Pruner, isolator: ModeIsolator | None, position_ids: str):
+        super().__init__()
+        self.pruner = pruner
+        self.isolator = isolator
+        self.position_ids = position_ids
+        self.autocast: Callable[[], AbstractContextManager] = nullcontext
+        self.mode: str | None = None
+        self.distil = False
+        self.generator: torch.Generator | None = None
+        self.targets: torch.Tensor | None = None
+        self.teacher_logits: torch.Tensor | None = None
+        self._handles: list = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Hangs this on `model`, in place of an earlier one."""
+        earlier = getattr(model, NAME, None)
+        if isinstance(earlier, ModePass):
+            earlier.detach()
+        model.add_module(NAME, self)
+        ours = {f"{NAME}.{key}" for key in self.state_dict()}
+        model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *ours}
+        self._slices_logits = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        ]
+
+    def detach(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def begin(self, mode: str, distil: bool, generator: torch.Generator | None) -> None:
+        """The next calls of the model run in `mode`."""
+        self.mode, self.distil, self.generator = mode, distil and mode == SLOW, generator
+
+    def end(self) -> None:
+        """The next calls of the model run as if this were not there."""
+        self.mode = self.generator = self.targets = self.teacher_logits = None
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict):
+        if self.mode is None:
+            return None
+        check_inputs(model, kwargs)
+        self.teacher_logits = None
+        inputs = kwargs
+        if self.mode == FAST or self.distil:
+            with self.autocast():
+                encodings = encode(model, kwargs, self.pruner.needs)
+        if self.mode == FAST:
+            inputs = self._shorten(model, kwargs, encodings)
+        elif self.distil:
+            self.teacher_logits = self._teach(model, kwargs, encodings)
+            # The student takes the images as they were encoded for the teacher, with gradients.
+            inputs = {key: value for key, value in kwargs.items() if key not in PIXEL_KEYS}
+            inputs["mm_encoder_outputs"] = {e.modality: e.output for e in encodings}
+        inputs, self.targets = self._supervise(inputs)
+        return (), inputs
+
+    def _shorten(self, model: nn.Module, inputs: dict, encodings: list) -> dict:
+        return shorten_inputs(
+            model, inputs, encodings, self.pruner, self.isolator, self.position_ids, self.generator
+        )
+
+    @torch.no_grad()
+    def _teach(self, model: nn.Module, inputs: dict, encodings: list) -> torch.Tensor:
+        """Logits `(M, V)` of the pruned view. `model.forward` rather than `model`: no hook fires twice."""
+        inputs = self._shorten(model, inputs, [e.detached() for e in encodings])
+        inputs, _ = self._supervise(inputs)
+        keep = inputs.get("logits_to_keep", self._keep)
+        logits = model.forward(**inputs).logits
+        return logits if self._slices_logits else logits[keep]
+
+    def _supervise(self, inputs: dict) -> tuple[dict, torch.Tensor]:
+        """Takes the labels out, so that the head runs at supervised positions only: inputs and targets `(M,)`."""
+        inputs = dict(inputs)
+        shifted = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
+        self._keep = shifted != -100
+        if self._slices_logits:
+            inputs["logits_to_keep"] = self._keep
+        return inputs, shifted[self._keep]
+
+    def _after(self, model: nn.Module, args: tuple, output):
+        if self.mode is None:
+            return None
+        if not self._slices_logits:
+            output["logits"] = output.logits[self._keep]
+        output["loss"] = sum((p.sum() for p in self._touched()), output.logits.new_zeros(())) * 0.0
+        return output
+
+    def _touched(self):
+        """Every trainable parameter of the fast view; the isolator through its call, which gathers shards."""
+        if self.isolator is not None:
+            yield self.isolator()
+        yield from (p for p in self.pruner.parameters() if p.requires_grad)

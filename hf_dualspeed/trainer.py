@@ -1,0 +1,293 @@
+"""The trainer: fast and slow optimizer steps over `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import CONFIG_NAME
+
+from .arguments import DEFAULT_SLOW_MODE_RATIO, DualSpeedTrainingArguments
+from .callbacks import ModeClock, ModeLosses
+from .data import MaskVisualLabels
+from .distillation import self_distillation_loss, supervised_cross_entropy
+from .encoding import check_protocol, unwrap, visual_token_ids
+from .isolator import WEIGHTS_NAME, ModeIsolator, saved_length, save_isolator
+from .mode_pass import NAME, ModePass
+from .parameter_views import ParameterViews
+from .pruners import AutoPruner, Pruner, available_pruners
+from .schedule import FAST, SLOW, ModeSchedule
+
+logger = logging.getLogger(__name__)
+
+
+class DualSpeedMixin:
+    """What DualSpeed adds to a `Trainer`; put it in front of any subclass of [`~transformers.Trainer`].
+
+    Fast steps train on pruned visual tokens behind the mode isolator; slow steps on all of them, with the pruned
+    view as teacher. Evaluation and prediction use all tokens and no isolator.
+
+    Args:
+        model: a vision-language model of transformers that takes `mm_encoder_outputs`, PEFT-wrapped or not.
+        args (`DualSpeedTrainingArguments`): options.
+        pruner (`Pruner`, *optional*): in place of `args.pruner`.
+        kwargs: those of the trainer.
+
+    Raises:
+        ValueError: the model, the arguments or the first batch cannot be trained this way; the message says why.
+    """
+
+    def __init__(self, model=None, args: DualSpeedTrainingArguments | None = None, *, pruner: Pruner | None = None, **kwargs):
+        if args is None:
+            args = DualSpeedTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, DualSpeedTrainingArguments):
+            raise ValueError(f"`args` must be DualSpeedTrainingArguments, got {type(args).__name__}.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "`compute_loss_func` is not supported: DualSpeed computes cross-entropy and distillation at the "
+                "supervised positions itself. Leave it out; `label_smoothing_factor` works."
+            )
+        self._pruner = resolve_pruner(pruner, args)
+        if model is not None:
+            self._attach(model, args)
+        super().__init__(model=model, args=args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} devices in one process mean nn.DataParallel, which DualSpeed does not support. "
+                "Start one process per device: accelerate launch train.py."
+            )
+        self.mode_pass.autocast = self.accelerator.autocast
+        self.data_collator = MaskVisualLabels(self.data_collator, visual_token_ids(unwrap(self.model).config))
+        # The loss is always summed and divided by the items of the whole step, whatever the model would do.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.clock = ModeClock(self.mode_at)
+        self.add_callback(self.clock)
+        self._losses = ModeLosses()
+        self._schedule: ModeSchedule | None = None
+        self._micro = (-1, 0)
+
+    # --- set-up ---------------------------------------------------------------------------------------------------
+
+    def _attach(self, model: nn.Module, args: DualSpeedTrainingArguments) -> None:
+        check_protocol(model)
+        isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
+        base = Path(getattr(unwrap(model), "name_or_path", "") or "")
+        if isolator is not None and (base / WEIGHTS_NAME).is_file():
+            isolator.load_pretrained(base)  # learnt since the projector stage
+            logger.info("Mode isolator taken from %s.", base)
+        mode_pass = ModePass(self._pruner, isolator, args.position_ids)
+        mode_pass.attach(model)
+        fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in mode_pass.parameters()) else []
+        self.views = ParameterViews(model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters)
+        self.slow_mode_ratio = args.slow_mode_ratio
+        if self.slow_mode_ratio is None:
+            self.slow_mode_ratio = 0.0 if language_model_is_frozen(model) else DEFAULT_SLOW_MODE_RATIO
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._attach(model, self.args)
+        return model
+
+    @property
+    def mode_pass(self) -> ModePass:
+        """The hooks, isolator and pruner of the model in training."""
+        return getattr(self.accelerator.unwrap_model(self.model), NAME)
+
+    def train(self, *args, **kwargs):
+        """Trains; the first example is collated beforehand, so that a batch that can't be trained on fails at once."""
+        if hasattr(self.train_dataset, "__getitem__") and len(self.train_dataset):
+            self.data_collator([self.train_dataset[0]])
+        return super().train(*args, **kwargs)
+
+    # --- modes ----------------------------------------------------------------------------------------------------
+
+    def mode_at(self, step: int) -> str:
+        """ "fast" or "slow" for optimizer step `step`, counted from 0; the same on every rank and after resuming."""
+        total = self.state.max_steps if self.state.max_steps > 0 else self.args.max_steps
+        if self._schedule is None or (self._schedule.total_steps or -1) != total:
+            self._schedule = ModeSchedule(
+                self.slow_mode_ratio,
+                self.args.mode_schedule,
+                self.args.seed,
+                self.args.slow_warmup_steps,
+                self.args.slow_tail_ratio,
+                total if total > 0 else None,
+            )
+        return self._schedule.mode_at(step)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch in the mode of the current optimizer step; gradients of the other mode are dropped."""
+        mode = self.mode_at(self.state.global_step)
+        mode_pass = self.mode_pass
+        mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator())
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            mode_pass.end()
+        if self.accelerator.sync_gradients:
+            self.views.drop_gradients(mode)
+        return loss
+
+    def _step_generator(self) -> torch.Generator | None:
+        """Randomness of pruners: a function of seed, step, micro-batch and rank, so a resumed run draws the same."""
+        if self._pruner.deterministic:
+            return None
+        step = self.state.global_step
+        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
+        seed = hash((self.args.seed, *self._micro, self.args.process_index)) % 2**63
+        return torch.Generator(self.args.device).manual_seed(seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy, and in slow steps the distillation; plain outside of training."""
+        mode_pass = self.mode_pass
+        if mode_pass.mode is None:
+            return super().compute_loss(model, inputs, return_outputs)
+        outputs = model(**inputs)
+        smoothing = self.args.label_smoothing_factor
+        entropy = supervised_cross_entropy(outputs.logits, mode_pass.targets, num_items_in_batch, smoothing)
+        self._losses.add(f"{mode_pass.mode}_loss", entropy)
+        loss = entropy + outputs.loss
+        if mode_pass.teacher_logits is not None:
+            temperature = self.args.distillation_temperature
+            divergence = self_distillation_loss(
+                outputs.logits, mode_pass.teacher_logits, temperature, num_items_in_batch
+            )
+            self._losses.add("distillation_loss", divergence)
+            loss = loss + self.args.distillation_weight * divergence
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The items were counted over all ranks, and DDP averages over them: undo one of the two.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
+
+    # --- what is shown --------------------------------------------------------------------------------------------
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:  # a training log, written on every rank at the same step
+            shares = "sum" if self.args.average_tokens_across_devices else "mean"
+            logs.update(self._losses.pop(self.accelerator, self.clock.window(), shares))
+        super().log(logs, start_time)
+
+    def summary(self) -> dict:
+        """Settings, steps and wall seconds by mode, as the results file and the model card show them."""
+        return {
+            "pruner": self._pruner.config.to_dict(),
+            "pruning_ratio": self._pruner.config.pruning_ratio,
+            "slow_mode_ratio": self.slow_mode_ratio,
+            "mode_schedule": self.args.mode_schedule,
+            "slow_warmup_steps": self.args.slow_warmup_steps,
+            "slow_tail_ratio": self.args.slow_tail_ratio,
+            "position_ids": self.args.position_ids,
+            "isolator_length": self.args.isolator_length,
+            "distillation_weight": self.args.distillation_weight,
+            "distillation_temperature": self.args.distillation_temperature,
+            "steps": dict(self.clock.steps),
+            "seconds": {mode: round(seconds, 3) for mode, seconds in self.clock.seconds.items()},
+        }
+
+    # --- saving and resuming --------------------------------------------------------------------------------------
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self._pruner.save_pretrained(folder)
+            if self.args.isolator_length:
+                key = f"{NAME}.isolator.prompt"
+                sharded = state_dict is not None and key in state_dict
+                save_isolator(state_dict[key] if sharded else self.mode_pass.isolator.prompt, folder)
+
+    def _save_checkpoint(self, model, trial):
+        with interrupts_deferred():
+            super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_isolator(resume_from_checkpoint, self.args.isolator_length)
+        if not self._load_plain(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_isolator(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if not self._load_plain(self.state.best_model_checkpoint):
+            super()._load_best_model()
+        self._load_isolator(self.state.best_model_checkpoint)
+
+    def _load_plain(self, folder) -> bool:
+        """Loads an unsharded full checkpoint; False where the Trainer must.
+
+        `save_pretrained` writes the published names of the weights, which for most vision-language models differ
+        from those of the modules. The Trainer of transformers 5.23 reads them back by module name with
+        `strict=False` and so loads nothing; `from_pretrained` knows both.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not isinstance(model, PreTrainedModel) or not (Path(folder) / CONFIG_NAME).is_file():
+            return False
+        weights = type(model).from_pretrained(folder, dtype="auto").state_dict()
+        model.load_state_dict(weights, strict=False)
+        return True
+
+    def _load_isolator(self, folder) -> None:
+        # Sharded checkpoints hold the isolator among the model's own weights.
+        if self.args.isolator_length and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            self.mode_pass.isolator.load_pretrained(folder)
+
+
+class DualSpeedTrainer(DualSpeedMixin, Trainer):
+    """[`~transformers.Trainer`] with fast and slow steps; see [`DualSpeedMixin`]."""
+
+
+def resolve_pruner(pruner: Pruner | None, args: DualSpeedTrainingArguments) -> Pruner:
+    """The pruner to train with: an object, a registered name, or a folder; `args.pruning_ratio` wins where it is set."""
+    if pruner is None:
+        if args.pruner not in available_pruners() and Path(args.pruner).is_dir():
+            pruner = AutoPruner.from_pretrained(args.pruner)
+        else:
+            pruner = AutoPruner.from_name(args.pruner)
+    if args.pruning_ratio is not None:
+        pruner.config.pruning_ratio = args.pruning_ratio
+    return pruner
+
+
+def language_model_is_frozen(model: nn.Module) -> bool:
+    """Whether no parameter of the language model (adapters included) or its head is trainable."""
+    outer = unwrap(model)
+    parts = (outer.get_decoder(), outer.get_output_embeddings())
+    return not any(p.requires_grad for part in parts if part is not None for p in part.parameters())
+
+
+def check_isolator(folder: str | Path, length: int) -> None:
+    """Raises a `ValueError` where `folder` holds an isolator of another length than `length`."""
+    saved = saved_length(folder)
+    if saved is not None and saved != length:
+        raise ValueError(
+            f"`isolator_length` is {length}, but the checkpoint {str(folder)!r} was trained with {saved}. "
+            f"Set isolator_length={saved} to resume it."
+        )
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Holds Ctrl-C back until the body is done, so that no half-written checkpoint is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *event: caught.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
+__all__ = ["FAST", "SLOW", "DualSpeedMixin", "DualSpeedTrainer"]

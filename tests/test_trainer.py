@@ -1,0 +1,354 @@
+"""The trainer against plain `Trainer`, hand-made invariants, and resumed runs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import signal
+
+import pytest
+import torch
+from tiny_models import FAMILIES, batch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments, ModeSchedule
+
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "save_strategy": "no"}
+SAMPLES = [
+    ("{image} one?", [(16, 16)]),
+    ("{image}{image} two of them?", [(16, 16), (24, 40)]),
+    ("none here, only text", []),
+    ("{image} a longer question than the others", [(40, 20)]),
+    ("{image} five", [(16, 16)]),
+    ("first{image}and then{image}", [(16, 40), (16, 16)]),
+    ("{image} seven?", [(32, 32)]),
+    ("{image} eight!", [(16, 16)]),
+]
+
+
+class Collator:
+    """Collates indices of SAMPLES through the family's own processor."""
+
+    def __init__(self, family, processor):
+        self.family, self.processor = family, processor
+
+    def __call__(self, examples):
+        return batch(self.family, self.processor, [SAMPLES[e["index"]] for e in examples])
+
+
+DATA = [{"index": i} for i in range(len(SAMPLES))]
+
+
+class Watch(TrainerCallback):
+    """Notes what the weights do at each optimizer step."""
+
+    def __init__(self, names):
+        self.names, self.moved, self._before = names, [], {}
+
+    def values(self, model):
+        return {n: p.detach().clone() for n, p in model.named_parameters() if n in self.names}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._before = self.values(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        after = self.values(model)
+        self.moved.append({n: not torch.equal(after[n], self._before[n]) for n in self.names})
+
+
+def make(tmp_path, family="llava", cls=DualSpeedTrainer, model=None, callbacks=None, data=None, **options):
+    family = FAMILIES[family]
+    built, processor = family.build()
+    options = {**QUIET, "output_dir": str(tmp_path), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "weight_decay": 0.1, **options}
+    arguments = TrainingArguments if cls is Trainer else DualSpeedTrainingArguments
+    options.setdefault("remove_unused_columns", False)
+    return cls(
+        model=model or built,
+        args=arguments(**options),
+        train_dataset=data or DATA,
+        data_collator=Collator(family, processor),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+
+
+def history(trainer, *keys):
+    return [[entry.get(key) for key in keys] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slow_only_without_distillation_is_plain_trainer(tmp_path, family):
+    # SGD: Adam would blow the rounding noise of gradients that should be zero (key biases) up to full steps.
+    plain = make(tmp_path, family, Trainer, optim="sgd")
+    plain.train()
+    ours = make(tmp_path, family, slow_mode_ratio=1.0, distillation_weight=0.0, optim="sgd")
+    ours.train()
+    torch.testing.assert_close(
+        torch.tensor(history(ours, "loss", "grad_norm")), torch.tensor(history(plain, "loss", "grad_norm"))
+    )
+    expected = dict(plain.model.named_parameters())
+    for name, parameter in ours.model.named_parameters():
+        if not name.startswith("dualspeed."):
+            torch.testing.assert_close(parameter, expected[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_accumulation_equals_one_batch(tmp_path, family, ratio):
+    options = {"slow_mode_ratio": ratio, "max_steps": 1, "pruning_ratio": 0.5, "optim": "sgd"}
+    large = make(tmp_path, family, per_device_train_batch_size=8, **options)
+    large.train()
+    small = make(tmp_path, family, per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
+    small.train()
+    keys = ("loss", "grad_norm", "fast_loss", "slow_loss", "distillation_loss")
+    large_log, small_log = ([v for v in history(t, *keys)[0] if v is not None] for t in (large, small))
+    torch.testing.assert_close(torch.tensor(small_log), torch.tensor(large_log), rtol=1e-4, atol=1e-6)
+    expected = dict(large.model.named_parameters())
+    for name, parameter in small.model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_modes_follow_the_schedule_and_losses_are_logged_by_mode(tmp_path):
+    trainer = make(tmp_path, slow_mode_ratio=0.5, max_steps=8, seed=3)
+    trainer.train()
+    schedule = ModeSchedule(0.5, seed=3, total_steps=8)
+    modes = [schedule.mode_at(step) for step in range(8)]
+    assert {"fast", "slow"} == set(modes)
+    assert [trainer.mode_at(step) for step in range(8)] == modes
+    for mode, (fast, slow, kl, fast_steps, slow_steps, rate) in zip(
+        modes,
+        history(trainer, "fast_loss", "slow_loss", "distillation_loss", "fast_steps", "slow_steps", "steps_per_second"),
+        strict=True,
+    ):
+        assert (fast is None, slow is None, kl is None) == (mode == "slow", mode == "fast", mode == "fast")
+        assert (fast_steps, slow_steps) == (int(mode == "fast"), int(mode == "slow"))
+        assert rate > 0
+    summary = trainer.summary()
+    assert summary["steps"] == {"fast": modes.count("fast"), "slow": modes.count("slow")}
+    assert all(seconds > 0 for seconds in summary["seconds"].values())
+
+
+def test_slow_loss_is_cross_entropy_plus_weighted_distillation(tmp_path):
+    trainer = make(tmp_path, slow_mode_ratio=1.0, max_steps=2, distillation_weight=0.3)
+    trainer.train()
+    for loss, entropy, divergence in history(trainer, "loss", "slow_loss", "distillation_loss"):
+        assert divergence > 0
+        assert loss == pytest.approx(entropy + 0.3 * divergence, rel=1e-4)
+
+
+def test_parameters_of_the_other_mode_stay_the_same_to_the_bit(tmp_path):
+    # Adam with momentum and weight decay would move a parameter whose gradient is merely zero.
+    projector, head = "model.multi_modal_projector.linear_1.weight", "lm_head.weight"
+    watch = Watch(["dualspeed.isolator.prompt", projector, head, "model.multi_modal_projector.linear_2.weight"])
+    trainer = make(
+        tmp_path,
+        callbacks=[watch],
+        slow_mode_ratio=0.5,
+        max_steps=10,
+        fast_only_parameters=["*linear_1*"],
+        slow_only_parameters=["lm_head.*"],
+    )
+    trainer.train()
+    modes = [trainer.mode_at(step) for step in range(10)]
+    assert modes.count("fast") > 2
+    assert modes.count("slow") > 2
+    for mode, moved in zip(modes, watch.moved, strict=True):
+        assert moved["dualspeed.isolator.prompt"] == (mode == "fast")
+        assert moved[projector] == (mode == "fast")
+        assert moved[head] == (mode == "slow")
+        assert moved["model.multi_modal_projector.linear_2.weight"]
+
+
+@pytest.mark.parametrize("pruner", ["divprune", "random"])
+def test_resumed_run_equals_the_unbroken_one(tmp_path, pruner):
+    options = {"slow_mode_ratio": 0.5, "max_steps": 6, "pruner": pruner, "pruning_ratio": 0.5, "save_strategy": "steps", "save_steps": 3, "seed": 1}
+    unbroken = make(tmp_path / "a", **options)
+    unbroken.train()
+    resumed = make(tmp_path / "a", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    keys = ("loss", "grad_norm", "fast_loss", "slow_loss", "fast_steps")
+    assert history(resumed, *keys) == history(unbroken, *keys)
+    for (name, ours), (_, theirs) in zip(
+        resumed.model.named_parameters(), unbroken.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    assert resumed.summary()["steps"] == unbroken.summary()["steps"]
+
+
+def test_checkpoint_is_an_ordinary_one(tmp_path, caplog):
+    from transformers import AutoModelForImageTextToText
+
+    trainer = make(tmp_path, slow_mode_ratio=0.5)
+    trainer.train()
+    trainer.save_model()
+    assert {"mode_isolator.safetensors", "pruner_config.json", "model.safetensors"} <= set(os.listdir(tmp_path))
+    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    trained = dict(trainer.model.named_parameters())
+    assert all(torch.equal(p, trained[n]) for n, p in loaded.named_parameters())
+    # Saving the model itself leaves the fast view out as well.
+    trainer.model.save_pretrained(tmp_path / "direct")
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "direct", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    # The next stage starts from the isolator that this one learnt.
+    stage = make(tmp_path / "next", model=loaded)
+    assert torch.equal(stage.mode_pass.isolator.prompt, trainer.mode_pass.isolator.prompt)
+
+
+def test_evaluation_uses_all_tokens_and_no_isolator(tmp_path):
+    trainer = make(tmp_path)
+    plain = make(tmp_path, cls=Trainer, model=copy.deepcopy(trainer.model))
+    assert trainer.evaluate(DATA)["eval_loss"] == pytest.approx(plain.evaluate(DATA)["eval_loss"], rel=1e-6)
+
+
+def test_frozen_language_model_trains_fast_only(tmp_path):
+    model, _ = FAMILIES["llava"].build()
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    trainer = make(tmp_path, model=model)
+    assert trainer.slow_mode_ratio == 0.0
+    assert {trainer.mode_at(step) for step in range(200)} == {"fast"}
+    trainer.train()
+    assert make(tmp_path, model=model, slow_mode_ratio=0.2).slow_mode_ratio == 0.2
+    assert make(tmp_path).slow_mode_ratio == 0.1
+
+
+def test_images_are_encoded_once_in_a_slow_step(tmp_path):
+    trainer = make(tmp_path, slow_mode_ratio=1.0, max_steps=3)
+    calls = []
+    trainer.model.model.vision_tower.register_forward_hook(lambda *a: calls.append(1))
+    trainer.train()
+    assert len(calls) == 3
+
+
+def test_batch_without_supervised_token_gives_a_finite_zero(tmp_path):
+    family = FAMILIES["llava"]
+    _, processor = family.build()
+
+    def unsupervised(examples):
+        inputs = Collator(family, processor)(examples)
+        return {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
+
+    for ratio in (0.0, 1.0):
+        trainer = make(tmp_path, slow_mode_ratio=ratio, max_steps=1, weight_decay=0.0)
+        trainer.data_collator.collator = unsupervised
+        before = copy.deepcopy(trainer.model.state_dict())
+        trainer.train()
+        assert history(trainer, "loss", "grad_norm") == [[0.0, 0.0]]
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_label_smoothing_equals_plain_trainer(tmp_path):
+    # The plain smoother averages over supervised tokens as well, for models that shift labels themselves.
+    from hf_dualspeed.distillation import supervised_cross_entropy
+
+    logits, targets = torch.randn(5, 7), torch.randint(7, (5,))
+    log_p = logits.log_softmax(-1)
+    expected = (-0.9 * log_p[torch.arange(5), targets] - 0.1 * log_p.mean(-1)).sum() / 5
+    torch.testing.assert_close(supervised_cross_entropy(logits, targets, 5, 0.1), expected)
+
+
+def test_labels_on_visual_tokens_are_masked_with_one_warning(tmp_path, caplog):
+    family = FAMILIES["llava"]
+    _, processor = family.build()
+
+    def everything(examples):
+        inputs = Collator(family, processor)(examples)
+        return {**inputs, "labels": torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)}
+
+    def no_visual(examples):
+        inputs = everything(examples)
+        return {**inputs, "labels": inputs["labels"].masked_fill(inputs["input_ids"] == processor.image_token_id, -100)}
+
+    logs = []
+    for collator in (everything, no_visual):
+        trainer = make(tmp_path, slow_mode_ratio=0.5, max_steps=4)
+        trainer.data_collator.collator = collator
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        logs.append(history(trainer, "loss"))
+    assert logs[0] == logs[1]
+    assert sum("-100" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pruning_ratio": 1.0}, r"`pruning_ratio` must be in \[0, 1\), got 1.0"),
+        ({"slow_mode_ratio": -0.1}, r"`slow_mode_ratio` must be in \[0, 1\], got -0.1"),
+        ({"slow_tail_ratio": 1.5}, "`slow_tail_ratio`"),
+        ({"isolator_length": -1}, "`isolator_length`"),
+        ({"distillation_temperature": 0.0}, "`distillation_temperature`"),
+        ({"mode_schedule": "perodic"}, "Did you mean 'periodic'"),
+        ({"position_ids": "orginal"}, "Did you mean 'original'"),
+        ({"pruner": "divprun"}, "'avg_pool', 'cls_attention', 'divprune', 'grid', 'random'.*Did you mean 'divprune'"),
+        ({"fast_only_parameters": ["*nothing*"]}, "matches no trainable parameter"),
+        ({"fast_only_parameters": ["lm_head*"], "slow_only_parameters": ["lm_head*"]}, "both match"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+def test_model_outside_the_protocol_is_refused(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ValueError, match="takes no `mm_encoder_outputs` and it has no `get_image_features`"):
+        make(tmp_path, model=model)
+
+
+def test_collator_that_drops_pixels_fails_before_training(tmp_path):
+    trainer = make(tmp_path)
+    collator = trainer.data_collator.collator
+    trainer.data_collator.collator = lambda examples: {k: v for k, v in collator(examples).items() if k != "pixel_values"}
+    with pytest.raises(ValueError, match="pixel_values"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_image_and_placeholder_counts_that_differ_are_both_named(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    collator = trainer.data_collator.collator
+
+    def one_image_short(examples):
+        inputs = collator([DATA[0], DATA[1]])
+        return {**inputs, "pixel_values": inputs["pixel_values"][:-1]}
+
+    trainer.data_collator.collator = one_image_short
+    with pytest.raises(ValueError, match=r"48 placeholders .* 32 visual features"):
+        trainer.train()
+
+
+def test_isolator_of_another_length_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make(tmp_path, isolator_length=4, **options).train()
+    for length in (8, 0):
+        trainer = make(tmp_path, isolator_length=length, **{**options, "max_steps": 4})
+        with pytest.raises(ValueError, match=f"`isolator_length` is {length}.*trained with 4.*isolator_length=4"):
+            trainer.train(resume_from_checkpoint=True)
+
+
+def test_ctrl_c_while_saving_leaves_the_checkpoint_whole(tmp_path):
+    class PressCtrlC(TrainerCallback):
+        def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
+            save = processing_class.save_pretrained
+
+            def interrupted(*a, **k):
+                os.kill(os.getpid(), signal.SIGINT)
+                return save(*a, **k)
+
+            processing_class.save_pretrained = interrupted
+
+    options = {"save_strategy": "steps", "save_steps": 2, "slow_mode_ratio": 0.5, "max_steps": 4}
+    trainer = make(tmp_path, callbacks=[PressCtrlC()], **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    resumed = make(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert all(math.isfinite(loss) for (loss,) in history(resumed, "loss"))
