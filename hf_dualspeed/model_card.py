@@ -8,15 +8,6 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 PAPER = "https://arxiv.org/abs/2602.03815"
-SETTINGS = (
-    "pruner",
-    "pruning_ratio",
-    "slow_mode_ratio",
-    "mode_schedule",
-    "position_ids",
-    "isolator_length",
-    "distillation_weight",
-)
 
 
 def write_model_card(
@@ -94,8 +85,11 @@ processor = AutoProcessor.from_pretrained("path/to/this/folder")
 
 
 def _training(results: dict, has_curve: bool) -> str:
-    settings = {key: results.get("settings", {}).get(key) for key in SETTINGS}
-    settings |= results.get("training", {}) | results.get("seeds", {})
+    settings = {
+        key: inner
+        for part in ("settings", "training", "seeds")
+        for key, inner in results.get(part, {}).items()
+    }
     described = [(key, _text(value)) for key, value in settings.items()]
     parts = ["## How it was trained", _table(("setting", "value"), described)]
     steps, seconds = results.get("steps", {}), results.get("seconds", {})

@@ -28,7 +28,7 @@ def run_record(args: DualSpeedTrainingArguments, summary: dict, total_seconds: f
     """
     return {
         "steps": summary["steps"],
-        "seconds": {"total": total_seconds, **summary["seconds"]},
+        "seconds": {"total": round(total_seconds, 3), **summary["seconds"]},
         "settings": {key: value for key, value in summary.items() if key not in ("steps", "seconds")},
         "training": _training_settings(args),
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},
