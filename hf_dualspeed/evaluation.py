@@ -78,7 +78,7 @@ def _generate(
     ]
     images = [[open_image(image) for image in prompt["images"]] for prompt in prompts]
     # Generation continues the last column, which therefore must not be padding.
-    inputs = dict(encode(processor, texts, images, padding_side="left").to(model.device))
+    inputs = dict(encode(processor, texts, images, padding_side="left").to(model.device, model.dtype))
     if prepare is not None:
         inputs = prepare(inputs)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

@@ -70,7 +70,7 @@ def _parts(content: str | list[dict] | None) -> list[dict]:
     """The content of a message as fresh parts, without the empty fields that Arrow adds."""
     if not isinstance(content, str):
         for part in content or []:
-            check_choice("type", part["type"], ("image", "text"))
+            check_choice("type", part.get("type"), ("image", "text"))
         return [
             {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
             for part in content or []
