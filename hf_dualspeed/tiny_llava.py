@@ -80,28 +80,30 @@ def build_tiny_llava(
         num_hidden_layers=vision_layers,
         num_attention_heads=heads,
     )
-    language = _language_config(
-        tokenizer, hidden_size, layers, heads, visual_tokens=(image_size // patch_size) ** 2
-    )
+    visual_tokens = (image_size // patch_size) ** 2
+    language = _language_config(tokenizer, hidden_size, layers, heads, visual_tokens)
     config = LlavaConfig(
         vision_config=vision,
         text_config=language,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=(image_size // patch_size) ** 2,
+        image_seq_length=visual_tokens,
         # LLaVA's default, the last layer but one, would waste the last layer of so small a tower.
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
+    return _random_model(config, seed), _processor(tokenizer, image_size, patch_size)
+
+
+def _random_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
+    text = config.text_config
     model.generation_config = GenerationConfig(
-        bos_token_id=language.bos_token_id,
-        eos_token_id=language.eos_token_id,
-        pad_token_id=language.pad_token_id,
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     )
-    return model, _processor(tokenizer, image_size, patch_size)
+    return model
 
 
 def _language_config(
