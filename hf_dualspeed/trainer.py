@@ -63,6 +63,8 @@ class DualSpeedMixin:
                 f"{self.args.n_gpu} devices in one process mean nn.DataParallel, which DualSpeed does not support. "
                 "Start one process per device: accelerate launch train.py."
             )
+        if self.is_fsdp_enabled:
+            wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.model)
         self.mode_pass.autocast = self.accelerator.autocast
         self.data_collator = MaskVisualLabels(self.data_collator, visual_token_ids(unwrap(self.model).config))
         # The loss is always summed and divided by the items of the whole step, whatever the model would do.
@@ -196,14 +198,14 @@ class DualSpeedMixin:
     # --- saving and resuming --------------------------------------------------------------------------------------
 
     def _save(self, output_dir=None, state_dict=None):
+        # Sharded training hands over the gathered weights, from which saving takes the isolator's out.
+        prompt = (state_dict or {}).get(f"{NAME}.isolator.prompt")
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             self._pruner.save_pretrained(folder)
             if self.args.isolator_length:
-                key = f"{NAME}.isolator.prompt"
-                sharded = state_dict is not None and key in state_dict
-                save_isolator(state_dict[key] if sharded else self.mode_pass.isolator.prompt, folder)
+                save_isolator(self.mode_pass.isolator.prompt if prompt is None else prompt, folder)
 
     def _save_checkpoint(self, model, trial):
         with interrupts_deferred():
@@ -262,6 +264,18 @@ def language_model_is_frozen(model: nn.Module) -> bool:
     outer = unwrap(model)
     parts = (outer.get_decoder(), outer.get_output_embeddings())
     return not any(p.requires_grad for part in parts if part is not None for p in part.parameters())
+
+
+def wrap_existing_layers(plugin, model: nn.Module) -> None:
+    """Names the layers that FSDP wraps: those of the model's `_no_split_modules` that it really has.
+
+    accelerate 1.15 wraps all of them and fails where one does not occur, as CLIP's text embeddings in LLaVA.
+    """
+    if plugin.transformer_cls_names_to_wrap:
+        return
+    present = {type(module).__name__ for module in model.modules()}
+    named = getattr(unwrap(model), "_no_split_modules", None) or ()
+    plugin.transformer_cls_names_to_wrap = sorted(present.intersection(named)) or None
 
 
 def check_isolator(folder: str | Path, length: int) -> None:

@@ -1,0 +1,81 @@
+"""Trains a tiny model in this process's world and writes what a test compares; started by accelerate or alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from safetensors.torch import save_file
+from test_trainer import DATA, SAMPLES, history, make
+from tiny_models import FAMILIES
+from torch.distributed.tensor import DTensor
+
+from hf_dualspeed import DualSpeedTrainer
+
+
+class ShardedOnCpu(DualSpeedTrainer):
+    """Accelerate turns FSDP on for accelerators only; what it then runs works over gloo as well."""
+
+    def create_accelerator_and_postprocess(self):
+        assert self.args.device.type == "cpu"  # sets the process group up
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--family", default="llava")
+    parser.add_argument("--images", action="store_true", help="leave samples without images out")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--max-steps", type=int, default=6)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model, _ = FAMILIES[options.family].build()
+    # Frozen, as in fine-tuning: torch can't resume the optimizer of a sharded model whose parameters it has not
+    # all stepped, and LLaVA never uses its tower's last layer.
+    model.get_encoder(modality="image").requires_grad_(False)
+    trainer = make(
+        options.out,
+        options.family,
+        ShardedOnCpu if os.environ.get("ACCELERATE_USE_FSDP") == "true" else DualSpeedTrainer,
+        # Sharded layers are gathered by all ranks at once, so each rank's batch must reach the vision tower.
+        data=[DATA[0], *(e for e in DATA[1:] if SAMPLES[e["index"]][1]), DATA[0]] if options.images else DATA,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=2,
+        max_steps=options.max_steps,
+        slow_mode_ratio=0.5,
+        pruning_ratio=0.5,
+        seed=1,
+        model=model,
+        # With an epsilon this large Adam has a state to save, yet does not blow rounding noise up to full steps.
+        adam_epsilon=1.0,
+        learning_rate=0.1,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    trainer.train(resume_from_checkpoint=options.resume or None)
+    trainer.save_model()
+    weights = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    }
+    rank = trainer.args.process_index
+    save_file(weights, options.out / f"rank{rank}.safetensors")
+    report = {
+        "world": trainer.args.world_size,
+        "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "modes": [trainer.mode_at(step) for step in range(options.max_steps)],
+        "steps": trainer.summary()["steps"],
+        "history": history(trainer, "loss", "grad_norm", "fast_loss", "slow_loss", "distillation_loss"),
+    }
+    (options.out / f"rank{rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

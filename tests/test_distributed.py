@@ -1,0 +1,84 @@
+"""Two processes on the CPU, started by `accelerate launch`, against one process on the same global batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+DDP = TESTS.parent / "trainer_configs" / "accelerate" / "cpu_ddp.yaml"
+FSDP2 = TESTS / "fsdp2_cpu.yaml"
+
+
+def run(out: Path, *options: str, config: Path | None = None) -> list[dict]:
+    """Trains and returns what each rank reports."""
+    out.mkdir(parents=True, exist_ok=True)
+    launcher = [sys.executable]
+    if config is not None:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        launcher += ["--main_process_port", "0"]
+    done = subprocess.run(
+        [*launcher, str(TESTS / "distributed_run.py"), "--out", str(out), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(path.read_text()) for path in sorted(out.glob("rank*.json"))]
+
+
+def numbers(report: dict) -> torch.Tensor:
+    return torch.tensor([[-1.0 if v is None else v for v in entry] for entry in report["history"]])
+
+
+def assert_same_training(one: Path, two: Path, alone: dict, ranks: list[dict]) -> None:
+    assert [r["world"] for r in ranks] == [2, 2]
+    assert {"fast", "slow"} == set(alone["modes"])
+    for rank, report in enumerate(ranks):
+        assert report["modes"] == alone["modes"]
+        assert report["steps"] == alone["steps"]
+        torch.testing.assert_close(numbers(report), numbers(alone), rtol=1e-4, atol=1e-5)
+        expected, weights = (load_file(f / f"rank{r}.safetensors") for f, r in ((one, 0), (two, rank)))
+        assert expected.keys() == weights.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow), pytest.param("llava_next", marks=pytest.mark.slow)]
+)
+def test_ddp_equals_one_process(tmp_path, family):
+    # One sample is text only, so that one rank's micro-batch reaches neither the tower nor the isolator.
+    one, two = tmp_path / "one", tmp_path / "two"
+    (alone,) = run(one, "--batch", "2", "--family", family)
+    assert_same_training(one, two, alone, run(two, "--batch", "1", "--family", family, config=DDP))
+
+
+@pytest.mark.distributed
+def test_fsdp2_equals_one_process_saves_and_resumes(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    (alone,) = run(one, "--batch", "2", "--images")
+    ranks = run(two, "--batch", "1", "--images", config=FSDP2)
+    assert all(report["sharded"] for report in ranks)
+    assert_same_training(one, two, alone, ranks)
+    saved, trained = load_file(two / "mode_isolator.safetensors"), load_file(two / "rank0.safetensors")
+    assert torch.equal(saved["prompt"], trained["dualspeed.isolator.prompt"])
+
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(two, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
+
+    (two / "checkpoint-6").rename(two / "finished")
+    resumed = run(two, "--batch", "1", "--images", "--resume", config=FSDP2)
+    assert_same_training(one, two, alone, resumed)
