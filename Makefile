@@ -27,7 +27,7 @@ quickstart: $(STAMP)
 	$(LAUNCH) train.py --config trainer_configs/quickstart.yaml
 
 compare: $(STAMP)
-	$(BIN)/dualspeed compare
+	$(BIN)/dualspeed compare --config trainer_configs/compare.yaml
 
 bench: $(STAMP)
 	$(BIN)/dualspeed bench

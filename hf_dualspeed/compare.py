@@ -1,0 +1,398 @@
+"""`dualspeed compare`: one training with and without DualSpeed, as a results file, a table and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from datasets import Dataset
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.table import Column, Table
+from transformers import Trainer, set_seed
+
+from hf_dualspeed.arguments import DualSpeedTrainingArguments, check_range
+from hf_dualspeed.callbacks import ModeClock
+from hf_dualspeed.data import VisionLanguageCollator, load_examples
+from hf_dualspeed.easy_vqa import majority_accuracy
+from hf_dualspeed.encoding import encoder_owner
+from hf_dualspeed.evaluation import answer_accuracy
+from hf_dualspeed.fast_pass import prune_inputs
+from hf_dualspeed.recipe import load_model, prepare_model
+from hf_dualspeed.recipe_arguments import RecipeArguments, parse_recipe
+from hf_dualspeed.results import machine, run_record, versions, without_paths
+from hf_dualspeed.schedule import SLOW
+from hf_dualspeed.trainer import DualSpeedTrainer, resolve_pruner
+
+COMMAND = "dualspeed compare"
+RESULTS = "docs/results/compare.json"
+# Nothing but training may happen inside train(), whose wall time is compared.
+TRAIN_ONLY = ("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false")
+NO_SLOW_STEPS = ("--slow_mode_ratio", "0", "--slow_warmup_steps", "0", "--slow_tail_ratio", "0")
+NO_EXTRAS = ("--isolator_length", "0", "--distillation_weight", "0")
+LOSSES = ("loss", "fast_loss", "slow_loss", "distillation_loss", "train_loss")
+# What all runs have in common is published once.
+COMMON = ("fingerprint", "training", "versions", "machine", "seeds")
+MAJORITY = "guessing from the question alone"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of the ways to train: its names, what it changes in the recipe, and how it is drawn."""
+
+    key: str
+    name: str
+    changes: tuple[str, ...]
+    colour: str
+    marker: str
+    trainer: type[Trainer] = DualSpeedTrainer
+
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart. The first way is the baseline.
+WAYS = (
+    Way("full-tokens", "full tokens", (), "#000000", "o", Trainer),
+    Way("pruned-only", "pruned only (NaivePrune)", (*NO_SLOW_STEPS, *NO_EXTRAS), "#D55E00", "s"),
+    Way("fast-slow", "fast-slow, no isolator, no distillation", NO_EXTRAS, "#0072B2", "^"),
+    Way("dualspeed", "DualSpeed", (), "#009E73", "D"),
+)
+BASELINE = WAYS[0]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A way to train with a seed: what the recipe makes of it, and the data."""
+
+    way: Way
+    recipe: RecipeArguments
+    args: DualSpeedTrainingArguments
+    train: Dataset
+    test: Dataset
+
+
+def main(argv: list[str]) -> None:
+    """Compares, or renders an earlier comparison anew.
+
+    Args:
+        argv (`list[str]`): The words after `dualspeed compare`.
+
+    Raises:
+        ValueError: an option is unknown or out of range, or the recipe cannot be compared.
+        FileNotFoundError: there is no such recipe, or with `--render-only` no results file.
+    """
+    options, words = _parser().parse_known_args(argv)
+    path = Path(options.results)
+    if not options.render_only:
+        command = shlex.join([*COMMAND.split(), *without_paths(argv)])
+        _write_json(path, compare(words, options.seeds, command))
+    elif not path.is_file():
+        raise FileNotFoundError(f"`results` is {str(path)!r}, but there is no such file to render.")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    path.with_suffix(".md").write_text(f"{caption(results)}\n\n{readme_table(results)}\n", encoding="utf-8")
+    plot(results, path.with_suffix(".png"))
+    header, *rows = table_rows(results)
+    table = Table(*(Column(name, overflow="fold") for name in header))
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
+    """Trains every way with every seed, but for runs that are finished, and sums up.
+
+    Args:
+        words (`list[str]`): The recipe, as on the command line of `dualspeed train`.
+        seeds (`list[int]`): Each seed gives all four ways the same initial weights and order of data.
+        command (`str`, *optional*): What the results name as their origin.
+    """
+    recipe, args = parse_recipe(words, prog=COMMAND)
+    _check(recipe, args, seeds)
+    train = load_examples(recipe.dataset, split=recipe.dataset_split, image_folder=recipe.image_folder)
+    test = load_examples(recipe.eval_dataset, split=recipe.eval_split, image_folder=recipe.image_folder)
+    plan, results, warm = list(order(seeds)), [], False
+    for number, (way, seed) in enumerate(plan, start=1):
+        folder = Path(args.output_dir) / f"{way.key}-seed{seed}"
+        own = [*words, *way.changes, "--seed", str(seed), "--output_dir", str(folder), *TRAIN_ONLY]
+        run = Run(way, *parse_recipe(own), train, test)
+        result = finished(run)
+        note = "" if result is None else " (finished before)"
+        Console().print(f"run {number} of {len(plan)}: {way.name}, seed {seed}{note}")
+        if result is None:
+            if not warm:
+                # The process's first step pays for set-up that later ones find done.
+                build_trainer(Run(BASELINE, *parse_recipe([*own, "--max_steps", "1"]), train, test)).train()
+            warm, result = True, execute(run)
+        results.append(result)
+    head = {"command": command, **_description(recipe, results), "seeds": seeds}
+    if recipe.dataset == recipe.eval_dataset == "easy-vqa":
+        head["majority_accuracy"] = majority_accuracy(train, test.select(range(head["n"])))
+    runs = [{key: value for key, value in result.items() if key not in COMMON} for result in results]
+    return without_paths({**head, "summary": summarise(results), "runs": runs})
+
+
+def order(seeds: list[int]) -> Iterator[tuple[Way, int]]:
+    """All runs, seed by seed, each seed beginning with another way: slow times of a machine hit all."""
+    for index, seed in enumerate(seeds):
+        first = index % len(WAYS)
+        yield from ((way, seed) for way in (*WAYS[first:], *WAYS[:first]))
+
+
+def fingerprint(run: Run) -> str:
+    """Tells apart runs whose numbers may not be mixed: by recipe, way, seed, versions and machine."""
+    settings = {key: value for key, value in run.args.to_dict().items() if key != "output_dir"}
+    parts = [run.way.key, asdict(run.recipe), settings, versions(), machine()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def finished(run: Run) -> dict | None:
+    """The result that the run's folder holds, unless it is that of another run."""
+    path = Path(run.args.output_dir) / "result.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if found.get("fingerprint") == fingerprint(run) else None
+
+
+def execute(run: Run) -> dict:
+    """Trains, evaluates with all visual tokens and with pruned ones, and writes the run's result.json."""
+    # Every run starts without the memory of the one before.
+    gc.collect()
+    torch.cuda.empty_cache()
+    trainer = build_trainer(run)
+    ours = isinstance(trainer, DualSpeedTrainer)
+    # The plain trainer's steps all train on all tokens, which is what slow means.
+    clock = trainer.clock if ours else ModeClock(lambda step: SLOW)
+    if not ours:
+        trainer.add_callback(clock)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    times = {"steps": clock.steps, "seconds": {mode: round(s, 3) for mode, s in clock.seconds.items()}}
+    full = _accuracy(trainer, run, None, "all visual tokens")
+    pruned = _accuracy(trainer, run, pruned_prompts(trainer, run.args), "pruned visual tokens")
+    result = {
+        "way": run.way.key,
+        "seed": run.args.seed,
+        "trainer": type(trainer).__name__,
+        "accuracy_full": full["accuracy"],
+        "accuracy_pruned": pruned["accuracy"],
+        "n": full["n"],
+        "steps_per_second": round(sum(clock.steps.values()) / seconds, 4),
+        "losses": {key: log[key] for log in trainer.state.log_history for key in LOSSES if key in log},
+        **run_record(run.args, trainer.summary() if ours else times, seconds),
+        "fingerprint": fingerprint(run),
+    }
+    _write_json(Path(run.args.output_dir) / "result.json", result)
+    return result
+
+
+def build_trainer(run: Run) -> Trainer:
+    """The way's trainer, around a model whose initial weights depend on the seed alone."""
+    set_seed(run.args.seed)
+    model, processor = load_model(run.recipe, run.train, run.args.seed)
+    if encoder_owner(model, "get_rope_index") is not None:
+        raise ValueError(
+            f"`model_name_or_path` is {run.recipe.model_name_or_path!r}, which numbers tokens on three axes; "
+            "pruned prompts of such models cannot generate. Compare one with plain positions, such as LLaVA."
+        )
+    collator = VisionLanguageCollator(
+        processor, max_length=run.recipe.max_length, unreadable_images=run.recipe.unreadable_images
+    )
+    return run.way.trainer(
+        model=prepare_model(model, run.recipe),
+        args=run.args,
+        train_dataset=run.train,
+        processing_class=processor,
+        data_collator=collator,
+    )
+
+
+def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> Callable[[dict], dict]:
+    """Prunes prompts as the recipe's fast steps do, behind the trained isolator where there is one."""
+    trained = trainer.mode_pass if isinstance(trainer, DualSpeedTrainer) else None
+    return partial(
+        prune_inputs,
+        trainer.accelerator.unwrap_model(trainer.model),
+        pruner=trained.pruner if trained else resolve_pruner(None, args).to(args.device),
+        isolator=trained.isolator if trained else None,
+        position_ids=args.position_ids,
+        generator=torch.Generator(args.device).manual_seed(args.seed),
+    )
+
+
+def _accuracy(trainer: Trainer, run: Run, prepare: Callable | None, tokens: str) -> dict:
+    return answer_accuracy(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        run.test,
+        batch_size=run.recipe.eval_batch_size,
+        max_new_tokens=run.recipe.max_new_tokens,
+        limit=run.recipe.eval_limit,
+        prepare=prepare,
+        description=f"accuracy with {tokens}",
+    )
+
+
+def summarise(results: list[dict]) -> dict[str, dict]:
+    """Per way, mean and spread over the seeds; ratios are taken to the baseline's run of the same seed."""
+    base = {run["seed"]: run for run in results if run["way"] == BASELINE.key}
+    summary = {}
+    for way in WAYS:
+        own = [run for run in results if run["way"] == way.key]
+        pairs = [(run, base[run["seed"]]) for run in own]
+        summary[way.key] = {
+            "name": way.name,
+            **{key: _spread([run[key] for run in own]) for key in ("accuracy_full", "accuracy_pruned")},
+            "retention": _spread([_ratio(a["accuracy_full"], b["accuracy_full"]) for a, b in pairs]),
+            "speed_up": _spread([_ratio(b["seconds"]["total"], a["seconds"]["total"]) for a, b in pairs]),
+            "train_seconds": _spread([run["seconds"]["total"] for run in own]),
+            "steps_per_second": _spread([run["steps_per_second"] for run in own]),
+            "steps": {mode: mean(run["steps"][mode] for run in own) for mode in own[0]["steps"]},
+        }
+    return summary
+
+
+def _ratio(value: float, baseline: float) -> float | None:
+    return value / baseline if baseline else None
+
+
+def _spread(values: list[float | None]) -> dict[str, float] | None:
+    """Mean, smallest, largest and standard deviation; None where a value could not be computed."""
+    if None in values:
+        return None
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return {"mean": mean(values), "min": min(values), "max": max(values), "sd": deviation}
+
+
+def _description(recipe: RecipeArguments, results: list[dict]) -> dict:
+    """What was trained, on what, with what and where."""
+    dualspeed = next(run for run in results if run["way"] == "dualspeed")
+    return {
+        "model": recipe.model_name_or_path or {"tiny_llava": recipe.tiny_llava},
+        **{key: getattr(recipe, key) for key in ("dataset", "dataset_split", "eval_dataset", "eval_split")},
+        "steps": sum(dualspeed["steps"].values()),
+        **{key: dualspeed[key] for key in ("n", "settings", "training", "versions", "machine")},
+        "date": max(run["date"] for run in results),
+    }
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Through a second file, so that an interruption leaves no half of it behind.
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def caption(results: dict) -> str:
+    """What the numbers of the table are."""
+    here, used, installed = results["machine"], results["settings"], results["versions"]
+    return (
+        f"{results['steps']} optimizer steps on {results['dataset']} ({results['dataset_split']}); accuracy "
+        f"on {results['n']} questions of {results['eval_dataset']} ({results['eval_split']}). Mean over "
+        f"{len(results['seeds'])} seed(s), in brackets the smallest and the largest value. Baseline: "
+        f"`transformers.Trainer` with {BASELINE.name}; retention (of accuracy with all tokens) and speed-up "
+        "compare with its run of the same seed. Seconds are those of training, without evaluation. Pruned: "
+        f"{used['pruning_ratio']:.0%} of the visual tokens removed by {used['pruner']['pruner_type']}. "
+        f"Machine: {here['accelerator'] or here['cpu']}, {here['threads']} CPU thread(s); torch "
+        f"{installed['torch']}, transformers {installed['transformers']}; {results['date'][:10]}. "
+        f"Command: `{results['command']}`"
+    )
+
+
+def table_rows(results: dict) -> list[list[str]]:
+    """Header and rows of the table."""
+    shares = ("accuracy_full", "accuracy_pruned", "retention")
+    header = ["trained with", "accuracy, all tokens", "accuracy, pruned tokens", "retention"]
+    rows = [[*header, "speed-up", "seconds", "steps/s"]]
+    for own in results["summary"].values():
+        times = (("speed_up", ".2fx"), ("train_seconds", ".1f"), ("steps_per_second", ".2f"))
+        forms = [*((key, ".1%") for key in shares), *times]
+        rows.append([own["name"], *(_cell(own[key], form) for key, form in forms)])
+    if "majority_accuracy" in results:
+        rows.append([MAJORITY, f"{results['majority_accuracy']:.1%}", *["n/a"] * 5])
+    return rows
+
+
+def _cell(spread: dict[str, float] | None, form: str) -> str:
+    if spread is None:
+        return "n/a"
+    unit = "x" if form.endswith("x") else ""
+    center, low, high = (format(spread[key], form.rstrip("x")) + unit for key in ("mean", "min", "max"))
+    return center if low == high else f"{center} ({low} to {high})"
+
+
+def readme_table(results: dict) -> str:
+    """The Markdown table of a comparison's results."""
+    header, *rows = table_rows(results)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Draws accuracy with all tokens against training time: small markers for seeds, large ones for means."""
+    figure = Figure(figsize=(8, 5.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for way in WAYS:
+        _draw_way(axis, way, results)
+    if "majority_accuracy" in results:
+        axis.axhline(results["majority_accuracy"], color="#666666", linestyle="--", label=MAJORITY)
+    axis.set_xlabel("training time in seconds (large: mean over seeds)", fontsize=13)
+    axis.set_ylabel("accuracy with all visual tokens", fontsize=13)
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.margins(x=0.1, y=0.12)
+    axis.set_xlim(left=0)
+    axis.tick_params(labelsize=12)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    figure.savefig(path)
+
+
+def _draw_way(axis: Axes, way: Way, results: dict) -> None:
+    runs = [run for run in results["runs"] if run["way"] == way.key]
+    seconds, accuracy = [run["seconds"]["total"] for run in runs], [run["accuracy_full"] for run in runs]
+    axis.scatter(seconds, accuracy, s=35, marker=way.marker, color=way.colour, alpha=0.5, linewidths=0)
+    axis.scatter(mean(seconds), mean(accuracy), s=170, marker=way.marker, color=way.colour, label=way.name)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are exceptions, as those of the recipe's are."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def _parser() -> _Parser:
+    about = (
+        "Trains a recipe with full tokens, pruned tokens, fast and slow steps, and DualSpeed; compares them."
+    )
+    epilog = "All options of `dualspeed train` work as well; --config names the recipe."
+    parser = _Parser(prog=COMMAND, allow_abbrev=False, description=about, epilog=epilog)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds (default: 0 1 2).")
+    parser.add_argument("--results", default=RESULTS, help=f"The JSON file to write (default: {RESULTS}).")
+    parser.add_argument("--render-only", action="store_true", help="Train nothing, render the JSON file.")
+    return parser
+
+
+def _check(recipe: RecipeArguments, args: DualSpeedTrainingArguments, seeds: list[int]) -> None:
+    for seed in seeds:
+        check_range("seeds", seed, 0, off="Use --seeds 0 1 2.")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"`seeds` must differ from each other, got {seeds}. Use --seeds 0 1 2.")
+    if recipe.eval_dataset is None:
+        raise ValueError("`eval_dataset` is None, but accuracy needs questions. Set it to easy-vqa, say.")
+    devices = args.world_size * max(1, args.n_gpu)
+    if devices > 1:
+        raise ValueError(f"`{COMMAND}` measures one device, got {devices}. Set CUDA_VISIBLE_DEVICES=0.")
