@@ -1,0 +1,266 @@
+"""One contract for every registered pruner, and references for the rules."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_dualspeed import AutoPruner, Pruner, PrunerConfig, VisualTokens, available_pruners, register_pruner
+from hf_dualspeed.pruners import budget
+from hf_dualspeed.pruners.base import _REGISTRY
+from hf_dualspeed.pruners.divprune import DivPrune
+
+RATIOS = (0.1, 0.5, 0.75, 0.9, 0.999)
+
+
+def grid(rows: int, columns: int, frame: int = 0) -> torch.Tensor:
+    cells = torch.cartesian_prod(torch.tensor([frame]), torch.arange(rows), torch.arange(columns))
+    return cells.view(-1, 3)
+
+
+def tokens(*shapes, seed=0, dtype=torch.float32, width=16) -> VisualTokens:
+    """Images of the given (rows, columns), padded; two views of different width where a shape holds four numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    grids = [grid(*s) if len(s) == 2 else torch.cat([grid(*s[:2]), grid(*s[2:], frame=1)]) for s in shapes]
+    lengths = [len(g) for g in grids]
+    features = [torch.randn(n, width, generator=generator) for n in lengths]
+    attention = [torch.rand(n, generator=generator) for n in lengths]
+    pad = lambda rows: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # noqa: E731
+    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return VisualTokens(
+        features=pad(features).to(dtype),
+        valid=None if min(lengths) == max(lengths) else valid,
+        grid=pad(grids),
+        attention=pad(attention),
+        generator=torch.Generator().manual_seed(1),
+    )
+
+
+def image(batch: VisualTokens, index: int) -> VisualTokens:
+    """One image of a batch, on its own and without padding."""
+    n = batch.lengths[index]
+    one = slice(index, index + 1)
+    return VisualTokens(batch.features[one, :n], grid=batch.grid[one, :n], attention=batch.attention[one, :n])
+
+
+SHAPES = [[(24, 24)], [(6, 6), (6, 6)], [(4, 9), (7, 3), (1, 1), (2, 30)], [(6, 6, 5, 8), (6, 6)]]
+
+
+@pytest.mark.parametrize("name", available_pruners())
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_contract(name, shapes, ratio):
+    pruner = AutoPruner.from_name(name, pruning_ratio=ratio)
+    batch = tokens(*shapes)
+    out = pruner(batch)
+    expected = [budget(n, ratio) for n in batch.lengths]
+    assert out.lengths == expected
+    assert out.features.shape == (len(shapes), max(expected), 16)
+    assert out.positions.shape == (len(shapes), max(expected))
+    for i, (keep, count) in enumerate(zip(expected, batch.lengths, strict=True)):
+        positions = out.positions[i, :keep]
+        assert (positions[1:] > positions[:-1]).all()
+        assert 0 <= positions[0]
+        assert positions[-1] < count
+        assert out.valid is None or out.valid[i].sum() == keep
+        if not pruner.merges:
+            assert torch.equal(out.features[i, :keep], batch.features[i, positions])
+        if pruner.deterministic:
+            alone = pruner(image(batch, i))
+            assert torch.equal(alone.positions[0], positions)
+            torch.testing.assert_close(alone.features[0], out.features[i, :keep])
+    assert (out.valid is None) == (min(expected) == max(expected))
+
+
+@pytest.mark.parametrize("name", available_pruners())
+def test_ratio_zero_is_the_identity(name):
+    batch = tokens((4, 4), (3, 5))
+    out = AutoPruner.from_name(name, pruning_ratio=0.0)(batch)
+    assert torch.equal(out.features, batch.features)
+    assert out.lengths == [16, 15]
+
+
+@pytest.mark.parametrize("name", available_pruners())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_features_are_selected_in_float32(name, dtype):
+    batch = tokens((8, 8), dtype=dtype)
+    exact = tokens((8, 8), dtype=dtype)
+    exact.features = exact.features.float()
+    low, high = (AutoPruner.from_name(name, pruning_ratio=0.8)(b) for b in (batch, exact))
+    assert low.features.dtype == dtype
+    assert torch.equal(low.positions, high.positions)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = tokens((8, 8), dtype=dtype)
+        assert torch.equal(AutoPruner.from_name(name, pruning_ratio=0.8)(again).positions, high.positions)
+
+
+@pytest.mark.parametrize("name", available_pruners())
+def test_gradients_reach_kept_tokens(name):
+    batch = tokens((6, 6))
+    batch.features.requires_grad_(True)
+    out = AutoPruner.from_name(name, pruning_ratio=0.75)(batch)
+    assert not out.positions.requires_grad
+    out.features.sum().backward()
+    touched = batch.features.grad.abs().sum(-1)[0] > 0
+    if AutoPruner.from_name(name).merges:
+        assert touched.all()
+    else:
+        assert touched.nonzero()[:, 0].tolist() == out.positions[0].tolist()
+
+
+@pytest.mark.parametrize("name", available_pruners())
+def test_duplicate_tokens_do_no_harm(name):
+    batch = VisualTokens(torch.ones(2, 20, 4), grid=grid(4, 5).expand(2, -1, -1), attention=torch.ones(2, 20))
+    out = AutoPruner.from_name(name, pruning_ratio=0.5)(batch)
+    assert out.features.isfinite().all()
+    assert all(len(set(row)) == 10 for row in out.positions.tolist())
+
+
+def test_budget():
+    assert budget(576, 0.9) == 57
+    assert [budget(10, r) for r in (0.0, 0.9, 0.7, 0.999)] == [10, 1, 3, 1]
+    assert budget(1, 0.99) == 1
+
+
+def reference_divprune(features: torch.Tensor, keep: int) -> list[int]:
+    """The paper's rule, token by token, in float64."""
+    unit = F.normalize(features.double(), dim=-1)
+    distance = 1 - unit @ unit.T
+    distance.fill_diagonal_(float("inf"))
+    chosen = [int(distance.min(1).values.argmax())]
+    while len(chosen) < keep:
+        rest = [i for i in range(len(features)) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(float(distance[i, j]) for j in chosen)))
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("matrix", [4096, 8])
+def test_divprune_is_the_papers_rule(seed, matrix, monkeypatch):
+    monkeypatch.setattr("hf_dualspeed.pruners.divprune.MATRIX_TOKENS", matrix)
+    batch = tokens((6, 7), (4, 4), seed=seed)
+    out = AutoPruner.from_name("divprune", pruning_ratio=0.7)(batch)
+    for i, n in enumerate(batch.lengths):
+        assert out.positions[i, : out.lengths[i]].tolist() == reference_divprune(batch.features[i, :n], budget(n, 0.7))
+
+
+def test_divprune_does_not_wait_for_the_device_nor_loop_over_images():
+    # The meta device has no values: any read of one, any branch on one and any `.item()` raises there.
+    features = torch.randn(3, 50, 8, device="meta")
+    assert DivPrune(DivPrune.config_class(0.9)).rank(VisualTokens(features), 5).shape == (3, 5)
+    calls = {}
+    for images in (1, 16):
+        with torch.profiler.profile() as profile:
+            DivPrune(DivPrune.config_class(0.9)).rank(VisualTokens(torch.randn(images, 50, 8)), 5)
+        calls[images] = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+    assert calls[16] <= calls[1] * 1.1
+
+
+def test_random_draws_from_its_generator():
+    pruner = AutoPruner.from_name("random", pruning_ratio=0.5)
+    draws = [pruner(tokens((10, 10))).positions.tolist() for _ in range(2)]
+    assert draws[0] == draws[1]
+    batch = tokens((10, 10))
+    assert pruner(batch).positions.tolist() != pruner(batch).positions.tolist()
+
+
+def test_grid_is_evenly_spaced_and_pooling_averages_its_cells():
+    batch = tokens((8, 8))
+    kept = AutoPruner.from_name("grid", pruning_ratio=0.75)(batch)
+    places = batch.grid[0, kept.positions[0], 1:]
+    assert sorted(set(places[:, 0].tolist())) == sorted(set(places[:, 1].tolist())) == [0, 2, 4, 6]
+    pooled = AutoPruner.from_name("avg_pool", pruning_ratio=0.75)(batch)
+    expected = F.avg_pool2d(batch.features.view(1, 8, 8, 16).permute(0, 3, 1, 2), 2).flatten(2).mT
+    torch.testing.assert_close(pooled.features, expected)
+    assert torch.equal(pooled.positions, kept.positions)
+    # 57 of 24 x 24 tokens is no product of two fitting numbers: bands of 7 and 8 columns.
+    out = AutoPruner.from_name("grid", pruning_ratio=0.9)(tokens((24, 24)))
+    gaps = torch.cdist(*(2 * [tokens((24, 24)).grid[0, out.positions[0], 1:].float()]))
+    assert gaps.fill_diagonal_(99).min() >= 3
+    without = AutoPruner.from_name("grid", pruning_ratio=0.75)(VisualTokens(batch.features))
+    assert without.positions[0].tolist() == list(range(1, 64, 4))
+
+
+def test_cls_attention_keeps_the_most_attended():
+    batch = tokens((5, 5))
+    out = AutoPruner.from_name("cls_attention", pruning_ratio=0.8)(batch)
+    assert out.positions[0].tolist() == sorted(batch.attention[0].topk(5).indices.tolist())
+    with pytest.raises(ValueError, match="'cls_attention' needs `VisualTokens.attention`, got None"):
+        AutoPruner.from_name("cls_attention")(VisualTokens(torch.randn(1, 4, 2)))
+
+
+@pytest.mark.parametrize("name", available_pruners())
+def test_saved_config_builds_the_same_pruner(tmp_path, name, caplog):
+    AutoPruner.from_name(name, pruning_ratio=0.6).save_pretrained(tmp_path)
+    loaded = AutoPruner.from_pretrained(tmp_path)
+    assert type(loaded) is _REGISTRY[name]
+    assert loaded.config.to_dict() == {"pruner_type": name, "pruning_ratio": 0.6}
+    path = tmp_path / "pruner_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 1}))
+    assert AutoPruner.from_pretrained(tmp_path).config == loaded.config
+    assert "from_the_future" in caplog.text
+
+
+def test_bad_names_folders_and_ratios_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`pruner` must be one of .*'divprune'.*got 'divprum'.*Did you mean 'divprune'"):
+        AutoPruner.from_name("divprum")
+    with pytest.raises(FileNotFoundError, match=r"No pruner_config\.json"):
+        AutoPruner.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`pruning_ratio` must be in \[0, 1\), got 1"):
+        AutoPruner.from_name("grid", pruning_ratio=1)
+    (tmp_path / "pruner_config.json").write_text('{"pruner_type": "os.system"}')
+    with pytest.raises(ValueError, match="must be one of"):
+        AutoPruner.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`features` must be of shape \(B, N, D\)"):
+        VisualTokens(torch.randn(3, 4))
+    with pytest.raises(ValueError, match="`attention` must begin with the shape"):
+        VisualTokens(torch.randn(1, 4, 2), attention=torch.randn(1, 5))
+    with pytest.raises(TypeError, match="from_name"):
+        AutoPruner()
+
+
+def test_outsiders_register_pruners(tmp_path):
+    from dataclasses import dataclass
+
+    @dataclass
+    class FirstConfig(PrunerConfig):
+        skip: int = 0
+
+    try:
+
+        @register_pruner("first")
+        class First(Pruner):
+            config_class = FirstConfig
+
+            def rank(self, tokens, most):
+                return torch.arange(self.config.skip, self.config.skip + most).expand(len(tokens.lengths), -1)
+
+        assert "first" in available_pruners()
+        pruner = AutoPruner.from_name("first", pruning_ratio=0.5, skip=2)
+        assert pruner(tokens((3, 4))).positions[0].tolist() == [2, 3, 4, 5, 6, 7]
+        pruner.save_pretrained(tmp_path)
+        assert AutoPruner.from_pretrained(tmp_path).config == pruner.config
+        with pytest.raises(ValueError, match="`name` 'first' is taken by"):
+
+            @register_pruner("first")
+            class Second(Pruner):
+                pass
+
+        with pytest.raises(ValueError, match="`needs` of Third must be among"):
+
+            @register_pruner("third")
+            class Third(Pruner):
+                needs = frozenset({"labels"})
+    finally:
+        _REGISTRY.pop("first", None)
+
+
+def test_importing_the_package_is_enough_to_know_all_pruners():
+    code = "from hf_dualspeed.pruners import available_pruners; print(*available_pruners())"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {"avg_pool", "cls_attention", "divprune", "grid", "random"} <= set(shown)
