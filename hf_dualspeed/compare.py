@@ -348,7 +348,7 @@ def plot(results: dict, path: Path) -> None:
         _draw_way(axis, way, results)
     if "majority_accuracy" in results:
         axis.axhline(results["majority_accuracy"], color="#666666", linestyle="--", label=MAJORITY)
-    axis.set_xlabel("training time in seconds (large: mean over seeds)", fontsize=13)
+    axis.set_xlabel("training time in seconds (small: each seed, large: their mean)", fontsize=13)
     axis.set_ylabel("accuracy with all visual tokens", fontsize=13)
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.margins(x=0.1, y=0.12)
@@ -363,13 +363,13 @@ def plot(results: dict, path: Path) -> None:
 def _draw_way(axis: Axes, way: Way, results: dict) -> None:
     runs = [run for run in results["runs"] if run["way"] == way.key]
     seconds, accuracy = [run["seconds"]["total"] for run in runs], [run["accuracy_full"] for run in runs]
-    axis.scatter(seconds, accuracy, s=35, marker=way.marker, color=way.colour, alpha=0.5, linewidths=0)
-    axis.scatter(mean(seconds), mean(accuracy), s=170, marker=way.marker, color=way.colour, label=way.name)
+    axis.scatter(seconds, accuracy, s=22, marker=way.marker, color=way.colour, linewidths=0)
+    # Hollow, so that it does not hide the seeds, which lie close to their mean.
+    look = {"s": 220, "marker": way.marker, "facecolors": "none", "edgecolors": way.colour, "linewidths": 2.2}
+    axis.scatter(mean(seconds), mean(accuracy), label=way.name, **look)
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are exceptions, as those of the recipe's are."""
-
     def error(self, message: str) -> None:
         raise ValueError(message)
 
