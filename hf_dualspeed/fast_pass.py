@@ -115,7 +115,7 @@ def shorten_inputs(
     for encoding in encodings:
         pruned = pruner(encoding.tokens(generator))
         rows, repeats = kept_rows(pruned, encoding.lengths, 0 if prompt is None else len(prompt))
-        outputs[encoding.modality] = encoding.with_features(isolated(pruned, prompt)[rows])
+        outputs[encoding.modality] = encoding.with_features(isolated(pruned, prompt).index_select(0, rows))
         copies[encoding.token_id] = repeats
     plan = plan_shortening(ids, mask, copies)
     short = shorten_tensors(model, inputs, plan, set().union(*(e.consumed for e in encodings)))

@@ -85,9 +85,9 @@ class DualSpeedMixin:
         if isolator is not None and (base / WEIGHTS_NAME).is_file():
             isolator.load_pretrained(base)  # learnt since the projector stage
             logger.info("Mode isolator taken from %s.", base)
-        mode_pass = ModePass(self._pruner, isolator, args.position_ids)
-        mode_pass.attach(model)
-        fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in mode_pass.parameters()) else []
+        self.mode_pass = ModePass(self._pruner, isolator, args.position_ids)
+        self.mode_pass.attach(model)
+        fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.mode_pass.parameters()) else []
         self.views = ParameterViews(model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters)
         self.slow_mode_ratio = args.slow_mode_ratio
         if self.slow_mode_ratio is None:
@@ -96,12 +96,8 @@ class DualSpeedMixin:
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
         self._attach(model, self.args)
+        self.mode_pass.autocast = self.accelerator.autocast
         return model
-
-    @property
-    def mode_pass(self) -> ModePass:
-        """The hooks, isolator and pruner of the model in training."""
-        return getattr(self.accelerator.unwrap_model(self.model), NAME)
 
     def train(self, *args, **kwargs):
         """Trains; the first example is collated beforehand, so that a batch that can't be trained on fails at once."""

@@ -9,6 +9,7 @@ from .base import Pruner, VisualTokens, register_pruner
 
 # Above this many tokens the (N, N) similarities of one image no longer fit in memory beside a model.
 MATRIX_TOKENS = 4096
+FARTHEST = -2.0  # below every cosine
 
 
 @register_pruner("divprune")
@@ -23,40 +24,38 @@ class DivPrune(Pruner):
 
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
         units = F.normalize(tokens.features.detach().float(), dim=-1)
-        batch, count, _ = units.shape
-        rows = torch.arange(batch, device=units.device)
-        excluded = units.new_zeros(batch, count)
-        if tokens.valid is not None:
-            excluded = excluded.masked_fill(~tokens.valid, float("inf"))
-        similarity = units @ units.mT if count <= MATRIX_TOKENS else None
-        nearest = nearest_similarity(units, similarity, tokens.valid)
+        similarity = units @ units.mT if units.shape[1] <= MATRIX_TOKENS else None
+        images = torch.arange(len(units), device=units.device)
+        padding = 0.0 if tokens.valid is None else torch.where(tokens.valid, 0.0, float("inf"))
 
-        chosen = []
-        # `nearest` is the similarity to the closest kept token (before the first choice: to the closest other
-        # token); adding infinity to padding and to kept tokens takes them out of the argmin.
-        pick = (nearest + excluded).argmin(dim=1)
-        nearest = torch.full_like(nearest, -2.0)
+        pick = (nearest_similarity(units, similarity, tokens.valid) + padding).argmin(dim=1)
+        if similarity is not None:
+            # A kept token is infinitely similar to itself, so that it is never the farthest from the kept ones.
+            similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+        nearest = torch.full_like(units[..., 0], FARTHEST) + padding
+        chosen = [pick]
         for _ in range(most - 1):
-            chosen.append(pick)
-            excluded[rows, pick] = float("inf")
-            to_pick = similarity[rows, pick] if similarity is not None else (units @ units[rows, pick, :, None])[..., 0]
+            if similarity is not None:
+                to_pick = similarity[images, pick]
+            else:
+                to_pick = (units @ units[images, pick, :, None])[..., 0]
+                to_pick[images, pick] = float("inf")
             nearest = torch.maximum(nearest, to_pick)
-            pick = (nearest + excluded).argmin(dim=1)
-        chosen.append(pick)
+            pick = nearest.argmin(dim=1)
+            chosen.append(pick)
         return torch.stack(chosen, dim=1)
 
 
 def nearest_similarity(
     units: torch.Tensor, similarity: torch.Tensor | None, valid: torch.Tensor | None, chunk: int = 1024
 ) -> torch.Tensor:
-    """Similarity of each token to its nearest other token, `(B, N)`, in chunks of rows."""
-    count = units.shape[1]
-    columns = torch.arange(count, device=units.device)
+    """Similarity of each token to its nearest other token, `(B, N)`; overwrites `similarity` where it masks."""
     parts = []
-    for start in range(0, count, chunk):
-        part = similarity[:, start : start + chunk] if similarity is not None else units[:, start : start + chunk] @ units.mT
-        part = part.masked_fill(columns[start : start + chunk, None] == columns, -2.0)
+    for start in range(0, units.shape[1], chunk):
+        rows = slice(start, start + chunk)
+        part = units[:, rows] @ units.mT if similarity is None else similarity[:, rows]
+        part.diagonal(start, 1, 2).fill_(FARTHEST)
         if valid is not None:
-            part = part.masked_fill(~valid[:, None], -2.0)
+            part.masked_fill_(~valid[:, None], FARTHEST)
         parts.append(part.amax(dim=-1))
     return torch.cat(parts, dim=1)
