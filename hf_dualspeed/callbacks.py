@@ -29,7 +29,9 @@ class ModeClock(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         # The Trainer restores callbacks by building them anew, on request only; this one restores itself.
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        values = saved["attributes"] if saved else {"steps": {FAST: 0, SLOW: 0}, "seconds": {FAST: 0.0, SLOW: 0.0}}
+        values = (
+            saved["attributes"] if saved else {"steps": {FAST: 0, SLOW: 0}, "seconds": {FAST: 0.0, SLOW: 0.0}}
+        )
         self.steps, self.seconds = dict(values["steps"]), dict(values["seconds"])
         self._logged = (dict(self.steps), time.perf_counter())
 
@@ -70,7 +72,11 @@ class ModeLosses:
         """
         steps = {"fast_loss": window[FAST], "slow_loss": window[SLOW], "distillation_loss": window[SLOW]}
         names = sorted(self._sums)
-        logs = {"fast_steps": window[FAST], "slow_steps": window[SLOW], "steps_per_second": window["steps_per_second"]}
+        logs = {
+            "fast_steps": window[FAST],
+            "slow_steps": window[SLOW],
+            "steps_per_second": window["steps_per_second"],
+        }
         if names:
             sums = torch.stack([self._sums[name] for name in names])
             means = accelerator.reduce(sums, reduction=reduction).tolist()

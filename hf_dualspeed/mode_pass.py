@@ -7,6 +7,7 @@ and DeepSpeed wrap. Shapes: B batch, S sequence, M supervised positions, V vocab
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -46,6 +47,7 @@ class ModePass(nn.Module):
         self.targets: torch.Tensor | None = None
         self.teacher_logits: torch.Tensor | None = None
         self._handles: list = []
+        self._adapters: dict[str, list[str]] = {}
 
     def attach(self, model: nn.Module) -> None:
         """Hangs this on `model`, in place of an earlier one."""
@@ -53,6 +55,7 @@ class ModePass(nn.Module):
         if isinstance(earlier, ModePass):
             earlier.detach()
         model.add_module(NAME, self)
+        self._model = weakref.ref(model)  # a plain reference would make the model its own submodule
         ours = {f"{NAME}.{key}" for key in self.state_dict()}
         model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *ours}
         self._slices_logits = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
@@ -66,13 +69,32 @@ class ModePass(nn.Module):
         for handle in self._handles:
             handle.remove()
 
+    def reserve_adapters(self, model: nn.Module, fast_only: set[str]) -> None:
+        """PEFT adapters all of whose trainable parameters are in `fast_only` take part in the fast view alone."""
+        if not hasattr(model, "peft_config"):
+            return
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        active = list(model.base_model.active_adapters)
+        owned = {a: [name for name in trainable if f".{a}." in f"{name}."] for a in active}
+        reserved = {a for a, names in owned.items() if names and fast_only.issuperset(names)}
+        if reserved:
+            self._adapters = {FAST: active, SLOW: [a for a in active if a not in reserved]}
+            self._activate(model, SLOW)
+
+    def _activate(self, model: nn.Module, mode: str) -> None:
+        # PEFT's set_adapter would also switch requires_grad, which the optimizer and DDP take as fixed.
+        for module in model.modules() if self._adapters else ():
+            if isinstance(getattr(module, "_active_adapter", None), list):
+                module._active_adapter = self._adapters[mode]
+
     def begin(self, mode: str, distil: bool, generator: torch.Generator | None) -> None:
         """The next calls of the model run in `mode`."""
         self.mode, self.distil, self.generator = mode, distil and mode == SLOW, generator
 
     def end(self) -> None:
-        """The next calls of the model run as if this were not there."""
+        """The next calls of the model run as if this were not there. Only after backward, which may recompute."""
         self.mode = self.generator = self.targets = self.teacher_logits = None
+        self._activate(self._model(), SLOW)
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict):
         if self.mode is None:
@@ -83,6 +105,7 @@ class ModePass(nn.Module):
         if self.mode == FAST or self.distil:
             with self.autocast():
                 encodings = encode(model, kwargs, self.pruner.needs)
+        self._activate(model, FAST)
         if self.mode == FAST:
             inputs = self._shorten(model, kwargs, encodings)
         elif self.distil:
@@ -90,6 +113,7 @@ class ModePass(nn.Module):
             # The student takes the images as they were encoded for the teacher, with gradients.
             inputs = {key: value for key, value in kwargs.items() if key not in PIXEL_KEYS}
             inputs["mm_encoder_outputs"] = {e.modality: e.output for e in encodings}
+        self._activate(model, self.mode)
         inputs, self.targets = self._supervise(inputs)
         return (), inputs
 

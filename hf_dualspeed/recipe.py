@@ -57,12 +57,14 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=_checkpoint(training_args))
     seconds = time.perf_counter() - started
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed below, once the results and the card are there
     results = {}
     if trainer.is_world_process_zero():
         results = _record(recipe, trainer, seconds, train, test)
         _write(recipe, trainer, results)
     trainer.accelerator.wait_for_everyone()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
     return results
 
 

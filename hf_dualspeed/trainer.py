@@ -21,8 +21,10 @@ from .distillation import self_distillation_loss, supervised_cross_entropy
 from .encoding import check_protocol, unwrap, visual_token_ids
 from .isolator import WEIGHTS_NAME, ModeIsolator, saved_length, save_isolator
 from .mode_pass import NAME, ModePass
+from .model_card import write_model_card
 from .parameter_views import ParameterViews
 from .pruners import AutoPruner, Pruner, available_pruners
+from .results import run_record
 from .schedule import FAST, SLOW, ModeSchedule
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,14 @@ class DualSpeedMixin:
         ValueError: the model, the arguments or the first batch cannot be trained this way; the message says why.
     """
 
-    def __init__(self, model=None, args: DualSpeedTrainingArguments | None = None, *, pruner: Pruner | None = None, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args: DualSpeedTrainingArguments | None = None,
+        *,
+        pruner: Pruner | None = None,
+        **kwargs,
+    ):
         if args is None:
             args = DualSpeedTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, DualSpeedTrainingArguments):
@@ -80,7 +89,9 @@ class DualSpeedMixin:
 
     def _attach(self, model: nn.Module, args: DualSpeedTrainingArguments) -> None:
         check_protocol(model)
-        isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
+        isolator = (
+            ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
+        )
         base = Path(getattr(unwrap(model), "name_or_path", "") or "")
         if isolator is not None and (base / WEIGHTS_NAME).is_file():
             isolator.load_pretrained(base)  # learnt since the projector stage
@@ -88,7 +99,10 @@ class DualSpeedMixin:
         self.mode_pass = ModePass(self._pruner, isolator, args.position_ids)
         self.mode_pass.attach(model)
         fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.mode_pass.parameters()) else []
-        self.views = ParameterViews(model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters)
+        self.views = ParameterViews(
+            model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters
+        )
+        self.mode_pass.reserve_adapters(model, self.views.names[FAST])
         self.slow_mode_ratio = args.slow_mode_ratio
         if self.slow_mode_ratio is None:
             self.slow_mode_ratio = 0.0 if language_model_is_frozen(model) else DEFAULT_SLOW_MODE_RATIO
@@ -196,7 +210,14 @@ class DualSpeedMixin:
     def _save(self, output_dir=None, state_dict=None):
         # Sharded training hands over the gathered weights, from which saving takes the isolator's out.
         prompt = (state_dict or {}).get(f"{NAME}.isolator.prompt")
-        super()._save(output_dir, state_dict)
+        token, self.args.hub_token = (
+            self.args.hub_token,
+            None,
+        )  # the Trainer pickles its arguments beside the model
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             self._pruner.save_pretrained(folder)
@@ -206,6 +227,16 @@ class DualSpeedMixin:
     def _save_checkpoint(self, model, trial):
         with interrupts_deferred():
             super()._save_checkpoint(model, trial)
+
+    def create_model_card(self, *args, dataset=None, **kwargs):
+        """Writes README.md from what was measured, unless there is one: a card written by hand or by a recipe."""
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and not path.exists():
+            record = run_record(self.args, self.summary(), sum(self.clock.seconds.values()))
+            base = getattr(unwrap(self.model), "name_or_path", "") or None
+            write_model_card(
+                self.args.output_dir, record, base, [dataset] if isinstance(dataset, str) else dataset or []
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_isolator(resume_from_checkpoint, self.args.isolator_length)

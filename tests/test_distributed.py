@@ -54,7 +54,12 @@ def assert_same_training(one: Path, two: Path, alone: dict, ranks: list[dict]) -
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow), pytest.param("llava_next", marks=pytest.mark.slow)]
+    "family",
+    [
+        "llava",
+        pytest.param("qwen2_5_vl", marks=pytest.mark.slow),
+        pytest.param("llava_next", marks=pytest.mark.slow),
+    ],
 )
 def test_ddp_equals_one_process(tmp_path, family):
     # One sample is text only, so that one rank's micro-batch reaches neither the tower nor the isolator.

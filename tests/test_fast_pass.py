@@ -61,11 +61,16 @@ def test_pruned_batch_has_the_expected_length_and_gradients(family, side, name):
     assert short["input_ids"].shape == (3, max(expected))
     visual = (short["input_ids"] == processor.image_token_id).sum()
     assert visual == sum(kept) + 3 * 3
-    assert all(t.shape[-2:] == short["input_ids"].shape for k, t in short.items() if k != "mm_encoder_outputs")
+    assert all(
+        t.shape[-2:] == short["input_ids"].shape for k, t in short.items() if k != "mm_encoder_outputs"
+    )
     # Text is untouched, in its order; so are the labels.
     for row in range(3):
         full_row, short_row = (
-            (x["input_ids"][row][x["attention_mask"][row].bool()], x["labels"][row][x["attention_mask"][row].bool()])
+            (
+                x["input_ids"][row][x["attention_mask"][row].bool()],
+                x["labels"][row][x["attention_mask"][row].bool()],
+            )
             for x in (inputs, short)
         )
         for (ids, labels), (short_ids, short_labels) in [(full_row, short_row)]:
@@ -99,7 +104,10 @@ def test_original_positions_equal_masking_the_dropped_tokens(family, side):
     full_positions = torch.arange(mask.shape[1]).expand_as(mask)
     if family == "qwen2_5_vl":
         full_positions, _ = model.model.get_rope_index(
-            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=inputs["attention_mask"]
+            inputs["input_ids"],
+            inputs["mm_token_type_ids"],
+            inputs["image_grid_thw"],
+            attention_mask=inputs["attention_mask"],
         )
     with torch.no_grad():
         masked = model(**{**inputs, "attention_mask": mask, "position_ids": full_positions}).logits
@@ -144,11 +152,15 @@ def test_captured_attention_equals_the_towers_own(family, attention):
         expected = [slow_qwen_attention(model, layer, outputs[0], i, inputs) for i in range(3)]
     else:
         tower, maps = model.model.vision_tower, []
-        handle = tower.encoder.layers[-2].self_attn.register_forward_hook(lambda m, a, out: maps.append(out[1]))
+        handle = tower.encoder.layers[-2].self_attn.register_forward_hook(
+            lambda m, a, out: maps.append(out[1])
+        )
         encode(model, inputs)
         handle.remove()
         rows = maps[0].mean(1)[:, 0, 1:]
-        expected = list(rows) if family == "llava" else [tile_attention(model, rows, inputs, i) for i in range(3)]
+        expected = (
+            list(rows) if family == "llava" else [tile_attention(model, rows, inputs, i) for i in range(3)]
+        )
     for received, wanted in zip(encoding.attention, expected, strict=True):
         torch.testing.assert_close(received, wanted, rtol=1e-4, atol=1e-6)
 
@@ -217,7 +229,10 @@ def test_generation(family, side):
     short = prune_inputs(model, inputs, pruner(ratio=0.75))
     generated = model.generate(**short, **options, min_new_tokens=6)
     assert generated.shape[1] == short["input_ids"].shape[1] + 6
-    with prune_visual_tokens(model, pruner()), pytest.raises(ValueError, match=r"model\.generate\(\*\*prune_inputs"):
+    with (
+        prune_visual_tokens(model, pruner()),
+        pytest.raises(ValueError, match=r"model\.generate\(\*\*prune_inputs"),
+    ):
         model.generate(**inputs, **options)
 
 

@@ -31,7 +31,16 @@ def test_random_schedule_depends_on_seed_and_step_alone():
     assert abs(share - 0.1) < 3 * math.sqrt(0.09 / 5000)
     assert modes != [ModeSchedule(0.1, seed=6).mode_at(s) for s in range(5000)]
     # Pinned: a changed generator would change what a resumed run does.
-    assert [s for s in range(60) if ModeSchedule(0.1, seed=0).mode_at(s) == "slow"] == [14, 15, 21, 28, 33, 35, 51, 57]
+    assert [s for s in range(60) if ModeSchedule(0.1, seed=0).mode_at(s) == "slow"] == [
+        14,
+        15,
+        21,
+        28,
+        33,
+        35,
+        51,
+        57,
+    ]
 
 
 def test_periodic_warmup_and_tail():
@@ -76,7 +85,9 @@ def test_distillation_teaches_the_student_alone():
     self_distillation_loss(student, teacher).backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
-    with pytest.raises(ValueError, match=r"`student_logits` \(3, 5\) and `teacher_logits` \(2, 5\) must agree"):
+    with pytest.raises(
+        ValueError, match=r"`student_logits` \(3, 5\) and `teacher_logits` \(2, 5\) must agree"
+    ):
         self_distillation_loss(student, teacher[:2])
     low = self_distillation_loss(student.bfloat16(), teacher.bfloat16())
     assert low.dtype == torch.float32
@@ -168,7 +179,11 @@ def imported(path: Path) -> set[str]:
             if node.level:
                 package = path.parent.relative_to(PACKAGE).parts
                 base = ".".join(["hf_dualspeed", *package[: len(package) - node.level + 1], *base.split(".")])
-            names = [base] if base.strip(".") != "hf_dualspeed" else [f"hf_dualspeed.{a.name}" for a in node.names]
+            names = (
+                [base]
+                if base.strip(".") != "hf_dualspeed"
+                else [f"hf_dualspeed.{a.name}" for a in node.names]
+            )
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         parts = [n.strip(".").split(".") for n in names]

@@ -15,7 +15,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments, ModeSchedule
 
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "save_strategy": "no"}
+QUIET = {
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
 SAMPLES = [
     ("{image} one?", [(16, 16)]),
     ("{image}{image} two of them?", [(16, 16), (24, 40)]),
@@ -61,7 +67,16 @@ class Watch(TrainerCallback):
 def make(tmp_path, family="llava", cls=DualSpeedTrainer, model=None, callbacks=None, data=None, **options):
     family = FAMILIES[family]
     built, processor = family.build()
-    options = {**QUIET, "output_dir": str(tmp_path), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "weight_decay": 0.1, **options}
+    options = {
+        **QUIET,
+        "output_dir": str(tmp_path),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.1,
+        **options,
+    }
     arguments = TrainingArguments if cls is Trainer else DualSpeedTrainingArguments
     options.setdefault("remove_unused_columns", False)
     return cls(
@@ -119,7 +134,15 @@ def test_modes_follow_the_schedule_and_losses_are_logged_by_mode(tmp_path):
     assert [trainer.mode_at(step) for step in range(8)] == modes
     for mode, (fast, slow, kl, fast_steps, slow_steps, rate) in zip(
         modes,
-        history(trainer, "fast_loss", "slow_loss", "distillation_loss", "fast_steps", "slow_steps", "steps_per_second"),
+        history(
+            trainer,
+            "fast_loss",
+            "slow_loss",
+            "distillation_loss",
+            "fast_steps",
+            "slow_steps",
+            "steps_per_second",
+        ),
         strict=True,
     ):
         assert (fast is None, slow is None, kl is None) == (mode == "slow", mode == "fast", mode == "fast")
@@ -141,7 +164,9 @@ def test_slow_loss_is_cross_entropy_plus_weighted_distillation(tmp_path):
 def test_parameters_of_the_other_mode_stay_the_same_to_the_bit(tmp_path):
     # Adam with momentum and weight decay would move a parameter whose gradient is merely zero.
     projector, head = "model.multi_modal_projector.linear_1.weight", "lm_head.weight"
-    watch = Watch(["dualspeed.isolator.prompt", projector, head, "model.multi_modal_projector.linear_2.weight"])
+    watch = Watch(
+        ["dualspeed.isolator.prompt", projector, head, "model.multi_modal_projector.linear_2.weight"]
+    )
     trainer = make(
         tmp_path,
         callbacks=[watch],
@@ -163,7 +188,15 @@ def test_parameters_of_the_other_mode_stay_the_same_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("pruner", ["divprune", "random"])
 def test_resumed_run_equals_the_unbroken_one(tmp_path, pruner):
-    options = {"slow_mode_ratio": 0.5, "max_steps": 6, "pruner": pruner, "pruning_ratio": 0.5, "save_strategy": "steps", "save_steps": 3, "seed": 1}
+    options = {
+        "slow_mode_ratio": 0.5,
+        "max_steps": 6,
+        "pruner": pruner,
+        "pruning_ratio": 0.5,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "seed": 1,
+    }
     unbroken = make(tmp_path / "a", **options)
     unbroken.train()
     resumed = make(tmp_path / "a", **options)
@@ -183,7 +216,9 @@ def test_checkpoint_is_an_ordinary_one(tmp_path, caplog):
     trainer = make(tmp_path, slow_mode_ratio=0.5)
     trainer.train()
     trainer.save_model()
-    assert {"mode_isolator.safetensors", "pruner_config.json", "model.safetensors"} <= set(os.listdir(tmp_path))
+    assert {"mode_isolator.safetensors", "pruner_config.json", "model.safetensors"} <= set(
+        os.listdir(tmp_path)
+    )
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     trained = dict(trainer.model.named_parameters())
@@ -260,7 +295,10 @@ def test_labels_on_visual_tokens_are_masked_with_one_warning(tmp_path, caplog):
 
     def no_visual(examples):
         inputs = everything(examples)
-        return {**inputs, "labels": inputs["labels"].masked_fill(inputs["input_ids"] == processor.image_token_id, -100)}
+        return {
+            **inputs,
+            "labels": inputs["labels"].masked_fill(inputs["input_ids"] == processor.image_token_id, -100),
+        }
 
     logs = []
     for collator in (everything, no_visual):
@@ -283,7 +321,10 @@ def test_labels_on_visual_tokens_are_masked_with_one_warning(tmp_path, caplog):
         ({"distillation_temperature": 0.0}, "`distillation_temperature`"),
         ({"mode_schedule": "perodic"}, "Did you mean 'periodic'"),
         ({"position_ids": "orginal"}, "Did you mean 'original'"),
-        ({"pruner": "divprun"}, "'avg_pool', 'cls_attention', 'divprune', 'grid', 'random'.*Did you mean 'divprune'"),
+        (
+            {"pruner": "divprun"},
+            "'avg_pool', 'cls_attention', 'divprune', 'grid', 'random'.*Did you mean 'divprune'",
+        ),
         ({"fast_only_parameters": ["*nothing*"]}, "matches no trainable parameter"),
         ({"fast_only_parameters": ["lm_head*"], "slow_only_parameters": ["lm_head*"]}, "both match"),
     ],
@@ -296,7 +337,11 @@ def test_bad_options_are_named(tmp_path, options, message):
 def test_model_outside_the_protocol_is_refused(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
     with pytest.raises(ValueError, match="takes no `mm_encoder_outputs` and it has no `get_image_features`"):
         make(tmp_path, model=model)
 
@@ -304,7 +349,9 @@ def test_model_outside_the_protocol_is_refused(tmp_path):
 def test_collator_that_drops_pixels_fails_before_training(tmp_path):
     trainer = make(tmp_path)
     collator = trainer.data_collator.collator
-    trainer.data_collator.collator = lambda examples: {k: v for k, v in collator(examples).items() if k != "pixel_values"}
+    trainer.data_collator.collator = lambda examples: {
+        k: v for k, v in collator(examples).items() if k != "pixel_values"
+    }
     with pytest.raises(ValueError, match="pixel_values"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -328,7 +375,9 @@ def test_isolator_of_another_length_is_refused(tmp_path):
     make(tmp_path, isolator_length=4, **options).train()
     for length in (8, 0):
         trainer = make(tmp_path, isolator_length=length, **{**options, "max_steps": 4})
-        with pytest.raises(ValueError, match=f"`isolator_length` is {length}.*trained with 4.*isolator_length=4"):
+        with pytest.raises(
+            ValueError, match=f"`isolator_length` is {length}.*trained with 4.*isolator_length=4"
+        ):
             trainer.train(resume_from_checkpoint=True)
 
 
