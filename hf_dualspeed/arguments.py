@@ -40,9 +40,7 @@ class DualSpeedTrainingArguments(TrainingArguments):
     )
     mode_schedule: str = field(
         default="random",
-        metadata={
-            "help": "'random': each step is slow with probability slow_mode_ratio; 'periodic': every 1/ratio."
-        },
+        metadata={"help": "'random': each step is slow with probability slow_mode_ratio; 'periodic': every 1/ratio."},
     )
     slow_warmup_steps: int = field(
         default=0,
@@ -58,14 +56,10 @@ class DualSpeedTrainingArguments(TrainingArguments):
         default=1.0,
         metadata={"help": "Weight of KL(teacher || student) in slow steps; 0 turns distillation off."},
     )
-    distillation_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of the distillation."}
-    )
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
     position_ids: str = field(
         default="original",
-        metadata={
-            "help": "'original': kept tokens keep their positions; 'compact': renumbered, as in the paper."
-        },
+        metadata={"help": "'original': kept tokens keep their positions; 'compact': renumbered, as in the paper."},
     )
     fast_only_parameters: list[str] = field(
         default_factory=list,
@@ -81,20 +75,14 @@ class DualSpeedTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.pruning_ratio is not None:
-            check_range(
-                "pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off."
-            )
+            check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
         if self.slow_mode_ratio is not None:
             check_range("slow_mode_ratio", self.slow_mode_ratio, 0, 1, off="Use 0.0 for fast steps only.")
         check_range("slow_tail_ratio", self.slow_tail_ratio, 0, 1, off="Use 0.0 for no slow tail.")
         check_range("slow_warmup_steps", self.slow_warmup_steps, 0, off="Use 0 for no slow warm-up.")
         check_range("isolator_length", self.isolator_length, 0, off="Use 0 to train without an isolator.")
-        check_range(
-            "distillation_weight", self.distillation_weight, 0, off="Use 0.0 to turn distillation off."
-        )
-        check_range(
-            "distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual."
-        )
+        check_range("distillation_weight", self.distillation_weight, 0, off="Use 0.0 to turn distillation off.")
+        check_range("distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual.")
         check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
         check_choice("position_ids", self.position_ids, POSITION_IDS)
         super().__post_init__()

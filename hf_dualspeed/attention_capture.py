@@ -54,9 +54,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 def attention_layers(tower: nn.Module) -> list[nn.Module]:
     """The tower's attention modules, in order: those that own a query projection or a fused one."""
-    return [
-        m for m in tower.modules() if hasattr(m, "qkv") or (hasattr(m, "q_proj") and hasattr(m, "k_proj"))
-    ]
+    return [m for m in tower.modules() if hasattr(m, "qkv") or (hasattr(m, "q_proj") and hasattr(m, "k_proj"))]
 
 
 def penultimate_layer(tower: nn.Module) -> nn.Module:
@@ -84,12 +82,8 @@ def capture_attention(tower: nn.Module) -> Iterator[AttentionCapture]:
     if hasattr(layer, "qkv"):
         handles.append(layer.qkv.register_forward_hook(capture._on_fused))
     else:
-        handles.append(
-            layer.q_proj.register_forward_hook(lambda m, a, out: setattr(capture, "query", out.detach()))
-        )
-        handles.append(
-            layer.k_proj.register_forward_hook(lambda m, a, out: setattr(capture, "key", out.detach()))
-        )
+        handles.append(layer.q_proj.register_forward_hook(lambda m, a, out: setattr(capture, "query", out.detach())))
+        handles.append(layer.k_proj.register_forward_hook(lambda m, a, out: setattr(capture, "key", out.detach())))
     try:
         yield capture
     finally:
@@ -99,9 +93,7 @@ def capture_attention(tower: nn.Module) -> Iterator[AttentionCapture]:
 
 def has_class_token(tower: nn.Module) -> bool:
     """Whether the tower puts a [CLS] token in front of the patches."""
-    return any(
-        name.rsplit(".", 1)[-1] in ("class_embedding", "cls_token") for name, _ in tower.named_parameters()
-    )
+    return any(name.rsplit(".", 1)[-1] in ("class_embedding", "cls_token") for name, _ in tower.named_parameters())
 
 
 def class_row(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

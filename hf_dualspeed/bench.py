@@ -72,9 +72,7 @@ class BenchArguments:
     pruning_ratio: float = field(default=0.9, metadata={"help": "Fraction of visual tokens removed, [0, 1)."})
     slow_ratio: float = field(default=0.1, metadata={"help": "Slow steps in the expected speed-up, [0, 1]."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads. Unset: PyTorch's choice."})
-    output: str = field(
-        default="docs/results/bench.json", metadata={"help": "JSON file; .md and .png beside it."}
-    )
+    output: str = field(default="docs/results/bench.json", metadata={"help": "JSON file; .md and .png beside it."})
 
     def __post_init__(self):
         for name, low in {"batch": 1, "patch_size": 1, "layers": 1, "text_tokens": 4, "rounds": 2}.items():
@@ -99,9 +97,7 @@ def check_multiple(name: str, value: int, step: int) -> None:
     """Raises a `ValueError` with the nearest usable value unless `value` is a positive multiple of `step`."""
     if value < step or value % step:
         usable = step * max(1, round(value / step))
-        raise ValueError(
-            f"`{name}` must be a positive multiple of {step}, got {value}. Use {usable}, for example."
-        )
+        raise ValueError(f"`{name}` must be a positive multiple of {step}, got {value}. Use {usable}, for example.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -241,9 +237,7 @@ class Bench:
         self.batch = build_batch(options, self.device, self.dtype)
         # As training counts them over the accumulated batches of a step.
         self.items = (self.batch["labels"] != -100).sum()
-        dual = partial(
-            DualSpeedTrainingArguments, pruner=options.pruner, pruning_ratio=options.pruning_ratio, **common
-        )
+        dual = partial(DualSpeedTrainingArguments, pruner=options.pruner, pruning_ratio=options.pruning_ratio, **common)
         self.trainers = {
             "plain": Trainer(model=copy.deepcopy(self.model), args=plain),
             "slow_without_distillation": self._dual(dual(slow_mode_ratio=1.0, distillation_weight=0.0)),
@@ -295,9 +289,7 @@ class Bench:
         """Seconds of each variant by round."""
         seconds: dict[str, list[float]] = {name: [] for name in self.variants}
         with Progress(transient=True) as progress:
-            task = progress.add_task(
-                "rounds", total=(self.options.rounds + WARM_UP_ROUNDS) * len(self.variants)
-            )
+            task = progress.add_task("rounds", total=(self.options.rounds + WARM_UP_ROUNDS) * len(self.variants))
             for number in range(-WARM_UP_ROUNDS, self.options.rounds):
                 for name in order(list(self.variants), number):
                     taken = self._time(name)

@@ -87,10 +87,7 @@ def targets(ratios: dict[str, dict], flop_ratios: dict[str, float]) -> list[dict
         )
     }
     rows = (
-        *(
-            (f"time ratio over FLOP ratio, fast to {full}", value, TIME_OVER_FLOPS)
-            for full, value in excess.items()
-        ),
+        *((f"time ratio over FLOP ratio, fast to {full}", value, TIME_OVER_FLOPS) for full, value in excess.items()),
         ("selection, share of a fast step", ratios["selection_share"]["median"], SELECTION_SHARE),
         ("shortening, share of a fast step", ratios["shortening_share"]["median"], SHORTENING_SHARE),
         (
@@ -99,9 +96,7 @@ def targets(ratios: dict[str, dict], flop_ratios: dict[str, float]) -> list[dict
             SLOW_OVER_PLAIN,
         ),
     )
-    return [
-        {"name": name, "value": value, "limit": limit, "met": value <= limit} for name, value, limit in rows
-    ]
+    return [{"name": name, "value": value, "limit": limit, "met": value <= limit} for name, value, limit in rows]
 
 
 def step_rows(results: dict) -> list[tuple[str, ...]]:
@@ -153,11 +148,7 @@ def setting_line(results: dict) -> str:
     """Model, batch and machine in words."""
     shape, settings, machine = results["shape"], results["settings"], results["machine"]
     size = shape["parameters"]["language_model_without_embeddings"] / 1e6
-    where = (
-        machine["accelerator"]
-        if results["device"] != "cpu"
-        else f"{machine['cpu']}, {machine['threads']} threads"
-    )
+    where = machine["accelerator"] if results["device"] != "cpu" else f"{machine['cpu']}, {machine['threads']} threads"
     return (
         f"LLaVA with a {size:.1f} M language model (without embeddings), batch {settings['batch']}, "
         f"{shape['visual_tokens']} visual and {shape['text_tokens']} text tokens, {settings['pruner']} "
@@ -237,9 +228,7 @@ def plot_steps(results: dict, path: Path) -> Path:
             _stack_parts(axis, row, results)
         else:
             axis.barh(row, middle, height=0.6, color=FULL_STEP)
-        axis.errorbar(
-            middle, row, xerr=[[middle - low], [high - middle]], color="black", capsize=3, linewidth=1
-        )
+        axis.errorbar(middle, row, xerr=[[middle - low], [high - middle]], color="black", capsize=3, linewidth=1)
         place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
         axis.annotate(f"{1000 * middle:.{0 if middle > 0.1 else 1}f} ms", (max(high, mark), row), **place)
     style = {"linestyle": "none", "marker": "|", "markersize": 26, "markeredgewidth": 2, "color": "#CC79A7"}
@@ -256,9 +245,7 @@ def _stack_parts(axis: Axes, row: int, results: dict) -> None:
         width = whole - left if name == "rest" else whole * results["ratios"][f"{name}_share"]["median"]
         colour, hatch = PART_STYLE[name]
         share = f"fast: {label} ({results['ratios'][f'{name}_share']['median']:.1%})"
-        axis.barh(
-            row, width, 0.6, left, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=share
-        )
+        axis.barh(row, width, 0.6, left, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=share)
         left += width
 
 
@@ -276,6 +263,4 @@ def _finish(axis: Axes, results: dict) -> None:
         fontsize=10,
     )
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(
-        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.18), ncols=2, markerscale=0.4
-    )
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.18), ncols=2, markerscale=0.4)

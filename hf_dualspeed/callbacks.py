@@ -29,9 +29,7 @@ class ModeClock(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         # The Trainer restores callbacks by building them anew, on request only; this one restores itself.
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        values = (
-            saved["attributes"] if saved else {"steps": {FAST: 0, SLOW: 0}, "seconds": {FAST: 0.0, SLOW: 0.0}}
-        )
+        values = saved["attributes"] if saved else {"steps": {FAST: 0, SLOW: 0}, "seconds": {FAST: 0.0, SLOW: 0.0}}
         self.steps, self.seconds = dict(values["steps"]), dict(values["seconds"])
         self._logged = (dict(self.steps), time.perf_counter())
 

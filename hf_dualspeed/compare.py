@@ -375,9 +375,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> _Parser:
-    about = (
-        "Trains a recipe with full tokens, pruned tokens, fast and slow steps, and DualSpeed; compares them."
-    )
+    about = "Trains a recipe with full tokens, pruned tokens, fast and slow steps, and DualSpeed; compares them."
     epilog = "All options of `dualspeed train` work as well; --config names the recipe."
     parser = _Parser(prog=COMMAND, allow_abbrev=False, description=about, epilog=epilog)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds (default: 0 1 2).")

@@ -36,18 +36,14 @@ def open_image(image: Any, folder: str | None = None) -> Image.Image:
     if image is None:
         raise ValueError("it is None")
     if not isinstance(image, (Image.Image, str, io.BytesIO)):
-        raise TypeError(
-            f"An image must be a PIL image, a path or a dict with 'bytes' or 'path', got {type(image)}."
-        )
+        raise TypeError(f"An image must be a PIL image, a path or a dict with 'bytes' or 'path', got {type(image)}.")
     opened = image if isinstance(image, Image.Image) else Image.open(image)
     if 0 in opened.size:
         raise ValueError(f"its size is {opened.size}")
     return load_image(opened)
 
 
-def encode(
-    processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]], **options: Any
-) -> dict:
+def encode(processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]], **options: Any) -> dict:
     """Calls the processor on rendered conversations; `images` holds a list, possibly empty, per text."""
     bos = processor.tokenizer.bos_token
     return processor(
@@ -122,9 +118,7 @@ class VisionLanguageCollator:
                 "need the characters of each token. Load it with AutoProcessor.from_pretrained(...)."
             )
         if not (processor.chat_template or processor.tokenizer.chat_template):
-            raise ValueError(
-                "`processor` has no chat template. Set `processor.chat_template`, a Jinja string."
-            )
+            raise ValueError("`processor` has no chat template. Set `processor.chat_template`, a Jinja string.")
         self.processor = processor
         self.max_length = max_length
         self.unreadable_images = unreadable_images
@@ -158,9 +152,7 @@ class VisionLanguageCollator:
         replaced = self._replacements(batch)
         if self.max_length is not None:
             self._truncate(batch, [sample["name"] for sample in samples])
-        spans = [
-            [_shift(span, row) for span in spans] for (_, spans), row in zip(rendered, replaced, strict=True)
-        ]
+        spans = [[_shift(span, row) for span in spans] for (_, spans), row in zip(rendered, replaced, strict=True)]
         batch["labels"] = self._labels(batch, spans)
         batch.pop("offset_mapping")
         return dict(batch)
@@ -183,15 +175,11 @@ class VisionLanguageCollator:
         return {"messages": sample["messages"], "images": images, "name": name}
 
     def _render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def _warn_without_end(self, rendered: list[tuple[str, list[tuple[int, int]]]]) -> None:
         ends = tuple(self.processor.tokenizer.get_added_vocab())
-        if not self._warned and any(
-            not text[a:b].endswith(ends) for text, spans in rendered for a, b in spans
-        ):
+        if not self._warned and any(not text[a:b].endswith(ends) for text, spans in rendered for a, b in spans):
             self._warned = True
             logger.warning(
                 "The chat template writes no end-of-turn token after the assistant's answer, so the model "
@@ -219,18 +207,10 @@ class VisionLanguageCollator:
         left = self.processor.tokenizer.padding_side == "left"
         before = self._is_visual(batch["input_ids"]).sum(1)
         for key, value in batch.items():
-            if (
-                isinstance(value, torch.Tensor)
-                and value.shape[:2] == shape
-                and not key.startswith(PIXEL_INPUTS)
-            ):
+            if isinstance(value, torch.Tensor) and value.shape[:2] == shape and not key.startswith(PIXEL_INPUTS):
                 # With padding on the left, rolling a row brings its surplus end to the front, where the cut
                 # is.
-                rows = (
-                    [row.roll(int(extra), 0) for row, extra in zip(value, over, strict=True)]
-                    if left
-                    else value
-                )
+                rows = [row.roll(int(extra), 0) for row, extra in zip(value, over, strict=True)] if left else value
                 batch[key] = torch.stack(rows)[:, -self.max_length :] if left else rows[:, : self.max_length]
         lost = before - self._is_visual(batch["input_ids"]).sum(1)
         for name, length, missing in zip(names, lengths.tolist(), lost.tolist(), strict=True):
@@ -288,9 +268,7 @@ class MaskVisualLabels:
                     f"The data collator's batch has no `{key}`, only {sorted(batch)}. Return it, or use "
                     "hf_dualspeed's VisionLanguageCollator."
                 )
-        visual = torch.isin(
-            batch["input_ids"], torch.tensor(self.visual_token_ids, device=batch["input_ids"].device)
-        )
+        visual = torch.isin(batch["input_ids"], torch.tensor(self.visual_token_ids, device=batch["input_ids"].device))
         if visual.any() and not any(key.startswith(PIXEL_INPUTS) for key in batch):
             raise ValueError(
                 f"The batch has {int(visual.sum())} visual tokens in `input_ids` but no images: none of its "

@@ -11,9 +11,7 @@ from hf_dualspeed.arguments import check_choice
 SPLITS = ("train", "test")
 QUESTIONS = ("open", "all")
 # Arrow wants one type per field: a part is an image (without text) or a text.
-MESSAGES = List(
-    {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
-)
+MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 FEATURES = Features(
     {"messages": MESSAGES, "images": List(Image()), "question": Value("string"), "answer": Value("string")}
 )

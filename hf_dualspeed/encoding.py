@@ -96,11 +96,7 @@ class VisualEncoding:
 
 def pad(rows: list[torch.Tensor] | None, device: torch.device) -> torch.Tensor | None:
     """Pads rows of unequal length with zeros and moves them to `device`."""
-    return (
-        None
-        if rows is None
-        else nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
-    )
+    return None if rows is None else nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -154,22 +150,16 @@ def encode(model: nn.Module, inputs: Mapping, needs: frozenset[str] = frozenset(
     `needs` names what the pruner wants beside the features ("grid", "attention").
     """
     outer = unwrap(model)
-    present = [
-        m for m, (_, _, pixels) in MODALITIES.items() if any(inputs.get(key) is not None for key in pixels)
-    ]
+    present = [m for m, (_, _, pixels) in MODALITIES.items() if any(inputs.get(key) is not None for key in pixels)]
     return [encode_modality(outer, inputs, modality, needs) for modality in present]
 
 
-def encode_modality(
-    outer: nn.Module, inputs: Mapping, modality: str, needs: frozenset[str]
-) -> VisualEncoding:
+def encode_modality(outer: nn.Module, inputs: Mapping, modality: str, needs: frozenset[str]) -> VisualEncoding:
     method, _, _ = MODALITIES[modality]
     owner = encoder_owner(outer, method)
     token_id = placeholder_id(outer.config, modality)
     if owner is None or token_id is None:
-        raise ValueError(
-            f"{type(outer).__name__} was given {modality} pixels but has no `{method}` or placeholder id."
-        )
+        raise ValueError(f"{type(outer).__name__} was given {modality} pixels but has no `{method}` or placeholder id.")
     names = inspect.signature(getattr(owner, method)).parameters
     arguments = {key: inputs[key] for key in names if key in inputs}
     tower = outer.get_encoder(modality=modality)
@@ -181,9 +171,7 @@ def encode_modality(
         layout = token_layout(owner, inputs, modality, encoding.lengths)
         encoding.grids = [grid for grid, _ in layout]
         if capture is not None:
-            encoding.attention = received_attention(
-                capture, tower, encoding, inputs, [row for _, row in layout]
-            )
+            encoding.attention = received_attention(capture, tower, encoding, inputs, [row for _, row in layout])
     return encoding
 
 

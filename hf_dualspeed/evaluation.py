@@ -91,8 +91,7 @@ def _prompt_and_answer(row: dict[str, Any]) -> tuple[dict[str, list], str]:
     *messages, last = sample["messages"]
     if last["role"] != "assistant":
         raise ValueError(
-            "Every row of `dataset` must end with the assistant's answer, got a last message of "
-            f"{last['role']!r}."
+            f"Every row of `dataset` must end with the assistant's answer, got a last message of {last['role']!r}."
         )
     answer = row.get("answer")
     if answer is None:

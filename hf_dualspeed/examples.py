@@ -80,11 +80,7 @@ def _parts(content: str | list[dict] | None) -> list[dict]:
         return [{"type": "text", "text": content}]
     # The line breaks around LLaVA's placeholders are the template's business.
     pieces = [piece.strip("\n") for piece in pieces]
-    return [
-        {"type": "image"} if piece == PLACEHOLDER else {"type": "text", "text": piece}
-        for piece in pieces
-        if piece
-    ]
+    return [{"type": "image"} if piece == PLACEHOLDER else {"type": "text", "text": piece} for piece in pieces if piece]
 
 
 def _as_list(value: Any) -> list:
@@ -141,9 +137,7 @@ def _load_json(path: Path, image_folder: str | Path) -> Dataset:
         lines = [line for line in text.split("\n") if line.strip()]
         rows = [json.loads(line) for line in lines] if path.suffix.lower() == ".jsonl" else json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{str(path)!r} is not valid JSON: {error}. One sample per line needs `.jsonl`."
-        ) from error
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}. One sample per line needs `.jsonl`.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{str(path)!r} must hold a list of samples, each an object with its conversation.")
     samples = [to_messages(row) for row in rows]
@@ -171,9 +165,7 @@ def _undecoded(dataset: Dataset) -> Dataset:
 
 def _with_paths(dataset: Dataset, image_folder: str | Path | None) -> Dataset:
     texts = {name: getattr(feature, "feature", feature) for name, feature in dataset.features.items()}
-    columns = [
-        name for name in ("image", "images") if getattr(texts.get(name), "dtype", "").endswith("string")
-    ]
+    columns = [name for name in ("image", "images") if getattr(texts.get(name), "dtype", "").endswith("string")]
     if image_folder is None or not columns:
         return dataset
 

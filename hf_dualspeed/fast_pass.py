@@ -78,13 +78,9 @@ def prune_visual_tokens(
 
     def shorten(module, args, kwargs):
         if args:
-            raise ValueError(
-                "Inside `prune_visual_tokens` call the model with keyword arguments: model(**inputs)."
-            )
+            raise ValueError("Inside `prune_visual_tokens` call the model with keyword arguments: model(**inputs).")
         if kwargs.get("mm_encoder_outputs") is not None or kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "`prune_visual_tokens` covers forward. Use model.generate(**prune_inputs(model, ...))."
-            )
+            raise ValueError("`prune_visual_tokens` covers forward. Use model.generate(**prune_inputs(model, ...)).")
         return (), prune_inputs(model, kwargs, pruner, isolator, position_ids, generator)
 
     handle = model.register_forward_pre_hook(shorten, with_kwargs=True)
@@ -98,9 +94,7 @@ def check_inputs(model: nn.Module, inputs: Mapping) -> None:
     """Raises a `ValueError` for a batch that cannot be shortened."""
     ids = inputs.get("input_ids")
     if ids is None or ids.dim() != 2:
-        raise ValueError(
-            "`inputs` must hold `input_ids` of shape (B, S): placeholders are found by their token id."
-        )
+        raise ValueError("`inputs` must hold `input_ids` of shape (B, S): placeholders are found by their token id.")
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(
@@ -147,9 +141,7 @@ def isolated(pruned: PrunedTokens, prompt: torch.Tensor | None) -> torch.Tensor:
     return features.flatten(0, 1)
 
 
-def kept_rows(
-    pruned: PrunedTokens, lengths: list[int], isolator_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def kept_rows(pruned: PrunedTokens, lengths: list[int], isolator_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which rows of [`isolated`] are real, and how often each placeholder appears in the shortened batch.
 
     Returns:
@@ -195,11 +187,7 @@ def fill_value(config) -> int:
     """A padding id that is no placeholder."""
     pad = config.get_text_config().pad_token_id
     taken = visual_token_ids(config)
-    return (
-        pad
-        if pad is not None and pad not in taken
-        else next(i for i in range(len(taken) + 1) if i not in taken)
-    )
+    return pad if pad is not None and pad not in taken else next(i for i in range(len(taken) + 1) if i not in taken)
 
 
 def shortened_positions(

@@ -55,9 +55,7 @@ class ModeIsolator(nn.Module):
         """
         path = Path(folder) / WEIGHTS_NAME
         if not path.is_file():
-            raise FileNotFoundError(
-                f"No {WEIGHTS_NAME} in {str(folder)!r}: it was saved without a mode isolator."
-            )
+            raise FileNotFoundError(f"No {WEIGHTS_NAME} in {str(folder)!r}: it was saved without a mode isolator.")
         prompt = load_file(path)["prompt"]
         if prompt.shape != self.prompt.shape:
             raise ValueError(
@@ -81,6 +79,4 @@ def saved_length(folder: str | Path) -> int | None:
 def save_isolator(prompt: torch.Tensor, folder: str | Path) -> None:
     """Writes a prompt `(l, D)` to `mode_isolator.safetensors` in `folder`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(
-        {"prompt": prompt.detach().cpu().contiguous()}, Path(folder) / WEIGHTS_NAME, metadata={"format": "pt"}
-    )
+    save_file({"prompt": prompt.detach().cpu().contiguous()}, Path(folder) / WEIGHTS_NAME, metadata={"format": "pt"})

@@ -118,9 +118,7 @@ class ModePass(nn.Module):
         return (), inputs
 
     def _shorten(self, model: nn.Module, inputs: dict, encodings: list) -> dict:
-        return shorten_inputs(
-            model, inputs, encodings, self.pruner, self.isolator, self.position_ids, self.generator
-        )
+        return shorten_inputs(model, inputs, encodings, self.pruner, self.isolator, self.position_ids, self.generator)
 
     @torch.no_grad()
     def _teach(self, model: nn.Module, inputs: dict, encodings: list) -> torch.Tensor:

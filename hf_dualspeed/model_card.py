@@ -10,9 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 PAPER = "https://arxiv.org/abs/2602.03815"
 
 
-def write_model_card(
-    output_dir: str | Path, results: dict, base_model: str | None, datasets: list[str]
-) -> Path:
+def write_model_card(output_dir: str | Path, results: dict, base_model: str | None, datasets: list[str]) -> Path:
     """Writes the model card of a training run; what `results` does not hold is left out.
 
     Args:
@@ -86,9 +84,7 @@ processor = AutoProcessor.from_pretrained("path/to/this/folder")
 
 def _training(results: dict, has_curve: bool) -> str:
     settings = {
-        key: inner
-        for part in ("settings", "training", "seeds")
-        for key, inner in results.get(part, {}).items()
+        key: inner for part in ("settings", "training", "seeds") for key, inner in results.get(part, {}).items()
     }
     described = [(key, _text(value)) for key, value in settings.items()]
     parts = ["## How it was trained", _table(("setting", "value"), described)]
@@ -152,9 +148,7 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     if not rows:
         return ""
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(
-        f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines
-    )
+    return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines)
 
 
 def _percent(share: float | None) -> str | None:

@@ -32,9 +32,7 @@ class ParameterViews:
         }
         both = sorted(names[FAST] & names[SLOW])
         if both:
-            raise ValueError(
-                f"`fast_only_parameters` and `slow_only_parameters` both match {both[0]!r}. Name it once."
-            )
+            raise ValueError(f"`fast_only_parameters` and `slow_only_parameters` both match {both[0]!r}. Name it once.")
         self.names = names
         self._model = model
 

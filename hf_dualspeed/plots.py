@@ -32,8 +32,7 @@ def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -
     panels = {label: keys for label, keys in panels.items() if keys}
     if not panels:
         raise ValueError(
-            "`log_history` holds no losses, so there is nothing to draw. "
-            "Train for at least `logging_steps` steps."
+            "`log_history` holds no losses, so there is nothing to draw. Train for at least `logging_steps` steps."
         )
     # A figure of its own rather than pyplot's: no display, and no state shared with the caller's figures.
     figure = Figure(figsize=(7.5, 1.2 + 2.6 * len(panels)), dpi=150, layout="constrained")

@@ -80,9 +80,7 @@ def load_model(recipe: RecipeArguments, train: Dataset, seed: int) -> tuple[PreT
         trust_remote_code=recipe.trust_remote_code,
     )
     # Without torchvision, transformers falls back to the PIL image processors by itself.
-    processor = AutoProcessor.from_pretrained(
-        recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code
-    )
+    processor = AutoProcessor.from_pretrained(recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code)
     return model, processor
 
 
@@ -121,9 +119,7 @@ def _checkpoint(args: DualSpeedTrainingArguments) -> str | None:
         return args.resume_from_checkpoint
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if last is None:
-        logger.warning(
-            "There is no checkpoint in %s yet; training starts from the beginning.", args.output_dir
-        )
+        logger.warning("There is no checkpoint in %s yet; training starts from the beginning.", args.output_dir)
     return last
 
 

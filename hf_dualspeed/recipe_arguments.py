@@ -60,9 +60,7 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Train LoRA adapters instead of weights: arguments of peft.LoraConfig (JSON)."},
     )
-    dtype: str = field(
-        default="float32", metadata={"help": "Type of the loaded weights: float32, bfloat16 or auto."}
-    )
+    dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights: float32, bfloat16 or auto."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers: sdpa, eager, flash_attention_2, ..."}
     )
@@ -134,9 +132,7 @@ class RecipeParser(HfArgumentParser):
             raise ValueError(f"Unknown argument `{flag}`.{nearest(flag, [f'--{key}' for key in self.keys])}")
 
 
-def parse_recipe(
-    argv: list[str], prog: str | None = None
-) -> tuple[RecipeArguments, DualSpeedTrainingArguments]:
+def parse_recipe(argv: list[str], prog: str | None = None) -> tuple[RecipeArguments, DualSpeedTrainingArguments]:
     """Reads the command line and the YAML file it names with `--config`, whose values it overrides.
 
     Args:

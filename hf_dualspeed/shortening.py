@@ -59,13 +59,8 @@ def plan_shortening(
                 "truncate them (raise max_length)."
             )
     padded_left = (attention_mask[:, 0] == 0).any()
-    slot = (
-        torch.arange(longest, device=input_ids.device)
-        - torch.where(padded_left, longest - length, 0)[:, None]
-    )
+    slot = torch.arange(longest, device=input_ids.device) - torch.where(padded_left, longest - length, 0)[:, None]
     mask = (slot >= 0) & (slot < length[:, None])
     # Slot j holds the first token up to which more than j tokens are kept.
-    source = torch.searchsorted(count.cumsum(1), slot.clamp(min=0), right=True).clamp(
-        max=input_ids.shape[1] - 1
-    )
+    source = torch.searchsorted(count.cumsum(1), slot.clamp(min=0), right=True).clamp(max=input_ids.shape[1] - 1)
     return Shortening(source, mask)

@@ -128,14 +128,10 @@ def _word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are the words and punctuation marks of `texts` and of the chat template."""
     split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     words = {word for text in (*texts, "SYSTEM USER ASSISTANT :") for word, _ in split.pre_tokenize_str(text)}
-    vocab = {
-        token: index for index, token in enumerate([*SPECIAL_TOKENS, *sorted(words - {*SPECIAL_TOKENS})])
-    }
+    vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *sorted(words - {*SPECIAL_TOKENS})])}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token=UNK))
     tokenizer.pre_tokenizer = split
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNK,

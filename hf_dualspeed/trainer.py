@@ -19,7 +19,7 @@ from .callbacks import ModeClock, ModeLosses
 from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
 from .encoding import check_protocol, unwrap, visual_token_ids
-from .isolator import WEIGHTS_NAME, ModeIsolator, saved_length, save_isolator
+from .isolator import WEIGHTS_NAME, ModeIsolator, save_isolator, saved_length
 from .mode_pass import NAME, ModePass
 from .model_card import write_model_card
 from .parameter_views import ParameterViews
@@ -89,9 +89,7 @@ class DualSpeedMixin:
 
     def _attach(self, model: nn.Module, args: DualSpeedTrainingArguments) -> None:
         check_protocol(model)
-        isolator = (
-            ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
-        )
+        isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
         base = Path(getattr(unwrap(model), "name_or_path", "") or "")
         if isolator is not None and (base / WEIGHTS_NAME).is_file():
             isolator.load_pretrained(base)  # learnt since the projector stage
@@ -99,9 +97,7 @@ class DualSpeedMixin:
         self.mode_pass = ModePass(self._pruner, isolator, args.position_ids)
         self.mode_pass.attach(model)
         fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.mode_pass.parameters()) else []
-        self.views = ParameterViews(
-            model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters
-        )
+        self.views = ParameterViews(model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters)
         self.mode_pass.reserve_adapters(model, self.views.names[FAST])
         self.slow_mode_ratio = args.slow_mode_ratio
         if self.slow_mode_ratio is None:

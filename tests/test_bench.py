@@ -58,9 +58,7 @@ def test_shares_add_up_in_every_round(measured):
     rest = 1 - sum(shares.values())
     assert results["ratios"]["rest_share"]["median"] == pytest.approx(rest.quantile(0.5).item(), abs=1e-5)
     for part, share in shares.items():
-        assert results["ratios"][f"{part}_share"]["median"] == pytest.approx(
-            share.quantile(0.5).item(), abs=1e-5
-        )
+        assert results["ratios"][f"{part}_share"]["median"] == pytest.approx(share.quantile(0.5).item(), abs=1e-5)
 
 
 def test_report_is_rendered_anew(measured, capsys):
@@ -119,11 +117,7 @@ def test_steps_compare_as_their_tokens_do(tiny):
     flops = {name: tiny.count_flops(name) for name in bench.STEPS}
     assert flops["fast"] < flops["slow_without_distillation"] < flops["plain"]
     # The teacher runs forward only.
-    assert (
-        flops["slow_without_distillation"]
-        < flops["slow"]
-        < flops["slow_without_distillation"] + flops["fast"]
-    )
+    assert flops["slow_without_distillation"] < flops["slow"] < flops["slow_without_distillation"] + flops["fast"]
 
 
 def test_steps_leave_no_gradients_and_parts_do_not_disturb_the_model(tiny):

@@ -113,9 +113,7 @@ def test_all_ways_of_a_seed_begin_with_the_same_weights_and_see_the_same_data(se
         # DualSpeed collates the first example beforehand, to fail early.
         batches = [batch for batch in record["batches"] if len(batch) > 1]
         assert batches[:4] == plain["batches"][:4]
-    isolators = [
-        record["way"] for record in (first, *others) if len(record["weights"]) > len(plain["weights"])
-    ]
+    isolators = [record["way"] for record in (first, *others) if len(record["weights"]) > len(plain["weights"])]
     assert isolators == ["dualspeed"]
 
 
@@ -206,9 +204,7 @@ def test_fingerprints_differ_where_results_would(session, change):
 
 def test_a_changed_recipe_is_run_again(session):
     words = ["--seed", "0", "--output_dir", str(session["folder"] / "runs" / "full-tokens-seed0")]
-    run = compare.Run(
-        compare.BASELINE, *parse_recipe([*session["words"], *words, *compare.TRAIN_ONLY]), None, None
-    )
+    run = compare.Run(compare.BASELINE, *parse_recipe([*session["words"], *words, *compare.TRAIN_ONLY]), None, None)
     assert compare.finished(run) is not None
     run.args.learning_rate = 1.0
     assert compare.finished(run) is None
@@ -266,8 +262,6 @@ def test_the_readme_shows_the_published_results():
     readme = ROOT / "README.md"
     if not readme.is_file() or not RESULTS.is_file():
         pytest.skip("README.md or the results file is missing")
-    marked = re.search(
-        r"<!-- compare-table-start -->(.*?)<!-- compare-table-end -->", readme.read_text(), re.DOTALL
-    )
+    marked = re.search(r"<!-- compare-table-start -->(.*?)<!-- compare-table-end -->", readme.read_text(), re.DOTALL)
     assert marked is not None
     assert marked[1].strip() == compare.readme_table(json.loads(RESULTS.read_text()))

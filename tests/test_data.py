@@ -346,9 +346,7 @@ def test_truncation_cuts_text_at_the_end(name, side):
 def test_truncation_never_cuts_visual_tokens():
     collator = VisionLanguageCollator(tiny_llava_processor(), max_length=20)
     collator([talk("short", "s")])
-    with pytest.raises(
-        ValueError, match=r"`max_length`=20 would cut 3 visual tokens .* 41 tokens .*id 9.*least 41"
-    ):
+    with pytest.raises(ValueError, match=r"`max_length`=20 would cut 3 visual tokens .* 41 tokens .*id 9.*least 41"):
         collator([talk("See", "x", images=[picture()], id=9)] * 2)
 
 

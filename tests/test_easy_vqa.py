@@ -54,9 +54,7 @@ def test_unknown_question_gets_the_most_frequent_answer():
 
 
 def test_arguments():
-    with pytest.raises(
-        ValueError, match=r"`split` must be one of 'train', 'test', got 'tset'. Did you mean 'test'"
-    ):
+    with pytest.raises(ValueError, match=r"`split` must be one of 'train', 'test', got 'tset'. Did you mean 'test'"):
         load_easy_vqa("tset")
     with pytest.raises(ValueError, match="`questions` must be one of 'open', 'all', got 'closed'"):
         load_easy_vqa(questions="closed")

@@ -130,7 +130,5 @@ def test_arguments(trained):
         answer_accuracy(*trained, rows(ANSWERS), batch_size=0)
     unanswered = rows(ANSWERS).to_list()
     unanswered[0]["messages"].pop()
-    with pytest.raises(
-        ValueError, match="must end with the assistant's answer, got a last message of 'user'"
-    ):
+    with pytest.raises(ValueError, match="must end with the assistant's answer, got a last message of 'user'"):
         answer_accuracy(*trained, Dataset.from_list(unanswered, features=FEATURES))

@@ -61,9 +61,7 @@ def test_pruned_batch_has_the_expected_length_and_gradients(family, side, name):
     assert short["input_ids"].shape == (3, max(expected))
     visual = (short["input_ids"] == processor.image_token_id).sum()
     assert visual == sum(kept) + 3 * 3
-    assert all(
-        t.shape[-2:] == short["input_ids"].shape for k, t in short.items() if k != "mm_encoder_outputs"
-    )
+    assert all(t.shape[-2:] == short["input_ids"].shape for k, t in short.items() if k != "mm_encoder_outputs")
     # Text is untouched, in its order; so are the labels.
     for row in range(3):
         full_row, short_row = (
@@ -152,15 +150,11 @@ def test_captured_attention_equals_the_towers_own(family, attention):
         expected = [slow_qwen_attention(model, layer, outputs[0], i, inputs) for i in range(3)]
     else:
         tower, maps = model.model.vision_tower, []
-        handle = tower.encoder.layers[-2].self_attn.register_forward_hook(
-            lambda m, a, out: maps.append(out[1])
-        )
+        handle = tower.encoder.layers[-2].self_attn.register_forward_hook(lambda m, a, out: maps.append(out[1]))
         encode(model, inputs)
         handle.remove()
         rows = maps[0].mean(1)[:, 0, 1:]
-        expected = (
-            list(rows) if family == "llava" else [tile_attention(model, rows, inputs, i) for i in range(3)]
-        )
+        expected = list(rows) if family == "llava" else [tile_attention(model, rows, inputs, i) for i in range(3)]
     for received, wanted in zip(encoding.attention, expected, strict=True):
         torch.testing.assert_close(received, wanted, rtol=1e-4, atol=1e-6)
 

@@ -85,9 +85,7 @@ def test_distillation_teaches_the_student_alone():
     self_distillation_loss(student, teacher).backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
-    with pytest.raises(
-        ValueError, match=r"`student_logits` \(3, 5\) and `teacher_logits` \(2, 5\) must agree"
-    ):
+    with pytest.raises(ValueError, match=r"`student_logits` \(3, 5\) and `teacher_logits` \(2, 5\) must agree"):
         self_distillation_loss(student, teacher[:2])
     low = self_distillation_loss(student.bfloat16(), teacher.bfloat16())
     assert low.dtype == torch.float32
@@ -179,11 +177,7 @@ def imported(path: Path) -> set[str]:
             if node.level:
                 package = path.parent.relative_to(PACKAGE).parts
                 base = ".".join(["hf_dualspeed", *package[: len(package) - node.level + 1], *base.split(".")])
-            names = (
-                [base]
-                if base.strip(".") != "hf_dualspeed"
-                else [f"hf_dualspeed.{a.name}" for a in node.names]
-            )
+            names = [base] if base.strip(".") != "hf_dualspeed" else [f"hf_dualspeed.{a.name}" for a in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         parts = [n.strip(".").split(".") for n in names]

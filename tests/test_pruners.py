@@ -146,9 +146,7 @@ def test_divprune_is_the_papers_rule(seed, matrix, monkeypatch):
     batch = tokens((6, 7), (4, 4), seed=seed)
     out = AutoPruner.from_name("divprune", pruning_ratio=0.7)(batch)
     for i, n in enumerate(batch.lengths):
-        assert out.positions[i, : out.lengths[i]].tolist() == reference_divprune(
-            batch.features[i, :n], budget(n, 0.7)
-        )
+        assert out.positions[i, : out.lengths[i]].tolist() == reference_divprune(batch.features[i, :n], budget(n, 0.7))
 
 
 def test_divprune_does_not_wait_for_the_device_nor_loop_over_images():
@@ -266,7 +264,5 @@ def test_outsiders_register_pruners(tmp_path):
 
 def test_importing_the_package_is_enough_to_know_all_pruners():
     code = "from hf_dualspeed.pruners import available_pruners; print(*available_pruners())"
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"avg_pool", "cls_attention", "divprune", "grid", "random"} <= set(shown)

@@ -133,9 +133,7 @@ def test_errors_name_what_is_wrong(recipe, keys, words, message):
         parse_recipe(["--config", recipe(**keys), *words])
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("- a\n", "but holds a list"), ("a: [", "not valid YAML"), ("", "None")]
-)
+@pytest.mark.parametrize(("text", "message"), [("- a\n", "but holds a list"), ("a: [", "not valid YAML"), ("", "None")])
 def test_bad_files(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"bad\.yaml: .*{message}"):

@@ -43,9 +43,7 @@ def test_chat_template(tiny):
         {"role": "user", "content": "the shape"},
     ]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert text == (
-        "SYSTEM: a USER: <image>\n<image>\nwhat? ASSISTANT: a circle</s>USER: the shape ASSISTANT:"
-    )
+    assert text == ("SYSTEM: a USER: <image>\n<image>\nwhat? ASSISTANT: a circle</s>USER: the shape ASSISTANT:")
 
 
 def test_several_turns_and_images_train_every_weight(tiny):

@@ -164,9 +164,7 @@ def test_slow_loss_is_cross_entropy_plus_weighted_distillation(tmp_path):
 def test_parameters_of_the_other_mode_stay_the_same_to_the_bit(tmp_path):
     # Adam with momentum and weight decay would move a parameter whose gradient is merely zero.
     projector, head = "model.multi_modal_projector.linear_1.weight", "lm_head.weight"
-    watch = Watch(
-        ["dualspeed.isolator.prompt", projector, head, "model.multi_modal_projector.linear_2.weight"]
-    )
+    watch = Watch(["dualspeed.isolator.prompt", projector, head, "model.multi_modal_projector.linear_2.weight"])
     trainer = make(
         tmp_path,
         callbacks=[watch],
@@ -216,9 +214,7 @@ def test_checkpoint_is_an_ordinary_one(tmp_path, caplog):
     trainer = make(tmp_path, slow_mode_ratio=0.5)
     trainer.train()
     trainer.save_model()
-    assert {"mode_isolator.safetensors", "pruner_config.json", "model.safetensors"} <= set(
-        os.listdir(tmp_path)
-    )
+    assert {"mode_isolator.safetensors", "pruner_config.json", "model.safetensors"} <= set(os.listdir(tmp_path))
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     trained = dict(trainer.model.named_parameters())
@@ -338,9 +334,7 @@ def test_model_outside_the_protocol_is_refused(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-        )
+        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
     with pytest.raises(ValueError, match="takes no `mm_encoder_outputs` and it has no `get_image_features`"):
         make(tmp_path, model=model)
@@ -375,9 +369,7 @@ def test_isolator_of_another_length_is_refused(tmp_path):
     make(tmp_path, isolator_length=4, **options).train()
     for length in (8, 0):
         trainer = make(tmp_path, isolator_length=length, **{**options, "max_steps": 4})
-        with pytest.raises(
-            ValueError, match=f"`isolator_length` is {length}.*trained with 4.*isolator_length=4"
-        ):
+        with pytest.raises(ValueError, match=f"`isolator_length` is {length}.*trained with 4.*isolator_length=4"):
             trainer.train(resume_from_checkpoint=True)
 
 

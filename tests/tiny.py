@@ -69,9 +69,7 @@ def tiny_tokenizer(
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{token} $A", special_tokens=[(token, vocab[token])]
         )
-    standard = {
-        key: specials[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if key in specials
-    }
+    standard = {key: specials[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if key in specials}
     extra = {key: value for key, value in specials.items() if key not in standard}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, padding_side=padding_side, extra_special_tokens=extra, **standard

@@ -120,9 +120,7 @@ FAMILIES = {
     for f in (
         Family("llava", tiny_llava_processor, llava, "<image>"),
         Family("llava_next", tiny_llava_next_processor, llava_next, "<image>"),
-        Family(
-            "qwen2_5_vl", tiny_qwen2_5_vl_processor, qwen2_5_vl, "<|vision_start|><|image_pad|><|vision_end|>"
-        ),
+        Family("qwen2_5_vl", tiny_qwen2_5_vl_processor, qwen2_5_vl, "<|vision_start|><|image_pad|><|vision_end|>"),
     )
 }
 
@@ -145,9 +143,7 @@ def batch(family: Family, processor, samples=None, labels: bool = True) -> dict:
     samples = MIXED if samples is None else samples
     texts = [text.format(image=family.image) for text, _ in samples]
     # Pictures follow from the sample alone, so that it is the same in every batch.
-    images = [
-        picture(w, h, seed=10 * len(text) + j) for text, sizes in samples for j, (w, h) in enumerate(sizes)
-    ]
+    images = [picture(w, h, seed=10 * len(text) + j) for text, sizes in samples for j, (w, h) in enumerate(sizes)]
     inputs = dict(processor(text=texts, images=images or None, padding=True, return_tensors="pt"))
     if labels:
         ids = inputs["input_ids"]

@@ -96,9 +96,7 @@ class PrunerConfig:
     pruning_ratio: float = 0.9
 
     def __post_init__(self):
-        check_range(
-            "pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off."
-        )
+        check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
 
     def to_dict(self) -> dict:
         return {"pruner_type": self.pruner_type, **asdict(self)}
@@ -127,9 +125,7 @@ class PrunerConfig:
         """
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
-            raise FileNotFoundError(
-                f"No {CONFIG_NAME} in {str(folder)!r}: save one with `pruner.save_pretrained`."
-            )
+            raise FileNotFoundError(f"No {CONFIG_NAME} in {str(folder)!r}: save one with `pruner.save_pretrained`.")
         values = json.loads(path.read_text(encoding="utf-8"))
         return pruner_class(values.get("pruner_type", "")).config_class.from_dict(values)
 
@@ -168,9 +164,7 @@ class Pruner(nn.Module):
         """
         missing = sorted(need for need in self.needs - {"grid"} if getattr(tokens, need) is None)
         if missing:
-            raise ValueError(
-                f"The pruner {self.config.pruner_type!r} needs `VisualTokens.{missing[0]}`, got None."
-            )
+            raise ValueError(f"The pruner {self.config.pruner_type!r} needs `VisualTokens.{missing[0]}`, got None.")
         lengths = [budget(n, self.config.pruning_ratio) for n in tokens.lengths]
         if lengths == list(tokens.lengths):
             positions = torch.arange(tokens.features.shape[1], device=tokens.features.device)
@@ -266,9 +260,7 @@ class AutoPruner:
     """Builds pruners by registered name or from a folder that holds `pruner_config.json`."""
 
     def __init__(self):
-        raise TypeError(
-            "AutoPruner is not instantiated: use AutoPruner.from_name or AutoPruner.from_pretrained."
-        )
+        raise TypeError("AutoPruner is not instantiated: use AutoPruner.from_name or AutoPruner.from_pretrained.")
 
     @staticmethod
     def from_name(name: str, **settings) -> Pruner:

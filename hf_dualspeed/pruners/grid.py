@@ -68,9 +68,7 @@ def pool(features: torch.Tensor, cell: torch.Tensor, most: int) -> torch.Tensor:
     batch, _, width = features.shape
     sums = features.new_zeros(batch, most + 1, width)
     sums = sums.scatter_add(1, cell[..., None].expand_as(features), features)
-    count = features.new_zeros(batch, most + 1).scatter_add(
-        1, cell, torch.ones_like(cell, dtype=features.dtype)
-    )
+    count = features.new_zeros(batch, most + 1).scatter_add(1, cell, torch.ones_like(cell, dtype=features.dtype))
     return (sums / count.clamp(min=1)[..., None])[:, :most]
 
 
