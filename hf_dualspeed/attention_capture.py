@@ -35,7 +35,7 @@ class AttentionCapture:
         """Queries and keys with rotary positions applied, `(..., N, H, d)`, in float32."""
         if self.query is None or self.key is None:
             raise ValueError(
-                f"The vision tower did not call {type(self.layer).__name__}'s projections, so its attention is unknown. "
+                f"The vision tower did not call {type(self.layer).__name__}'s projections: its attention is unknown. "
                 "Choose a pruner that needs no attention, such as 'divprune'."
             )
         count = getattr(self.layer, "num_heads", None) or self.layer.config.num_attention_heads

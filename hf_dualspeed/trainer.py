@@ -271,7 +271,7 @@ class DualSpeedTrainer(DualSpeedMixin, Trainer):
 
 
 def resolve_pruner(pruner: Pruner | None, args: DualSpeedTrainingArguments) -> Pruner:
-    """The pruner to train with: an object, a registered name, or a folder; `args.pruning_ratio` wins where it is set."""
+    """The pruner to train with: an object, a registered name or a folder; `args.pruning_ratio` wins where set."""
     if pruner is None:
         if args.pruner not in available_pruners() and Path(args.pruner).is_dir():
             pruner = AutoPruner.from_pretrained(args.pruner)

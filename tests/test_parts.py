@@ -162,7 +162,7 @@ LAYERS = [
     },
     {"encoding", "fast_pass", "mode_pass"},
     {"trainer"},
-    {"recipe", "compare", "compare_report", "bench", "bench_report", "cli", "__init__"},
+    {"recipe", "compare", "bench", "bench_report", "cli", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

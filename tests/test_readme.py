@@ -1,0 +1,64 @@
+"""README's code runs as it is written, on a tiny model in place of the downloaded one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, batch, picture
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture
+def tiny_hub(tmp_path, monkeypatch):
+    """The example's model and data, tiny and local."""
+    model, processor = FAMILIES["llava"].build("left")
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda name, dtype: model.to(torch.float32))
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: processor)
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    picture().save("data/one.png")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "noise"}]
+    Path("data/llava_v1_5_mix665k.json").write_text(json.dumps([{"image": "one.png", "conversations": turns}] * 2))
+    return model, processor
+
+
+def test_examples_run(tiny_hub):
+    model, processor = tiny_hub
+    train, infer, own = BLOCKS
+    scope = {}
+    train = train.replace('Arguments("out",', 'Arguments("out", use_cpu=True, max_steps=2, report_to="none",')
+    exec(compile(train, "README.md", "exec"), scope)
+    assert Path("out/mode_isolator.safetensors").is_file()
+    scope |= {"inputs": batch(FAMILIES["llava"], processor)}
+    exec(compile(infer, "README.md", "exec"), scope)
+    assert scope["loss"].isfinite()
+    exec(compile(own, "README.md", "exec"), scope)
+    from hf_dualspeed.pruners.base import _REGISTRY
+
+    try:
+        from hf_dualspeed import AutoPruner, VisualTokens
+
+        features = torch.arange(1.0, 9.0).view(1, 8, 1)
+        assert AutoPruner.from_name("largest", pruning_ratio=0.75)(VisualTokens(features)).positions.tolist() == [[6, 7]]
+    finally:
+        _REGISTRY.pop("largest", None)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_module_is_on_the_map():
+    described = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for path in (ROOT / "hf_dualspeed").glob("*.py"):
+        assert path.name == "__init__.py" or f"`{path.name}`" in described, path.name
