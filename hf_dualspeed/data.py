@@ -244,6 +244,15 @@ def _shift(span: tuple[int, int], replacements: list[dict]) -> tuple[int, int]:
     return start, end
 
 
+def require(batch: dict, key: str) -> None:
+    """Raises a `ValueError` unless a collated batch holds `key`."""
+    if key not in batch:
+        raise ValueError(
+            f"The data collator's batch has no `{key}`, only {sorted(batch)}. Return it, or use hf_dualspeed's "
+            "VisionLanguageCollator."
+        )
+
+
 class MaskVisualLabels:
     """Wraps any collator and makes sure that no visual token is a label, and that images reach the model.
 
@@ -262,12 +271,7 @@ class MaskVisualLabels:
 
     def __call__(self, examples: list) -> dict[str, Any]:
         batch = dict(self.collator(examples))
-        for key in ("input_ids", "labels"):
-            if key not in batch:
-                raise ValueError(
-                    f"The data collator's batch has no `{key}`, only {sorted(batch)}. Return it, or use "
-                    "hf_dualspeed's VisionLanguageCollator."
-                )
+        require(batch, "input_ids")
         visual = torch.isin(batch["input_ids"], torch.tensor(self.visual_token_ids, device=batch["input_ids"].device))
         if visual.any() and not any(key.startswith(PIXEL_INPUTS) for key in batch):
             raise ValueError(
@@ -275,6 +279,8 @@ class MaskVisualLabels:
                 f"keys {sorted(batch)} begins with {', '.join(PIXEL_INPUTS)}. Return all that the processor "
                 "makes, and set remove_unused_columns=False."
             )
+        if "labels" not in batch:  # prediction needs none
+            return batch
         wrong = visual & (batch["labels"] != IGNORED)
         if wrong.any():
             self._warn(int(wrong.sum()))

@@ -42,7 +42,7 @@ class ParameterViews:
         if not others:
             return
         for name, parameter in self._model.named_parameters():
-            if name in others:
+            if name.replace("_checkpoint_wrapped_module.", "") in others:  # FSDP's activation checkpointing renames
                 parameter.grad = None
 
 

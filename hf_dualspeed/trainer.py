@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME
 
 from .arguments import DEFAULT_SLOW_MODE_RATIO, DualSpeedTrainingArguments
 from .callbacks import ModeClock, ModeLosses
-from .data import MaskVisualLabels
+from .data import MaskVisualLabels, require
 from .distillation import self_distillation_loss, supervised_cross_entropy
 from .encoding import check_protocol, unwrap, visual_token_ids
 from .isolator import WEIGHTS_NAME, ModeIsolator, save_isolator, saved_length
@@ -89,7 +89,9 @@ class DualSpeedMixin:
 
     def _attach(self, model: nn.Module, args: DualSpeedTrainingArguments) -> None:
         check_protocol(model)
-        isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
+        with torch.random.fork_rng(devices=[]):  # the prompt follows from the seed, and shifts no other draw
+            torch.manual_seed(args.seed)
+            isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
         base = Path(getattr(unwrap(model), "name_or_path", "") or "")
         if isolator is not None and (base / WEIGHTS_NAME).is_file():
             isolator.load_pretrained(base)  # learnt since the projector stage
@@ -112,7 +114,7 @@ class DualSpeedMixin:
     def train(self, *args, **kwargs):
         """Trains; the first example is collated beforehand, so that a batch that can't be trained on fails at once."""
         if hasattr(self.train_dataset, "__getitem__") and len(self.train_dataset):
-            self.data_collator([self.train_dataset[0]])
+            require(self.data_collator([self.train_dataset[0]]), "labels")
         return super().train(*args, **kwargs)
 
     # --- modes ----------------------------------------------------------------------------------------------------
@@ -120,6 +122,8 @@ class DualSpeedMixin:
     def mode_at(self, step: int) -> str:
         """ "fast" or "slow" for optimizer step `step`, counted from 0; the same on every rank and after resuming."""
         total = self.state.max_steps if self.state.max_steps > 0 else self.args.max_steps
+        if total <= 0 and self.args.slow_tail_ratio:  # asked before training: count as the Trainer will
+            *_, total = self.set_initial_training_values(self.args, self.get_train_dataloader())
         if self._schedule is None or (self._schedule.total_steps or -1) != total:
             self._schedule = ModeSchedule(
                 self.slow_mode_ratio,

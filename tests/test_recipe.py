@@ -64,6 +64,11 @@ def test_accelerate_configs_load(path):
 def test_first_line_is_the_command_that_uses_the_file(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     first = (ROOT / path).read_text().partition("\n")[0]
+    if first.startswith("# dualspeed compare "):
+        _, *words = first.removeprefix("# dualspeed compare ").split()
+        parse_recipe(["--config", *words, "--use_cpu", "true"])
+        assert words == [str(path)]
+        return
     assert first.startswith("# accelerate launch ")
     launch = launch_command_parser().parse_args(first.removeprefix("# accelerate launch ").split())
     assert launch.training_script == "train.py"

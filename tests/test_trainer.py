@@ -153,6 +153,25 @@ def test_modes_follow_the_schedule_and_losses_are_logged_by_mode(tmp_path):
     assert all(seconds > 0 for seconds in summary["seconds"].values())
 
 
+def test_slow_tail_counts_the_steps_of_the_epochs(tmp_path):
+    trainer = make(tmp_path, max_steps=-1, num_train_epochs=2, slow_mode_ratio=0.0, slow_tail_ratio=0.25)
+    modes = [trainer.mode_at(step) for step in range(8)]
+    assert modes == ["fast"] * 6 + ["slow"] * 2
+    trainer.train()
+    assert trainer.summary()["steps"] == {"fast": 6, "slow": 2}
+
+
+def test_isolator_follows_from_the_seed(tmp_path):
+    prompts = []
+    for seed, ambient in ((0, 1), (0, 2), (5, 1)):
+        model = FAMILIES["llava"].build(seed=3)[0]
+        torch.manual_seed(ambient)
+        trainer = make(tmp_path, model=model, seed=seed)
+        prompts.append(trainer.mode_pass.isolator.prompt.detach())
+    assert torch.equal(prompts[0], prompts[1])
+    assert not torch.equal(prompts[0], prompts[2])
+
+
 def test_slow_loss_is_cross_entropy_plus_weighted_distillation(tmp_path):
     trainer = make(tmp_path, slow_mode_ratio=1.0, max_steps=2, distillation_weight=0.3)
     trainer.train()
@@ -349,6 +368,16 @@ def test_collator_that_drops_pixels_fails_before_training(tmp_path):
     with pytest.raises(ValueError, match="pixel_values"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_collator_without_labels_fails_before_training_and_serves_prediction(tmp_path):
+    trainer = make(tmp_path)
+    collator = trainer.data_collator.collator
+    trainer.data_collator.collator = lambda examples: {k: v for k, v in collator(examples).items() if k != "labels"}
+    with pytest.raises(ValueError, match="batch has no `labels`"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert trainer.predict(DATA[:2]).predictions[0].shape[0] == 2
 
 
 def test_image_and_placeholder_counts_that_differ_are_both_named(tmp_path):
