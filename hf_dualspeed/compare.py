@@ -27,6 +27,7 @@ from transformers import Trainer, set_seed
 from hf_dualspeed.arguments import DualSpeedTrainingArguments, check_range
 from hf_dualspeed.callbacks import ModeClock
 from hf_dualspeed.data import VisionLanguageCollator, load_examples
+from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
 from hf_dualspeed.encoding import encoder_owner
 from hf_dualspeed.evaluation import answer_accuracy
@@ -136,7 +137,7 @@ def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
             warm, result = True, execute(run)
         results.append(result)
     head = {"command": command, **_description(recipe, results), "seeds": seeds}
-    if recipe.dataset == recipe.eval_dataset == "easy-vqa":
+    if recipe.dataset == recipe.eval_dataset and recipe.dataset in EASY_VQA:
         head["majority_accuracy"] = majority_accuracy(train, test.select(range(head["n"])))
     runs = [{key: value for key, value in result.items() if key not in COMMON} for result in results]
     return without_paths({**head, "summary": summarise(results), "runs": runs})

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
 
 from hf_dualspeed.arguments import check_choice
-from hf_dualspeed.easy_vqa import MESSAGES, load_easy_vqa
+from hf_dualspeed.easy_vqa import DATASETS, MESSAGES, load_easy_vqa
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
@@ -105,7 +105,7 @@ def load_examples(path_or_name: str, split: str = "train", image_folder: str | N
 
     Args:
         path_or_name (`str`): A `.json` or `.jsonl` file in LLaVA's or TRL's layout, a `.parquet` or `.csv`
-            file, a folder written by `save_to_disk`, `"easy-vqa"`, or a data set on the Hub.
+            file, a folder written by `save_to_disk`, `"easy-vqa"`, `"easy-vqa-color"`, or a data set on the Hub.
         split (`str`, *optional*, defaults to `"train"`): Split of a data set that has splits; a file has
             none.
         image_folder (`str`, *optional*): What image paths are relative to; default: the file's own folder.
@@ -116,8 +116,8 @@ def load_examples(path_or_name: str, split: str = "train", image_folder: str | N
         raise FileNotFoundError(f"`path_or_name` names a file that does not exist: {str(path)!r}.")
     if path.suffix.lower() in (".json", ".jsonl"):
         return _load_json(path, image_folder or path.parent)
-    if path_or_name == "easy-vqa":
-        dataset = load_easy_vqa(split)
+    if path_or_name in DATASETS:
+        dataset = load_easy_vqa(split, DATASETS[path_or_name])
     elif is_file:
         dataset = load_dataset(path.suffix.lower()[1:], data_files=str(path), split="train")
     elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):

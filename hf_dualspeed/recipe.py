@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dualspeed.arguments import DualSpeedTrainingArguments, nearest
 from hf_dualspeed.data import VisionLanguageCollator, load_examples
+from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
 from hf_dualspeed.evaluation import answer_accuracy
 from hf_dualspeed.examples import to_messages
@@ -149,7 +150,7 @@ def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
         "accuracy": answers["accuracy"],
         "n": answers["n"],
     }
-    if recipe.dataset == recipe.eval_dataset == "easy-vqa":
+    if recipe.dataset == recipe.eval_dataset and recipe.dataset in EASY_VQA:
         asked = test if recipe.eval_limit is None else test.select(range(min(recipe.eval_limit, len(test))))
         found["majority_accuracy"] = majority_accuracy(train, asked)
     return found

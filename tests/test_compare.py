@@ -1,7 +1,6 @@
 """The comparison: tiny real runs of all four ways with two seeds."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -256,12 +255,3 @@ def test_errors_name_what_is_wrong(tmp_path, keys, words, message):
 def test_nothing_to_render_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file to render"):
         compare.main(["--render-only", "--results", str(tmp_path / "none.json")])
-
-
-def test_the_readme_shows_the_published_results():
-    readme = ROOT / "README.md"
-    if not readme.is_file() or not RESULTS.is_file():
-        pytest.skip("README.md or the results file is missing")
-    marked = re.search(r"<!-- compare-table-start -->(.*?)<!-- compare-table-end -->", readme.read_text(), re.DOTALL)
-    assert marked is not None
-    assert marked[1].strip() == compare.readme_table(json.loads(RESULTS.read_text()))

@@ -16,7 +16,7 @@ pytest.importorskip("easy_vqa")
 
 @pytest.mark.parametrize(
     ("questions", "train_rows", "test_rows", "guessed"),
-    [("open", 10168, 2537, 0.233), ("all", 38575, 9673, 0.670)],
+    [("open", 10168, 2537, 0.233), ("color", 5166, 1280, 0.120), ("all", 38575, 9673, 0.670)],
 )
 def test_sizes_and_guessing(questions, train_rows, test_rows, guessed):
     train, test = load_easy_vqa("train", questions), load_easy_vqa("test", questions)
@@ -56,7 +56,7 @@ def test_unknown_question_gets_the_most_frequent_answer():
 def test_arguments():
     with pytest.raises(ValueError, match=r"`split` must be one of 'train', 'test', got 'tset'. Did you mean 'test'"):
         load_easy_vqa("tset")
-    with pytest.raises(ValueError, match="`questions` must be one of 'open', 'all', got 'closed'"):
+    with pytest.raises(ValueError, match="`questions` must be one of 'open', 'color', 'all', got 'closed'"):
         load_easy_vqa(questions="closed")
 
 

@@ -11,6 +11,8 @@ import torch
 from tiny_models import FAMILIES, batch, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from hf_dualspeed import bench_report, compare
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -31,7 +33,7 @@ def tiny_hub(tmp_path, monkeypatch):
 
 
 def test_examples_run(tiny_hub):
-    model, processor = tiny_hub
+    _, processor = tiny_hub
     train, infer, own = BLOCKS
     scope = {}
     train = train.replace('Arguments("out",', 'Arguments("out", use_cpu=True, max_steps=2, report_to="none",')
@@ -47,9 +49,17 @@ def test_examples_run(tiny_hub):
         from hf_dualspeed import AutoPruner, VisualTokens
 
         features = torch.arange(1.0, 9.0).view(1, 8, 1)
-        assert AutoPruner.from_name("largest", pruning_ratio=0.75)(VisualTokens(features)).positions.tolist() == [[6, 7]]
+        out = AutoPruner.from_name("largest", pruning_ratio=0.75)(VisualTokens(features))
+        assert out.positions.tolist() == [[6, 7]]
     finally:
         _REGISTRY.pop("largest", None)
+
+
+@pytest.mark.parametrize(("name", "render"), [("compare", compare.readme_table), ("bench", bench_report.readme_table)])
+def test_tables_show_the_published_results(name, render):
+    marked = re.search(rf"<!-- {name}-table-start -->(.*?)<!-- {name}-table-end -->", TEXT, re.DOTALL)
+    results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert marked[1].strip() == render(results)
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
