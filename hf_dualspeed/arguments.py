@@ -9,7 +9,10 @@ from transformers import TrainingArguments
 
 MODE_SCHEDULES = ("random", "periodic")
 POSITION_IDS = ("original", "compact")
-DEFAULT_SLOW_MODE_RATIO = 0.1
+
+
+class Default(float):
+    """A number that the user has left alone: equal to any other, told apart by its type."""
 
 
 @dataclass
@@ -24,17 +27,17 @@ class DualSpeedTrainingArguments(TrainingArguments):
         default="divprune",
         metadata={"help": "Name of a registered pruner, or a folder that holds a pruner_config.json."},
     )
-    pruning_ratio: float | None = field(
-        default=None,
+    pruning_ratio: float = field(
+        default=Default(0.9),
         metadata={
-            "help": "Fraction of the visual tokens removed in fast mode, in [0, 1). Unset: that of the saved pruner, "
-            "or 0.9."
+            "help": "Fraction of the visual tokens removed in fast mode, in [0, 1). Left alone, a saved pruner keeps "
+            "its own."
         },
     )
-    slow_mode_ratio: float | None = field(
-        default=None,
+    slow_mode_ratio: float = field(
+        default=Default(0.1),
         metadata={
-            "help": "Fraction of optimizer steps that train on all tokens, in [0, 1]. Unset: 0.1, or 0 where the "
+            "help": "Fraction of optimizer steps that train on all tokens, in [0, 1]. Left alone, it is 0 where the "
             "language model is frozen (projector-only training)."
         },
     )
@@ -74,10 +77,8 @@ class DualSpeedTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.pruning_ratio is not None:
-            check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
-        if self.slow_mode_ratio is not None:
-            check_range("slow_mode_ratio", self.slow_mode_ratio, 0, 1, off="Use 0.0 for fast steps only.")
+        check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
+        check_range("slow_mode_ratio", self.slow_mode_ratio, 0, 1, off="Use 0.0 for fast steps only.")
         check_range("slow_tail_ratio", self.slow_tail_ratio, 0, 1, off="Use 0.0 for no slow tail.")
         check_range("slow_warmup_steps", self.slow_warmup_steps, 0, off="Use 0 for no slow warm-up.")
         check_range("isolator_length", self.isolator_length, 0, off="Use 0 to train without an isolator.")

@@ -190,18 +190,21 @@ def write_report(results: dict, path: Path) -> None:
     path.with_suffix(".md").write_text(markdown(results, plot.name), encoding="utf-8")
 
 
+def readme_table(results: dict) -> str:
+    """Steps, targets and what was measured, for a page that shows the plot itself."""
+    tables = (markdown_table(HEADER, step_rows(results)), markdown_table(TARGET_HEADER, target_rows(results)))
+    return "\n\n".join([setting_line(results), *tables, speedup_line(results)])
+
+
 def markdown(results: dict, plot: str) -> str:
     """The Markdown page."""
     parts = [
         "# Step times",
-        setting_line(results),
         "A step is forward and backward of one batch by the trainer's own `training_step`. Each round "
         "measures each variant once; shown are medians, with quartiles in brackets, of times and of ratios "
         "within a round. Trainer computes logits at all positions, DualSpeedTrainer at supervised ones only: "
         "'slow, no distillation' shows how much of the gain that is; the rest of it is pruning.",
-        markdown_table(HEADER, step_rows(results)),
-        speedup_line(results),
-        markdown_table(TARGET_HEADER, target_rows(results)),
+        readme_table(results),
         f"FLOPs: {results['flop_counting']}.",
         f"![Step times]({plot})",
         f"Measured {results['date']} UTC with `dualspeed bench`.",

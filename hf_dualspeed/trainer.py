@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import CONFIG_NAME
 
-from .arguments import DEFAULT_SLOW_MODE_RATIO, DualSpeedTrainingArguments
+from .arguments import Default, DualSpeedTrainingArguments
 from .callbacks import ModeClock, ModeLosses
 from .data import MaskVisualLabels, require
 from .distillation import self_distillation_loss, supervised_cross_entropy
@@ -102,8 +102,8 @@ class DualSpeedMixin:
         self.views = ParameterViews(model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters)
         self.mode_pass.reserve_adapters(model, self.views.names[FAST])
         self.slow_mode_ratio = args.slow_mode_ratio
-        if self.slow_mode_ratio is None:
-            self.slow_mode_ratio = 0.0 if language_model_is_frozen(model) else DEFAULT_SLOW_MODE_RATIO
+        if isinstance(self.slow_mode_ratio, Default) and language_model_is_frozen(model):
+            self.slow_mode_ratio = 0.0
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
@@ -277,11 +277,10 @@ class DualSpeedTrainer(DualSpeedMixin, Trainer):
 def resolve_pruner(pruner: Pruner | None, args: DualSpeedTrainingArguments) -> Pruner:
     """The pruner to train with: an object, a registered name or a folder; `args.pruning_ratio` wins where set."""
     if pruner is None:
-        if args.pruner not in available_pruners() and Path(args.pruner).is_dir():
-            pruner = AutoPruner.from_pretrained(args.pruner)
-        else:
-            pruner = AutoPruner.from_name(args.pruner)
-    if args.pruning_ratio is not None:
+        if args.pruner in available_pruners() or not Path(args.pruner).is_dir():
+            return AutoPruner.from_name(args.pruner, pruning_ratio=float(args.pruning_ratio))
+        pruner = AutoPruner.from_pretrained(args.pruner)
+    if not isinstance(args.pruning_ratio, Default):
         pruner.config.pruning_ratio = args.pruning_ratio
     return pruner
 

@@ -12,7 +12,6 @@ from hf_dualspeed.recipe_arguments import parse_recipe
 from hf_dualspeed.trainer import DualSpeedTrainer
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / compare.RESULTS
 TINY = {"image_size": 64, "patch_size": 16, "vision_hidden_size": 8, "vision_layers": 1}
 TINY |= {"hidden_size": 16, "layers": 1, "heads": 2}
 RECIPE = {"tiny_llava": TINY, "dataset": "easy-vqa", "eval_dataset": "easy-vqa", "eval_limit": 8}

@@ -13,7 +13,7 @@ import torch
 from tiny_models import FAMILIES, batch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments, ModeSchedule
+from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, ModeSchedule
 
 QUIET = {
     "report_to": "none",
@@ -347,6 +347,17 @@ def test_labels_on_visual_tokens_are_masked_with_one_warning(tmp_path, caplog):
 def test_bad_options_are_named(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **options)
+
+
+def test_pruner_from_a_folder_or_as_an_object(tmp_path):
+    AutoPruner.from_name("grid", pruning_ratio=0.5).save_pretrained(tmp_path / "pruner")
+    folder = str(tmp_path / "pruner")
+    assert make(tmp_path, pruner=folder).summary()["pruner"] == {"pruner_type": "grid", "pruning_ratio": 0.5}
+    assert make(tmp_path, pruner=folder, pruning_ratio=0.75).summary()["pruning_ratio"] == 0.75
+    assert make(tmp_path, pruner="random").summary()["pruner"] == {"pruner_type": "random", "pruning_ratio": 0.9}
+    trainer = make(tmp_path)
+    given = DualSpeedTrainer(trainer.model, trainer.args, pruner=AutoPruner.from_name("random", pruning_ratio=0.25))
+    assert given.summary()["pruner"] == {"pruner_type": "random", "pruning_ratio": 0.25}
 
 
 def test_model_outside_the_protocol_is_refused(tmp_path):
