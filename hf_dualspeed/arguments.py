@@ -86,6 +86,10 @@ class DualSpeedTrainingArguments(TrainingArguments):
         check_range("distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual.")
         check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
         check_choice("position_ids", self.position_ids, POSITION_IDS)
+        if self.accelerator_config is None:
+            # accelerate would collate streamed data on one rank and cut every tensor to the batch size, though a
+            # batch of B samples holds another number of images.
+            self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -13,14 +14,14 @@ from .schedule import FAST, SLOW
 
 
 class ModeClock(TrainerCallback, ExportableState):
-    """Optimizer steps and their wall seconds by mode; kept in the checkpoint.
+    """Optimizer steps and their wall seconds by mode, which `mode_of` tells of the model; kept in the checkpoint.
 
     A step is timed from its first micro-batch to the end of the optimizer step; loading data, evaluating and saving
     are not in it.
     """
 
-    def __init__(self, mode_at: Callable[[int], str]):
-        self.mode_at = mode_at
+    def __init__(self, mode_of: Callable[[nn.Module], str] = lambda model: model.dualspeed.last_mode):
+        self.mode_of = mode_of
         self.steps = {FAST: 0, SLOW: 0}
         self.seconds = {FAST: 0.0, SLOW: 0.0}
         self._begun = 0.0
@@ -36,8 +37,8 @@ class ModeClock(TrainerCallback, ExportableState):
     def on_step_begin(self, args, state, control, **kwargs):
         self._begun = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        mode = self.mode_at(state.global_step - 1)
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        mode = self.mode_of(model)
         self.steps[mode] += 1
         self.seconds[mode] += time.perf_counter() - self._begun
 

@@ -172,7 +172,7 @@ def execute(run: Run) -> dict:
     trainer = build_trainer(run)
     ours = isinstance(trainer, DualSpeedTrainer)
     # The plain trainer's steps all train on all tokens, which is what slow means.
-    clock = trainer.clock if ours else ModeClock(lambda step: SLOW)
+    clock = trainer.clock if ours else ModeClock(lambda model: SLOW)
     if not ours:
         trainer.add_callback(clock)
     started = time.perf_counter()
@@ -221,10 +221,11 @@ def build_trainer(run: Run) -> Trainer:
 def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> Callable[[dict], dict]:
     """Prunes prompts as the recipe's fast steps do, behind the trained isolator where there is one."""
     trained = trainer.mode_pass if isinstance(trainer, DualSpeedTrainer) else None
+    model = trainer.accelerator.unwrap_model(trainer.model)
     return partial(
         prune_inputs,
-        trainer.accelerator.unwrap_model(trainer.model),
-        pruner=trained.pruner if trained else resolve_pruner(None, args).to(args.device),
+        model,
+        pruner=trained.pruner if trained else resolve_pruner(None, args, model).to(args.device),
         isolator=trained.isolator if trained else None,
         position_ids=args.position_ids,
         generator=torch.Generator(args.device).manual_seed(args.seed),

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from .attention_capture import AttentionCapture, capture_attention, class_row, column_mean, has_class_token
-from .pruners import VisualTokens
+from .layout import TokenLayout, token_layout
+from .pruners import Pruner, VisualTokens
 
 # modality -> (its encoder method, its placeholder id in the config, the names of its pixels)
 MODALITIES = {
@@ -29,6 +29,8 @@ MODALITIES = {
     ),
     "video": ("get_video_features", ("video_token_id", "video_token_index"), ("pixel_values_videos",)),
 }
+# What a pruner may ask for beside the features, of what `VisualTokens` can carry.
+SUPPLIED = frozenset({"grid", "attention"})
 PIXEL_KEYS = tuple(key for _, _, keys in MODALITIES.values() for key in keys)
 
 
@@ -67,15 +69,7 @@ class VisualEncoding:
 
     def detached(self) -> VisualEncoding:
         """The same without gradients."""
-        return VisualEncoding(
-            self.modality,
-            self.token_id,
-            self.output,
-            [unit.detach() for unit in self.units],
-            self.consumed,
-            self.grids,
-            self.attention,
-        )
+        return replace(self, units=[unit.detach() for unit in self.units])
 
     def tokens(self, generator: torch.Generator | None = None) -> VisualTokens:
         """The pruner's view: all images padded to one length."""
@@ -110,6 +104,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def language_parts(model: nn.Module) -> list[nn.Module]:
+    """The language model and its head."""
+    outer = unwrap(model)
+    return [part for part in (outer.get_decoder(), outer.get_output_embeddings()) if part is not None]
+
+
 def encoder_owner(model: nn.Module, method: str) -> nn.Module | None:
     """The module that owns `method`: the inner model first, for some outer classes hide its arguments."""
     outer = unwrap(model)
@@ -130,6 +130,16 @@ def check_protocol(model: nn.Module) -> None:
         raise ValueError(
             f"{type(outer).__name__} cannot be pruned: {' and '.join(missing)}. Use a vision-language model of "
             "transformers that takes pre-encoded images (a ...ForConditionalGeneration such as LLaVA or Qwen2.5-VL)."
+        )
+
+
+def check_needs(pruner: Pruner) -> None:
+    """Raises a `ValueError` where `pruner` needs what the fast pass does not supply."""
+    unknown = sorted(pruner.needs - SUPPLIED)
+    if unknown:
+        raise ValueError(
+            f"The pruner {pruner.config.pruner_type!r} needs {unknown}, but the fast pass supplies {sorted(SUPPLIED)} "
+            "only. Call the pruner on VisualTokens of your own, or choose another."
         )
 
 
@@ -167,11 +177,11 @@ def encode_modality(outer: nn.Module, inputs: Mapping, modality: str, needs: fro
         output = getattr(owner, method)(**arguments, return_dict=True)
     units = split_units(output, type(outer).__name__)
     encoding = VisualEncoding(modality, token_id, output, units, set(arguments))
-    if {"grid", "attention"} & needs:
+    if needs:
         layout = token_layout(owner, inputs, modality, encoding.lengths)
-        encoding.grids = [grid for grid, _ in layout]
+        encoding.grids = layout.grids
         if capture is not None:
-            encoding.attention = received_attention(capture, tower, encoding, inputs, [row for _, row in layout])
+            encoding.attention = received_attention(capture, tower, encoding, inputs, layout)
     return encoding
 
 
@@ -188,78 +198,6 @@ def split_units(output, name: str) -> list[torch.Tensor]:
     )
 
 
-# --- where each token lies in its image ---------------------------------------------------------------------------
-
-
-def token_layout(
-    owner: nn.Module, inputs: Mapping, modality: str, lengths: list[int]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each image its tokens' (t, row, column), `(n, 3)`, and their index in the tower's output, `(n,)`.
-
-    The index is -1 for rows that no patch made.
-    """
-    grid_thw = inputs.get(f"{modality}_grid_thw")
-    if grid_thw is not None:  # Qwen-VL: native resolution, patches merged in squares
-        merge = owner.config.vision_config.spatial_merge_size
-        shapes = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
-        return [(rectangle(*shape), torch.arange(math.prod(shape))) for shape in shapes]
-    if hasattr(owner, "image_newline") and inputs.get("image_sizes") is not None:
-        return any_resolution_layout(owner, inputs)
-    return [(square(n), torch.arange(n)) for n in lengths]
-
-
-def rectangle(frames: int, rows: int, columns: int) -> torch.Tensor:
-    """(t, row, column) of a full grid in raster order, `(frames * rows * columns, 3)`."""
-    return torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).view(-1, 3)
-
-
-def square(count: int) -> torch.Tensor:
-    """A square grid; one row where `count` is no square."""
-    side = math.isqrt(count)
-    return rectangle(1, side, side) if side * side == count else rectangle(1, 1, count)
-
-
-def any_resolution_layout(owner: nn.Module, inputs: Mapping) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """LLaVA-NeXT: a base view, then the tiles merged, cut to the image's shape and ended by a newline per row.
-
-    The model's own packing is run on token indices in place of features, with -1 as the newline, so that the layout
-    can't differ from it.
-    """
-    vision = owner.config.vision_config
-    side = vision.image_size // vision.patch_size
-    tiles = [t.shape[0] for t in tile_groups(owner, inputs)]
-    first, views = 0, []
-    for count in tiles:
-        index = torch.arange(first, first + count * side * side, dtype=torch.float64)
-        views.append(index.view(count, side * side, 1))
-        first += count * side * side
-    packed, _ = owner.pack_image_features(
-        views,
-        inputs["image_sizes"].cpu(),
-        vision_feature_select_strategy=owner.config.vision_feature_select_strategy,
-        image_newline=torch.full((1,), -1.0, dtype=torch.float64),
-    )
-    return [tiled_rows(rows[:, 0].long(), side) for rows in packed]
-
-
-def tile_groups(owner: nn.Module, inputs: Mapping) -> list[torch.Tensor]:
-    """An empty tensor of each image's tile count, read as the model reads it: from the image's size."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    sizes = inputs["image_sizes"].tolist()
-    pinpoints, tile = owner.config.image_grid_pinpoints, owner.config.vision_config.image_size
-    return [torch.empty(image_size_to_num_patches(size, pinpoints, tile), 0) for size in sizes]
-
-
-def tiled_rows(index: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Layout of one packed image: `side * side` base tokens at t = 0, then rows that end in a newline at t = 1."""
-    rest = index[side * side :]
-    width = int((rest == -1).nonzero()[0]) + 1
-    detail = rectangle(1, len(rest) // width, width)
-    detail[:, 0] = 1
-    return torch.cat([rectangle(1, side, side), detail]), index
-
-
 # --- attention that each token receives ---------------------------------------------------------------------------
 
 
@@ -268,7 +206,7 @@ def received_attention(
     tower: nn.Module,
     encoding: VisualEncoding,
     inputs: Mapping,
-    index: list[torch.Tensor],
+    layout: TokenLayout,
 ) -> list[torch.Tensor]:
     """Attention per visual token of each image, `(n_i,)`; -inf for rows that no patch made, so they go last.
 
@@ -279,21 +217,14 @@ def received_attention(
     grid_thw = inputs.get(f"{encoding.modality}_grid_thw")
     if grid_thw is not None and query.dim() == 3:
         return merged_attention(query, key, tower, grid_thw, encoding.lengths)
-    scores = class_row(query, key) if has_class_token(tower) else column_mean(query, key)
-    flat = scores.flatten()
-    highest_index = max(int(rows.max()) for rows in index)
-    # Without a layout of its own each image's index starts at 0: shift it to the image's place.
-    if len(index) > 1 and highest_index < max(encoding.lengths):
-        starts = [sum(encoding.lengths[:i]) for i in range(len(index))]
-        index = [rows + start for rows, start in zip(index, starts, strict=True)]
-    used = 1 + max(int(rows.max()) for rows in index)
-    if used != flat.numel():
+    scores = (class_row(query, key) if has_class_token(tower) else column_mean(query, key)).flatten()
+    if layout.total != scores.numel():
         raise ValueError(
-            f"The vision tower attends over {flat.numel()} tokens, the model uses {used}: their attention cannot be "
-            "matched. Choose a pruner that needs no attention, such as 'divprune'."
+            f"The vision tower attends over {scores.numel()} tokens, the model uses {layout.total}: their attention "
+            "cannot be matched. Choose a pruner that needs no attention, such as 'divprune'."
         )
-    flat = torch.cat([flat, flat.new_full((1,), float("-inf"))])  # index -1 reads the last entry
-    return [flat[rows.to(flat.device)] for rows in index]
+    scores = torch.cat([scores, scores.new_full((1,), float("-inf"))])  # index -1 reads the last entry
+    return [scores[patches.to(scores.device, non_blocking=True)] for patches in layout.patches]
 
 
 def merged_attention(

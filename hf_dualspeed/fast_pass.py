@@ -16,6 +16,7 @@ from .arguments import POSITION_IDS, check_choice
 from .encoding import (
     PIXEL_KEYS,
     VisualEncoding,
+    check_needs,
     check_protocol,
     encode,
     encoder_owner,
@@ -55,7 +56,8 @@ def prune_inputs(
     """
     check_choice("position_ids", position_ids, POSITION_IDS)
     check_protocol(model)
-    check_inputs(model, inputs)
+    check_needs(pruner)
+    check_inputs(inputs)
     encodings = encode(model, inputs, pruner.needs)
     return shorten_inputs(model, inputs, encodings, pruner, isolator, position_ids, generator)
 
@@ -90,7 +92,7 @@ def prune_visual_tokens(
         handle.remove()
 
 
-def check_inputs(model: nn.Module, inputs: Mapping) -> None:
+def check_inputs(inputs: Mapping) -> None:
     """Raises a `ValueError` for a batch that cannot be shortened."""
     ids = inputs.get("input_ids")
     if ids is None or ids.dim() != 2:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from .encoding import PIXEL_KEYS, encode, unwrap
+from .data import require
+from .encoding import PIXEL_KEYS, encode, language_parts, unwrap
 from .fast_pass import check_inputs, shorten_inputs
 from .isolator import ModeIsolator
 from .pruners import Pruner
@@ -31,8 +33,9 @@ class ModePass(nn.Module):
     `save_pretrained` leaves them out of the checkpoint. With no mode set, the model runs as it always does.
 
     After a call in a mode, `targets` `(M,)` holds the labels of the returned logits `(M, V)`, `teacher_logits`
-    `(M, V)` those of the pruned view (slow mode with distillation), and the output's `loss` a zero that touches the
-    fast view's parameters, so that DDP finds each of them in every step.
+    `(M, V)` those of the pruned view (slow mode with distillation; in training mode, dropout included, as the
+    paper's), and the output's `loss` a zero that touches the trainable parameters that this pass did not use, so that
+    DDP finds each of them in every step.
     """
 
     def __init__(self, pruner: Pruner, isolator: ModeIsolator | None, position_ids: str):
@@ -40,14 +43,32 @@ class ModePass(nn.Module):
         self.pruner = pruner
         self.isolator = isolator
         self.position_ids = position_ids
+        self.last_mode: str | None = None
+        self._handles: list = []
+        self._adapters: dict[str, list[str]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """No mode, nothing kept of a pass."""
         self.autocast: Callable[[], AbstractContextManager] = nullcontext
         self.mode: str | None = None
         self.distil = False
         self.generator: torch.Generator | None = None
         self.targets: torch.Tensor | None = None
         self.teacher_logits: torch.Tensor | None = None
-        self._handles: list = []
-        self._adapters: dict[str, list[str]] = {}
+        self._keep: torch.Tensor | None = None
+        self._model: weakref.ref | None = None  # a plain reference would make the model its own submodule
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, which are not in the middle of a pass."""
+        passing = ("autocast", "mode", "distil", "generator", "targets", "teacher_logits", "_keep", "_model")
+        return {key: value for key, value in self.__dict__.items() if key not in passing}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    # --- on and off a model ---------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
         """Hangs this on `model`, in place of an earlier one."""
@@ -55,13 +76,12 @@ class ModePass(nn.Module):
         if isinstance(earlier, ModePass):
             earlier.detach()
         model.add_module(NAME, self)
-        self._model = weakref.ref(model)  # a plain reference would make the model its own submodule
         ours = {f"{NAME}.{key}" for key in self.state_dict()}
         model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *ours}
         self._slices_logits = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
+            model.register_forward_hook(self._after, with_kwargs=True),
         ]
 
     def detach(self) -> None:
@@ -87,20 +107,25 @@ class ModePass(nn.Module):
             if isinstance(getattr(module, "_active_adapter", None), list):
                 module._active_adapter = self._adapters[mode]
 
+    # --- a pass ---------------------------------------------------------------------------------------------------
+
     def begin(self, mode: str, distil: bool, generator: torch.Generator | None) -> None:
         """The next calls of the model run in `mode`."""
-        self.mode, self.distil, self.generator = mode, distil and mode == SLOW, generator
+        self.mode = self.last_mode = mode
+        self.distil, self.generator = distil and mode == SLOW, generator
 
     def end(self) -> None:
         """The next calls of the model run as if this were not there. Only after backward, which may recompute."""
-        self.mode = self.generator = self.targets = self.teacher_logits = None
-        self._activate(self._model(), SLOW)
+        self.mode = self.generator = self.targets = self.teacher_logits = self._keep = None
+        if self._model is not None:
+            self._activate(self._model(), SLOW)
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict):
         if self.mode is None:
             return None
-        check_inputs(model, kwargs)
-        self.teacher_logits = None
+        check_inputs(kwargs)
+        require(kwargs, "labels")
+        self._model, self.teacher_logits = weakref.ref(model), None
         inputs = kwargs
         if self.mode == FAST or self.distil:
             with self.autocast():
@@ -125,9 +150,8 @@ class ModePass(nn.Module):
         """Logits `(M, V)` of the pruned view. `model.forward` rather than `model`: no hook fires twice."""
         inputs = self._shorten(model, inputs, [e.detached() for e in encodings])
         inputs, _ = self._supervise(inputs)
-        keep = inputs.get("logits_to_keep", self._keep)
         logits = model.forward(**inputs).logits
-        return logits if self._slices_logits else logits[keep]
+        return logits if self._slices_logits else logits[self._keep]
 
     def _supervise(self, inputs: dict) -> tuple[dict, torch.Tensor]:
         """Takes the labels out, so that the head runs at supervised positions only: inputs and targets `(M,)`."""
@@ -138,16 +162,27 @@ class ModePass(nn.Module):
             inputs["logits_to_keep"] = self._keep
         return inputs, shifted[self._keep]
 
-    def _after(self, model: nn.Module, args: tuple, output):
+    def _after(self, model: nn.Module, args: tuple, kwargs: dict, output):
         if self.mode is None:
             return None
         if not self._slices_logits:
             output["logits"] = output.logits[self._keep]
-        output["loss"] = sum((p.sum() for p in self._touched()), output.logits.new_zeros(())) * 0.0
+        saw_images = kwargs.get("mm_encoder_outputs") is not None or any(key in kwargs for key in PIXEL_KEYS)
+        zero = output.logits.new_zeros(())
+        output["loss"] = sum((p.sum() for p in self._untouched(model, saw_images)), zero) * 0.0
         return output
 
-    def _touched(self):
-        """Every trainable parameter of the fast view; the isolator through its call, which gathers shards."""
+    def _untouched(self, model: nn.Module, saw_images: bool) -> Iterator[torch.Tensor]:
+        """Trainable parameters that a pass in this mode, with or without images, leaves out of the graph."""
         if self.isolator is not None:
-            yield self.isolator()
+            yield self.isolator()  # by its call, which gathers shards
         yield from (p for p in self.pruner.parameters() if p.requires_grad)
+        if self._adapters and self.mode == SLOW:
+            reserved = set(self._adapters[FAST]) - set(self._adapters[SLOW])
+            names = tuple(f".{adapter}." for adapter in reserved)
+            yield from (p for n, p in model.named_parameters() if p.requires_grad and any(a in n for a in names))
+        if not saw_images:
+            outer = unwrap(model)
+            language = {id(p) for part in language_parts(outer) for p in part.parameters()}
+            visual = (p for p in outer.parameters() if p.requires_grad and id(p) not in language)
+            yield from (p for p in visual if not isinstance(p, DTensor))  # shards of FSDP are not whole here

@@ -49,7 +49,7 @@ def plan_shortening(
         count = torch.where(is_visual, repeats[rank.clamp(0, len(repeats) - 1)], count)
         found.append(is_visual.sum())
     length = count.sum(1)
-    # The one host synchronisation of the fast pass: tensors need a size.
+    # The one host synchronisation of shortening: tensors need a size.
     longest, *found = torch.stack([length.amax(), *found]).tolist()
     for (token_id, repeats), placeholders in zip(copies.items(), found, strict=True):
         if placeholders != len(repeats):

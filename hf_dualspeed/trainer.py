@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -16,16 +17,16 @@ from transformers.utils import CONFIG_NAME
 
 from .arguments import Default, DualSpeedTrainingArguments
 from .callbacks import ModeClock, ModeLosses
-from .data import MaskVisualLabels, require
+from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
-from .encoding import check_protocol, unwrap, visual_token_ids
+from .encoding import check_needs, check_protocol, language_parts, unwrap, visual_token_ids
 from .isolator import WEIGHTS_NAME, ModeIsolator, save_isolator, saved_length
 from .mode_pass import NAME, ModePass
 from .model_card import write_model_card
 from .parameter_views import ParameterViews
-from .pruners import AutoPruner, Pruner, available_pruners
+from .pruners import AutoPruner, Pruner, available_pruners, pruner_class
 from .results import run_record
-from .schedule import FAST, SLOW, ModeSchedule
+from .schedule import FAST, ModeSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class DualSpeedMixin:
                 "`compute_loss_func` is not supported: DualSpeed computes cross-entropy and distillation at the "
                 "supervised positions itself. Leave it out; `label_smoothing_factor` works."
             )
-        self._pruner = resolve_pruner(pruner, args)
+        self._given_pruner = pruner
         if model is not None:
             self._attach(model, args)
         super().__init__(model=model, args=args, **kwargs)
@@ -79,16 +80,16 @@ class DualSpeedMixin:
         # The loss is always summed and divided by the items of the whole step, whatever the model would do.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.clock = ModeClock(self.mode_at)
-        self.add_callback(self.clock)
+        self.add_callback(ModeClock())
         self._losses = ModeLosses()
-        self._schedule: ModeSchedule | None = None
         self._micro = (-1, 0)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
 
     def _attach(self, model: nn.Module, args: DualSpeedTrainingArguments) -> None:
         check_protocol(model)
+        self._pruner = resolve_pruner(self._given_pruner, args, model)
+        check_needs(self._pruner)
         with torch.random.fork_rng(devices=[]):  # the prompt follows from the seed, and shifts no other draw
             torch.manual_seed(args.seed)
             isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
@@ -96,6 +97,7 @@ class DualSpeedMixin:
         if isolator is not None and (base / WEIGHTS_NAME).is_file():
             isolator.load_pretrained(base)  # learnt since the projector stage
             logger.info("Mode isolator taken from %s.", base)
+        self._schedule: ModeSchedule | None = None
         self.mode_pass = ModePass(self._pruner, isolator, args.position_ids)
         self.mode_pass.attach(model)
         fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.mode_pass.parameters()) else []
@@ -111,29 +113,36 @@ class DualSpeedMixin:
         self.mode_pass.autocast = self.accelerator.autocast
         return model
 
+    @property
+    def clock(self) -> ModeClock:
+        """Steps and seconds by mode; looked up, for the Trainer may put a restored one in its place."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, ModeClock))
+
     def train(self, *args, **kwargs):
-        """Trains; the first example is collated beforehand, so that a batch that can't be trained on fails at once."""
-        if hasattr(self.train_dataset, "__getitem__") and len(self.train_dataset):
-            require(self.data_collator([self.train_dataset[0]]), "labels")
+        self._losses = ModeLosses()  # an earlier run may have ended between two logs
         return super().train(*args, **kwargs)
 
     # --- modes ----------------------------------------------------------------------------------------------------
 
     def mode_at(self, step: int) -> str:
         """ "fast" or "slow" for optimizer step `step`, counted from 0; the same on every rank and after resuming."""
-        total = self.state.max_steps if self.state.max_steps > 0 else self.args.max_steps
-        if total <= 0 and self.args.slow_tail_ratio:  # asked before training: count as the Trainer will
-            *_, total = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        if self._schedule is None or (self._schedule.total_steps or -1) != total:
+        running = self.state.max_steps
+        if self._schedule is None or running not in (0, self._schedule.total_steps):
             self._schedule = ModeSchedule(
                 self.slow_mode_ratio,
                 self.args.mode_schedule,
                 self.args.seed,
                 self.args.slow_warmup_steps,
                 self.args.slow_tail_ratio,
-                total if total > 0 else None,
+                running or self._planned_steps(),
             )
         return self._schedule.mode_at(step)
+
+    def _planned_steps(self) -> int | None:
+        """Optimizer steps of the whole run, asked before it starts; only a slow tail needs them."""
+        if self.args.max_steps > 0 or not self.args.slow_tail_ratio:
+            return max(self.args.max_steps, 0) or None
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch in the mode of the current optimizer step; gradients of the other mode are dropped."""
@@ -161,7 +170,12 @@ class DualSpeedMixin:
         """Cross-entropy, and in slow steps the distillation; plain outside of training."""
         mode_pass = self.mode_pass
         if mode_pass.mode is None:
-            return super().compute_loss(model, inputs, return_outputs)
+            if self.label_smoother is None or "labels" not in inputs:
+                return super().compute_loss(model, inputs, return_outputs)
+            # The Trainer shifts smoothed labels for the names of plain causal models only.
+            outputs = model(**inputs)
+            loss = self.label_smoother(outputs, inputs["labels"], shift_labels=True)
+            return (loss, outputs) if return_outputs else loss
         outputs = model(**inputs)
         smoothing = self.args.label_smoothing_factor
         entropy = supervised_cross_entropy(outputs.logits, mode_pass.targets, num_items_in_batch, smoothing)
@@ -209,20 +223,25 @@ class DualSpeedMixin:
 
     def _save(self, output_dir=None, state_dict=None):
         # Sharded training hands over the gathered weights, from which saving takes the isolator's out.
-        prompt = (state_dict or {}).get(f"{NAME}.isolator.prompt")
+        gathered = {k.removeprefix(f"{NAME}."): v for k, v in (state_dict or {}).items() if k.startswith(f"{NAME}.")}
         token, self.args.hub_token = (
             self.args.hub_token,
             None,
         )  # the Trainer pickles its arguments beside the model
         try:
-            super()._save(output_dir, state_dict)
+            with interrupts_deferred():
+                super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            self._pruner.save_pretrained(folder)
+            parts = gathered or self.mode_pass.state_dict()
+            prefix = "pruner."
+            self._pruner.save_pretrained(
+                folder, {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
+            )
             if self.args.isolator_length:
-                save_isolator(self.mode_pass.isolator.prompt if prompt is None else prompt, folder)
+                save_isolator(parts["isolator.prompt"], folder)
 
     def _save_checkpoint(self, model, trial):
         with interrupts_deferred():
@@ -242,15 +261,15 @@ class DualSpeedMixin:
         check_isolator(resume_from_checkpoint, self.args.isolator_length)
         if not self._load_plain(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_isolator(resume_from_checkpoint)
+        self._load_fast_view(resume_from_checkpoint)
 
     def _load_best_model(self):
         if not self._load_plain(self.state.best_model_checkpoint):
             super()._load_best_model()
-        self._load_isolator(self.state.best_model_checkpoint)
+        self._load_fast_view(self.state.best_model_checkpoint)
 
     def _load_plain(self, folder) -> bool:
-        """Loads an unsharded full checkpoint; False where the Trainer must.
+        """Loads a full checkpoint that `save_pretrained` wrote; False for adapters, FSDP and DeepSpeed.
 
         `save_pretrained` writes the published names of the weights, which for most vision-language models differ
         from those of the modules. The Trainer of transformers 5.23 reads them back by module name with
@@ -264,32 +283,39 @@ class DualSpeedMixin:
         model.load_state_dict(weights, strict=False)
         return True
 
-    def _load_isolator(self, folder) -> None:
-        # Sharded checkpoints hold the isolator among the model's own weights.
-        if self.args.isolator_length and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+    def _load_fast_view(self, folder) -> None:
+        # Sharded checkpoints hold isolator and pruner among the model's own weights.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        if self.args.isolator_length:
             self.mode_pass.isolator.load_pretrained(folder)
+        self._pruner.load_weights(folder)
 
 
 class DualSpeedTrainer(DualSpeedMixin, Trainer):
     """[`~transformers.Trainer`] with fast and slow steps; see [`DualSpeedMixin`]."""
 
 
-def resolve_pruner(pruner: Pruner | None, args: DualSpeedTrainingArguments) -> Pruner:
-    """The pruner to train with: an object, a registered name or a folder; `args.pruning_ratio` wins where set."""
+def resolve_pruner(pruner: Pruner | None, args: DualSpeedTrainingArguments, model: nn.Module) -> Pruner:
+    """The pruner to train with: an object, a registered name or a folder; `args.pruning_ratio` wins where set.
+
+    A pruner built by name whose config has a `hidden_size`, as a learnt one does, gets the model's.
+    """
     if pruner is None:
         if args.pruner in available_pruners() or not Path(args.pruner).is_dir():
-            return AutoPruner.from_name(args.pruner, pruning_ratio=float(args.pruning_ratio))
+            settings = {"pruning_ratio": float(args.pruning_ratio)}
+            if "hidden_size" in {f.name for f in fields(pruner_class(args.pruner).config_class)}:
+                settings["hidden_size"] = unwrap(model).config.get_text_config().hidden_size
+            return AutoPruner.from_name(args.pruner, **settings)
         pruner = AutoPruner.from_pretrained(args.pruner)
     if not isinstance(args.pruning_ratio, Default):
-        pruner.config.pruning_ratio = args.pruning_ratio
+        pruner.config = replace(pruner.config, pruning_ratio=args.pruning_ratio)
     return pruner
 
 
 def language_model_is_frozen(model: nn.Module) -> bool:
     """Whether no parameter of the language model (adapters included) or its head is trainable."""
-    outer = unwrap(model)
-    parts = (outer.get_decoder(), outer.get_output_embeddings())
-    return not any(p.requires_grad for part in parts if part is not None for p in part.parameters())
+    return not any(p.requires_grad for part in language_parts(model) for p in part.parameters())
 
 
 def wrap_existing_layers(plugin, model: nn.Module) -> None:
@@ -305,29 +331,34 @@ def wrap_existing_layers(plugin, model: nn.Module) -> None:
 
 
 def check_isolator(folder: str | Path, length: int) -> None:
-    """Raises a `ValueError` where `folder` holds an isolator of another length than `length`."""
+    """Raises a `ValueError` where `folder` holds an isolator of another length than `length`, or none."""
     saved = saved_length(folder)
-    if saved is not None and saved != length:
+    if saved is None and not (Path(folder) / "pruner_config.json").is_file():
+        return  # not written by `save_model`: sharded, or no checkpoint at all, which the Trainer says
+    if (saved or 0) != length:
         raise ValueError(
-            f"`isolator_length` is {length}, but the checkpoint {str(folder)!r} was trained with {saved}. "
-            f"Set isolator_length={saved} to resume it."
+            f"`isolator_length` is {length}, but the checkpoint {str(folder)!r} was trained with {saved or 0}. "
+            f"Set isolator_length={saved or 0} to resume it."
         )
 
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
     """Holds Ctrl-C back until the body is done, so that no half-written checkpoint is left behind."""
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or getattr(before, "defers", False):
         yield
         return
     caught = []
-    before = signal.signal(signal.SIGINT, lambda *event: caught.append(event))
+
+    def hold(*event):
+        caught.append(event)
+
+    hold.defers = True
+    signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
     if caught:
         raise KeyboardInterrupt
-
-
-__all__ = ["FAST", "SLOW", "DualSpeedMixin", "DualSpeedTrainer"]

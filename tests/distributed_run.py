@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--family", default="llava")
     parser.add_argument("--images", action="store_true", help="leave samples without images out")
+    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--max-steps", type=int, default=6)
     options = parser.parse_args()
@@ -48,6 +49,7 @@ def main() -> None:
         data=[DATA[0], *(e for e in DATA[1:] if SAMPLES[e["index"]][1]), DATA[0]] if options.images else DATA,
         per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=2,
+        activation_checkpointing=options.checkpointing,
         max_steps=options.max_steps,
         slow_mode_ratio=0.5,
         pruning_ratio=0.5,

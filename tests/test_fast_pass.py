@@ -209,6 +209,16 @@ def test_any_resolution_layout_matches_the_packed_features():
         assert grid.unique(dim=0).shape == grid.shape
 
 
+@pytest.mark.parametrize("size", [(16, 16), (24, 40), (40, 24), (30, 20), (20, 44), (64, 16), (16, 64), (33, 31)])
+@pytest.mark.parametrize("name", ["cls_attention", "grid"])
+def test_any_resolution_of_every_shape(size, name):
+    model, processor = FAMILIES["llava_next"].build()
+    inputs = batch(FAMILIES["llava_next"], processor, [("{image} hi", [size])])
+    (count,) = encode(model, inputs)[0].lengths
+    short = prune_inputs(model, inputs, pruner(name, 0.5))
+    assert (short["input_ids"] == processor.image_token_id).sum() == budget(count, 0.5)
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 @pytest.mark.parametrize("side", SIDES)
 def test_generation(family, side):
@@ -256,6 +266,10 @@ def test_bad_batches_are_named():
     inputs.pop("mm_token_type_ids")
     with pytest.raises(ValueError, match="mm_token_type_ids"):
         prune_inputs(qwen, inputs, pruner())
+    asking = pruner()
+    asking.needs = frozenset({"text"})
+    with pytest.raises(ValueError, match=r"'divprune' needs \['text'\], but the fast pass supplies"):
+        prune_inputs(model, {}, asking)
     output = type("Output", (), {"pooler_output": torch.zeros(4, 3)})()
     with pytest.raises(ValueError, match="not supported yet"):
         split_units(output, "SomeModel")

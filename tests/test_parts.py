@@ -160,7 +160,7 @@ LAYERS = [
         "recipe_arguments",
         "results",
     },
-    {"encoding", "fast_pass", "mode_pass"},
+    {"layout", "encoding", "fast_pass", "mode_pass"},
     {"trainer"},
     {"recipe", "compare", "bench", "bench_report", "cli", "__init__"},
 ]

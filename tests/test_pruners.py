@@ -247,6 +247,14 @@ def test_outsiders_register_pruners(tmp_path):
         assert pruner(tokens((3, 4))).positions[0].tolist() == [2, 3, 4, 5, 6, 7]
         pruner.save_pretrained(tmp_path)
         assert AutoPruner.from_pretrained(tmp_path).config == pruner.config
+
+        @register_pruner("twin")  # the same settings under another name
+        class Twin(First):
+            config_class = FirstConfig
+
+        assert AutoPruner.from_name("first").config.to_dict()["pruner_type"] == "first"
+        assert AutoPruner.from_name("twin").config.to_dict()["pruner_type"] == "twin"
+        assert PrunerConfig.pruner_type == FirstConfig.pruner_type == ""
         with pytest.raises(ValueError, match="`name` 'first' is taken by"):
 
             @register_pruner("first")
@@ -260,6 +268,7 @@ def test_outsiders_register_pruners(tmp_path):
                 needs = frozenset({"labels"})
     finally:
         _REGISTRY.pop("first", None)
+        _REGISTRY.pop("twin", None)
 
 
 def test_importing_the_package_is_enough_to_know_all_pruners():

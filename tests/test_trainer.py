@@ -6,14 +6,27 @@ import copy
 import logging
 import math
 import os
+import pickle
 import signal
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import FAMILIES, batch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, ModeSchedule
+from hf_dualspeed import (
+    AutoPruner,
+    DualSpeedTrainer,
+    DualSpeedTrainingArguments,
+    ModeSchedule,
+    Pruner,
+    PrunerConfig,
+    register_pruner,
+)
+from hf_dualspeed.pruners.base import _REGISTRY, highest, rows_at, take
 
 QUIET = {
     "report_to": "none",
@@ -83,6 +96,7 @@ def make(tmp_path, family="llava", cls=DualSpeedTrainer, model=None, callbacks=N
         model=model or built,
         args=arguments(**options),
         train_dataset=data or DATA,
+        eval_dataset=DATA,
         data_collator=Collator(family, processor),
         processing_class=processor,
         callbacks=callbacks,
@@ -290,14 +304,212 @@ def test_batch_without_supervised_token_gives_a_finite_zero(tmp_path):
         assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-def test_label_smoothing_equals_plain_trainer(tmp_path):
-    # The plain smoother averages over supervised tokens as well, for models that shift labels themselves.
-    from hf_dualspeed.distillation import supervised_cross_entropy
+def test_label_smoothing_is_shifted_in_training_and_evaluation(tmp_path):
+    # The plain Trainer forgets the shift: it knows the names of plain causal models only.
+    trainer = make(tmp_path, slow_mode_ratio=1.0, distillation_weight=0.0, label_smoothing_factor=0.1, max_steps=1)
+    trainer.args.per_device_eval_batch_size = trainer.args.per_device_train_batch_size = len(DATA)
+    inputs = trainer.data_collator(DATA)
+    with torch.no_grad():
+        log_p = (
+            trainer.model.eval()(**{k: v for k, v in inputs.items() if k != "labels"}).logits[:, :-1].log_softmax(-1)
+        )
+    targets = inputs["labels"][:, 1:]
+    kept = targets != -100
+    hits = log_p[kept].gather(1, targets[kept][:, None])
+    expected = (-0.9 * hits - 0.1 * log_p[kept].mean(-1, keepdim=True)).mean().item()
+    assert trainer.evaluate(DATA)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    trainer = make(
+        tmp_path,
+        slow_mode_ratio=1.0,
+        distillation_weight=0.0,
+        label_smoothing_factor=0.1,
+        max_steps=1,
+        per_device_train_batch_size=len(DATA),
+    )
+    trainer.train()
+    assert history(trainer, "loss")[0][0] == pytest.approx(expected, rel=1e-5)
 
-    logits, targets = torch.randn(5, 7), torch.randint(7, (5,))
-    log_p = logits.log_softmax(-1)
-    expected = (-0.9 * log_p[torch.arange(5), targets] - 0.1 * log_p.mean(-1)).sum() / 5
-    torch.testing.assert_close(supervised_cross_entropy(logits, targets, 5, 0.1), expected)
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_checkpointing_changes_nothing(tmp_path, family):
+    logs = []
+    for checkpointing in (False, True):
+        trainer = make(
+            tmp_path,
+            family,
+            slow_mode_ratio=0.5,
+            pruning_ratio=0.5,
+            activation_checkpointing=checkpointing,
+            optim="sgd",
+        )
+        trainer.train()
+        logs.append(torch.tensor(history(trainer, "loss", "grad_norm")))
+    torch.testing.assert_close(logs[1], logs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_autocast_covers_what_runs_before_forward(tmp_path, family):
+    exact, mixed = (
+        make(tmp_path, family, slow_mode_ratio=0.5, pruner="grid", pruning_ratio=0.5, bf16=bf16)
+        for bf16 in (False, True)
+    )
+    seen = []
+    tower = mixed.model.get_encoder(modality="image")
+    linear = next(m for m in tower.modules() if isinstance(m, torch.nn.Linear))
+    linear.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    for trainer in (exact, mixed):
+        trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    # The teacher runs without gradients on the same weights, whose casts autocast must not keep for the student.
+    torch.testing.assert_close(
+        torch.tensor(history(mixed, "loss", "grad_norm")),
+        torch.tensor(history(exact, "loss", "grad_norm")),
+        rtol=0.2,
+        atol=0.05,
+    )
+
+
+def test_left_padding_trains_like_right_padding(tmp_path):
+    logs = []
+    for side in ("right", "left"):
+        trainer = make(tmp_path, slow_mode_ratio=0.5, pruning_ratio=0.5)
+        _, processor = FAMILIES["llava"].build(side)
+        right = FAMILIES["llava"].processor("right")
+
+        def collate(examples, processor=processor, right=right):
+            inputs, labelled = (Collator(FAMILIES["llava"], p)(examples) for p in (processor, right))
+            labels = torch.full_like(inputs["labels"], -100)
+            labels[inputs["attention_mask"].bool()] = labelled["labels"][labelled["attention_mask"].bool()]
+            return {**inputs, "labels": labels}
+
+        trainer.data_collator.collator = collate
+        trainer.train()
+        logs.append(torch.tensor(history(trainer, "loss", "grad_norm")))
+    torch.testing.assert_close(logs[1], logs[0], rtol=1e-3, atol=1e-4)
+
+
+def test_best_model_and_sharded_checkpoints_are_read_back(tmp_path):
+    trainer = make(
+        tmp_path,
+        slow_mode_ratio=0.5,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        learning_rate=0.5,
+    )
+    save = trainer.model.save_pretrained
+    trainer.model.save_pretrained = lambda *args, **options: save(*args, max_shard_size="100KB", **options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert len(list(Path(best).glob("model-*.safetensors"))) > 1
+    loaded, _ = FAMILIES["llava"].build(seed=9)
+    loaded = type(loaded).from_pretrained(best)
+    trained = dict(trainer.model.named_parameters())
+    assert all(torch.equal(p, trained[n]) for n, p in loaded.named_parameters())
+    isolator = load_file(Path(best) / "mode_isolator.safetensors")["prompt"]
+    assert torch.equal(isolator, trainer.mode_pass.isolator.prompt)
+    resumed = make(tmp_path, slow_mode_ratio=0.5, max_steps=6, save_strategy="steps", save_steps=2)
+    resumed._load_from_checkpoint(best)
+    assert all(torch.equal(p, trained[n]) for n, p in resumed.model.named_parameters())
+
+
+@pytest.fixture
+def learnt_pruner():
+    """A registered pruner with weights: keeps the tokens of the highest learnt score, scaled by it."""
+
+    @dataclass
+    class ScoredConfig(PrunerConfig):
+        hidden_size: int = 1
+
+    @register_pruner("scored")
+    class Scored(Pruner):
+        config_class = ScoredConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.score = torch.nn.Linear(config.hidden_size, 1)
+
+        def reduce(self, tokens, lengths):
+            scores = self.score(tokens.features)
+            kept = take(tokens, highest(scores[..., 0].detach(), tokens.valid, max(lengths)), lengths)
+            kept.features = kept.features * rows_at(scores, kept.positions).sigmoid()
+            return kept
+
+    yield Scored
+    _REGISTRY.pop("scored")
+
+
+def test_learnt_pruner_is_fast_only_saved_and_resumed(tmp_path, learnt_pruner):
+    watch = Watch(["dualspeed.pruner.score.weight"])
+    options = {"pruner": "scored", "slow_mode_ratio": 0.5, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    trainer = make(tmp_path, callbacks=[watch], **options)
+    trainer.train()
+    trainer.save_model()
+    modes = [trainer.mode_at(step) for step in range(6)]
+    assert [m["dualspeed.pruner.score.weight"] for m in watch.moved] == [mode == "fast" for mode in modes]
+    resumed = make(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    weight = trainer.mode_pass.pruner.score.weight
+    assert torch.equal(resumed.mode_pass.pruner.score.weight, weight)
+    loaded = AutoPruner.from_pretrained(tmp_path)
+    assert loaded.config.to_dict() == {"pruner_type": "scored", "pruning_ratio": 0.9, "hidden_size": 32}
+    assert torch.equal(loaded.score.weight, weight)
+    (tmp_path / "pruner.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"No pruner\.safetensors .* learnt pruner 'scored' needs"):
+        AutoPruner.from_pretrained(tmp_path)
+
+
+def test_streaming_data_trains(tmp_path):
+    from datasets import Dataset
+
+    trainer = make(tmp_path, data=Dataset.from_list(DATA).to_iterable_dataset())
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_second_run_starts_its_logs_anew(tmp_path):
+    trainer = make(tmp_path, max_steps=3, logging_steps=2, slow_mode_ratio=0.0, learning_rate=0.0)
+    for _ in range(2):
+        trainer.train()
+        for loss, fast in history(trainer, "loss", "fast_loss"):
+            assert fast == pytest.approx(loss, rel=1e-5)
+        assert trainer.summary()["steps"] == {"fast": 3, "slow": 0}
+
+
+def test_restored_callbacks_go_on_counting(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": True}
+    make(tmp_path, **options).train()
+    resumed = make(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert sum(resumed.summary()["steps"].values()) == 4
+
+
+def test_model_is_copied_and_pickled_with_its_fast_view(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    copied = copy.deepcopy(trainer.model)
+    again = pickle.loads(pickle.dumps(trainer.model))
+    for model in (copied, again):
+        assert torch.equal(model.dualspeed.isolator.prompt, trainer.mode_pass.isolator.prompt)
+        assert model.dualspeed.mode is None
+    trainer.train()
+    other = make(tmp_path, model=copied, max_steps=1)
+    other.train()
+    assert history(other, "loss") == history(trainer, "loss")
+
+
+def test_model_init_builds_the_fast_view(tmp_path):
+    family = FAMILIES["llava"]
+    _, processor = family.build()
+    args = DualSpeedTrainingArguments(**QUIET, output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2)
+    trainer = DualSpeedTrainer(
+        model_init=lambda: family.build()[0], args=args, train_dataset=DATA, data_collator=Collator(family, processor)
+    )
+    trainer.train()
+    assert trainer.model.dualspeed is trainer.mode_pass
+    assert sum(trainer.summary()["steps"].values()) == 2
 
 
 def test_labels_on_visual_tokens_are_masked_with_one_warning(tmp_path, caplog):
@@ -407,9 +619,11 @@ def test_image_and_placeholder_counts_that_differ_are_both_named(tmp_path):
 def test_isolator_of_another_length_is_refused(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     make(tmp_path, isolator_length=4, **options).train()
-    for length in (8, 0):
-        trainer = make(tmp_path, isolator_length=length, **{**options, "max_steps": 4})
-        with pytest.raises(ValueError, match=f"`isolator_length` is {length}.*trained with 4.*isolator_length=4"):
+    make(tmp_path / "none", isolator_length=0, **options).train()
+    for folder, length, saved in (("", 8, 4), ("", 0, 4), ("none", 4, 0)):
+        trainer = make(tmp_path / folder, isolator_length=length, **{**options, "max_steps": 4})
+        expected = f"`isolator_length` is {length}.*trained with {saved}.*isolator_length={saved}"
+        with pytest.raises(ValueError, match=expected):
             trainer.train(resume_from_checkpoint=True)
 
 

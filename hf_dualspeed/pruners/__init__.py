@@ -9,6 +9,7 @@ from .base import (
     VisualTokens,
     available_pruners,
     budget,
+    pruner_class,
     register_pruner,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "cls_attention",
     "divprune",
     "grid",
+    "pruner_class",
     "random",
     "register_pruner",
 ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..arguments import check_choice, check_range
@@ -21,6 +22,7 @@ from ..arguments import check_choice, check_range
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "pruner_config.json"
+WEIGHTS_NAME = "pruner.safetensors"
 NEEDS = frozenset({"grid", "attention", "keys", "text"})
 
 
@@ -171,9 +173,33 @@ class Pruner(nn.Module):
             return PrunedTokens(tokens.features, positions.expand(len(lengths), -1), tokens.valid, lengths)
         return self.reduce(tokens, lengths)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `pruner_config.json`."""
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes `pruner_config.json` and, for a learnt pruner, `pruner.safetensors`.
+
+        `state_dict` stands in for its own weights, where those are sharded.
+        """
         self.config.save_pretrained(folder)
+        weights = self.state_dict() if state_dict is None else state_dict
+        if weights:
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+            save_file(whole, Path(folder) / WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Loads a learnt pruner's weights from `folder`.
+
+        Raises:
+            FileNotFoundError: the pruner is learnt and the folder holds no weights.
+            RuntimeError: they are those of another pruner.
+        """
+        if not self.state_dict():
+            return
+        path = Path(folder) / WEIGHTS_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"No {WEIGHTS_NAME} in {str(folder)!r}, which the learnt pruner {self.config.pruner_type!r} needs. "
+                "Save it with `pruner.save_pretrained`."
+            )
+        self.load_state_dict(load_file(path))
 
     def extra_repr(self) -> str:
         return f"pruning_ratio={self.config.pruning_ratio}"
@@ -236,9 +262,11 @@ def register_pruner(name: str) -> Callable[[type[Pruner]], type[Pruner]]:
         unknown = sorted(cls.needs - NEEDS)
         if unknown:
             raise ValueError(f"`needs` of {cls.__name__} must be among {sorted(NEEDS)}, got {unknown}.")
-        if "config_class" not in vars(cls):  # no settings of its own: a config that only carries the name
-            cls.config_class = dataclass(type(f"{cls.__name__}Config", (cls.config_class,), {}))
-        cls.config_class.pruner_type = name
+        # A config of its own, so that pruners that share their settings still differ in name; pickle finds it here.
+        known_as = {"pruner_type": name, "__module__": cls.__module__, "__doc__": cls.config_class.__doc__}
+        config = type(f"{cls.__name__}Config", (cls.config_class,), known_as)
+        config.__qualname__ = f"{cls.__qualname__}.config_class"
+        cls.config_class = dataclass(config)
         _REGISTRY[name] = cls
         return cls
 
@@ -277,4 +305,6 @@ class AutoPruner:
     def from_pretrained(folder: str | Path) -> Pruner:
         """Loads from a local folder; see [`PrunerConfig.from_pretrained`] for the errors."""
         config = PrunerConfig.from_pretrained(folder)
-        return pruner_class(config.pruner_type)(config)
+        pruner = pruner_class(config.pruner_type)(config)
+        pruner.load_weights(folder)
+        return pruner
