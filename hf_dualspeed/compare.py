@@ -16,16 +16,12 @@ from statistics import mean, stdev
 
 import torch
 from datasets import Dataset
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from rich.console import Console
-from rich.table import Column, Table
 from transformers import Trainer, set_seed
 
 from hf_dualspeed.arguments import DualSpeedTrainingArguments, check_range
 from hf_dualspeed.callbacks import ModeClock
+from hf_dualspeed.compare_report import write_report
 from hf_dualspeed.data import VisionLanguageCollator, load_examples
 from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
@@ -47,27 +43,24 @@ NO_EXTRAS = ("--isolator_length", "0", "--distillation_weight", "0")
 LOSSES = ("loss", "fast_loss", "slow_loss", "distillation_loss", "train_loss")
 # What all runs have in common is published once.
 COMMON = ("fingerprint", "training", "versions", "machine", "seeds")
-MAJORITY = "guessing from the question alone"
 
 
 @dataclass(frozen=True)
 class Way:
-    """One of the ways to train: its names, what it changes in the recipe, and how it is drawn."""
+    """One of the ways to train: its names, and what it changes in the recipe."""
 
     key: str
     name: str
     changes: tuple[str, ...]
-    colour: str
-    marker: str
     trainer: type[Trainer] = DualSpeedTrainer
 
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. The first way is the baseline.
+# The first is the baseline.
 WAYS = (
-    Way("full-tokens", "full tokens", (), "#000000", "o", Trainer),
-    Way("pruned-only", "pruned only (NaivePrune)", (*NO_SLOW_STEPS, *NO_EXTRAS), "#D55E00", "s"),
-    Way("fast-slow", "fast-slow, no isolator, no distillation", NO_EXTRAS, "#0072B2", "^"),
-    Way("dualspeed", "DualSpeed", (), "#009E73", "D"),
+    Way("full-tokens", "full tokens", (), Trainer),
+    Way("pruned-only", "pruned only (NaivePrune)", (*NO_SLOW_STEPS, *NO_EXTRAS)),
+    Way("fast-slow", "fast-slow, no isolator, no distillation", NO_EXTRAS),
+    Way("dualspeed", "DualSpeed", ()),
 )
 BASELINE = WAYS[0]
 
@@ -100,14 +93,7 @@ def main(argv: list[str]) -> None:
         _write_json(path, compare(words, options.seeds, command))
     elif not path.is_file():
         raise FileNotFoundError(f"`results` is {str(path)!r}, but there is no such file to render.")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    path.with_suffix(".md").write_text(f"{caption(results)}\n\n{readme_table(results)}\n", encoding="utf-8")
-    plot(results, path.with_suffix(".png"))
-    header, *rows = table_rows(results)
-    table = Table(*(Column(name, overflow="fold") for name in header))
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    write_report(json.loads(path.read_text(encoding="utf-8")), path)
 
 
 def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
@@ -294,81 +280,6 @@ def _write_json(path: Path, value: dict) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     part.replace(path)
-
-
-def caption(results: dict) -> str:
-    """What the numbers of the table are."""
-    here, used, installed = results["machine"], results["settings"], results["versions"]
-    return (
-        f"{results['steps']} optimizer steps on {results['dataset']} ({results['dataset_split']}); accuracy "
-        f"on {results['n']} questions of {results['eval_dataset']} ({results['eval_split']}). Mean over "
-        f"{len(results['seeds'])} seed(s), in brackets the smallest and the largest value. Baseline: "
-        f"`transformers.Trainer` with {BASELINE.name}; retention (of accuracy with all tokens) and speed-up "
-        "compare with its run of the same seed. Seconds are those of training, without evaluation. Pruned: "
-        f"{used['pruning_ratio']:.0%} of the visual tokens removed by {used['pruner']['pruner_type']}. "
-        f"Machine: {here['accelerator'] or here['cpu']}, {here['threads']} CPU thread(s); torch "
-        f"{installed['torch']}, transformers {installed['transformers']}; {results['date'][:10]}. "
-        f"Command: `{results['command']}`"
-    )
-
-
-def table_rows(results: dict) -> list[list[str]]:
-    """Header and rows of the table."""
-    shares = ("accuracy_full", "accuracy_pruned", "retention")
-    header = ["trained with", "accuracy, all tokens", "accuracy, pruned tokens", "retention"]
-    rows = [[*header, "speed-up", "seconds", "steps/s"]]
-    for own in results["summary"].values():
-        times = (("speed_up", ".2fx"), ("train_seconds", ".1f"), ("steps_per_second", ".2f"))
-        forms = [*((key, ".1%") for key in shares), *times]
-        rows.append([own["name"], *(_cell(own[key], form) for key, form in forms)])
-    if "majority_accuracy" in results:
-        rows.append([MAJORITY, f"{results['majority_accuracy']:.1%}", *["n/a"] * 5])
-    return rows
-
-
-def _cell(spread: dict[str, float] | None, form: str) -> str:
-    if spread is None:
-        return "n/a"
-    unit = "x" if form.endswith("x") else ""
-    center, low, high = (format(spread[key], form.rstrip("x")) + unit for key in ("mean", "min", "max"))
-    return center if low == high else f"{center} ({low} to {high})"
-
-
-def readme_table(results: dict) -> str:
-    """The Markdown table of a comparison's results."""
-    header, *rows = table_rows(results)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def plot(results: dict, path: Path) -> None:
-    """Draws accuracy with all tokens against training time: small markers for seeds, large ones for means."""
-    figure = Figure(figsize=(8, 5.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for way in WAYS:
-        _draw_way(axis, way, results)
-    if "majority_accuracy" in results:
-        axis.axhline(results["majority_accuracy"], color="#666666", linestyle="--", label=MAJORITY)
-    axis.set_xlabel("training time in seconds (small: each seed, large: their mean)", fontsize=13)
-    axis.set_ylabel("accuracy with all visual tokens", fontsize=13)
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
-    axis.margins(x=0.1, y=0.12)
-    axis.set_xlim(left=0)
-    axis.tick_params(labelsize=12)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
-    figure.savefig(path)
-
-
-def _draw_way(axis: Axes, way: Way, results: dict) -> None:
-    runs = [run for run in results["runs"] if run["way"] == way.key]
-    seconds, accuracy = [run["seconds"]["total"] for run in runs], [run["accuracy_full"] for run in runs]
-    axis.scatter(seconds, accuracy, s=22, marker=way.marker, color=way.colour, linewidths=0)
-    # Hollow, so that it does not hide the seeds, which lie close to their mean.
-    look = {"s": 220, "marker": way.marker, "facecolors": "none", "edgecolors": way.colour, "linewidths": 2.2}
-    axis.scatter(mean(seconds), mean(accuracy), label=way.name, **look)
 
 
 class _Parser(argparse.ArgumentParser):

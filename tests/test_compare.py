@@ -7,7 +7,7 @@ import pytest
 import yaml
 from transformers import LlavaForConditionalGeneration, Trainer
 
-from hf_dualspeed import compare
+from hf_dualspeed import compare, compare_report
 from hf_dualspeed.recipe_arguments import parse_recipe
 from hf_dualspeed.trainer import DualSpeedTrainer
 
@@ -142,7 +142,7 @@ def test_nothing_names_the_machines_folders(session):
 
 
 def test_the_table_has_the_numbers_of_the_json(session, results):
-    table = compare.readme_table(results)
+    table = compare_report.readme_table(results)
     text = session["path"].with_suffix(".md").read_text()
     assert table in text
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]

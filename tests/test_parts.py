@@ -162,7 +162,7 @@ LAYERS = [
     },
     {"layout", "encoding", "fast_pass", "mode_pass"},
     {"trainer"},
-    {"recipe", "compare", "bench", "bench_report", "cli", "__init__"},
+    {"recipe", "compare", "compare_report", "bench", "bench_report", "cli", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
