@@ -25,7 +25,6 @@ from hf_dualspeed.compare_report import write_report
 from hf_dualspeed.data import VisionLanguageCollator, load_examples
 from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
-from hf_dualspeed.encoding import encoder_owner
 from hf_dualspeed.evaluation import answer_accuracy
 from hf_dualspeed.fast_pass import prune_inputs
 from hf_dualspeed.recipe import load_model, prepare_model
@@ -187,11 +186,6 @@ def build_trainer(run: Run) -> Trainer:
     """The way's trainer, around a model whose initial weights depend on the seed alone."""
     set_seed(run.args.seed)
     model, processor = load_model(run.recipe, run.train, run.args.seed)
-    if encoder_owner(model, "get_rope_index") is not None:
-        raise ValueError(
-            f"`model_name_or_path` is {run.recipe.model_name_or_path!r}, which numbers tokens on three axes; "
-            "pruned prompts of such models cannot generate. Compare one with plain positions, such as LLaVA."
-        )
     collator = VisionLanguageCollator(
         processor, max_length=run.recipe.max_length, unreadable_images=run.recipe.unreadable_images
     )

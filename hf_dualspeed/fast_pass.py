@@ -48,8 +48,8 @@ def prune_inputs(
         generator (`torch.Generator`, *optional*): for pruners that draw.
 
     Returns:
-        `dict`: for `model(**short)` and, for families with 1-D positions, `model.generate(**short)`. It holds no
-        pixels. A batch without images comes back as it is.
+        `dict`: for `model(**short)` and `model.generate(**short)`. It holds no pixels. A batch without images comes
+        back as it is.
 
     Raises:
         ValueError: the model does not speak the protocol, or features and placeholders differ in number.

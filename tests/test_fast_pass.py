@@ -219,7 +219,7 @@ def test_any_resolution_of_every_shape(size, name):
     assert (short["input_ids"] == processor.image_token_id).sum() == budget(count, 0.5)
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", SIDES)
 def test_generation(family, side):
     model, processor = FAMILIES[family].build(side)
