@@ -22,6 +22,7 @@ from hf_dualspeed.examples import to_messages
 from hf_dualspeed.model_card import write_model_card
 from hf_dualspeed.model_roles import freeze_roles
 from hf_dualspeed.plots import plot_learning_curve
+from hf_dualspeed.pruners import pruner_class
 from hf_dualspeed.recipe_arguments import RecipeArguments
 from hf_dualspeed.results import print_results, run_record, without_paths, write_results
 from hf_dualspeed.tiny_llava import build_tiny_llava
@@ -41,6 +42,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
         `dict`: What results.json holds; empty in all processes but the main one.
     """
     set_seed(training_args.seed)
+    if not Path(training_args.pruner).is_dir():
+        pruner_class(training_args.pruner)  # an unknown name fails before anything is loaded
     with training_args.main_process_first(desc="loading the data"):
         train = load_examples(recipe.dataset, split=recipe.dataset_split, image_folder=recipe.image_folder)
         test = _load_eval_data(recipe)

@@ -287,6 +287,16 @@ def test_images_are_encoded_once_in_a_slow_step(tmp_path):
     assert len(calls) == 3
 
 
+def test_the_head_runs_at_supervised_positions_only(tmp_path):
+    trainer = make(tmp_path, slow_mode_ratio=1.0, max_steps=1)
+    seen = []
+    trainer.model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    trainer.train()
+    (rows,) = {shape[0] for shape in seen}  # teacher and student alike
+    assert [len(shape) for shape in seen] == [2, 2]
+    assert 0 < rows < 2 * 20
+
+
 def test_batch_without_supervised_token_gives_a_finite_zero(tmp_path):
     family = FAMILIES["llava"]
     _, processor = family.build()

@@ -14,7 +14,7 @@ FARTHEST = -2.0  # below every cosine
 
 @register_pruner("divprune")
 class DivPrune(Pruner):
-    """Greedy max-min cosine distance.
+    """Keeps the most diverse tokens, by greedy max-min cosine distance.
 
     The first token is the one whose nearest neighbour is farthest; each next one is the token farthest from those
     already kept. Cost: one (N, N) product and O(K N) for the choice, batched over images, with no host
