@@ -167,7 +167,8 @@ class ModePass(nn.Module):
             return None
         if not self._slices_logits:
             output["logits"] = output.logits[self._keep]
-        saw_images = kwargs.get("mm_encoder_outputs") is not None or any(key in kwargs for key in PIXEL_KEYS)
+        # An empty dict of encoder outputs is what a text-only batch leaves.
+        saw_images = bool(kwargs.get("mm_encoder_outputs")) or any(kwargs.get(key) is not None for key in PIXEL_KEYS)
         zero = output.logits.new_zeros(())
         output["loss"] = sum((p.sum() for p in self._untouched(model, saw_images)), zero) * 0.0
         return output
