@@ -61,6 +61,7 @@ def main() -> None:
         save_strategy="steps",
         save_steps=3,
     )
+    trainer.processing_class = None  # Qwen's tiny processor lacks a video part, which saving asks for
     trainer.train(resume_from_checkpoint=options.resume or None)
     trainer.save_model()
     weights = {
