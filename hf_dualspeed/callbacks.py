@@ -54,11 +54,14 @@ class ModeClock(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"steps": self.steps, "seconds": self.seconds}}
 
 
-class ModeLosses:
-    """Sums of the losses since the last log, on the device."""
+class ModeLosses(TrainerCallback):
+    """Sums of the losses since the last log, on the device; a callback, so that each start of training clears them."""
 
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._sums = {}
 
     def add(self, name: str, loss: torch.Tensor) -> None:
         loss = loss.detach().float()

@@ -79,6 +79,8 @@ def any_resolution_layout(owner: nn.Module, inputs: Mapping) -> TokenLayout:
 def any_resolution_grid(patches: torch.Tensor, side: int) -> torch.Tensor:
     """Grid of one packed image: `side * side` base tokens at t = 0, then rows that end in a newline at t = 1."""
     rest = patches[side * side :]
+    if not len(rest):  # an image so thin that nothing of its tiles is left
+        return rectangle(1, side, side)
     width = int((rest == -1).nonzero()[0]) + 1
     detail = rectangle(1, len(rest) // width, width)
     detail[:, 0] = 1

@@ -170,7 +170,8 @@ class ModePass(nn.Module):
         # An empty dict of encoder outputs is what a text-only batch leaves.
         saw_images = bool(kwargs.get("mm_encoder_outputs")) or any(kwargs.get(key) is not None for key in PIXEL_KEYS)
         zero = output.logits.new_zeros(())
-        output["loss"] = sum((p.sum() for p in self._untouched(model, saw_images)), zero) * 0.0
+        # Of no elements: the sum of a whole parameter could overflow in half precision, and inf * 0 is NaN.
+        output["loss"] = sum((p.flatten()[:0].sum() for p in self._untouched(model, saw_images)), zero)
         return output
 
     def _untouched(self, model: nn.Module, saw_images: bool) -> Iterator[torch.Tensor]:

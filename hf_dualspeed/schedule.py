@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import dataclass
 
 from .arguments import MODE_SCHEDULES, check_choice, check_range
+
+logger = logging.getLogger(__name__)
 
 FAST, SLOW = "fast", "slow"
 
@@ -37,6 +40,18 @@ class ModeSchedule:
         check_range("tail_ratio", self.tail_ratio, 0, 1, off="Use 0.0 for no slow tail.")
         if self.tail_ratio and not self.total_steps:
             raise ValueError("`tail_ratio` needs `total_steps`, got None. Set total_steps or tail_ratio=0.0.")
+        if self.kind == "periodic" and self.ratio and abs(1 / self.period - self.ratio) > 0.1 * self.ratio:
+            logger.warning(
+                "A periodic schedule of ratio %s is slow every %d step(s), a ratio of %.2f. Use 1/N, or 'random'.",
+                self.ratio,
+                self.period,
+                1 / self.period,
+            )
+
+    @property
+    def period(self) -> int:
+        """Steps from one slow step of the periodic schedule to the next; 0 where there is none."""
+        return round(1 / self.ratio) if self.ratio else 0
 
     def mode_at(self, step: int) -> str:
         """ "fast" or "slow" for optimizer step `step`, counted from 0."""
@@ -45,7 +60,6 @@ class ModeSchedule:
         if self.tail_ratio and step >= self.total_steps - round(self.tail_ratio * self.total_steps):
             return SLOW
         if self.kind == "periodic":
-            period = round(1 / self.ratio) if self.ratio else 0
-            return SLOW if period and step % period == period - 1 else FAST
+            return SLOW if self.period and step % self.period == self.period - 1 else FAST
         # A generator per step, seeded by a string: Python documents both the seeding and `random()` as stable.
         return SLOW if random.Random(f"{self.seed}:{step}").random() < self.ratio else FAST

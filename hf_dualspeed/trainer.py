@@ -35,7 +35,8 @@ class DualSpeedMixin:
     """What DualSpeed adds to a `Trainer`; put it in front of any subclass of [`~transformers.Trainer`].
 
     Fast steps train on pruned visual tokens behind the mode isolator; slow steps on all of them, with the pruned
-    view as teacher. Evaluation and prediction use all tokens and no isolator.
+    view as teacher. Evaluation and prediction use all tokens and no isolator. Losses are divided by the supervised
+    tokens of the whole step, also for models whose plain training averages the means of micro-batches (Qwen2.5-VL).
 
     Args:
         model: a vision-language model of transformers that takes `mm_encoder_outputs`, PEFT-wrapped or not.
@@ -73,6 +74,7 @@ class DualSpeedMixin:
                 f"{self.args.n_gpu} devices in one process mean nn.DataParallel, which DualSpeed does not support. "
                 "Start one process per device: accelerate launch train.py."
             )
+        check_optimizer(self.optimizer, self.mode_pass)
         if self.is_fsdp_enabled:
             wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.model)
         self.mode_pass.autocast = self.accelerator.autocast
@@ -82,6 +84,7 @@ class DualSpeedMixin:
         self._loss_shifts_labels = True
         self.add_callback(ModeClock())
         self._losses = ModeLosses()
+        self.add_callback(self._losses)
         self._micro = (-1, 0)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
@@ -117,10 +120,6 @@ class DualSpeedMixin:
     def clock(self) -> ModeClock:
         """Steps and seconds by mode; looked up, for the Trainer may put a restored one in its place."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, ModeClock))
-
-    def train(self, *args, **kwargs):
-        self._losses = ModeLosses()  # an earlier run may have ended between two logs
-        return super().train(*args, **kwargs)
 
     # --- modes ----------------------------------------------------------------------------------------------------
 
@@ -316,6 +315,19 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedTrainingArguments, mode
 def language_model_is_frozen(model: nn.Module) -> bool:
     """Whether no parameter of the language model (adapters included) or its head is trainable."""
     return not any(p.requires_grad for part in language_parts(model) for p in part.parameters())
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, mode_pass: ModePass) -> None:
+    """Raises a `ValueError` where an optimizer made beforehand lacks the isolator or a learnt pruner."""
+    if optimizer is None:
+        return
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in mode_pass.named_parameters() if p.requires_grad and id(p) not in known]
+    if missing:
+        raise ValueError(
+            f"`optimizers` was made before the fast view's parameters and lacks {', '.join(missing)}. Pass "
+            "optimizer_cls_and_kwargs instead, or set isolator_length=0."
+        )
 
 
 def wrap_existing_layers(plugin, model: nn.Module) -> None:

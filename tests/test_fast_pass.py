@@ -209,7 +209,9 @@ def test_any_resolution_layout_matches_the_packed_features():
         assert grid.unique(dim=0).shape == grid.shape
 
 
-@pytest.mark.parametrize("size", [(16, 16), (24, 40), (40, 24), (30, 20), (20, 44), (64, 16), (16, 64), (33, 31)])
+@pytest.mark.parametrize(
+    "size", [(16, 16), (24, 40), (40, 24), (30, 20), (20, 44), (64, 16), (33, 31), (200, 5), (16, 1), (1, 60)]
+)
 @pytest.mark.parametrize("name", ["cls_attention", "grid"])
 def test_any_resolution_of_every_shape(size, name):
     model, processor = FAMILIES["llava_next"].build()

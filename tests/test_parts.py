@@ -53,6 +53,13 @@ def test_periodic_warmup_and_tail():
     assert slow(ModeSchedule(0.25, "periodic", tail_ratio=0.2, total_steps=10), 10) == [3, 7, 8, 9]
 
 
+def test_periodic_ratio_that_is_no_fraction_of_one_warns(caplog):
+    ModeSchedule(0.1, "periodic")
+    assert not caplog.text
+    ModeSchedule(0.7, "periodic")
+    assert "slow every 1 step(s), a ratio of 1.00" in caplog.text
+
+
 def test_bad_schedules_are_named():
     with pytest.raises(ValueError, match=r"`ratio` must be in \[0, 1\], got 1.5"):
         ModeSchedule(1.5)

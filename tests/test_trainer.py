@@ -582,6 +582,20 @@ def test_pruner_from_a_folder_or_as_an_object(tmp_path):
     assert given.summary()["pruner"] == {"pruner_type": "random", "pruning_ratio": 0.25}
 
 
+def test_optimizer_made_beforehand_must_know_the_isolator(tmp_path):
+    family = FAMILIES["llava"]
+    model, processor = family.build()
+    args = DualSpeedTrainingArguments(**QUIET, output_dir=str(tmp_path), max_steps=1, slow_mode_ratio=0.0)
+    options = {"args": args, "train_dataset": DATA, "data_collator": Collator(family, processor)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"`optimizers` .* lacks isolator\.prompt.*optimizer_cls_and_kwargs"):
+        DualSpeedTrainer(model, optimizers=(optimizer, None), **options)
+    trainer = DualSpeedTrainer(model, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}), **options)
+    before = trainer.mode_pass.isolator.prompt.detach().clone()
+    trainer.train()
+    assert not torch.equal(trainer.mode_pass.isolator.prompt, before)
+
+
 def test_model_outside_the_protocol_is_refused(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
