@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from hf_dualspeed.results import markdown_table
+
 STEPS = {
     "plain": "Trainer",
     "slow_without_distillation": "slow, no distillation",
@@ -210,12 +212,6 @@ def markdown(results: dict, plot: str) -> str:
         f"Measured {results['date']} UTC with `dualspeed bench`.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table whose columns but the first are aligned right."""
-    rule = ("---", *["---:"] * (len(header) - 1))
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
 def plot_steps(results: dict, path: Path) -> Path:

@@ -12,6 +12,8 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Column, Table
 
+from hf_dualspeed.results import markdown_table
+
 MAJORITY = "guessing from the question alone"
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 LOOKS = {
@@ -75,8 +77,7 @@ def _cell(spread: dict[str, float] | None, form: str) -> str:
 def readme_table(results: dict) -> str:
     """The Markdown table of a comparison's results."""
     header, *rows = table_rows(results)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, rows)
 
 
 def plot(results: dict, path: Path) -> None:

@@ -1,8 +1,8 @@
 """Runs a model's own vision encoder and describes the visual tokens it gives.
 
 The seam is transformers' protocol: `get_image_features` encodes, `forward(mm_encoder_outputs=...)` takes the result
-in place of pixels. What a family needs beyond it stands in this file, with the reason. Shapes: U images, N visual
-tokens of an image (padded), D hidden.
+in place of pixels. What a family needs beyond it stands here and in `layout.py`, with the reason. Shapes: U images,
+N visual tokens of an image (padded), D hidden.
 """
 
 from __future__ import annotations
@@ -102,12 +102,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module if hasattr(model, "module") else model._orig_mod
         else:
             return model
-
-
-def language_parts(model: nn.Module) -> list[nn.Module]:
-    """The language model and its head."""
-    outer = unwrap(model)
-    return [part for part in (outer.get_decoder(), outer.get_output_embeddings()) if part is not None]
 
 
 def encoder_owner(model: nn.Module, method: str) -> nn.Module | None:

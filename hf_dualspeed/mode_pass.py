@@ -17,9 +17,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .data import require
-from .encoding import PIXEL_KEYS, encode, language_parts, unwrap
+from .encoding import PIXEL_KEYS, encode, unwrap
 from .fast_pass import check_inputs, shorten_inputs
 from .isolator import ModeIsolator
+from .model_roles import language_parts
 from .pruners import Pruner
 from .schedule import FAST, SLOW
 
@@ -139,7 +140,8 @@ class ModePass(nn.Module):
             inputs = {key: value for key, value in kwargs.items() if key not in PIXEL_KEYS}
             inputs["mm_encoder_outputs"] = {e.modality: e.output for e in encodings}
         self._activate(model, self.mode)
-        inputs, self.targets = self._supervise(inputs)
+        inputs, shifted = self._supervise(inputs)
+        self.targets = shifted[self._keep]
         return (), inputs
 
     def _shorten(self, model: nn.Module, inputs: dict, encodings: list) -> dict:
@@ -154,13 +156,13 @@ class ModePass(nn.Module):
         return logits if self._slices_logits else logits[self._keep]
 
     def _supervise(self, inputs: dict) -> tuple[dict, torch.Tensor]:
-        """Takes the labels out, so that the head runs at supervised positions only: inputs and targets `(M,)`."""
+        """Takes the labels out, so that the head runs at supervised positions only: inputs, shifted labels `(B, S)`."""
         inputs = dict(inputs)
         shifted = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
         self._keep = shifted != -100
         if self._slices_logits:
             inputs["logits_to_keep"] = self._keep
-        return inputs, shifted[self._keep]
+        return inputs, shifted
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output):
         if self.mode is None:

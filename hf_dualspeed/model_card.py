@@ -7,6 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_dualspeed.results import percent
+
 PAPER = "https://arxiv.org/abs/2602.03815"
 
 
@@ -101,8 +103,8 @@ def _training(results: dict, has_curve: bool) -> str:
 def _evaluation(results: dict) -> str:
     if results.get("accuracy") is None:
         return ""
-    rows = [("this model, all visual tokens", _percent(results["accuracy"]))]
-    majority = _percent(results.get("majority_accuracy"))
+    rows = [("this model, all visual tokens", percent(results["accuracy"]))]
+    majority = percent(results.get("majority_accuracy"))
     rows.append(("most frequent answer to each question, without the image", majority))
     where = f"{results['n']} questions of `{results['eval_dataset']}` ({results['eval_split']})"
     return f"## Results\n\nAccuracy on {where}:\n\n" + _table(("answers of", "accuracy"), rows)
@@ -149,10 +151,6 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
         return ""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines)
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"
 
 
 def _rounded(seconds: float | None) -> str | None:

@@ -56,16 +56,20 @@ def parameter_roles(model: PreTrainedModel) -> dict[str, str]:
     return {name: owner.get(id(parameter), "projector") for name, parameter in model.named_parameters()}
 
 
+def language_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """The language model and its head, of a model without a PEFT wrapper around it."""
+    return [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+
+
 def role_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """The modules of each role, found by transformers' accessors and by the names of its projectors."""
     tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
-    language = [module for module in (decoder, model.get_output_embeddings()) if module is not None]
     # transformers answers with the model itself where it finds nothing.
     whole = (model, model.base_model)
     modules = {
         "vision_tower": [] if tower in whole else [tower],
         "projector": [m for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTOR_NAMES],
-        "language_model": [] if decoder in whole else language,
+        "language_model": [] if decoder in whole else language_parts(model),
     }
     for role, found in modules.items():
         if not found:

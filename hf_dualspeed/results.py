@@ -79,8 +79,8 @@ def print_results(results: dict, output_dir: str | Path) -> None:
     """Prints the run's main numbers as a table."""
     seconds, steps = results["seconds"], results["steps"]
     rows = {
-        "accuracy, all visual tokens": _percent(results.get("accuracy")),
-        "most frequent answer, without the image": _percent(results.get("majority_accuracy")),
+        "accuracy, all visual tokens": percent(results.get("accuracy")),
+        "most frequent answer, without the image": percent(results.get("majority_accuracy")),
         "training time": f"{seconds['total']:.1f} s",
         "fast steps": f"{steps['fast']} in {seconds['fast']:.1f} s",
         "slow steps": f"{steps['slow']} in {seconds['slow']:.1f} s",
@@ -91,6 +91,17 @@ def print_results(results: dict, output_dir: str | Path) -> None:
         if value is not None:
             table.add_row(name, value)
     Console().print(table)
+
+
+def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table whose columns but the first are aligned right."""
+    rule = ("---", *["---:"] * (len(header) - 1))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def percent(share: float | None) -> str | None:
+    """A share in words, or None where it was not measured."""
+    return None if share is None else f"{share:.1%}"
 
 
 def _training_settings(args: DualSpeedTrainingArguments) -> dict:
@@ -111,7 +122,3 @@ def _cpu_model() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"

@@ -19,10 +19,11 @@ from .arguments import Default, DualSpeedTrainingArguments
 from .callbacks import ModeClock, ModeLosses
 from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
-from .encoding import check_needs, check_protocol, language_parts, unwrap, visual_token_ids
+from .encoding import check_needs, check_protocol, unwrap, visual_token_ids
 from .isolator import WEIGHTS_NAME, ModeIsolator, save_isolator, saved_length
 from .mode_pass import NAME, ModePass
 from .model_card import write_model_card
+from .model_roles import language_parts
 from .parameter_views import ParameterViews
 from .pruners import AutoPruner, Pruner, available_pruners, pruner_class
 from .results import run_record
@@ -314,7 +315,7 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedTrainingArguments, mode
 
 def language_model_is_frozen(model: nn.Module) -> bool:
     """Whether no parameter of the language model (adapters included) or its head is trainable."""
-    return not any(p.requires_grad for part in language_parts(model) for p in part.parameters())
+    return not any(p.requires_grad for part in language_parts(unwrap(model)) for p in part.parameters())
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, mode_pass: ModePass) -> None:
