@@ -16,8 +16,8 @@ class Default(float):
 
 
 @dataclass
-class DualSpeedTrainingArguments(TrainingArguments):
-    """[`~transformers.TrainingArguments`] plus the options of DualSpeed (arXiv 2602.03815).
+class DualSpeedArguments:
+    """The options of DualSpeed (arXiv 2602.03815); put it in front of any [`~transformers.TrainingArguments`].
 
     Raises:
         ValueError: an option is outside its range; the message names it, its value and the remedy.
@@ -91,6 +91,15 @@ class DualSpeedTrainingArguments(TrainingArguments):
             # batch of B samples holds another number of images.
             self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
+
+
+@dataclass
+class DualSpeedTrainingArguments(DualSpeedArguments, TrainingArguments):
+    """[`~transformers.TrainingArguments`] plus the options of [`DualSpeedArguments`].
+
+    Raises:
+        ValueError: an option is outside its range; the message names it, its value and the remedy.
+    """
 
 
 def check_range(

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import CONFIG_NAME
 
-from .arguments import Default, DualSpeedTrainingArguments
+from .arguments import Default, DualSpeedArguments, DualSpeedTrainingArguments
 from .callbacks import ModeClock, ModeLosses
 from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
@@ -41,7 +41,7 @@ class DualSpeedMixin:
 
     Args:
         model: a vision-language model of transformers that takes `mm_encoder_outputs`, PEFT-wrapped or not.
-        args (`DualSpeedTrainingArguments`): options.
+        args (`DualSpeedArguments`): options, such as [`DualSpeedTrainingArguments`].
         pruner (`Pruner`, *optional*): in place of `args.pruner`.
         kwargs: those of the trainer.
 
@@ -52,14 +52,14 @@ class DualSpeedMixin:
     def __init__(
         self,
         model=None,
-        args: DualSpeedTrainingArguments | None = None,
+        args: DualSpeedArguments | None = None,
         *,
         pruner: Pruner | None = None,
         **kwargs,
     ):
         if args is None:
             args = DualSpeedTrainingArguments(output_dir="tmp_trainer")
-        if not isinstance(args, DualSpeedTrainingArguments):
+        if not isinstance(args, DualSpeedArguments):
             raise ValueError(f"`args` must be DualSpeedTrainingArguments, got {type(args).__name__}.")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
@@ -68,7 +68,7 @@ class DualSpeedMixin:
             )
         self._given_pruner = pruner
         if model is not None:
-            self._attach(model, args)
+            self._attach_given(model, args)
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -90,7 +90,11 @@ class DualSpeedMixin:
 
     # --- set-up ---------------------------------------------------------------------------------------------------
 
-    def _attach(self, model: nn.Module, args: DualSpeedTrainingArguments) -> None:
+    def _attach_given(self, model: nn.Module, args: DualSpeedArguments) -> None:
+        """Attaches to the model as it was given; a trainer that loads or wraps models attaches later instead."""
+        self._attach(model, args)
+
+    def _attach(self, model: nn.Module, args: DualSpeedArguments) -> None:
         check_protocol(model)
         self._pruner = resolve_pruner(self._given_pruner, args, model)
         check_needs(self._pruner)
@@ -296,7 +300,7 @@ class DualSpeedTrainer(DualSpeedMixin, Trainer):
     """[`~transformers.Trainer`] with fast and slow steps; see [`DualSpeedMixin`]."""
 
 
-def resolve_pruner(pruner: Pruner | None, args: DualSpeedTrainingArguments, model: nn.Module) -> Pruner:
+def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Module) -> Pruner:
     """The pruner to train with: an object, a registered name or a folder; `args.pruning_ratio` wins where set.
 
     A pruner built by name whose config has a `hidden_size`, as a learnt one does, gets the model's.

@@ -168,7 +168,7 @@ LAYERS = [
         "results",
     },
     {"layout", "encoding", "fast_pass", "mode_pass"},
-    {"trainer"},
+    {"trainer", "sft"},
     {"recipe", "compare", "compare_report", "bench", "bench_report", "cli", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from tiny_models import FAMILIES, batch, picture
@@ -23,18 +24,23 @@ def tiny_hub(tmp_path, monkeypatch):
     """The example's model and data, tiny and local."""
     model, processor = FAMILIES["llava"].build("left")
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda name, dtype: model.to(torch.float32))
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: processor)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name, **options: processor)
+    monkeypatch.setenv("CI", "true")  # TRL sends no telemetry then
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     picture().save("data/one.png")
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "noise"}]
     Path("data/llava_v1_5_mix665k.json").write_text(json.dumps([{"image": "one.png", "conversations": turns}] * 2))
+    samples = [{"prompt": [{"role": "user", "content": "what?"}], "images": [picture()]}] * 2
+    samples = [{**sample, "completion": [{"role": "assistant", "content": "noise"}]} for sample in samples]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(samples))
+    model.save_pretrained("llava-hf/llava-1.5-7b-hf")
     return model, processor
 
 
 def test_examples_run(tiny_hub):
     _, processor = tiny_hub
-    train, infer, own = BLOCKS
+    train, infer, trl, own = BLOCKS
     scope = {}
     train = train.replace('Arguments("out",', 'Arguments("out", use_cpu=True, max_steps=2, report_to="none",')
     exec(compile(train, "README.md", "exec"), scope)
@@ -42,6 +48,9 @@ def test_examples_run(tiny_hub):
     scope |= {"inputs": batch(FAMILIES["llava"], processor)}
     exec(compile(infer, "README.md", "exec"), scope)
     assert scope["loss"].isfinite()
+    trl = trl.replace('Config("out-sft",', 'Config("out-sft", use_cpu=True, bf16=False, max_steps=2, report_to="none",')
+    exec(compile(trl, "README.md", "exec"), scope)
+    assert sum(scope["trainer"].clock.steps.values()) == 2
     exec(compile(own, "README.md", "exec"), scope)
     from hf_dualspeed.pruners.base import _REGISTRY
 
