@@ -159,6 +159,8 @@ LAYERS = [
         "examples",
         "data",
         "tiny_llava",
+        "dinov2_onnx",
+        "wheels",
         "evaluation",
         "model_card",
         "model_roles",
@@ -169,7 +171,7 @@ LAYERS = [
     },
     {"layout", "encoding", "fast_pass", "mode_pass"},
     {"trainer", "sft"},
-    {"recipe", "compare", "compare_report", "bench", "bench_report", "cli", "__init__"},
+    {"recipe", "compare", "compare_report", "bench", "bench_report", "assemble", "cli", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
