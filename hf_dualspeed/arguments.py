@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 MODE_SCHEDULES = ("random", "periodic")
 POSITION_IDS = ("original", "compact")
+VIDEO_BUDGETS = ("clip", "frame")
 
 
 class Default(float):
@@ -64,6 +65,12 @@ class DualSpeedArguments:
         default="original",
         metadata={"help": "'original': kept tokens keep their positions; 'compact': renumbered, as in the paper."},
     )
+    video_budget: str = field(
+        default="clip",
+        metadata={
+            "help": "'clip': the tokens of a video are pruned as one; 'frame': those of each frame by themselves."
+        },
+    )
     fast_only_parameters: list[str] = field(
         default_factory=list,
         metadata={"help": "Glob patterns of parameters that only fast steps update (e.g. '*lora_*.fast.*')."},
@@ -86,6 +93,7 @@ class DualSpeedArguments:
         check_range("distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual.")
         check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
         check_choice("position_ids", self.position_ids, POSITION_IDS)
+        check_choice("video_budget", self.video_budget, VIDEO_BUDGETS)
         if self.accelerator_config is None:
             # accelerate would collate streamed data on one rank and cut every tensor to the batch size, though a
             # batch of B samples holds another number of images.

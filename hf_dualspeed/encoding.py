@@ -1,37 +1,65 @@
-"""Runs a model's own vision encoder and describes the visual tokens it gives.
+"""Runs a model's own encoders and describes the tokens they give.
 
-The seam is transformers' protocol: `get_image_features` encodes, `forward(mm_encoder_outputs=...)` takes the result
-in place of pixels. What a family needs beyond it stands here and in `layout.py`, with the reason. Shapes: U images,
-N visual tokens of an image (padded), D hidden.
+The seam is transformers' protocol: `get_image_features` and its like encode, `forward(mm_encoder_outputs=...)` takes
+the result in place of pixels. What single families need beyond it stands in `families.py`, where tokens lie in
+`layout.py`. Shapes: U units (images, tiles, frames, clips), N tokens of a unit (padded), T tokens of the batch,
+D hidden.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from .attention_capture import AttentionCapture, capture_attention, class_row, column_mean, has_class_token
-from .layout import TokenLayout, token_layout
+from .containers import Container, flat_rows, part_lengths, refill
+from .families import Family, family_of
+from .layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
 from .pruners import Pruner, VisualTokens
 
-# modality -> (its encoder method, its placeholder id in the config, the names of its pixels)
-MODALITIES = {
-    "image": (
+
+@dataclass(frozen=True)
+class Modality:
+    """How a modality is named.
+
+    Args:
+        name (`str`): its key in `mm_encoder_outputs`.
+        method (`str`): the model's encoder.
+        tokens (`tuple[str, ...]`): names of its placeholder id in configs.
+        raw (`tuple[str, ...]`): names of the inputs that the encoder turns into tokens.
+    """
+
+    name: str
+    method: str
+    tokens: tuple[str, ...]
+    raw: tuple[str, ...]
+
+
+MODALITIES = (
+    Modality(
+        "image",
         "get_image_features",
         ("image_token_id", "image_token_index"),
-        ("pixel_values", "pixel_values_images"),
+        ("pixel_values", "pixel_values_images", "image_patches"),
     ),
-    "video": ("get_video_features", ("video_token_id", "video_token_index"), ("pixel_values_videos",)),
-}
+    Modality("video", "get_video_features", ("video_token_id", "video_token_index"), ("pixel_values_videos",)),
+    Modality(
+        "audio", "get_audio_features", ("audio_token_id", "audio_token_index"), ("input_features", "input_values")
+    ),
+)
 # What a pruner may ask for beside the features, of what `VisualTokens` can carry.
 SUPPLIED = frozenset({"grid", "attention"})
-PIXEL_KEYS = tuple(key for _, _, keys in MODALITIES.values() for key in keys)
+CONFIGURED = ("vision_feature_layer", "vision_feature_select_strategy")
+RAW_KEYS = tuple(key for modality in MODALITIES for key in modality.raw)
+# Fields of an encoder's output with a row per token that `forward` reads beside the tokens.
+COMPANIONS = ("deepstack_features",)
 
 
 @dataclass
@@ -39,10 +67,12 @@ class VisualEncoding:
     """The encoder's answer for one modality of a batch.
 
     Args:
-        modality (`str`): "image" or "video".
+        modality (`str`): "image", "video" or "audio".
         token_id (`int`): the placeholder in `input_ids`.
-        output: what the encoder returned, to be handed to `forward`.
-        units (`list[torch.Tensor]`): visual tokens of each image, `(n_i, D)`.
+        output: what the encoder returned.
+        family (`Family`): how the model's `forward` reads it.
+        features (`torch.Tensor` of shape `(T, D)`): the tokens, in the order of their placeholders.
+        lengths (`list[int]`): tokens of each unit: image, tile, frame or clip.
         consumed (`set[str]`): inputs that only the encoder reads.
         grids (`list[torch.Tensor]`, *optional*): (t, row, column) of each token, `(n_i, 3)`, on the CPU.
         attention (`list[torch.Tensor]`, *optional*): attention each token receives in the tower, `(n_i,)`.
@@ -51,35 +81,58 @@ class VisualEncoding:
     modality: str
     token_id: int
     output: object
-    units: list[torch.Tensor]
+    family: Family
+    features: torch.Tensor
+    lengths: list[int]
     consumed: set[str]
     grids: list[torch.Tensor] | None = None
     attention: list[torch.Tensor] | None = None
-    lengths: list[int] = field(init=False)
+    companions: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
-    def __post_init__(self):
-        self.lengths = [unit.shape[0] for unit in self.units]
+    @property
+    def units(self) -> list[torch.Tensor]:
+        """Tokens of each unit, `(n_i, D)`."""
+        return list(self.features.split(self.lengths))
 
-    def with_features(self, features: torch.Tensor) -> object:
-        """A copy of the encoder's output that holds `features` `(sum K, D)` in the container it came in."""
-        output = copy.copy(self.output)
-        old = self.output.pooler_output
-        output.pooler_output = features[None] if isinstance(old, torch.Tensor) else type(old)([features])
+    @property
+    def embedded(self) -> bool:
+        """Whether the tokens go in as input embeddings, since `forward` takes no encoded ones."""
+        return self.modality == "audio" or self.family.project is not None
+
+    def with_features(self, features: torch.Tensor, companions: dict[str, list[torch.Tensor]]) -> object:
+        """A copy of the encoder's output that holds `features` `(sum K, D)` in the container they came in."""
+        output, name = copy.copy(self.output), self.family.field
+        old = getattr(output, name)
+        if self.family.layered:
+            levels = zip(old, [features, *companions[name]], strict=True)
+            setattr(output, name, [(layer, refill(was, rows)) for (layer, was), rows in levels])
+            return output
+        setattr(output, name, refill(old, features))
+        for name, levels in companions.items():
+            old = getattr(output, name)
+            setattr(output, name, type(old)([refill(was, rows) for was, rows in zip(old, levels, strict=True)]))
         return output
 
     def detached(self) -> VisualEncoding:
         """The same without gradients."""
-        return replace(self, units=[unit.detach() for unit in self.units])
+        beside = {name: [rows.detach() for rows in levels] for name, levels in self.companions.items()}
+        return replace(self, features=self.features.detach(), companions=beside)
+
+    def padded(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(T, D)` as `(U, N, D)`."""
+        if min(self.lengths) == max(self.lengths):
+            return rows.view(len(self.lengths), self.lengths[0], rows.shape[-1])
+        return nn.utils.rnn.pad_sequence(rows.split(self.lengths), batch_first=True)
 
     def tokens(self, generator: torch.Generator | None = None) -> VisualTokens:
-        """The pruner's view: all images padded to one length."""
-        device = self.units[0].device
+        """The pruner's view: all units padded to one length."""
+        device = self.features.device
         valid = None
         if min(self.lengths) != max(self.lengths):
             counts = torch.tensor(self.lengths).to(device, non_blocking=True)
             valid = torch.arange(max(self.lengths), device=device) < counts[:, None]
         return VisualTokens(
-            features=nn.utils.rnn.pad_sequence(self.units, batch_first=True),
+            features=self.padded(self.features),
             valid=valid,
             grid=pad(self.grids, device),
             attention=pad(self.attention, device),
@@ -91,6 +144,9 @@ class VisualEncoding:
 def pad(rows: list[torch.Tensor] | None, device: torch.device) -> torch.Tensor | None:
     """Pads rows of unequal length with zeros and moves them to `device`."""
     return None if rows is None else nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
+
+
+# --- the model's protocol -----------------------------------------------------------------------------------------
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -110,20 +166,59 @@ def encoder_owner(model: nn.Module, method: str) -> nn.Module | None:
     return next((m for m in (getattr(outer, "model", None), outer) if hasattr(m, method)), None)
 
 
+def encoder_of(outer: nn.Module, modality: Modality) -> tuple[nn.Module | None, Callable | None]:
+    """The encoder of `modality` and the module that owns it; some models encode videos with the one for images."""
+    family = family_of(outer.config, modality.name)
+    if family.encode is not None:
+        owner = getattr(outer, "model", outer)
+        return owner, partial(family.encode, owner)
+    methods = [modality.method, *([MODALITIES[0].method] if modality.name == "video" else [])]
+    found = ((encoder_owner(outer, method), method) for method in methods)
+    owner, method = next((pair for pair in found if pair[0] is not None), (None, ""))
+    return owner, None if owner is None else getattr(owner, method)
+
+
+def prunable(outer: nn.Module, modality: Modality) -> bool:
+    """Whether the model encodes `modality` apart from its forward."""
+    whole = family_of(outer.config, modality.name).whole
+    return (
+        not whole and encoder_of(outer, modality)[0] is not None and placeholder_id(outer.config, modality) is not None
+    )
+
+
+def raw_keys(config) -> list[str]:
+    """The inputs that are encoded apart from the model's forward."""
+    return [key for modality in MODALITIES if not family_of(config, modality.name).whole for key in modality.raw]
+
+
 def check_protocol(model: nn.Module) -> None:
-    """Raises a `ValueError` that says what is missing unless `model` speaks the `mm_encoder_outputs` protocol."""
+    """Raises a `ValueError` that says what is missing unless `model` takes encoded images or has an audio encoder."""
     outer = unwrap(model)
+    image, _, audio = MODALITIES
+    if prunable(outer, audio):
+        return
     missing = []
     if "mm_encoder_outputs" not in inspect.signature(outer.forward).parameters:
         missing.append("its forward takes no `mm_encoder_outputs`")
-    if encoder_owner(model, "get_image_features") is None:
-        missing.append("it has no `get_image_features`")
-    if placeholder_id(outer.config, "image") is None:
+    if encoder_owner(model, image.method) is None:
+        missing.append(f"it has no `{image.method}`")
+    if placeholder_id(outer.config, image) is None:
         missing.append("its config has no `image_token_id`")
     if missing:
         raise ValueError(
             f"{type(outer).__name__} cannot be pruned: {' and '.join(missing)}. Use a vision-language model of "
-            "transformers that takes pre-encoded images (a ...ForConditionalGeneration such as LLaVA or Qwen2.5-VL)."
+            "transformers that takes pre-encoded images (a ...ForConditionalGeneration such as LLaVA or Qwen2.5-VL), or "
+            "an audio language model that has `get_audio_features` and an `audio_token_id` (such as Voxtral)."
+        )
+
+
+def check_positions(model: nn.Module, scheme: str) -> None:
+    """Raises a `ValueError` where the model cannot take positions with gaps."""
+    outer = unwrap(model)
+    if scheme == "original" and family_of(outer.config).places:
+        raise ValueError(
+            f"position_ids='original' does not work with {type(outer).__name__}: its attention takes position ids for "
+            "places in the sequence, so that tokens would see those behind them. Set position_ids='compact'."
         )
 
 
@@ -137,59 +232,124 @@ def check_needs(pruner: Pruner) -> None:
         )
 
 
-def placeholder_id(config, modality: str) -> int | None:
+def placeholder_id(config, modality: Modality) -> int | None:
     """The placeholder token id of `modality`, or None."""
-    ids = (getattr(config, name, None) for name in MODALITIES[modality][1])
+    image, video, _ = MODALITIES
+    if modality is video and family_of(config).shares_placeholder:
+        modality = image
+    ids = (getattr(config, name, None) for name in modality.tokens)
     return next((i for i in ids if i is not None), None)
 
 
 def visual_token_ids(config) -> list[int]:
     """Every placeholder id of the model."""
-    return [i for i in (placeholder_id(config, modality) for modality in MODALITIES) if i is not None]
+    ids = (placeholder_id(config, modality) for modality in MODALITIES)
+    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
-def encode(model: nn.Module, inputs: Mapping, needs: frozenset[str] = frozenset()) -> list[VisualEncoding]:
-    """Encodes each modality whose pixels are in `inputs`; an empty list for a text-only batch.
+# --- encoding -----------------------------------------------------------------------------------------------------
 
-    `needs` names what the pruner wants beside the features ("grid", "attention").
+
+def encode(
+    model: nn.Module, inputs: Mapping, needs: frozenset[str] = frozenset(), video_budget: str = "clip"
+) -> list[VisualEncoding]:
+    """Encodes each modality whose raw inputs are in `inputs`; an empty list for a text-only batch.
+
+    `needs` names what the pruner wants beside the features ("grid", "attention"); `video_budget` says whether the
+    tokens of a video are a unit by "clip" or by "frame".
     """
     outer = unwrap(model)
-    present = [m for m, (_, _, pixels) in MODALITIES.items() if any(inputs.get(key) is not None for key in pixels)]
-    return [encode_modality(outer, inputs, modality, needs) for modality in present]
+    encoded = raw_keys(outer.config)
+    present = [m for m in MODALITIES if any(key in encoded and inputs.get(key) is not None for key in m.raw)]
+    return [encode_modality(outer, inputs, modality, needs, video_budget) for modality in present]
 
 
-def encode_modality(outer: nn.Module, inputs: Mapping, modality: str, needs: frozenset[str]) -> VisualEncoding:
-    method, _, _ = MODALITIES[modality]
-    owner = encoder_owner(outer, method)
-    token_id = placeholder_id(outer.config, modality)
+def encode_modality(
+    outer: nn.Module, inputs: Mapping, modality: Modality, needs: frozenset[str], video_budget: str
+) -> VisualEncoding:
+    family, token_id = family_of(outer.config, modality.name), placeholder_id(outer.config, modality)
+    owner, encoder = encoder_of(outer, modality)
     if owner is None or token_id is None:
-        raise ValueError(f"{type(outer).__name__} was given {modality} pixels but has no `{method}` or placeholder id.")
-    names = inspect.signature(getattr(owner, method)).parameters
-    arguments = {key: inputs[key] for key in names if key in inputs}
-    tower = outer.get_encoder(modality=modality)
-    with capture_attention(tower) if "attention" in needs else nullcontext() as capture:
-        output = getattr(owner, method)(**arguments, return_dict=True)
-    units = split_units(output, type(outer).__name__)
-    encoding = VisualEncoding(modality, token_id, output, units, set(arguments))
-    if needs:
-        layout = token_layout(owner, inputs, modality, encoding.lengths)
+        raise ValueError(
+            f"{type(outer).__name__} was given {modality.name} inputs but has no `{modality.method}` or placeholder id."
+        )
+    check_pixels(inputs, modality)
+    arguments, consumed = encoder_arguments(owner, encoder, inputs, modality)
+    tower = outer.get_encoder(modality=modality.name) if "attention" in needs else None
+    with capture_attention(tower) if tower is not None else nullcontext() as capture:
+        output = encoder(**arguments, return_dict=True)
+    container = tokens_of(output, family, type(outer).__name__)
+    rows, parts = flat_rows(container), part_lengths(container)
+    if parts is None or family.runs:
+        runs = placeholder_runs(inputs["input_ids"], token_id)
+        parts = [[n] for n in runs] if parts is None else units_by_runs(parts, runs)
+    if modality.name == "video":
+        parts = clips(owner, parts, inputs)
+    if inputs.get(family.row_mask) is not None:
+        kept = inputs[family.row_mask].bool().flatten()
+        rows, parts = rows[kept], masked_parts(parts, kept)
+        consumed.add(family.row_mask)
+    whole = video_budget == "clip" or modality.name != "video"
+    lengths = [sum(unit) for unit in parts] if whole else [n for unit in parts for n in unit]
+    lengths = [n for n in lengths if n]  # a sample without images may be an empty unit
+    encoding = VisualEncoding(modality.name, token_id, output, family, rows, lengths, consumed)
+    encoding.companions = companions_of(output, family)
+    if family.project is not None:
+        encoding.features = family.project(owner, rows)
+    if needs & {"grid", "attention"}:
+        layout = token_layout(owner, inputs, modality.name, parts, lengths)
         encoding.grids = layout.grids
         if capture is not None:
             encoding.attention = received_attention(capture, tower, encoding, inputs, layout)
     return encoding
 
 
-def split_units(output, name: str) -> list[torch.Tensor]:
-    """Visual tokens of each image from `pooler_output`: a list of `(n_i, D)` or a tensor `(U, N, D)`."""
-    features = output.pooler_output
-    if isinstance(features, torch.Tensor) and features.dim() == 3:
-        return list(features)
-    if isinstance(features, (list, tuple)) and all(f.dim() == 2 for f in features):
-        return list(features)
-    raise ValueError(
-        f"{name} returned image features as {type(features).__name__}, which is none of the known forms: a list of "
-        "(n, D) tensors or one (U, N, D) tensor. This family is not supported yet."
-    )
+def companions_of(output, family: Family) -> dict[str, list[torch.Tensor]]:
+    """Other features of the same tokens that `forward` reads, each level `(T, D')`."""
+    if family.layered:
+        return {family.field: [flat_rows(tokens) for _, tokens in getattr(output, family.field)[1:]]}
+    levels = {name: getattr(output, name, None) for name in COMPANIONS}
+    return {name: [flat_rows(level) for level in value] for name, value in levels.items() if value is not None}
+
+
+def encoder_arguments(
+    owner: nn.Module, encoder: Callable, inputs: Mapping, modality: Modality
+) -> tuple[dict[str, object], set[str]]:
+    """The encoder's arguments, and the names of the inputs that only it reads."""
+    names = inspect.signature(encoder).parameters
+    # The forward reads these from the config, the encoder of some families has other defaults.
+    arguments = {key: getattr(owner.config, key) for key in CONFIGURED if key in names and hasattr(owner.config, key)}
+    arguments |= {key: inputs[key] for key in names if key in inputs}
+    consumed = {key for key in inputs if key in arguments or key in modality.raw} - {"input_ids"}
+    raw = next(key for key in modality.raw if inputs.get(key) is not None)
+    if raw not in arguments:  # under another name than the forward's, always the first
+        arguments[next(iter(names))] = inputs[raw]
+    return arguments, consumed
+
+
+def check_pixels(inputs: Mapping, modality: Modality) -> None:
+    """Raises a `ValueError` for images without pixels."""
+    for key in modality.raw:
+        pixels = inputs.get(key)
+        if isinstance(pixels, torch.Tensor) and not pixels.numel():
+            raise ValueError(
+                f"`{key}` is of shape {tuple(pixels.shape)}: it holds no {modality.name} data. Leave empty images out "
+                f"of the batch, and leave `{key}` out where there are none."
+            )
+
+
+def tokens_of(output, family: Family, name: str) -> Container:
+    """The visual tokens in the encoder's output."""
+    container = getattr(output, family.field, None)
+    if family.layered:
+        container = container[0][1]
+    known = isinstance(container, (torch.Tensor, list, tuple)) and len(container)
+    if not known or not all(isinstance(unit, torch.Tensor) for unit in container):
+        raise ValueError(
+            f"{name} returned its encoded tokens as {type(container).__name__} in `{family.field}`, which is none of "
+            "the known forms: a tensor, or a list or tuple of tensors. This family is not supported yet."
+        )
+    return container
 
 
 # --- attention that each token receives ---------------------------------------------------------------------------
@@ -210,7 +370,7 @@ def received_attention(
     query, key = capture.heads()
     grid_thw = inputs.get(f"{encoding.modality}_grid_thw")
     if grid_thw is not None and query.dim() == 3:
-        return merged_attention(query, key, tower, grid_thw, encoding.lengths)
+        return list(merged_attention(query, key, tower, grid_thw).split(encoding.lengths))
     scores = (class_row(query, key) if has_class_token(tower) else column_mean(query, key)).flatten()
     if layout.total != scores.numel():
         raise ValueError(
@@ -221,12 +381,10 @@ def received_attention(
     return [scores[patches.to(scores.device, non_blocking=True)] for patches in layout.patches]
 
 
-def merged_attention(
-    query: torch.Tensor, key: torch.Tensor, tower: nn.Module, grid_thw: torch.Tensor, lengths: list[int]
-) -> list[torch.Tensor]:
-    """Qwen-VL: all patches in one `(N, H, d)` row, merged in groups; with windows, in window order."""
+def merged_attention(query: torch.Tensor, key: torch.Tensor, tower: nn.Module, grid_thw: torch.Tensor) -> torch.Tensor:
+    """Qwen-VL: all patches in one `(N, H, d)` row, each frame attending to itself; merged in groups, `(T,)`."""
     group = tower.spatial_merge_size**2
-    patches = [n * group for n in lengths]
+    patches = [h * w for t, h, w in grid_thw.tolist() for _ in range(t)]
     received = torch.cat(
         [
             column_mean(q[None], k[None])[0].view(-1, group).mean(1)
@@ -240,4 +398,4 @@ def merged_attention(
             grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size
         )
         received = torch.empty_like(received).index_copy_(0, window_index.to(received.device), received)
-    return list(received.split(lengths))
+    return received

@@ -12,18 +12,21 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .arguments import POSITION_IDS, check_choice
+from .arguments import POSITION_IDS, VIDEO_BUDGETS, check_choice
 from .encoding import (
-    PIXEL_KEYS,
+    RAW_KEYS,
     VisualEncoding,
     check_needs,
+    check_positions,
     check_protocol,
     encode,
     encoder_owner,
+    raw_keys,
     unwrap,
     visual_token_ids,
 )
 from .isolator import ModeIsolator
+from .packing import Packing, one_sample
 from .pruners import PrunedTokens, Pruner
 from .shortening import FILL, Shortening, plan_shortening
 
@@ -35,6 +38,7 @@ def prune_inputs(
     isolator: ModeIsolator | None = None,
     position_ids: str = "original",
     generator: torch.Generator | None = None,
+    video_budget: str = "clip",
 ) -> dict:
     """Encodes the images of a batch, prunes their tokens and shortens every `[B, S]` tensor alike.
 
@@ -46,6 +50,8 @@ def prune_inputs(
         position_ids (`str`): "original": each kept token keeps its place, the isolator takes its image's first;
             "compact": the shortened sequence is renumbered 0, 1, ... (on all three axes for M-RoPE).
         generator (`torch.Generator`, *optional*): for pruners that draw.
+        video_budget (`str`): "clip": the tokens of a video are pruned as one; "frame": those of each frame by
+            themselves, each frame behind an isolator of its own.
 
     Returns:
         `dict`: for `model(**short)` and `model.generate(**short)`. It holds no pixels. A batch without images comes
@@ -55,10 +61,12 @@ def prune_inputs(
         ValueError: the model does not speak the protocol, or features and placeholders differ in number.
     """
     check_choice("position_ids", position_ids, POSITION_IDS)
+    check_choice("video_budget", video_budget, VIDEO_BUDGETS)
     check_protocol(model)
+    check_positions(model, position_ids)
     check_needs(pruner)
     check_inputs(inputs)
-    encodings = encode(model, inputs, pruner.needs)
+    encodings = encode(model, inputs, pruner.needs, video_budget)
     return shorten_inputs(model, inputs, encodings, pruner, isolator, position_ids, generator)
 
 
@@ -69,6 +77,7 @@ def prune_visual_tokens(
     isolator: ModeIsolator | None = None,
     position_ids: str = "original",
     generator: torch.Generator | None = None,
+    video_budget: str = "clip",
 ) -> Iterator[nn.Module]:
     """[`prune_inputs`] as a context: `model(**inputs)` runs pruned inside it.
 
@@ -76,14 +85,16 @@ def prune_visual_tokens(
     raises inside this context.
     """
     check_choice("position_ids", position_ids, POSITION_IDS)
+    check_choice("video_budget", video_budget, VIDEO_BUDGETS)
     check_protocol(model)
+    check_positions(model, position_ids)
 
     def shorten(module, args, kwargs):
         if args:
             raise ValueError("Inside `prune_visual_tokens` call the model with keyword arguments: model(**inputs).")
         if kwargs.get("mm_encoder_outputs") is not None or kwargs.get("past_key_values") is not None:
             raise ValueError("`prune_visual_tokens` covers forward. Use model.generate(**prune_inputs(model, ...)).")
-        return (), prune_inputs(model, kwargs, pruner, isolator, position_ids, generator)
+        return (), prune_inputs(model, kwargs, pruner, isolator, position_ids, generator, video_budget)
 
     handle = model.register_forward_pre_hook(shorten, with_kwargs=True)
     try:
@@ -117,30 +128,100 @@ def shorten_inputs(
     """[`prune_inputs`] after encoding."""
     if not encodings:
         return dict(inputs)
+    prompt = isolator() if isolator is not None and isolator.length else None
+    pruned, copies = {}, {}
+    for encoding in encodings:
+        kept = pruner(encoding.tokens(generator))
+        rows, repeats = kept_rows(kept, encoding.lengths, 0 if prompt is None else len(prompt))
+        if encoding.token_id in copies:
+            raise ValueError(
+                f"{type(unwrap(model)).__name__} writes images and videos with one placeholder (token id "
+                f"{encoding.token_id}), so a batch may hold images or videos, not both."
+            )
+        copies[encoding.token_id] = repeats
+        pruned[encoding.modality] = (
+            isolated(kept.features, prompt).index_select(0, rows),
+            {
+                name: [
+                    isolated_by_zeros(kept.carry(encoding.padded(level)), prompt).index_select(0, rows)
+                    for level in levels
+                ]
+                for name, levels in encoding.companions.items()
+            },
+        )
+    packing = Packing.of(model, inputs)
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    prompt = isolator() if isolator is not None and isolator.length else None
-    outputs, copies = {}, {}
-    for encoding in encodings:
-        pruned = pruner(encoding.tokens(generator))
-        rows, repeats = kept_rows(pruned, encoding.lengths, 0 if prompt is None else len(prompt))
-        outputs[encoding.modality] = encoding.with_features(isolated(pruned, prompt).index_select(0, rows))
-        copies[encoding.token_id] = repeats
     plan = plan_shortening(ids, mask, copies)
     short = shorten_tensors(model, inputs, plan, set().union(*(e.consumed for e in encodings)))
-    short["position_ids"] = shortened_positions(model, inputs, mask, plan, position_ids)
-    short["mm_encoder_outputs"] = outputs
-    return short
+    short["position_ids"] = shortened_positions(model, inputs, mask, plan, position_ids, packing)
+    if packing is not None:
+        short |= packing.shortened(plan, position_ids, inputs)
+    elif prompt is not None:
+        short |= one_sample(model, plan)
+    return short | absent_inputs(model) | merged_inputs(model, short, encodings, pruned)
 
 
-def isolated(pruned: PrunedTokens, prompt: torch.Tensor | None) -> torch.Tensor:
-    """Kept tokens behind the isolator, flattened: `(U * (l + K), D)`."""
-    features = pruned.features
+def whole_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncoding]) -> dict:
+    """The batch with all tokens of `encodings` in place of raw images, for a pass that need not encode again."""
+    encoded = raw_keys(unwrap(model).config)
+    whole = {key: value for key, value in inputs.items() if key not in encoded} | absent_inputs(model)
+    outputs = {e.modality: e.output for e in encodings if not e.embedded}
+    if outputs:
+        whole["mm_encoder_outputs"] = outputs
+    embedded = {e.token_id: e.features for e in encodings if e.embedded}
+    if embedded:
+        if encoder_owner(model, "compute_3d_position_ids") is not None:  # which reads the ids
+            mask = inputs.get("attention_mask")
+            mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+            whole["position_ids"] = full_positions(model, inputs, mask)
+        whole |= {"input_ids": None, "inputs_embeds": embedded_ids(model, inputs["input_ids"], embedded)}
+    return whole
+
+
+def absent_inputs(model: nn.Module) -> dict:
+    """Raw inputs that `forward` must be given even where they have been encoded: None."""
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    return {
+        name: None for name in RAW_KEYS if name in parameters and parameters[name].default is inspect.Parameter.empty
+    }
+
+
+def merged_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncoding], pruned: Mapping) -> dict:
+    """What hands the encoded tokens to `forward`: `mm_encoder_outputs`, and input embeddings for those it takes
+    nowhere else."""
+    outputs = {e.modality: e.with_features(*pruned[e.modality]) for e in encodings if not e.embedded}
+    embedded = {e.token_id: pruned[e.modality][0] for e in encodings if e.embedded}
+    merged = {"mm_encoder_outputs": outputs} if outputs else {}
+    if embedded:
+        merged |= {"input_ids": None, "inputs_embeds": embedded_ids(model, inputs["input_ids"], embedded)}
+    return merged
+
+
+def embedded_ids(model: nn.Module, ids: torch.Tensor, embedded: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """Input embeddings `(B, S, D)` with the rows of `embedded` at their placeholders."""
+    outer = unwrap(model)
+    text = ids
+    for token_id in embedded:  # some placeholders are no row of the embedding
+        text = text.masked_fill(ids == token_id, fill_value(outer.config))
+    states = outer.get_input_embeddings()(text)
+    for token_id, rows in embedded.items():
+        states = states.masked_scatter((ids == token_id)[..., None], rows.to(states.dtype))
+    return states
+
+
+def isolated(features: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
+    """Kept tokens `(U, K, D)` behind the isolator `(l, D)`, flattened: `(U * (l + K), D)`."""
     if prompt is not None:
         prompt = prompt.to(features.dtype).expand(len(features), -1, -1)
         features = torch.cat([prompt, features], dim=1)
     return features.flatten(0, 1)
+
+
+def isolated_by_zeros(features: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
+    """[`isolated`] for features that are added deeper in the model, where the isolator adds nothing."""
+    return isolated(features, None if prompt is None else features.new_zeros(len(prompt), features.shape[-1]))
 
 
 def kept_rows(pruned: PrunedTokens, lengths: list[int], isolator_length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,14 +252,16 @@ def shorten_tensors(model: nn.Module, inputs: Mapping, plan: Shortening, consume
     """Shortens every `[B, S]` tensor that the language model reads; what only the encoder reads is left out."""
     shape = inputs["input_ids"].shape
     config = unwrap(model).config
-    short = {}
+    encoded, short = raw_keys(config), {}
+    left = tuple(key for key in RAW_KEYS if key not in encoded)  # for `forward`, with their masks
     for key, value in inputs.items():
-        if key in consumed or key in PIXEL_KEYS or key == "position_ids":
+        if key in consumed or key in encoded or key == "position_ids":
             continue
-        if isinstance(value, torch.Tensor) and value.shape == shape:
+        if isinstance(value, torch.Tensor) and value.shape == shape and not key.startswith(left):
             value = plan.apply(value, fill_value(config) if key == "input_ids" else FILL.get(key, 0))
         short[key] = value
-    short["attention_mask"] = plan.mask.to(short.get("attention_mask", plan.source).dtype)
+    given = short.get("attention_mask")
+    short["attention_mask"] = plan.mask.to(plan.source.dtype if given is None else given.dtype)
     if "labels" in short:  # the two modes must count the same tokens
         for token_id in visual_token_ids(config):
             short["labels"] = short["labels"].masked_fill(short["input_ids"] == token_id, -100)
@@ -193,14 +276,14 @@ def fill_value(config) -> int:
 
 
 def shortened_positions(
-    model: nn.Module, inputs: Mapping, mask: torch.Tensor, plan: Shortening, scheme: str
+    model: nn.Module, inputs: Mapping, mask: torch.Tensor, plan: Shortening, scheme: str, packing: Packing | None
 ) -> torch.Tensor:
     """Position ids of the shortened batch, `(B, S')`, or `(3, B, S')` for M-RoPE."""
     full = full_positions(model, inputs, mask)
     if scheme == "original":
         return plan.apply(full)
-    compact = (plan.mask.long().cumsum(1) - 1).clamp(min=0)
-    return compact.expand(*full.shape[:-2], -1, -1)
+    compact = plan.mask.long().cumsum(1) - 1 if packing is None else packing.restarted(plan)
+    return compact.clamp(min=0).expand(*full.shape[:-2], -1, -1)
 
 
 def full_positions(model: nn.Module, inputs: Mapping, mask: torch.Tensor) -> torch.Tensor:
@@ -209,14 +292,22 @@ def full_positions(model: nn.Module, inputs: Mapping, mask: torch.Tensor) -> tor
     if given is not None:
         return given
     ids = inputs["input_ids"]
-    owner = encoder_owner(model, "get_rope_index")
+    owner = encoder_owner(model, "compute_3d_position_ids")
     if owner is None:
         return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    names = inspect.signature(owner.get_rope_index).parameters
-    if "mm_token_type_ids" in names and inputs.get("mm_token_type_ids") is None:
+    # The model's own numbering of images needs the kind of each token, and some take silence for "all text".
+    rope = encoder_owner(model, "get_rope_index")
+    asks = rope is not None and "mm_token_type_ids" in inspect.signature(rope.get_rope_index).parameters
+    if asks and inputs.get("mm_token_type_ids") is None:
         raise ValueError(
             "`inputs` lacks `mm_token_type_ids`, without which the model numbers image tokens as text. "
             "Let the collator pass on all that the processor returns."
         )
-    arguments = {key: inputs[key] for key in names if inputs.get(key) is not None}
-    return owner.get_rope_index(**{**arguments, "attention_mask": mask})[0]
+    names = inspect.signature(owner.compute_3d_position_ids).parameters
+    arguments = {key: inputs.get(key) for key in names}
+    if inputs.get("feature_attention_mask") is not None:  # of mel frames, which `forward` counts like this
+        arguments["audio_feature_lengths"] = inputs["feature_attention_mask"].sum(1)
+    before = getattr(owner, "rope_deltas", None)  # which numbering the full sequence overwrites
+    positions = owner.compute_3d_position_ids(**{**arguments, "attention_mask": mask, "past_key_values": None})
+    owner.rope_deltas = before
+    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions

@@ -17,8 +17,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .data import require
-from .encoding import PIXEL_KEYS, encode, unwrap
-from .fast_pass import check_inputs, shorten_inputs
+from .encoding import RAW_KEYS, encode, unwrap
+from .families import family_of
+from .fast_pass import check_inputs, shorten_inputs, whole_inputs
 from .isolator import ModeIsolator
 from .model_roles import language_parts
 from .pruners import Pruner
@@ -39,11 +40,12 @@ class ModePass(nn.Module):
     DDP finds each of them in every step.
     """
 
-    def __init__(self, pruner: Pruner, isolator: ModeIsolator | None, position_ids: str):
+    def __init__(self, pruner: Pruner, isolator: ModeIsolator | None, position_ids: str, video_budget: str = "clip"):
         super().__init__()
         self.pruner = pruner
         self.isolator = isolator
         self.position_ids = position_ids
+        self.video_budget = video_budget
         self.last_mode: str | None = None
         self._handles: list = []
         self._adapters: dict[str, list[str]] = {}
@@ -79,7 +81,9 @@ class ModePass(nn.Module):
         model.add_module(NAME, self)
         ours = {f"{NAME}.{key}" for key in self.state_dict()}
         model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *ours}
-        self._slices_logits = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
+        outer = unwrap(model)
+        takes = "logits_to_keep" in inspect.signature(outer.forward).parameters
+        self._slices_logits = takes and family_of(outer.config).slices_logits
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -130,15 +134,15 @@ class ModePass(nn.Module):
         inputs = kwargs
         if self.mode == FAST or self.distil:
             with self.autocast():
-                encodings = encode(model, kwargs, self.pruner.needs)
+                encodings = encode(model, kwargs, self.pruner.needs, self.video_budget)
         self._activate(model, FAST)
         if self.mode == FAST:
             inputs = self._shorten(model, kwargs, encodings)
         elif self.distil:
             self.teacher_logits = self._teach(model, kwargs, encodings)
             # The student takes the images as they were encoded for the teacher, with gradients.
-            inputs = {key: value for key, value in kwargs.items() if key not in PIXEL_KEYS}
-            inputs["mm_encoder_outputs"] = {e.modality: e.output for e in encodings}
+            with self.autocast():
+                inputs = whole_inputs(model, kwargs, encodings)
         self._activate(model, self.mode)
         inputs, shifted = self._supervise(inputs)
         self.targets = shifted[self._keep]
@@ -170,7 +174,8 @@ class ModePass(nn.Module):
         if not self._slices_logits:
             output["logits"] = output.logits[self._keep]
         # An empty dict of encoder outputs is what a text-only batch leaves.
-        saw_images = bool(kwargs.get("mm_encoder_outputs")) or any(kwargs.get(key) is not None for key in PIXEL_KEYS)
+        encoded = bool(kwargs.get("mm_encoder_outputs")) or kwargs.get("inputs_embeds") is not None
+        saw_images = encoded or any(kwargs.get(key) is not None for key in RAW_KEYS)
         zero = output.logits.new_zeros(())
         # Of no elements: the sum of a whole parameter could overflow in half precision, and inf * 0 is NaN.
         output["loss"] = sum((p.flatten()[:0].sum() for p in self._untouched(model, saw_images)), zero)

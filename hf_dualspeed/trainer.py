@@ -19,7 +19,7 @@ from .arguments import Default, DualSpeedArguments, DualSpeedTrainingArguments
 from .callbacks import ModeClock, ModeLosses
 from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
-from .encoding import check_needs, check_protocol, unwrap, visual_token_ids
+from .encoding import check_needs, check_positions, check_protocol, unwrap, visual_token_ids
 from .isolator import WEIGHTS_NAME, ModeIsolator, save_isolator, saved_length
 from .mode_pass import NAME, ModePass
 from .model_card import write_model_card
@@ -96,6 +96,7 @@ class DualSpeedMixin:
 
     def _attach(self, model: nn.Module, args: DualSpeedArguments) -> None:
         check_protocol(model)
+        check_positions(model, args.position_ids)
         self._pruner = resolve_pruner(self._given_pruner, args, model)
         check_needs(self._pruner)
         with torch.random.fork_rng(devices=[]):  # the prompt follows from the seed, and shifts no other draw
@@ -106,7 +107,7 @@ class DualSpeedMixin:
             isolator.load_pretrained(base)  # learnt since the projector stage
             logger.info("Mode isolator taken from %s.", base)
         self._schedule: ModeSchedule | None = None
-        self.mode_pass = ModePass(self._pruner, isolator, args.position_ids)
+        self.mode_pass = ModePass(self._pruner, isolator, args.position_ids, args.video_budget)
         self.mode_pass.attach(model)
         fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.mode_pass.parameters()) else []
         self.views = ParameterViews(model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters)
@@ -216,6 +217,7 @@ class DualSpeedMixin:
             "slow_warmup_steps": self.args.slow_warmup_steps,
             "slow_tail_ratio": self.args.slow_tail_ratio,
             "position_ids": self.args.position_ids,
+            "video_budget": self.args.video_budget,
             "isolator_length": self.args.isolator_length,
             "distillation_weight": self.args.distillation_weight,
             "distillation_temperature": self.args.distillation_temperature,

@@ -7,7 +7,8 @@ import torch
 from tiny_models import FAMILIES, MIXED, batch
 
 from hf_dualspeed import AutoPruner, ModeIsolator, available_pruners, prune_inputs, prune_visual_tokens
-from hf_dualspeed.encoding import encode, split_units
+from hf_dualspeed.encoding import encode, tokens_of
+from hf_dualspeed.families import RULE
 from hf_dualspeed.pruners import budget
 
 SIDES = ("right", "left")
@@ -272,9 +273,13 @@ def test_bad_batches_are_named():
     asking.needs = frozenset({"text"})
     with pytest.raises(ValueError, match=r"'divprune' needs \['text'\], but the fast pass supplies"):
         prune_inputs(model, {}, asking)
-    output = type("Output", (), {"pooler_output": torch.zeros(4, 3)})()
+    output = type("Output", (), {"pooler_output": None})()
     with pytest.raises(ValueError, match="not supported yet"):
-        split_units(output, "SomeModel")
+        tokens_of(output, RULE, "SomeModel")
+    with pytest.raises(ValueError, match="holds no image data"):
+        prune_inputs(
+            model, {**inputs, "input_ids": inputs["input_ids"], "pixel_values": torch.zeros(3, 3, 0, 0)}, pruner()
+        )
 
 
 def test_inputs_are_not_changed():

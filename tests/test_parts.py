@@ -148,7 +148,7 @@ def test_views_drop_the_gradients_of_the_other_mode():
 
 # Lowest first; a module may import from its own layer and from those below.
 LAYERS = [
-    {"arguments", "attention_capture", "shortening"},
+    {"arguments", "attention_capture", "shortening", "containers"},
     {
         "pruners",
         "isolator",
@@ -169,8 +169,8 @@ LAYERS = [
         "recipe_arguments",
         "results",
     },
-    {"layout", "encoding", "fast_pass", "mode_pass"},
-    {"trainer", "sft"},
+    {"families", "layout", "encoding", "packing", "fast_pass", "mode_pass"},
+    {"trainer", "sft", "conformance"},
     {"recipe", "compare", "compare_report", "bench", "bench_report", "assemble", "cli", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -26,6 +26,7 @@ from hf_dualspeed import (
     PrunerConfig,
     register_pruner,
 )
+from hf_dualspeed.data import MaskVisualLabels
 from hf_dualspeed.pruners.base import _REGISTRY, highest, rows_at, take
 
 QUIET = {
@@ -522,7 +523,8 @@ def test_model_init_builds_the_fast_view(tmp_path):
     assert sum(trainer.summary()["steps"].values()) == 2
 
 
-def test_labels_on_visual_tokens_are_masked_with_one_warning(tmp_path, caplog):
+def test_labels_on_visual_tokens_are_masked_with_one_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(MaskVisualLabels, "_warned", False)  # it may have warned in an earlier test
     family = FAMILIES["llava"]
     _, processor = family.build()
 

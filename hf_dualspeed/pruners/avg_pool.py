@@ -21,6 +21,9 @@ class AveragePoolPruner(Pruner):
             cell = cells(tokens, lengths)
             middle = centres(tokens, cell, most)
             positions, order, valid = in_source_order(middle, lengths, cell.shape[1])
-        # Means are taken in float32: a bfloat16 sum over a large cell loses the small terms.
-        merged = pool(tokens.features.float(), cell, most).to(tokens.features.dtype)
-        return PrunedTokens(rows_at(merged, order), positions, valid, lengths)
+
+        def merge(features: torch.Tensor) -> torch.Tensor:
+            # Means are taken in float32: a bfloat16 sum over a large cell loses the small terms.
+            return rows_at(pool(features.float(), cell, most).to(features.dtype), order)
+
+        return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge)

@@ -75,12 +75,19 @@ class PrunedTokens:
         positions (`torch.LongTensor` of shape `(B, K)`): their source positions, ascending in each row.
         valid (`torch.BoolTensor` of shape `(B, K)`, *optional*): False on padding; None where every row holds K.
         lengths (`list[int]`): kept tokens per image.
+        merge (`Callable`, *optional*): what a merging pruner did to the features, to be done to others of the same
+            tokens: `(B, N, D')` to `(B, K, D')`.
     """
 
     features: torch.Tensor
     positions: torch.Tensor
     valid: torch.Tensor | None
     lengths: list[int]
+    merge: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def carry(self, features: torch.Tensor) -> torch.Tensor:
+        """Other features of the same tokens, `(B, N, D')`, pruned alike: `(B, K, D')`."""
+        return self.merge(features) if self.merge is not None else rows_at(features, self.positions)
 
 
 def budget(tokens: int, pruning_ratio: float) -> int:

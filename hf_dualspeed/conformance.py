@@ -1,0 +1,245 @@
+"""Does a model work with DualSpeed? Checks of one model on one batch, for any vision-language model of transformers.
+
+Shapes: B batch, S sequence, S' shortened sequence, U units, N tokens of a unit, M supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .encoding import VisualEncoding, encode, unwrap
+from .fast_pass import full_positions, prune_inputs
+from .isolator import ModeIsolator
+from .mode_pass import ModePass
+from .model_roles import language_parts
+from .pruners import AutoPruner, Pruner, budget
+from .schedule import FAST, SLOW
+
+RATIO = 0.75
+ISOLATOR = 3
+NEW_TOKENS = 4
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
+
+
+@dataclass
+class Batch:
+    """What a model is checked with.
+
+    Args:
+        inputs (`Mapping`): several samples with labels, of different lengths and image counts.
+        alone (`Mapping`, *optional*): one of its samples by itself.
+        row (`int`): which one.
+        masks_tokens (`bool`): whether the attention mask can hide single tokens from all others. It cannot in
+            convolutions and state space layers, which see every position.
+        trains_encoder (`bool`): whether gradients flow from visual tokens; not from those looked up in a codebook.
+        generates (`bool`): whether the model's `generate` takes encoded images.
+        position_ids (`str`): as of [`prune_inputs`].
+        video_budget (`str`): as of [`prune_inputs`].
+    """
+
+    inputs: Mapping
+    alone: Mapping | None = None
+    row: int = 0
+    masks_tokens: bool = True
+    trains_encoder: bool = True
+    generates: bool = True
+    position_ids: str = "original"
+    video_budget: str = "clip"
+
+
+@dataclass
+class Check:
+    """One check's outcome: passed, or why not; None where the batch cannot show it."""
+
+    name: str
+    passed: bool | None
+    detail: str = ""
+
+
+def check_model(model: nn.Module, batch: Batch) -> list[Check]:
+    """Runs all checks on `model` in evaluation mode and leaves it as it was."""
+    training = model.training
+    model.eval()
+    try:
+        return [run(name, check, model, batch) for name, check in CHECKS.items()]
+    finally:
+        model.train(training)
+        model.zero_grad()
+
+
+def run(name: str, check: Callable[[nn.Module, Batch], bool | None], model: nn.Module, batch: Batch) -> Check:
+    try:
+        return Check(name, None if check(model, batch) is False else True)
+    except (AssertionError, ValueError, RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
+        return Check(name, False, f"{type(error).__name__}: {error}"[:500])
+
+
+def pruner_of(name: str = "divprune", ratio: float = RATIO) -> Pruner:
+    return AutoPruner.from_name(name, pruning_ratio=ratio)
+
+
+def shorten(model: nn.Module, batch: Batch, ratio: float = RATIO, name: str = "divprune", **options) -> dict:
+    return shorten_one(model, batch, batch.inputs, ratio, name, **options)
+
+
+def shorten_one(model: nn.Module, batch: Batch, inputs: Mapping, ratio: float, name: str, **options) -> dict:
+    pruner = pruner_of(name, ratio)
+    return prune_inputs(
+        model, inputs, pruner, position_ids=batch.position_ids, video_budget=batch.video_budget, **options
+    )
+
+
+def encodings(model: nn.Module, batch: Batch) -> list[VisualEncoding]:
+    return encode(model, batch.inputs, video_budget=batch.video_budget)
+
+
+def real(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Rows `(.., D)` of `(B, S, D)` that are no padding."""
+    return states[mask.bool()]
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+# --- the checks ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ratio_zero_is_plain(model: nn.Module, batch: Batch) -> None:
+    """Ratio 0 without an isolator gives the plain forward's logits."""
+    plain = model(**batch.inputs)
+    short = shorten(model, batch, 0.0)
+    out = model(**short)
+    same(real(out.logits, short["attention_mask"]), real(plain.logits, batch.inputs["attention_mask"]))
+    if plain.loss is not None:
+        same(out.loss, plain.loss)
+
+
+def lengths_and_gradients(model: nn.Module, batch: Batch) -> None:
+    """The sequence has exactly the expected length; gradients reach the isolator and what feeds the features."""
+    for name in ("divprune", "grid", "avg_pool", "random"):
+        isolator = ModeIsolator.for_model(unwrap(model), ISOLATOR)
+        lengths = [n for encoding in encodings(model, batch) for n in encoding.lengths]
+        kept = sum(budget(n, RATIO) + ISOLATOR for n in lengths)
+        short = shorten(model, batch, name=name, isolator=isolator)
+        expected = int(batch.inputs["attention_mask"].sum()) - sum(lengths) + kept
+        assert int(short["attention_mask"].sum()) == expected, f"{name}: {short['attention_mask'].sum()} != {expected}"
+        model.zero_grad()
+        out = model(**short)
+        assert torch.isfinite(out.loss), f"the loss is {out.loss}"
+        out.loss.backward()
+        assert isolator.prompt.grad.abs().sum() > 0, "no gradient reaches the isolator"
+        language = {id(p) for part in language_parts(unwrap(model)) for p in part.parameters()}
+        visual = [p for p in model.parameters() if id(p) not in language and p.grad is not None]
+        reached = any(p.grad.abs().sum() > 0 for p in visual)
+        assert reached or not batch.trains_encoder, "no gradient reaches the projector"
+        assert all(torch.isfinite(p.grad).all() for p in visual), "a gradient is not finite"
+
+
+@torch.no_grad()
+def original_positions_are_masking(model: nn.Module, batch: Batch) -> bool | None:
+    """With `position_ids="original"`, kept positions get the logits of a full forward that masks the dropped ones."""
+    if not batch.masks_tokens or batch.position_ids != "original":
+        return False
+    mask = batch.inputs["attention_mask"].clone()
+    for encoding in encodings(model, batch):
+        kept = pruner_of()(encoding.tokens())
+        keep = torch.zeros(sum(encoding.lengths), dtype=mask.dtype)
+        start = 0
+        for length, row, count in zip(encoding.lengths, kept.positions, kept.lengths, strict=True):
+            keep[start + row[:count]] = 1
+            start += length
+        mask[batch.inputs["input_ids"] == encoding.token_id] = keep
+    positions = full_positions(model, batch.inputs, batch.inputs["attention_mask"])
+    masked = model(**{**batch.inputs, "attention_mask": mask, "position_ids": positions}).logits
+    short = shorten(model, batch)
+    same(real(model(**short).logits, short["attention_mask"]), real(masked, mask))
+    return None
+
+
+@torch.no_grad()
+def alone_as_in_a_batch(model: nn.Module, batch: Batch) -> bool | None:
+    """A deterministic pruner gives a sample the same result alone and in a batch."""
+    if batch.alone is None:
+        return False
+    for name in ("divprune", "grid", "avg_pool"):
+        together = shorten(model, batch, name=name)
+        alone = shorten_one(model, batch, batch.alone, RATIO, name)
+        mask, single = together["attention_mask"][batch.row].bool(), alone["attention_mask"][0].bool()
+        # Padding on the left shifts a sample's positions, which rotary embeddings do not see.
+        beside, own = together["position_ids"][..., batch.row, mask], alone["position_ids"][..., 0, single]
+        assert torch.equal(beside - beside[..., :1], own - own[..., :1]), f"{name} keeps other positions"
+        same(model(**together).logits[batch.row][mask], model(**alone).logits[0][single])
+    return None
+
+
+@torch.no_grad()
+def sees_no_future(model: nn.Module, batch: Batch) -> bool | None:
+    """Where the last token changes no earlier logits of the plain forward, it changes none of the pruned one."""
+    ends = batch.inputs["input_ids"].shape[1] - 1 - batch.inputs["attention_mask"].flip(1).argmax(1)
+    rows = torch.arange(len(ends))
+    ids = batch.inputs["input_ids"].clone()
+    ids[rows, ends] = ids[rows, ends - 1]  # another text token, for every sample ends in several
+    changed = {**batch.inputs, "input_ids": ids}
+    early = batch.inputs["attention_mask"].bool()
+    early[rows, ends] = False
+    if not torch.allclose(model(**batch.inputs).logits[early], model(**changed).logits[early], **TOLERANCE):
+        return False  # attention in both directions
+    short, other = (shorten_one(model, batch, i, RATIO, "divprune") for i in (batch.inputs, changed))
+    early = short["attention_mask"].bool()
+    early[rows, early.shape[1] - 1 - early.long().flip(1).argmax(1)] = False
+    same(model(**short).logits[early], model(**other).logits[early])
+    return None
+
+
+@torch.no_grad()
+def teacher_and_student_align(model: nn.Module, batch: Batch) -> None:
+    """A slow step's teacher and student logits are of the same tokens: equal where nothing is pruned."""
+    for ratio in (0.0, RATIO):
+        mode_pass = ModePass(pruner_of(ratio=ratio), None, batch.position_ids, batch.video_budget)
+        mode_pass.attach(model)
+        try:
+            mode_pass.begin(SLOW, True, None)
+            student = model(**batch.inputs).logits
+            teacher, targets = mode_pass.teacher_logits, mode_pass.targets
+            assert teacher.shape == student.shape == (len(targets), student.shape[-1]), "logits do not align"
+            if ratio == 0.0:
+                same(teacher, student)
+            mode_pass.begin(FAST, False, None)
+            fast = model(**batch.inputs).logits
+            same(fast, teacher)
+            assert len(mode_pass.targets) == len(targets), "the modes count different tokens"
+        finally:
+            mode_pass.end()
+            mode_pass.detach()
+            del model.dualspeed
+
+
+@torch.no_grad()
+def generates(model: nn.Module, batch: Batch) -> bool | None:
+    """`model.generate(**prune_inputs(...))`: at ratio 0 the plain answer, shorter prompts otherwise."""
+    if not batch.generates or not batch.inputs["attention_mask"][:, -1].all():
+        return False  # a batch padded on the right continues its padding
+    prompt = {key: value for key, value in batch.inputs.items() if key != "labels"}
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    plain = model.generate(**prompt, **options)[:, -NEW_TOKENS:]
+    short = model.generate(**shorten_one(model, batch, prompt, 0.0, "divprune"), **options)[:, -NEW_TOKENS:]
+    assert torch.equal(short, plain), f"{short.tolist()} in place of {plain.tolist()}"
+    model.generate(**shorten_one(model, batch, prompt, RATIO, "divprune"), **options)
+    return None
+
+
+CHECKS = {
+    "ratio 0 is the plain forward": ratio_zero_is_plain,
+    "lengths and gradients": lengths_and_gradients,
+    "original positions equal masking": original_positions_are_masking,
+    "alone as in a batch": alone_as_in_a_batch,
+    "no token sees the future": sees_no_future,
+    "teacher and student align": teacher_and_student_align,
+    "generation": generates,
+}
