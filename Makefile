@@ -8,12 +8,13 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart compare bench test lint
+.PHONY: help quickstart compare bench conformance test lint
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
 	@echo "make compare     train with and without DualSpeed and compare them"
 	@echo "make bench       time fast and slow training steps"
+	@echo "make conformance check every model family and write docs/supported_models.md"
 	@echo "make test        run the tests"
 	@echo "make lint        check style and formatting"
 
@@ -31,6 +32,9 @@ compare: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/dualspeed bench
+
+conformance: $(STAMP)
+	$(BIN)/python tests/supported_models.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -21,7 +21,7 @@ __all__ = ["MaskVisualLabels", "VisionLanguageCollator", "load_examples", "to_me
 logger = logging.getLogger(__name__)
 
 UNREADABLE_IMAGES = ("raise", "skip")
-PIXEL_INPUTS = ("pixel_values", "image_patches", "input_features", "input_values")
+PIXEL_INPUTS = ("pixel_values", "image_patches", "input_features", "input_values", "audio_input_ids")
 # What Pillow raises on broken files: a PNG with a broken chunk is a SyntaxError, for example.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 IGNORED = -100

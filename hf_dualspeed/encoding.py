@@ -51,7 +51,10 @@ MODALITIES = (
     ),
     Modality("video", "get_video_features", ("video_token_id", "video_token_index"), ("pixel_values_videos",)),
     Modality(
-        "audio", "get_audio_features", ("audio_token_id", "audio_token_index"), ("input_features", "input_values")
+        "audio",
+        "get_audio_features",
+        ("audio_token_id", "audio_token_index"),
+        ("input_features", "input_values", "audio_input_ids"),
     ),
 )
 # What a pruner may ask for beside the features, of what `VisualTokens` can carry.
@@ -186,6 +189,19 @@ def prunable(outer: nn.Module, modality: Modality) -> bool:
     )
 
 
+def towers(outer: nn.Module) -> dict[str, nn.Module]:
+    """The encoder of each modality that the model reads; some share one."""
+    read = (
+        m for m in MODALITIES if encoder_of(outer, m)[0] is not None and placeholder_id(outer.config, m) is not None
+    )
+    return {modality.name: outer.get_encoder(modality=modality.name) for modality in read}
+
+
+def modalities_in(inputs: Mapping) -> set[str]:
+    """The modalities whose raw inputs are in a batch."""
+    return {m.name for m in MODALITIES if any(inputs.get(key) is not None for key in m.raw)}
+
+
 def raw_keys(config) -> list[str]:
     """The inputs that are encoded apart from the model's forward."""
     return [key for modality in MODALITIES if not family_of(config, modality.name).whole for key in modality.raw]
@@ -207,7 +223,7 @@ def check_protocol(model: nn.Module) -> None:
     if missing:
         raise ValueError(
             f"{type(outer).__name__} cannot be pruned: {' and '.join(missing)}. Use a vision-language model of "
-            "transformers that takes pre-encoded images (a ...ForConditionalGeneration such as LLaVA or Qwen2.5-VL), or "
+            "transformers that takes pre-encoded images (a ...ForConditionalGeneration such as LLaVA or Qwen2.5-VL) or "
             "an audio language model that has `get_audio_features` and an `audio_token_id` (such as Voxtral)."
         )
 

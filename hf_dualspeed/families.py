@@ -65,6 +65,7 @@ TILES = Family(runs=True)  # an image's tiles lie side by side: one budget and o
 SAMPLES = Family(runs=True)  # each tile is set off by tokens of its own: a budget and an isolator for each
 SHARED = Family(shares_placeholder=True)
 FAMILIES = {
+    "aria": TILES,
     "cohere2_vision": TILES,
     "got_ocr2": TILES,
     "internvl": TILES,
@@ -98,6 +99,7 @@ AUDIO_FAMILIES = {
     "gemma4_unified": NEEDS_IDS,
     "granite_speech": Family(row_mask="input_features_mask"),
     "granite_speech_plus": Family(row_mask="input_features_mask"),
+    "inkling": Family(whole=True),  # codes rather than features; not tried
     "qwen2_5_omni_thinker": Family(field="last_hidden_state"),
     "qwen2_audio": Family(encode=encode_qwen2_audio),
     "qwen3_omni_moe_thinker": Family(field="last_hidden_state"),

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .data import require
-from .encoding import RAW_KEYS, encode, unwrap
+from .encoding import encode, modalities_in, towers, unwrap
 from .families import family_of
 from .fast_pass import check_inputs, shorten_inputs, whole_inputs
 from .isolator import ModeIsolator
@@ -60,11 +60,12 @@ class ModePass(nn.Module):
         self.targets: torch.Tensor | None = None
         self.teacher_logits: torch.Tensor | None = None
         self._keep: torch.Tensor | None = None
+        self._seen: set[str] = set()
         self._model: weakref.ref | None = None  # a plain reference would make the model its own submodule
 
     def __getstate__(self) -> dict:
         """For copies and pickles, which are not in the middle of a pass."""
-        passing = ("autocast", "mode", "distil", "generator", "targets", "teacher_logits", "_keep", "_model")
+        passing = ("autocast", "mode", "distil", "generator", "targets", "teacher_logits", "_keep", "_seen", "_model")
         return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     def __setstate__(self, state: dict) -> None:
@@ -131,6 +132,7 @@ class ModePass(nn.Module):
         check_inputs(kwargs)
         require(kwargs, "labels")
         self._model, self.teacher_logits = weakref.ref(model), None
+        self._seen = modalities_in(kwargs)
         inputs = kwargs
         if self.mode == FAST or self.distil:
             with self.autocast():
@@ -173,16 +175,13 @@ class ModePass(nn.Module):
             return None
         if not self._slices_logits:
             output["logits"] = output.logits[self._keep]
-        # An empty dict of encoder outputs is what a text-only batch leaves.
-        encoded = bool(kwargs.get("mm_encoder_outputs")) or kwargs.get("inputs_embeds") is not None
-        saw_images = encoded or any(kwargs.get(key) is not None for key in RAW_KEYS)
         zero = output.logits.new_zeros(())
         # Of no elements: the sum of a whole parameter could overflow in half precision, and inf * 0 is NaN.
-        output["loss"] = sum((p.flatten()[:0].sum() for p in self._untouched(model, saw_images)), zero)
+        output["loss"] = sum((p.flatten()[:0].sum() for p in self._untouched(model)), zero)
         return output
 
-    def _untouched(self, model: nn.Module, saw_images: bool) -> Iterator[torch.Tensor]:
-        """Trainable parameters that a pass in this mode, with or without images, leaves out of the graph."""
+    def _untouched(self, model: nn.Module) -> Iterator[torch.Tensor]:
+        """Trainable parameters that a pass in this mode, on this batch, leaves out of the graph."""
         if self.isolator is not None:
             yield self.isolator()  # by its call, which gathers shards
         yield from (p for p in self.pruner.parameters() if p.requires_grad)
@@ -190,8 +189,10 @@ class ModePass(nn.Module):
             reserved = set(self._adapters[FAST]) - set(self._adapters[SLOW])
             names = tuple(f".{adapter}." for adapter in reserved)
             yield from (p for n, p in model.named_parameters() if p.requires_grad and any(a in n for a in names))
-        if not saw_images:
-            outer = unwrap(model)
+        outer = unwrap(model)
+        encoders = towers(outer)
+        used = [tower for modality, tower in encoders.items() if modality in self._seen]
+        if any(tower not in used for tower in encoders.values()):
             language = {id(p) for part in language_parts(outer) for p in part.parameters()}
             visual = (p for p in outer.parameters() if p.requires_grad and id(p) not in language)
             yield from (p for p in visual if not isinstance(p, DTensor))  # shards of FSDP are not whole here

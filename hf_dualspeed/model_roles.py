@@ -17,6 +17,12 @@ PROJECTOR_NAMES = (
     "vision_projection",
     "language_projection",
     "modality_projection",
+    "projector",
+    "patch_merger",
+    "resampler_model",
+    "visual_embeddings_table",
+    "layerwise_projectors",
+    "spatial_projectors",
 )
 
 
@@ -63,11 +69,12 @@ def language_parts(model: PreTrainedModel) -> list[nn.Module]:
 
 def role_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """The modules of each role, found by transformers' accessors and by the names of its projectors."""
-    tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
+    decoder = model.get_decoder()
     # transformers answers with the model itself where it finds nothing.
     whole = (model, model.base_model)
+    towers = [model.get_encoder(modality=modality) for modality in ("image", "video", "audio")]
     modules = {
-        "vision_tower": [] if tower in whole else [tower],
+        "vision_tower": [tower for tower in towers if tower not in whole],
         "projector": [m for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTOR_NAMES],
         "language_model": [] if decoder in whole else language_parts(model),
     }

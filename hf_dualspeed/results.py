@@ -93,9 +93,9 @@ def print_results(results: dict, output_dir: str | Path) -> None:
     Console().print(table)
 
 
-def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table whose columns but the first are aligned right."""
-    rule = ("---", *["---:"] * (len(header) - 1))
+def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]], words: bool = False) -> str:
+    """A Markdown table whose columns but the first are aligned right, or left where they are of words."""
+    rule = ("---", *["---" if words else "---:"] * (len(header) - 1))
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 

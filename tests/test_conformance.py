@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
-from families import FAMILIES, MIXED, MIXED_AUDIO, MIXED_BOTH, MIXED_VIDEO, Family, batch
+import supported_models
+from families import FAMILIES
+from families.cases import CASES, batch_of
 
-from hf_dualspeed.conformance import Batch, check_model
-
-ROWS = {"image": MIXED, "video": MIXED_VIDEO, "audio": MIXED_AUDIO, "image and audio": MIXED_BOTH}
-CASES = [
-    (family.name, modality)
-    for family in FAMILIES.values()
-    for modality in ROWS
-    if all(getattr(family, f"{kind}s") is not None for kind in modality.split(" and "))
-    and (family.prunes_audio or modality != "audio")
-]
-
-
-def batch_of(family: Family, model, modality: str, side: str) -> Batch:
-    rows, last = ROWS[modality], len(ROWS[modality]) - 1
-    inputs = batch(family, model, rows, side)
-    alone = batch(family, model, [rows[last]], side, seeds=[last])
-    return Batch(
-        inputs,
-        alone if family.rows_alone else None,
-        last,
-        family.masks_tokens,
-        family.trains_encoder,
-        family.generates,
-        family.position_ids,
-    )
+from hf_dualspeed.conformance import CHECKS, Batch, check_model, encodings
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -37,5 +18,27 @@ def batch_of(family: Family, model, modality: str, side: str) -> Batch:
 def test_family(name, modality, side):
     family = FAMILIES[name]
     model = family.model()
-    checks = check_model(model, batch_of(family, model, modality, side))
-    assert not [f"{c.name}: {c.detail}" for c in checks if c.passed is False]
+    assert failures(model, batch_of(family, model, modality, side)) == []
+
+
+@pytest.mark.parametrize("name", [name for name, modality in CASES if modality == "video"])
+def test_a_budget_for_each_frame(name):
+    family = FAMILIES[name]
+    model = family.model()
+    batch = replace(batch_of(family, model, "video", "left"), video_budget="frame")
+    (frames,), (clips,) = encodings(model, batch), encodings(model, replace(batch, video_budget="clip"))
+    assert sum(frames.lengths) == sum(clips.lengths)
+    assert len(frames.lengths) >= len(clips.lengths)
+    assert failures(model, batch) == []
+
+
+def failures(model, batch: Batch) -> list[str]:
+    return [f"{check.name}: {check.detail}" for check in check_model(model, batch) if check.passed is False]
+
+
+def test_the_page_of_supported_models_is_of_these_families():
+    result = json.loads(supported_models.RESULT.read_text(encoding="utf-8"))
+    assert {(f["model"], m) for f in result["families"] for m in f["modalities"]} == set(CASES)
+    assert set(result["checks"]) == set(CHECKS)
+    assert supported_models.PAGE.read_text(encoding="utf-8") == supported_models.page(result)
+    assert all(passed is not False for f in result["families"] for passed in f["checks"].values())
