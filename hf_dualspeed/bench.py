@@ -34,9 +34,10 @@ from transformers import (
 )
 
 from hf_dualspeed.arguments import DualSpeedTrainingArguments, check_choice, check_range, nearest
-from hf_dualspeed.bench_report import STEPS, derive, print_report, write_report
+from hf_dualspeed.bench_report import PARTS, STEPS, derive, print_report, write_report
 from hf_dualspeed.encoding import encode
 from hf_dualspeed.fast_pass import shorten_inputs
+from hf_dualspeed.host_waits import host_waits
 from hf_dualspeed.model_roles import freeze_roles, parameter_roles
 from hf_dualspeed.pruners import available_pruners
 from hf_dualspeed.results import machine, versions, without_paths
@@ -163,8 +164,9 @@ def run_bench(options: BenchArguments) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(options, folder)
             flops = {name: bench.count_flops(name) for name in STEPS}
+            waits = {name: bench.count_waits(name) for name in PARTS}
             seconds = bench.measure()
-        return {**describe(bench), "flops": flops, **derive(seconds, flops, options.slow_ratio)}
+        return {**describe(bench), "flops": flops, **derive(seconds, flops, waits, options.slow_ratio)}
     finally:
         torch.set_num_threads(threads)
 
@@ -284,6 +286,12 @@ class Bench:
             self.step(name)
         self._clean(name)
         return counter.get_total_flops()
+
+    def count_waits(self, name: str) -> int:
+        """How often one of the parts waits for the device."""
+        with host_waits() as waits:
+            self.variants[name]()
+        return len(waits)
 
     def measure(self) -> dict[str, list[float]]:
         """Seconds of each variant by round."""

@@ -36,9 +36,10 @@ FULL_STEP = "#999999"
 
 
 TIME_OVER_FLOPS, SELECTION_SHARE, SHORTENING_SHARE, SLOW_OVER_PLAIN = 1.15, 0.03, 0.02, 1.02
+HOST_WAITS = 1  # tensors need a size
 
 
-def derive(seconds: dict[str, list[float]], flops: dict[str, int], slow_ratio: float) -> dict:
+def derive(seconds: dict[str, list[float]], flops: dict[str, int], waits: dict[str, int], slow_ratio: float) -> dict:
     """Medians and quartiles of the times and of the ratios within each round, and the targets."""
     times = {name: torch.tensor(values, dtype=torch.float64) for name, values in seconds.items()}
     plain, fast, slow = times["plain"], times["fast"], times["slow"]
@@ -67,7 +68,8 @@ def derive(seconds: dict[str, list[float]], flops: dict[str, int], slow_ratio: f
         "flop_ratios": flop_ratios,
         "seconds": {name: quartiles(values) for name, values in times.items()},
         "ratios": summary,
-        "targets": targets(summary, flop_ratios),
+        "host_waits": waits,
+        "targets": targets(summary, flop_ratios, waits),
         "seconds_by_round": seconds,
     }
 
@@ -79,7 +81,7 @@ def quartiles(values: torch.Tensor) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high}
 
 
-def targets(ratios: dict[str, dict], flop_ratios: dict[str, float]) -> list[dict]:
+def targets(ratios: dict[str, dict], flop_ratios: dict[str, float], waits: dict[str, int]) -> list[dict]:
     """What a step should cost, what it does, and whether that is within the target."""
     excess = {
         full: ratios[key]["median"] / flop_ratios[key]
@@ -96,6 +98,11 @@ def targets(ratios: dict[str, dict], flop_ratios: dict[str, float]) -> list[dict
             "slow step without distillation over plain step",
             ratios["slow_without_distillation_over_plain"]["median"],
             SLOW_OVER_PLAIN,
+        ),
+        (
+            "times that selection and shortening wait for the device",
+            waits["selection"] + waits["shortening"],
+            HOST_WAITS,
         ),
     )
     return [{"name": name, "value": value, "limit": limit, "met": value <= limit} for name, value, limit in rows]

@@ -13,6 +13,7 @@ from families.cases import batch_of
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, ModeIsolator, prune_inputs
 from hf_dualspeed.encoding import encode, towers
 from hf_dualspeed.fast_pass import shorten_inputs
+from hf_dualspeed.host_waits import host_waits
 from hf_dualspeed.mode_pass import ModePass
 from hf_dualspeed.schedule import FAST, SLOW
 
@@ -29,6 +30,8 @@ TRAINED = [
     ("chameleon", MIXED),
     ("blip_2", MIXED),
 ]
+
+POSITION_INPUTS = ("input_ids", "inputs_embeds", "image_grid_thw", "attention_mask", "mm_token_type_ids")
 
 
 def pruner(ratio=0.75, name="divprune"):
@@ -74,38 +77,16 @@ def test_shortening_waits_for_the_device_once(name, monkeypatch):
     inputs = batch(family, model)
     encodings = encode(model, inputs)
     isolator = ModeIsolator.for_model(model, 2)
-    waits = []
-
-    def watched(method):
-        original = getattr(torch.Tensor, method)
-
-        def call(tensor, *args, **kwargs):
-            waits.append(method)
-            return original(tensor, *args, **kwargs)
-
-        return call
-
-    for method in ("item", "tolist", "__bool__", "__int__", "__index__", "nonzero", "cpu", "numpy", "unique"):
-        monkeypatch.setattr(torch.Tensor, method, watched(method))
-    if name == "qwen3_vl":  # the model's own code numbers positions on the host
+    inner = getattr(model, "model", model)
+    if hasattr(inner, "compute_3d_position_ids"):  # the model's own code numbers positions on the host
+        numbered = inner.compute_3d_position_ids(**{key: inputs.get(key) for key in POSITION_INPUTS})
         monkeypatch.setattr(
-            model.model, "compute_3d_position_ids", unwatched(model.model.compute_3d_position_ids, waits)
+            inner, "compute_3d_position_ids", wraps(inner.compute_3d_position_ids)(lambda **_: numbered)
         )
-    shorten_inputs(model, inputs, encodings, pruner(name="random"), isolator, "original")
+    with host_waits() as waits:
+        shorten_inputs(model, inputs, encodings, pruner(name="random"), isolator, "original")
     assert waits == ["tolist"]
-
-
-def unwatched(function, waits):
-    """What `function` waits for is not counted."""
-
-    @wraps(function)
-    def call(**kwargs):
-        before = list(waits)
-        result = function(**kwargs)
-        waits[:] = before
-        return result
-
-    return call
+    assert "tolist" not in vars(torch.Tensor)
 
 
 def test_deepstack_features_are_pruned_like_the_tokens():
