@@ -74,6 +74,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "train": ("train a model from a recipe", _train),
     "pruners": ("list the pruners", _pruners),
     "compare": ("compare training with and without DualSpeed", _module("compare")),
+    "check": ("check whether a model works with DualSpeed", _module("check")),
     "assemble": ("join two small pretrained models to a LLaVA", _module("assemble")),
     "bench": ("time fast and slow training steps", _module("bench")),
 }

@@ -171,7 +171,7 @@ LAYERS = [
     },
     {"families", "layout", "encoding", "packing", "fast_pass", "mode_pass"},
     {"trainer", "sft", "conformance"},
-    {"recipe", "compare", "compare_report", "bench", "bench_report", "assemble", "cli", "__init__"},
+    {"recipe", "compare", "compare_report", "bench", "bench_report", "assemble", "check", "cli", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
