@@ -74,7 +74,12 @@ def test_tables_show_the_published_results(name):
     assert marked[1].strip() == TABLES[name](results)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_the_number_of_families_is_that_of_the_conformance_run():
+    result = json.loads((ROOT / "docs" / "results" / "conformance.json").read_text(encoding="utf-8"))
+    assert f"checks {len(result['families'])} families" in TEXT
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/supported_models.md"])
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
