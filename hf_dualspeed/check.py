@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from hf_dualspeed.arguments import POSITION_IDS
 from hf_dualspeed.conformance import Batch, Check, check_model
 from hf_dualspeed.data import VisionLanguageCollator
-from hf_dualspeed.encoding import check_positions, check_protocol
+from hf_dualspeed.protocol import check_positions, check_protocol
 
 QUESTIONS = ("What is this?", "What is the difference between the two?", "What is the capital of France?")
 ANSWER = "I cannot tell."

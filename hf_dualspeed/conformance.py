@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .encoding import VisualEncoding, encode, unwrap
+from .encoding import VisualEncoding, encode
 from .fast_pass import full_positions, prune_inputs
 from .isolator import ModeIsolator
 from .mode_pass import ModePass
 from .model_roles import language_parts
+from .protocol import unwrap
 from .pruners import AutoPruner, Pruner, budget
 from .schedule import FAST, SLOW
 

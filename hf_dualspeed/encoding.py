@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -22,45 +21,19 @@ from .attention_capture import AttentionCapture, capture_attention, class_row, c
 from .containers import Container, flat_rows, part_lengths, refill
 from .families import Family, family_of
 from .layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
+from .protocol import (
+    MODALITIES,
+    Modality,
+    encoder_of,
+    placeholder_id,
+    raw_keys,
+    unwrap,
+)
 from .pruners import Pruner, VisualTokens
 
-
-@dataclass(frozen=True)
-class Modality:
-    """How a modality is named.
-
-    Args:
-        name (`str`): its key in `mm_encoder_outputs`.
-        method (`str`): the model's encoder.
-        tokens (`tuple[str, ...]`): names of its placeholder id in configs.
-        raw (`tuple[str, ...]`): names of the inputs that the encoder turns into tokens.
-    """
-
-    name: str
-    method: str
-    tokens: tuple[str, ...]
-    raw: tuple[str, ...]
-
-
-MODALITIES = (
-    Modality(
-        "image",
-        "get_image_features",
-        ("image_token_id", "image_token_index"),
-        ("pixel_values", "pixel_values_images", "image_patches"),
-    ),
-    Modality("video", "get_video_features", ("video_token_id", "video_token_index"), ("pixel_values_videos",)),
-    Modality(
-        "audio",
-        "get_audio_features",
-        ("audio_token_id", "audio_token_index"),
-        ("input_features", "input_values", "audio_input_ids"),
-    ),
-)
 # What a pruner may ask for beside the features, of what `VisualTokens` can carry.
 SUPPLIED = frozenset({"grid", "attention"})
 CONFIGURED = ("vision_feature_layer", "vision_feature_select_strategy")
-RAW_KEYS = tuple(key for modality in MODALITIES for key in modality.raw)
 # Fields of an encoder's output with a row per token that `forward` reads beside the tokens.
 COMPANIONS = ("deepstack_features",)
 
@@ -149,95 +122,6 @@ def pad(rows: list[torch.Tensor] | None, device: torch.device) -> torch.Tensor |
     return None if rows is None else nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
 
 
-# --- the model's protocol -----------------------------------------------------------------------------------------
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's and the distributed wrappers."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-            model = model.module if hasattr(model, "module") else model._orig_mod
-        else:
-            return model
-
-
-def encoder_owner(model: nn.Module, method: str) -> nn.Module | None:
-    """The module that owns `method`: the inner model first, for some outer classes hide its arguments."""
-    outer = unwrap(model)
-    return next((m for m in (getattr(outer, "model", None), outer) if hasattr(m, method)), None)
-
-
-def encoder_of(outer: nn.Module, modality: Modality) -> tuple[nn.Module | None, Callable | None]:
-    """The encoder of `modality` and the module that owns it; some models encode videos with the one for images."""
-    family = family_of(outer.config, modality.name)
-    if family.encode is not None:
-        owner = getattr(outer, "model", outer)
-        return owner, partial(family.encode, owner)
-    methods = [modality.method, *([MODALITIES[0].method] if modality.name == "video" else [])]
-    found = ((encoder_owner(outer, method), method) for method in methods)
-    owner, method = next((pair for pair in found if pair[0] is not None), (None, ""))
-    return owner, None if owner is None else getattr(owner, method)
-
-
-def prunable(outer: nn.Module, modality: Modality) -> bool:
-    """Whether the model encodes `modality` apart from its forward."""
-    whole = family_of(outer.config, modality.name).whole
-    return (
-        not whole and encoder_of(outer, modality)[0] is not None and placeholder_id(outer.config, modality) is not None
-    )
-
-
-def towers(outer: nn.Module) -> dict[str, nn.Module]:
-    """The encoder of each modality that the model reads; some share one."""
-    read = (
-        m for m in MODALITIES if encoder_of(outer, m)[0] is not None and placeholder_id(outer.config, m) is not None
-    )
-    return {modality.name: outer.get_encoder(modality=modality.name) for modality in read}
-
-
-def modalities_in(inputs: Mapping) -> set[str]:
-    """The modalities whose raw inputs are in a batch."""
-    return {m.name for m in MODALITIES if any(inputs.get(key) is not None for key in m.raw)}
-
-
-def raw_keys(config) -> list[str]:
-    """The inputs that are encoded apart from the model's forward."""
-    return [key for modality in MODALITIES if not family_of(config, modality.name).whole for key in modality.raw]
-
-
-def check_protocol(model: nn.Module) -> None:
-    """Raises a `ValueError` that says what is missing unless `model` takes encoded images or has an audio encoder."""
-    outer = unwrap(model)
-    image, _, audio = MODALITIES
-    if prunable(outer, audio):
-        return
-    missing = []
-    if "mm_encoder_outputs" not in inspect.signature(outer.forward).parameters:
-        missing.append("its forward takes no `mm_encoder_outputs`")
-    if encoder_owner(model, image.method) is None:
-        missing.append(f"it has no `{image.method}`")
-    if placeholder_id(outer.config, image) is None:
-        missing.append("its config has no `image_token_id`")
-    if missing:
-        raise ValueError(
-            f"{type(outer).__name__} cannot be pruned: {' and '.join(missing)}. Use a vision-language model of "
-            "transformers that takes pre-encoded images (a ...ForConditionalGeneration such as LLaVA or Qwen2.5-VL) or "
-            "an audio language model that has `get_audio_features` and an `audio_token_id` (such as Voxtral)."
-        )
-
-
-def check_positions(model: nn.Module, scheme: str) -> None:
-    """Raises a `ValueError` where the model cannot take positions with gaps."""
-    outer = unwrap(model)
-    if scheme == "original" and family_of(outer.config).places:
-        raise ValueError(
-            f"position_ids='original' does not work with {type(outer).__name__}: its attention takes position ids for "
-            "places in the sequence, so that tokens would see those behind them. Set position_ids='compact'."
-        )
-
-
 def check_needs(pruner: Pruner) -> None:
     """Raises a `ValueError` where `pruner` needs what the fast pass does not supply."""
     unknown = sorted(pruner.needs - SUPPLIED)
@@ -246,24 +130,6 @@ def check_needs(pruner: Pruner) -> None:
             f"The pruner {pruner.config.pruner_type!r} needs {unknown}, but the fast pass supplies {sorted(SUPPLIED)} "
             "only. Call the pruner on VisualTokens of your own, or choose another."
         )
-
-
-def placeholder_id(config, modality: Modality) -> int | None:
-    """The placeholder token id of `modality`, or None."""
-    image, video, _ = MODALITIES
-    if modality is video and family_of(config).shares_placeholder:
-        modality = image
-    ids = (getattr(config, name, None) for name in modality.tokens)
-    return next((i for i in ids if i is not None), None)
-
-
-def visual_token_ids(config) -> list[int]:
-    """Every placeholder id of the model."""
-    ids = (placeholder_id(config, modality) for modality in MODALITIES)
-    return list(dict.fromkeys(i for i in ids if i is not None))
-
-
-# --- encoding -----------------------------------------------------------------------------------------------------
 
 
 def encode(
@@ -295,10 +161,7 @@ def encode_modality(
     with capture_attention(tower) if tower is not None else nullcontext() as capture:
         output = encoder(**arguments, return_dict=True)
     container = tokens_of(output, family, type(outer).__name__)
-    rows, parts = flat_rows(container), part_lengths(container)
-    if parts is None or family.runs:
-        runs = placeholder_runs(inputs["input_ids"], token_id)
-        parts = [[n] for n in runs] if parts is None else units_by_runs(parts, runs)
+    rows, parts = flat_rows(container), parts_of(container, family, inputs, token_id)
     if modality.name == "video":
         parts = clips(owner, parts, inputs)
     if inputs.get(family.row_mask) is not None:
@@ -318,6 +181,15 @@ def encode_modality(
         if capture is not None:
             encoding.attention = received_attention(capture, tower, encoding, inputs, layout)
     return encoding
+
+
+def parts_of(container: Container, family: Family, inputs: Mapping, token_id: int) -> list[list[int]]:
+    """Tokens of each part of each unit, from the encoder's container or from the runs of placeholders."""
+    parts = part_lengths(container)
+    if parts is not None and not family.runs:
+        return parts
+    runs = placeholder_runs(inputs["input_ids"], token_id)
+    return [[n] for n in runs] if parts is None else units_by_runs(parts, runs)
 
 
 def companions_of(output, family: Family) -> dict[str, list[torch.Tensor]]:

@@ -13,20 +13,10 @@ import torch
 from torch import nn
 
 from .arguments import POSITION_IDS, VIDEO_BUDGETS, check_choice
-from .encoding import (
-    RAW_KEYS,
-    VisualEncoding,
-    check_needs,
-    check_positions,
-    check_protocol,
-    encode,
-    encoder_owner,
-    raw_keys,
-    unwrap,
-    visual_token_ids,
-)
+from .encoding import VisualEncoding, check_needs, encode
 from .isolator import ModeIsolator
 from .packing import Packing, one_sample
+from .protocol import RAW_KEYS, check_positions, check_protocol, encoder_owner, raw_keys, unwrap, visual_token_ids
 from .pruners import PrunedTokens, Pruner
 from .shortening import FILL, Shortening, plan_shortening
 

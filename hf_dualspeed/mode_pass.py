@@ -17,11 +17,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .data import require
-from .encoding import encode, modalities_in, towers, unwrap
+from .encoding import encode
 from .families import family_of
 from .fast_pass import check_inputs, shorten_inputs, whole_inputs
 from .isolator import ModeIsolator
 from .model_roles import language_parts
+from .protocol import modalities_in, towers, unwrap
 from .pruners import Pruner
 from .schedule import FAST, SLOW
 
@@ -100,7 +101,8 @@ class ModePass(nn.Module):
         if not hasattr(model, "peft_config"):
             return
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        active = list(model.base_model.active_adapters)
+        active = model.active_adapters  # a method where transformers' own `add_adapter` made them
+        active = list(active() if callable(active) else active)
         owned = {a: [name for name in trainable if f".{a}." in f"{name}."] for a in active}
         reserved = {a for a, names in owned.items() if names and fast_only.issuperset(names)}
         if reserved:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 
-from .encoding import unwrap
+from .protocol import unwrap
 from .shortening import Shortening
 
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -15,18 +15,20 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import CONFIG_NAME
 
+from .adapters import check_adapter, load_adapters
 from .arguments import Default, DualSpeedArguments, DualSpeedTrainingArguments
 from .callbacks import ModeClock, ModeLosses
 from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
-from .encoding import check_needs, check_positions, check_protocol, unwrap, visual_token_ids
+from .encoding import check_needs
 from .isolator import WEIGHTS_NAME, ModeIsolator, save_isolator, saved_length
 from .mode_pass import NAME, ModePass
-from .model_card import write_model_card
+from .model_card import is_written, write_model_card
 from .model_roles import language_parts
 from .parameter_views import ParameterViews
+from .protocol import check_positions, check_protocol, unwrap, visual_token_ids
 from .pruners import AutoPruner, Pruner, available_pruners, pruner_class
-from .results import run_record
+from .results import run_record, without_paths
 from .schedule import FAST, ModeSchedule
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class DualSpeedMixin:
         self._attach(model, args)
 
     def _attach(self, model: nn.Module, args: DualSpeedArguments) -> None:
+        check_adapter(getattr(model, "active_peft_config", None))
         check_protocol(model)
         check_positions(model, args.position_ids)
         self._pruner = resolve_pruner(self._given_pruner, args, model)
@@ -230,12 +233,14 @@ class DualSpeedMixin:
     def _save(self, output_dir=None, state_dict=None):
         # Sharded training hands over the gathered weights, from which saving takes the isolator's out.
         gathered = {k.removeprefix(f"{NAME}."): v for k, v in (state_dict or {}).items() if k.startswith(f"{NAME}.")}
-        token, self.args.hub_token = (
-            self.args.hub_token,
-            None,
-        )  # the Trainer pickles its arguments beside the model
+        if state_dict is None and getattr(self.model, "peft_config", None):
+            state_dict = self.model.state_dict()
+        if state_dict is not None:  # PEFT picks weights by pattern, a learnt pruner's biases among them
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(f"{NAME}.")}
+        # The Trainer pickles its arguments beside the model.
+        token, self.args.hub_token = self.args.hub_token, None
         try:
-            with interrupts_deferred():
+            with interrupts_deferred(), kept_card(Path(output_dir or self.args.output_dir)):
                 super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
@@ -256,23 +261,24 @@ class DualSpeedMixin:
     def create_model_card(self, *args, dataset=None, **kwargs):
         """Writes README.md from what was measured, unless there is one: a card written by hand or by a recipe."""
         path = Path(self.args.output_dir) / "README.md"
-        if self.is_world_process_zero() and not path.exists():
+        if self.is_world_process_zero() and not is_written(path):
             record = run_record(self.args, self.summary(), sum(self.clock.seconds.values()))
-            base = getattr(unwrap(self.model), "name_or_path", "") or None
+            base = without_paths(getattr(unwrap(self.model), "name_or_path", "")) or None
             write_model_card(
                 self.args.output_dir, record, base, [dataset] if isinstance(dataset, str) else dataset or []
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_isolator(resume_from_checkpoint, self.args.isolator_length)
-        if not self._load_plain(resume_from_checkpoint):
+        if not (self._load_plain(resume_from_checkpoint) or self._load_adapters(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_fast_view(resume_from_checkpoint)
 
     def _load_best_model(self):
-        if not self._load_plain(self.state.best_model_checkpoint):
+        best = self.state.best_model_checkpoint
+        if not (self._load_plain(best) or self._load_adapters(best)):
             super()._load_best_model()
-        self._load_fast_view(self.state.best_model_checkpoint)
+        self._load_fast_view(best)
 
     def _load_plain(self, folder) -> bool:
         """Loads a full checkpoint that `save_pretrained` wrote; False for adapters, FSDP and DeepSpeed.
@@ -288,6 +294,11 @@ class DualSpeedMixin:
         weights = type(model).from_pretrained(folder, dtype="auto").state_dict()
         model.load_state_dict(weights, strict=False)
         return True
+
+    def _load_adapters(self, folder) -> bool:
+        """Loads the PEFT adapters of a checkpoint; False for whole models, FSDP and DeepSpeed."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not sharded and load_adapters(self.accelerator.unwrap_model(self.model), folder)
 
     def _load_fast_view(self, folder) -> None:
         # Sharded checkpoints hold isolator and pruner among the model's own weights.
@@ -359,6 +370,16 @@ def check_isolator(folder: str | Path, length: int) -> None:
             f"`isolator_length` is {length}, but the checkpoint {str(folder)!r} was trained with {saved or 0}. "
             f"Set isolator_length={saved or 0} to resume it."
         )
+
+
+@contextmanager
+def kept_card(folder: Path) -> Iterator[None]:
+    """Keeps a finished README.md in `folder` as it is; PEFT's saving would take its tags out and add its own."""
+    path = folder / "README.md"
+    before = path.read_bytes() if is_written(path) else None
+    yield
+    if before is not None:
+        path.write_bytes(before)
 
 
 @contextmanager

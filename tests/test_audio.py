@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, prune_inputs
-from hf_dualspeed.encoding import check_protocol, encode
+from hf_dualspeed.encoding import encode
 from hf_dualspeed.fast_pass import whole_inputs
+from hf_dualspeed.protocol import check_protocol
 
 FAMILY = FAMILIES["voxtral"]
 # Clips in the beginning, the middle and nowhere; each example is a row of its own seed.

@@ -11,10 +11,11 @@ from families import FAMILIES, MIXED, MIXED_VIDEO, batch
 from families.cases import batch_of
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, ModeIsolator, prune_inputs
-from hf_dualspeed.encoding import encode, towers
+from hf_dualspeed.encoding import encode
 from hf_dualspeed.fast_pass import shorten_inputs
 from hf_dualspeed.host_waits import host_waits
 from hf_dualspeed.mode_pass import ModePass
+from hf_dualspeed.protocol import towers
 from hf_dualspeed.schedule import FAST, SLOW
 
 TRAINED = [

@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 import hf_dualspeed
 from hf_dualspeed import DualSpeedSFTConfig, DualSpeedSFTTrainer, DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.arguments import DualSpeedArguments
-from hf_dualspeed.encoding import unwrap
+from hf_dualspeed.protocol import unwrap
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "save_strategy": "no"}
 FAST = {"logging_steps": 1, "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-2}

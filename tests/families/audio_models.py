@@ -341,7 +341,9 @@ FAMILIES = [
     Family("audioflamingo3", audioflamingo3, audios=masked_audios(flamingo_tokens)),
     Family("musicflamingo", musicflamingo, audios=masked_audios(flamingo_tokens)),
     Family("glmasr", glmasr, audios=masked_audios(glmasr_tokens)),
-    Family("granite_speech", granite_speech, audios=granite_audios, notes="its `generate` turns the model's own LoRA off where there is no raw audio, so pruned prompts run without it"),
+    Family(
+        "granite_speech", granite_speech, audios=granite_audios, notes="`generate` turns its LoRA off for pruned audio"
+    ),
     Family("qwen3_asr", qwen3_asr, audios=masked_audios(qwen3_asr_tokens, window=200)),
     Family(
         "qwen2_audio",

@@ -1,0 +1,152 @@
+"""What a model says of itself: its modalities, their encoders and their placeholders.
+
+transformers' protocol is `get_image_features` and its like to encode, `forward(mm_encoder_outputs=...)` to take the
+result in place of pixels. What single families need beyond it stands in `families.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from .families import family_of
+
+
+@dataclass(frozen=True)
+class Modality:
+    """How a modality is named.
+
+    Args:
+        name (`str`): its key in `mm_encoder_outputs`.
+        method (`str`): the model's encoder.
+        tokens (`tuple[str, ...]`): names of its placeholder id in configs.
+        raw (`tuple[str, ...]`): names of the inputs that the encoder turns into tokens.
+    """
+
+    name: str
+    method: str
+    tokens: tuple[str, ...]
+    raw: tuple[str, ...]
+
+
+MODALITIES = (
+    Modality(
+        "image",
+        "get_image_features",
+        ("image_token_id", "image_token_index"),
+        ("pixel_values", "pixel_values_images", "image_patches"),
+    ),
+    Modality("video", "get_video_features", ("video_token_id", "video_token_index"), ("pixel_values_videos",)),
+    Modality(
+        "audio",
+        "get_audio_features",
+        ("audio_token_id", "audio_token_index"),
+        ("input_features", "input_values", "audio_input_ids"),
+    ),
+)
+RAW_KEYS = tuple(key for modality in MODALITIES for key in modality.raw)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT's and the distributed wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+            model = model.module if hasattr(model, "module") else model._orig_mod
+        else:
+            return model
+
+
+def encoder_owner(model: nn.Module, method: str) -> nn.Module | None:
+    """The module that owns `method`: the inner model first, for some outer classes hide its arguments."""
+    outer = unwrap(model)
+    return next((m for m in (getattr(outer, "model", None), outer) if hasattr(m, method)), None)
+
+
+def encoder_of(outer: nn.Module, modality: Modality) -> tuple[nn.Module | None, Callable | None]:
+    """The encoder of `modality` and the module that owns it; some models encode videos with the one for images."""
+    family = family_of(outer.config, modality.name)
+    if family.encode is not None:
+        owner = getattr(outer, "model", outer)
+        return owner, partial(family.encode, owner)
+    methods = [modality.method, *([MODALITIES[0].method] if modality.name == "video" else [])]
+    found = ((encoder_owner(outer, method), method) for method in methods)
+    owner, method = next((pair for pair in found if pair[0] is not None), (None, ""))
+    return owner, None if owner is None else getattr(owner, method)
+
+
+def prunable(outer: nn.Module, modality: Modality) -> bool:
+    """Whether the model encodes `modality` apart from its forward."""
+    whole = family_of(outer.config, modality.name).whole
+    return (
+        not whole and encoder_of(outer, modality)[0] is not None and placeholder_id(outer.config, modality) is not None
+    )
+
+
+def towers(outer: nn.Module) -> dict[str, nn.Module]:
+    """The encoder of each modality that the model reads; some share one."""
+    read = (
+        m for m in MODALITIES if encoder_of(outer, m)[0] is not None and placeholder_id(outer.config, m) is not None
+    )
+    return {modality.name: outer.get_encoder(modality=modality.name) for modality in read}
+
+
+def modalities_in(inputs: Mapping) -> set[str]:
+    """The modalities whose raw inputs are in a batch."""
+    return {m.name for m in MODALITIES if any(inputs.get(key) is not None for key in m.raw)}
+
+
+def raw_keys(config) -> list[str]:
+    """The inputs that are encoded apart from the model's forward."""
+    return [key for modality in MODALITIES if not family_of(config, modality.name).whole for key in modality.raw]
+
+
+def check_protocol(model: nn.Module) -> None:
+    """Raises a `ValueError` that says what is missing unless `model` takes encoded images or has an audio encoder."""
+    outer = unwrap(model)
+    image, _, audio = MODALITIES
+    if prunable(outer, audio):
+        return
+    missing = []
+    if "mm_encoder_outputs" not in inspect.signature(outer.forward).parameters:
+        missing.append("its forward takes no `mm_encoder_outputs`")
+    if encoder_owner(model, image.method) is None:
+        missing.append(f"it has no `{image.method}`")
+    if placeholder_id(outer.config, image) is None:
+        missing.append("its config has no `image_token_id`")
+    if missing:
+        raise ValueError(
+            f"{type(outer).__name__} cannot be pruned: {' and '.join(missing)}. Use a vision-language model of "
+            "transformers that takes pre-encoded images (a ...ForConditionalGeneration such as LLaVA or Qwen2.5-VL) or "
+            "an audio language model that has `get_audio_features` and an `audio_token_id` (such as Voxtral)."
+        )
+
+
+def check_positions(model: nn.Module, scheme: str) -> None:
+    """Raises a `ValueError` where the model cannot take positions with gaps."""
+    outer = unwrap(model)
+    if scheme == "original" and family_of(outer.config).places:
+        raise ValueError(
+            f"position_ids='original' does not work with {type(outer).__name__}: its attention takes position ids for "
+            "places in the sequence, so that tokens would see those behind them. Set position_ids='compact'."
+        )
+
+
+def placeholder_id(config, modality: Modality) -> int | None:
+    """The placeholder token id of `modality`, or None."""
+    image, video, _ = MODALITIES
+    if modality is video and family_of(config).shares_placeholder:
+        modality = image
+    ids = (getattr(config, name, None) for name in modality.tokens)
+    return next((i for i in ids if i is not None), None)
+
+
+def visual_token_ids(config) -> list[int]:
+    """Every placeholder id of the model."""
+    ids = (placeholder_id(config, modality) for modality in MODALITIES)
+    return list(dict.fromkeys(i for i in ids if i is not None))
