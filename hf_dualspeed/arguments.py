@@ -139,6 +139,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) ->
         )
 
 
+def check_keys(name: str, given: dict, known: list[str]) -> None:
+    """Raises a `ValueError` that names the argument and the key unless all keys of `given` are known."""
+    for key in given:
+        if key not in known:
+            raise ValueError(f"`{name}` has an unknown key {key!r}.{nearest(key, known)}")
+
+
 def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
     """The words " Did you mean 'x'?", or nothing where no known word is close."""
     close = difflib.get_close_matches(str(word), list(known), n=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -26,13 +27,14 @@ class ModeIsolator(nn.Module):
 
     @classmethod
     def for_model(cls, model: nn.Module, length: int) -> ModeIsolator:
-        """An isolator of the model's width, in the dtype and at the scale of its token embeddings."""
+        """An isolator of the model's width, at the scale of its token embeddings, in the dtype of what is trained."""
         weight = model.get_input_embeddings().weight
         text = model.config.get_text_config()
-        # Parameters partitioned by ZeRO-3 are empty here; the scale they were drawn with is in the config.
-        std = weight.detach().float().std().item() if weight.numel() else text.initializer_range
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-        return cls(length, text.hidden_size, std).to(weight.device, dtype)
+        # Parameters partitioned by ZeRO-3 are empty here and quantized ones are codes; the scale they were drawn with
+        # is in the config.
+        known = weight.numel() and weight.is_floating_point()
+        std = weight.detach().float().std().item() if known else text.initializer_range
+        return cls(length, text.hidden_size, std).to(weight.device, trained_dtype(model))
 
     @property
     def length(self) -> int:
@@ -68,6 +70,15 @@ class ModeIsolator(nn.Module):
 
     def extra_repr(self) -> str:
         return f"length={self.length}, hidden_size={self.prompt.shape[1]}"
+
+
+def trained_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's trainable parameters, the widest where they differ; else that of the model.
+
+    Adapters of a bfloat16 model are float32, since small updates round to nothing in bfloat16: the prompt's would too.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    return reduce(torch.promote_types, dtypes) if dtypes else model.dtype
 
 
 def saved_length(folder: str | Path) -> int | None:

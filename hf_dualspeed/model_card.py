@@ -22,18 +22,20 @@ def write_model_card(output_dir: str | Path, results: dict, base_model: str | No
         datasets (`list[str]`): The data sets it was trained on.
     """
     folder = Path(output_dir)
+    adapter = (folder / "adapter_config.json").is_file()
     data = ModelCardData(
         base_model=base_model if _is_hub_id(base_model) else None,
+        base_model_relation="adapter" if adapter and _is_hub_id(base_model) else None,
         datasets=[name for name in datasets if _is_hub_id(name)] or None,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["dualspeed"],
         model_name=folder.resolve().name,
         eval_results=_eval_results(results),
     )
     sections = (
-        _introduction(folder.resolve().name, base_model, datasets),
-        _loading(),
+        _introduction(folder.resolve().name, base_model, datasets, adapter),
+        _loading(base_model, adapter),
         _training(results, has_curve=(folder / "learning_curve.png").is_file()),
         _evaluation(results),
         _environment(results),
@@ -43,6 +45,11 @@ def write_model_card(output_dir: str | Path, results: dict, base_model: str | No
     path = folder / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n").save(path)
     return path
+
+
+def is_written(path: Path) -> bool:
+    """Whether there is a model card other than the empty form that PEFT leaves beside adapters."""
+    return path.is_file() and "[More Information Needed]" not in path.read_text(encoding="utf-8")
 
 
 def _is_hub_id(name: str | None) -> bool:
@@ -65,16 +72,31 @@ def _eval_results(results: dict) -> list[EvalResult] | None:
     ]
 
 
-def _introduction(name: str, base_model: str | None, datasets: list[str]) -> str:
+def _introduction(name: str, base_model: str | None, datasets: list[str], adapter: bool) -> str:
     origin = f"fine-tuned from `{base_model}`" if base_model else "trained from scratch"
+    kind, merged = f"A vision-language model {origin}", ""
+    if adapter:
+        kind = f"An adapter for {f'`{base_model}`' if base_model else 'a vision-language model'}, trained"
+        merged = ", once merged into its base model,"
+    data = f" on {', '.join(f'`{d}`' for d in datasets)}" if datasets else ""
     return (
-        f"# {name}\n\nA vision-language model {origin} on {', '.join(f'`{d}`' for d in datasets)} with "
+        f"# {name}\n\n{kind}{data} with "
         f"DualSpeed ([arXiv 2602.03815]({PAPER})): most steps trained on pruned visual tokens. At inference "
-        "it is a plain model of transformers that sees all visual tokens."
+        f"it is{merged} a plain model of transformers that sees all visual tokens."
     )
 
 
-def _loading() -> str:
+def _loading(base_model: str | None, adapter: bool) -> str:
+    if adapter:
+        return f"""## How to load it
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained("{base_model or "path/to/the/base/model"}")
+model = PeftModel.from_pretrained(model, "path/to/this/folder").merge_and_unload()
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
+```"""
     return """## How to load it
 
 ```python

@@ -6,14 +6,14 @@ import inspect
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_dualspeed.arguments import DualSpeedTrainingArguments, nearest
+from hf_dualspeed.adapters import add_lora, four_bit
+from hf_dualspeed.arguments import DualSpeedTrainingArguments, check_keys
 from hf_dualspeed.data import VisionLanguageCollator, load_examples
 from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
@@ -75,13 +75,14 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
 def load_model(recipe: RecipeArguments, train: Dataset, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The recipe's model and processor, or a small LLaVA that knows the words of the training data."""
     if recipe.tiny_llava is not None:
-        _check_keys("tiny_llava", recipe.tiny_llava, list(inspect.signature(build_tiny_llava).parameters)[1:])
+        check_keys("tiny_llava", recipe.tiny_llava, list(inspect.signature(build_tiny_llava).parameters)[1:])
         return build_tiny_llava(_texts(train), **{"seed": seed, **recipe.tiny_llava})
     model = AutoModelForImageTextToText.from_pretrained(
         recipe.model_name_or_path,
         dtype=recipe.dtype,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
+        **(four_bit(recipe.dtype, recipe.lora) if recipe.load_in_4bit else {}),
     )
     # Without torchvision, transformers falls back to the PIL image processors by itself.
     processor = AutoProcessor.from_pretrained(recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code)
@@ -92,7 +93,7 @@ def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):
     """Adds the recipe's LoRA adapters, and freezes the roles that it does not train."""
     prepared = model
     if recipe.lora is not None:
-        prepared = _add_lora(model, recipe.lora)
+        prepared = add_lora(model, recipe.lora)
     freeze_roles(
         model,
         train_vision_tower=recipe.train_vision_tower,
@@ -100,15 +101,6 @@ def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):
         train_language_model=recipe.train_language_model,
     )
     return prepared
-
-
-def _add_lora(model: PreTrainedModel, options: dict):
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("`lora` needs PEFT. Run `pip install hf-dualspeed[peft]`.") from error
-    _check_keys("lora", options, [field.name for field in fields(LoraConfig) if field.init])
-    return get_peft_model(model, LoraConfig(**options))
 
 
 def _load_eval_data(recipe: RecipeArguments) -> Dataset | None:
@@ -187,9 +179,3 @@ def _texts(dataset: Dataset) -> Iterator[str]:
     for example in dataset:
         for message in to_messages(example)["messages"]:
             yield from (part["text"] for part in message["content"] if part.get("text"))
-
-
-def _check_keys(name: str, given: dict, known: list[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise ValueError(f"`{name}` has an unknown key {key!r}.{nearest(key, known)}")

@@ -60,6 +60,10 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Train LoRA adapters instead of weights: arguments of peft.LoraConfig (JSON)."},
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: quantize the loaded weights to 4 bits with bitsandbytes; `lora` trains on top."},
+    )
     dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights: float32, bfloat16 or auto."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers: sdpa, eager, flash_attention_2, ..."}
@@ -82,6 +86,11 @@ class RecipeArguments:
             raise ValueError(
                 f"Set exactly one of `model_name_or_path` (got {self.model_name_or_path!r}) and `tiny_llava` "
                 f"(got {self.tiny_llava!r}): one fine-tunes a model, the other trains one anew."
+            )
+        if self.load_in_4bit and (self.lora is None or self.model_name_or_path is None):
+            raise ValueError(
+                "`load_in_4bit` is True, but 4-bit weights cannot be trained themselves: it needs `model_name_or_path` "
+                f"(got {self.model_name_or_path!r}) and `lora` (got {self.lora!r}). Set both, or load_in_4bit=False."
             )
         if self.dataset is None:
             raise ValueError("`dataset` is not set. Name the training data, e.g. `--dataset easy-vqa`.")

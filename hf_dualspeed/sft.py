@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
         'DualSpeedSFTTrainer and DualSpeedSFTConfig need TRL: pip install "hf-dualspeed[trl]".'
     ) from error
 
+from .adapters import check_adapter
 from .arguments import DualSpeedArguments
 from .pruners import Pruner
 from .trainer import DualSpeedMixin, interrupts_deferred
@@ -183,13 +184,4 @@ def check_sft_options(args: SFTConfig) -> None:
         raise ValueError(
             f"`loss_type`={args.loss_type!r} is not supported: DualSpeed computes cross-entropy and distillation "
             "itself. Use loss_type='nll'."
-        )
-
-
-def check_adapter(config) -> None:
-    """Raises a `ValueError` for PEFT methods that put virtual tokens in front of the sequence."""
-    if getattr(config, "is_prompt_learning", False):
-        raise ValueError(
-            f"`peft_config` ({type(config).__name__}) learns virtual tokens, which shift every position that DualSpeed "
-            "prunes by. Use another adapter, such as LoraConfig."
         )

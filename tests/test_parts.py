@@ -155,6 +155,7 @@ LAYERS = [
         "schedule",
         "distillation",
         "parameter_views",
+        "adapters",
         "easy_vqa",
         "examples",
         "data",
