@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import ProcessorMixin
@@ -15,6 +16,7 @@ from transformers.image_utils import load_image
 
 from hf_dualspeed.arguments import check_choice, check_range
 from hf_dualspeed.examples import load_examples, sample_name, to_messages
+from hf_dualspeed.label_spans import place, recorded
 
 __all__ = ["MaskVisualLabels", "VisionLanguageCollator", "load_examples", "to_messages"]
 
@@ -43,18 +45,53 @@ def open_image(image: Any, folder: str | None = None) -> Image.Image:
     return load_image(opened)
 
 
-def encode(processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]], **options: Any) -> dict:
-    """Calls the processor on rendered conversations; `images` holds a list, possibly empty, per text."""
+def open_video(frames: Any, folder: str | None = None) -> np.ndarray:
+    """Reads a clip as frames `(F, H, W, 3)`: an array or a tensor of that shape, or a list of images of one size.
+
+    Raises:
+        TypeError: it is a file, which only packages beyond this library's can decode.
+        ValueError: its frames do not fit together.
+    """
+    if isinstance(frames, (str, os.PathLike, dict)):
+        raise TypeError(
+            f"A video must be its frames, got {frames!r}. Decode it first, for example with "
+            "transformers.video_utils.load_video(path, num_frames=8)[0], which needs the package torchcodec or av."
+        )
+    if isinstance(frames, (list, tuple)):
+        frames = [np.asarray(open_image(frame, folder)) for frame in frames]
+        if len({frame.shape for frame in frames}) != 1:
+            raise ValueError(f"the frames of a video must have one size, got {[frame.shape[:2] for frame in frames]}")
+        frames = np.stack(frames)
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"the frames of a video must have the shape (F, H, W, 3), got {frames.shape}")
+    return frames
+
+
+def encode(
+    processor: ProcessorMixin,
+    texts: list[str],
+    images: list[list[Image.Image]],
+    videos: list[list[np.ndarray]] | None = None,
+    **options: Any,
+) -> dict:
+    """Calls the processor on rendered conversations; `images` and `videos` hold a list, possibly empty, per text."""
     bos = processor.tokenizer.bos_token
-    return processor(
-        images=images if any(images) else None,
-        text=texts,
-        padding=True,
-        return_tensors="pt",
-        # A template that writes the BOS itself would otherwise yield two.
-        add_special_tokens=not (bos and texts[0].startswith(bos)),
-        **options,
-    )
+    options |= {"text": texts, "padding": True, "return_tensors": "pt"}
+    # A template that writes the BOS itself would otherwise yield two.
+    options["add_special_tokens"] = not (bos and texts[0].startswith(bos))
+    if videos and any(videos):
+        # These are the frames to use: nothing is left to sample.
+        options |= {"videos": [clip for clips in videos for clip in clips], "do_sample_frames": False}
+    if not any(images):
+        return processor(images=None, **options)
+    try:
+        return processor(images=images, **options)
+    except ValueError:
+        if any(len(row) != 1 for row in images):
+            raise
+        # Processors of models of one image, such as GOT-OCR2, take no lists of lists.
+        return processor(images=[row[0] for row in images], **options)
 
 
 def assistant_spans(render: Callable[..., str], messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
@@ -90,7 +127,8 @@ class VisionLanguageCollator:
     """Makes a batch, with labels, from conversations in any layout that [`to_messages`] understands.
 
     Every assistant turn is supervised, with its end-of-turn token; everything else is -100. Samples with
-    several images, one or none may share a batch. Nothing in the examples changes.
+    several images, one or none may share a batch. Nothing in the examples changes. Works with any processor
+    that gives each conversation to a fast tokenizer as a whole; where a label's place is not certain, it raises.
 
     Args:
         processor (`ProcessorMixin`): A processor of transformers with a chat template and a fast tokenizer.
@@ -132,6 +170,10 @@ class VisionLanguageCollator:
         Returns:
             `dict` with `input_ids` `(B, S)`, `attention_mask` `(B, S)`, `labels` `(B, S)` and whatever else
             the processor makes, such as `pixel_values`.
+
+        Raises:
+            ValueError: an image cannot be read, the template rewrites earlier turns, the processor hides where
+                the text went, or `max_length` would cut into an image.
         """
         samples = [sample for index, example in enumerate(examples) if (sample := self._read(index, example))]
         if not samples:
@@ -142,20 +184,35 @@ class VisionLanguageCollator:
         rendered = [assistant_spans(self._render, sample["messages"]) for sample in samples]
         texts = [text for text, _ in rendered]
         self._warn_without_end(rendered)
-        batch = encode(
-            self.processor,
-            texts,
-            [sample["images"] for sample in samples],
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-        )
-        replaced = self._replacements(batch)
+        batch, tokenized = recorded(self.processor, lambda processor: self._encode(processor, texts, samples))
+        supervised, inserted = place(self.processor, batch, tokenized, rendered)
+        self._add_token_types(batch, supervised)
+        batch["labels"] = batch["input_ids"].masked_fill(~supervised, IGNORED)
         if self.max_length is not None:
-            self._truncate(batch, [sample["name"] for sample in samples])
-        spans = [[_shift(span, row) for span in spans] for (_, spans), row in zip(rendered, replaced, strict=True)]
-        batch["labels"] = self._labels(batch, spans)
-        batch.pop("offset_mapping")
+            self._truncate(batch, inserted, [sample["name"] for sample in samples])
         return dict(batch)
+
+    def _encode(self, processor: ProcessorMixin, texts: list[str], samples: list[dict]) -> dict:
+        images, videos = ([sample[kind] for sample in samples] for kind in ("images", "videos"))
+        if any(videos) and getattr(processor, "video_processor", None) is None:
+            raise ValueError(
+                f"The batch has videos, but `processor` ({type(processor).__name__}) has no video processor. Video "
+                "processors of transformers need the package torchvision; where the family has none, pass the frames "
+                "as `images`."
+            )
+        return encode(processor, texts, images, videos)
+
+    def _add_token_types(self, batch: dict, supervised: torch.Tensor) -> None:
+        """Adds what tells kinds of tokens apart, where the model needs it and the processor leaves it out."""
+        if "labels" in batch and "token_type_ids" in batch:
+            # A processor with labels of its own (-100 where the type is 0) writes for a prefix language model. The
+            # prefix sees all of itself, so it must end at the first answer: a later question of type 0 would show
+            # that answer to the tokens that predict it.
+            suffix = supervised.cumsum(1) > 0
+            batch["token_type_ids"] = (suffix & batch["attention_mask"].bool()).to(batch["token_type_ids"].dtype)
+        if any(key.endswith("grid_thw") for key in batch) and "mm_token_type_ids" not in batch:
+            types = self.processor.create_mm_token_type_ids(batch["input_ids"].tolist())
+            batch["mm_token_type_ids"] = torch.tensor(types)
 
     def _read(self, index: int, example: dict[str, Any]) -> dict[str, Any] | None:
         """The example as messages and opened images, or None where it is to be skipped."""
@@ -163,16 +220,17 @@ class VisionLanguageCollator:
         name = f"sample {index} of the batch, {sample_name(example)}"
         try:
             images = [open_image(image, self.image_folder) for image in sample["images"]]
+            videos = [open_video(video, self.image_folder) for video in sample["videos"]]
         except IMAGE_ERRORS as error:
             if self.unreadable_images == "raise":
                 raise ValueError(
-                    f"An image cannot be read ({name}): {error}. Repair or remove the sample, or pass "
+                    f"An image or a video cannot be read ({name}): {error}. Repair or remove the sample, or pass "
                     "unreadable_images='skip'."
                 ) from error
             self.skipped += 1
-            logger.warning("Left out %s: an image cannot be read: %s", name, error)
+            logger.warning("Left out %s: an image or a video cannot be read: %s", name, error)
             return None
-        return {"messages": sample["messages"], "images": images, "name": name}
+        return {"messages": sample["messages"], "images": images, "videos": videos, "name": name}
 
     def _render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -186,33 +244,30 @@ class VisionLanguageCollator:
                 "does not learn to stop. Add one to `processor.chat_template`, such as eos_token."
             )
 
-    def _replacements(self, batch: dict) -> list[list[dict]]:
-        """Per sample, where the processor put visual tokens in place of a placeholder."""
-        replaced = batch.pop("text_replacement_offsets", None)
-        if replaced is None:
-            raise ValueError(
-                f"`processor` ({type(self.processor).__name__}) does not report where it puts visual tokens "
-                "(return_text_replacement_offsets), so labels cannot be placed. Use your own collator, which "
-                "returns `labels`."
-            )
-        return replaced
-
-    def _truncate(self, batch: dict, names: list[str]) -> None:
-        """Cuts every row of the batch to `max_length` tokens, whichever side the padding is on."""
+    def _truncate(self, batch: dict, inserted: torch.Tensor, names: list[str]) -> None:
+        """Cuts every row to `max_length` tokens, whichever side the padding is on, but never an `inserted` one."""
         shape = batch["input_ids"].shape
         lengths = batch["attention_mask"].sum(1)
         over = (lengths - self.max_length).clamp(min=0)
         if not over.any():
             return
-        left = self.processor.tokenizer.padding_side == "left"
-        before = self._is_visual(batch["input_ids"]).sum(1)
-        for key, value in batch.items():
-            if isinstance(value, torch.Tensor) and value.shape[:2] == shape and not key.startswith(PIXEL_INPUTS):
-                # With padding on the left, rolling a row brings its surplus end to the front, where the cut
-                # is.
-                rows = [row.roll(int(extra), 0) for row, extra in zip(value, over, strict=True)] if left else value
-                batch[key] = torch.stack(rows)[:, -self.max_length :] if left else rows[:, : self.max_length]
-        lost = before - self._is_visual(batch["input_ids"]).sum(1)
+        before = inserted.sum(1)
+        # Processors have their own side of padding, whatever the tokenizer's is.
+        left = bool(batch["attention_mask"][:, -1].all())
+        tensors = {
+            key: value
+            for key, value in batch.items()
+            if isinstance(value, torch.Tensor) and value.shape[:2] == shape and not key.startswith(PIXEL_INPUTS)
+        }
+        for key, value in (tensors | {"inserted": inserted}).items():
+            # With padding on the left, rolling a row brings its surplus end to the front, where the cut is.
+            rows = torch.stack([row.roll(int(extra), 0) for row, extra in zip(value, over, strict=True)])
+            cut = rows[:, -self.max_length :] if left else value[:, : self.max_length]
+            if key == "inserted":
+                inserted = cut
+            else:
+                batch[key] = cut
+        lost = before - inserted.sum(1)
         for name, length, missing in zip(names, lengths.tolist(), lost.tolist(), strict=True):
             if missing:
                 raise ValueError(
@@ -220,28 +275,6 @@ class VisionLanguageCollator:
                     f"{length} tokens ({name}). Use a `max_length` of at least {length}, smaller images, or "
                     "leave the sample out."
                 )
-
-    def _is_visual(self, input_ids: torch.Tensor) -> torch.Tensor:
-        ids = [*self.processor.image_token_ids, *self.processor.video_token_ids]
-        return torch.isin(input_ids, torch.tensor([index for index in ids if index is not None]))
-
-    def _labels(self, batch: dict, spans: list[list[tuple[int, int]]]) -> torch.Tensor:
-        """Labels `(B, S)`: the ids of the tokens that overlap a span of characters, -100 elsewhere."""
-        starts, ends = batch["offset_mapping"].unbind(-1)
-        supervised = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        for row, row_spans in enumerate(spans):
-            for start, end in row_spans:
-                # Tokens that the tokenizer adds, such as padding, cover no character: (0, 0).
-                supervised[row] |= (starts[row] < end) & (ends[row] > start)
-        supervised &= ~self._is_visual(batch["input_ids"])
-        return batch["input_ids"].masked_fill(~supervised, IGNORED)
-
-
-def _shift(span: tuple[int, int], replacements: list[dict]) -> tuple[int, int]:
-    """Moves a span of the rendered text to where it is after placeholders became visual tokens."""
-    growth = [(row["span"][1], len(row["replacement"]) - len(row["text"])) for row in replacements]
-    start, end = (position + sum(size for at, size in growth if at <= position) for position in span)
-    return start, end
 
 
 def require(batch: dict, key: str) -> None:

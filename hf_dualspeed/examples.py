@@ -13,40 +13,57 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_da
 from hf_dualspeed.arguments import check_choice
 from hf_dualspeed.easy_vqa import DATASETS, MESSAGES, load_easy_vqa
 
-PLACEHOLDER = "<image>"
+PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 FILE_TYPES = (".json", ".jsonl", ".parquet", ".csv")
 EXTRA_COLUMNS = ("id", "question", "answer")
 
 
 def to_messages(example: dict[str, Any]) -> dict[str, list]:
-    """Brings an example of any layout into one: messages with lists of parts, and images.
+    """Brings an example of any layout into one: messages with lists of parts, images and videos.
 
     Understood are TRL's `messages` and `prompt` + `completion`, each with `images` or `image`, and LLaVA's
-    `conversations` with `image`. A `<image>` in a plain text becomes a placeholder; where plain texts hold
-    none, the placeholders of all images go to the front of the first user message. The example is left as it
-    is.
+    `conversations` with `image`; `videos` or `video`, each a list of frames, go the same way. A `<image>` in a
+    plain text becomes a placeholder, and where there are videos, so does a `<video>`; where plain texts hold none,
+    the placeholders of all images (of all videos) go to the front of the first user message. The example is left as
+    it is.
 
     Returns:
-        `dict` with `messages` and `images`, with as many `{"type": "image"}` parts as images.
+        `dict` with `messages`, `images` and `videos`, with as many parts of type `"image"` as images and of type
+        `"video"` as videos.
 
     Raises:
-        ValueError: the layout is unknown, or the numbers of images and placeholders differ.
+        ValueError: the layout is unknown, or the numbers of images or videos and of placeholders differ.
     """
-    images = _as_list(example.get("images") or example.get("image"))
+    media = {"image": _as_list(example.get("images") or example.get("image")), "video": _videos(example)}
     turns = _turns(example)
-    messages = [{**turn, "content": _parts(turn["content"])} for turn in turns]
-    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+    written = {kind: text for kind, text in PLACEHOLDERS.items() if kind == "image" or media[kind]}
+    messages = [{**turn, "content": _parts(turn["content"], written)} for turn in turns]
+    plain = all(isinstance(turn["content"], str) for turn in turns)
+    for kind, items in media.items():
+        _add_placeholders(messages, kind, items, plain, sample_name(example))
+    return {"messages": messages, "images": media["image"], "videos": media["video"]}
+
+
+def _add_placeholders(messages: list[dict], kind: str, items: list, plain: bool, name: str) -> None:
+    placeholders = sum(part["type"] == kind for message in messages for part in message["content"])
     first_user = next((message for message in messages if message["role"] == "user"), None)
-    if images and not placeholders and first_user and all(isinstance(turn["content"], str) for turn in turns):
-        first_user["content"] = [{"type": "image"} for _ in images] + first_user["content"]
-        placeholders = len(images)
-    if placeholders != len(images):
+    if items and not placeholders and first_user and plain:
+        first_user["content"] = [{"type": kind} for _ in items] + first_user["content"]
+        placeholders = len(items)
+    if placeholders != len(items):
         raise ValueError(
-            f"The sample ({sample_name(example)}) has {len(images)} image(s) but {placeholders} image "
-            f"placeholder(s) in its messages. Put one {PLACEHOLDER} (or a part of type 'image') per image."
+            f"The sample ({name}) has {len(items)} {kind}(s) but {placeholders} {kind} placeholder(s) in its "
+            f"messages. Put one {PLACEHOLDERS[kind]} (or a part of type {kind!r}) per {kind}."
         )
-    return {"messages": messages, "images": images}
+
+
+def _videos(example: dict[str, Any]) -> list:
+    """The clips of an example; `video` is one clip, whose frames may be a list."""
+    if example.get("videos") is not None:
+        return list(example["videos"])
+    video = example.get("video")
+    return [] if video is None or (isinstance(video, str) and not video) else [video]
 
 
 def _turns(example: dict[str, Any]) -> list[dict]:
@@ -66,21 +83,22 @@ def _turns(example: dict[str, Any]) -> list[dict]:
     )
 
 
-def _parts(content: str | list[dict] | None) -> list[dict]:
+def _parts(content: str | list[dict] | None, placeholders: dict[str, str]) -> list[dict]:
     """The content of a message as fresh parts, without the empty fields that Arrow adds."""
     if not isinstance(content, str):
         for part in content or []:
-            check_choice("type", part.get("type"), ("image", "text"))
+            check_choice("type", part.get("type"), (*PLACEHOLDERS, "text"))
         return [
-            {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
+            {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": part["type"]}
             for part in content or []
         ]
-    pieces = re.split(f"({PLACEHOLDER})", content)
+    pieces = re.split(f"({'|'.join(placeholders.values())})", content)
     if len(pieces) == 1:
         return [{"type": "text", "text": content}]
+    kinds = {text: kind for kind, text in placeholders.items()}
     # The line breaks around LLaVA's placeholders are the template's business.
     pieces = [piece.strip("\n") for piece in pieces]
-    return [{"type": "image"} if piece == PLACEHOLDER else {"type": "text", "text": piece} for piece in pieces if piece]
+    return [{"type": kinds[p]} if p in kinds else {"type": "text", "text": p} for p in pieces if p]
 
 
 def _as_list(value: Any) -> list:
@@ -141,6 +159,8 @@ def _load_json(path: Path, image_folder: str | Path) -> Dataset:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{str(path)!r} must hold a list of samples, each an object with its conversation.")
     samples = [to_messages(row) for row in rows]
+    if any(sample["videos"] for sample in samples):
+        raise ValueError(f"{str(path)!r} names videos, which are not decoded here. Pass a data set with their frames.")
     columns = {
         "messages": [sample["messages"] for sample in samples],
         "images": [[os.path.join(image_folder, image) for image in sample["images"]] for sample in samples],

@@ -134,7 +134,7 @@ def test_llava_conversations(image, count):
         ({"conversations": [{"from": "robot", "value": ""}]}, "`from` must be one of 'human'.* got 'robot'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-            "`type` must be one of 'image', 'text', got 'video'",
+            r"0 video\(s\) but 1 video placeholder.*one <video>",
         ),
     ],
 )
@@ -386,11 +386,27 @@ def test_collator_arguments():
         VisionLanguageCollator(processor)
 
 
-def test_processor_that_does_not_report_replacements(monkeypatch):
+def test_processor_that_changes_the_text_is_refused(monkeypatch):
     processor = tiny_llava_processor()
-    monkeypatch.setattr(type(processor), "unused_input_names", ["text_replacement_offsets"])
-    with pytest.raises(ValueError, match=r"LlavaProcessor.*does not report"):
-        VisionLanguageCollator(processor)([talk("q", "a", images=[picture()])])
+    monkeypatch.setattr(
+        type(processor), "get_text_with_replacements", lambda self, text, *_: ([t.lower() for t in text], [])
+    )
+    with pytest.raises(ValueError, match=r"LlavaProcessor.*'USER: .*labels cannot be placed: it changed the text.*own"):
+        VisionLanguageCollator(processor)([talk("q", "A")])
+
+
+def test_processor_that_tokenizes_behind_our_back_is_refused(monkeypatch):
+    processor = tiny_llava_processor()
+    whole = type(processor).__call__
+
+    def call(self, **inputs):
+        batch = whole(self, **inputs)
+        batch["input_ids"] = batch["input_ids"] + 1
+        return batch
+
+    monkeypatch.setattr(type(processor), "__call__", call)
+    with pytest.raises(ValueError, match="labels cannot be placed: it does not tokenize a conversation as a whole"):
+        VisionLanguageCollator(processor)([talk("q", "a")])
 
 
 # MaskVisualLabels

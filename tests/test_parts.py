@@ -159,6 +159,7 @@ LAYERS = [
         "easy_vqa",
         "examples",
         "data",
+        "label_spans",
         "tiny_llava",
         "dinov2_onnx",
         "wheels",
@@ -170,7 +171,7 @@ LAYERS = [
         "recipe_arguments",
         "results",
     },
-    {"families", "layout", "encoding", "packing", "fast_pass", "mode_pass"},
+    {"families", "protocol", "layout", "encoding", "packing", "fast_pass", "mode_pass"},
     {"trainer", "sft", "conformance"},
     {"recipe", "compare", "compare_report", "bench", "bench_report", "assemble", "check", "cli", "__init__"},
 ]

@@ -1,0 +1,172 @@
+"""Where the text of a conversation lies among the tokens that a processor makes of it.
+
+Processors put visual tokens in place of placeholders, and some write more: a BOS behind the last image, a line break
+at the end. What they do to the text is seen here from the one place where all of it ends up: the call of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+
+Span = tuple[int, int]
+
+
+class TokenizerRecorder:
+    """Stands in for a fast tokenizer and keeps every text it tokenizes, with the encoding of it."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.rows: list[tuple[str, Any]] = []
+
+    def __call__(self, text: str | list[str] | None = None, *args: Any, **options: Any) -> Any:
+        output = self.tokenizer(text, *args, **options)
+        texts = [text] if isinstance(text, str) else text or []
+        self.rows += zip(texts, output.encodings or [], strict=False)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+def recorded(processor: ProcessorMixin, call: Callable[[ProcessorMixin], dict]) -> tuple[dict, list[tuple[str, Any]]]:
+    """Calls a processor and keeps what it gave its tokenizer; the processor itself stays as it is.
+
+    Returns:
+        The processor's batch, and `(text, encoding)` of everything that was tokenized for it.
+    """
+    stand_in = copy.copy(processor)
+    recorder = TokenizerRecorder(processor.tokenizer)
+    stand_in.tokenizer = recorder
+    return call(stand_in), recorder.rows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the rendered text, between placeholders, and where it can be in the text that was tokenized.
+
+    Args:
+        start (`int`), end (`int`): its characters in the rendered text.
+        first (`int`), last (`int`): the leftmost and the rightmost place it can have among its neighbours.
+    """
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+    def move(self, span: Span) -> Span | None:
+        """What of a span of the rendered text lies in this piece, as characters of the tokenized text."""
+        start, end = max(span[0], self.start), min(span[1], self.end)
+        if start >= end:
+            return None
+        if self.first != self.last:
+            raise ValueError("it could be in several places")
+        return start - self.start + self.first, end - self.start + self.first
+
+
+def find_pieces(text: str, tokenized: str, placeholders: Iterable[str]) -> list[Piece]:
+    """Finds what lies between the placeholders of `text`, in order, in `tokenized`.
+
+    Every way to place the pieces lies between the one that takes the leftmost place for each and the one that takes
+    the rightmost. Where the two agree, a piece has one place only: no guess is made.
+
+    Raises:
+        ValueError: a piece is missing, so the processor changed the text itself.
+    """
+    pattern = "|".join(re.escape(p) for p in sorted(placeholders, key=len, reverse=True)) or "(?!)"
+    cuts = [0, *(edge for match in re.finditer(pattern, text) for edge in match.span()), len(text)]
+    bounds = [(start, end) for start, end in zip(cuts[::2], cuts[1::2], strict=True) if start < end]
+    first, left = [], 0
+    for start, end in bounds:
+        first.append(tokenized.find(text[start:end], left))
+        if first[-1] < 0:
+            raise ValueError(f"it changed the text {text[start:end][:80]!r}")
+        left = first[-1] + end - start
+    last, right = [], len(tokenized)
+    for start, end in reversed(bounds):
+        right = tokenized.rfind(text[start:end], 0, right)
+        last.append(right)
+    places = zip(bounds, first, reversed(last), strict=True)
+    return [Piece(start, end, leftmost, rightmost) for (start, end), leftmost, rightmost in places]
+
+
+def replacements(text: str, tokenized: str, pieces: list[Piece]) -> list[Span]:
+    """What stands for placeholders, as characters of the tokenized text; what lies around the whole is left out."""
+    ends = [piece.first + piece.end - piece.start for piece in pieces]
+    spans = [(end, piece.first) for end, piece in zip(ends, pieces[1:], strict=False)]
+    if not pieces:
+        return [(0, len(tokenized))]
+    if pieces[0].start:
+        spans.append((0, pieces[0].first))
+    if pieces[-1].end < len(text):
+        spans.append((ends[-1], len(tokenized)))
+    return spans
+
+
+def overlaps(offsets: torch.Tensor, spans: Iterable[Span]) -> torch.Tensor:
+    """Which tokens `(S,)` share a character with a span, given the characters `(S, 2)` of each."""
+    found = torch.zeros(len(offsets), dtype=torch.bool)
+    for start, end in spans:
+        # Tokens that a tokenizer adds cover no character: (0, 0).
+        found |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    return found
+
+
+def placeholders_of(processor: ProcessorMixin) -> set[str]:
+    """What templates write where an image, a clip or a sound goes."""
+    names = ("image_token", "video_token", "audio_token")
+    return {str(token) for name in names if (token := getattr(processor, name, None))}
+
+
+def place(
+    processor: ProcessorMixin, batch: dict, rows: list[tuple[str, Any]], rendered: list[tuple[str, list[Span]]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Finds the tokens of spans of rendered texts, and those that stand for images.
+
+    Args:
+        processor (`ProcessorMixin`): Made the batch.
+        batch (`dict`): `input_ids` `(B, S)` and `attention_mask` `(B, S)`.
+        rows (`list`): What [`recorded`] kept.
+        rendered (`list`): Per sample, the text given to the processor and the spans of it to find.
+
+    Returns:
+        Two masks `(B, S)`: the tokens of the spans, and those in place of placeholders.
+
+    Raises:
+        ValueError: for some sample, the places are not certain.
+    """
+    known = defaultdict(list)
+    for text, encoding in rows:
+        # Each of these is copied out of the tokenizer as a whole, so it is read once.
+        here = torch.tensor(encoding.attention_mask, dtype=torch.bool)
+        ids, offsets = torch.tensor(encoding.ids), torch.tensor(encoding.offsets).view(-1, 2)
+        known[tuple(ids[here].tolist())].append((text, offsets[here]))
+    placeholders = placeholders_of(processor)
+    wanted, inserted = (torch.zeros_like(batch["input_ids"], dtype=torch.bool) for _ in range(2))
+    for row, (text, spans) in enumerate(rendered):
+        here = batch["attention_mask"][row].bool()
+        try:
+            same = known[tuple(batch["input_ids"][row][here].tolist())]
+            if not same:
+                raise ValueError("it does not tokenize a conversation as a whole")
+            # Rows of equal tokens come in the order of the batch.
+            tokenized, offsets = same.pop(0) if len(same) > 1 else same[0]
+            pieces = find_pieces(text, tokenized, placeholders)
+            moved = [place for span in spans for piece in pieces if (place := piece.move(span))]
+        except ValueError as error:
+            raise ValueError(
+                f"`processor` ({type(processor).__name__}) does not show where the conversation {text[:80]!r} ends up "
+                f"among its tokens, so labels cannot be placed: {error}. Give every sample an image if the processor "
+                "expects one, or use your own collator, which returns `labels`."
+            ) from error
+        wanted[row, here] = overlaps(offsets, moved)
+        inserted[row, here] = overlaps(offsets, replacements(text, tokenized, pieces)) & ~wanted[row, here]
+    return wanted, inserted
