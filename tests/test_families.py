@@ -9,8 +9,11 @@ import pytest
 import torch
 from families import FAMILIES, MIXED, MIXED_VIDEO, batch
 from families.cases import batch_of
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_window_index
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, ModeIsolator, prune_inputs
+from hf_dualspeed.attention_capture import penultimate_layer
 from hf_dualspeed.encoding import encode
 from hf_dualspeed.fast_pass import shorten_inputs
 from hf_dualspeed.host_waits import host_waits
@@ -190,6 +193,37 @@ def test_a_budget_for_a_clip_or_for_each_frame():
         prune_inputs(model, inputs, pruner(), video_budget="second")
     with pytest.raises(ValueError, match="Did you mean 'frame'"):
         DualSpeedTrainingArguments("out", video_budget="frames")
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_attention_of_videos_is_that_within_each_frame(name):
+    family = FAMILIES[name]
+    model = family.model()
+    inputs = batch(family, model, MIXED_VIDEO)
+    tower, calls = model.model.visual, []
+    layer = penultimate_layer(tower)
+    handle = layer.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    encoding = encode(model, inputs, frozenset({"attention"}))[0]
+    handle.remove()
+    ((hidden, *_), keywords) = calls[0]
+    query, key, _ = layer.qkv(hidden).reshape(len(hidden), 3, layer.num_heads, -1).unbind(1)
+    query, key = apply_rotary_pos_emb_vision(query, key, *keywords["position_embeddings"])
+    merged, start = [], 0
+    for frames, height, width in inputs["video_grid_thw"].tolist():
+        for _ in range(frames):
+            q, k = (t[start : start + height * width] for t in (query, key))
+            maps = torch.einsum("qhd,khd->hqk", q, k).mul(layer.scaling).softmax(-1)
+            merged.append(maps.mean((0, 1)).view(-1, tower.spatial_merge_size**2).mean(1))
+            start += height * width
+    expected = torch.cat(merged)
+    if name == "qwen2_5_vl":  # whose tower runs in window order
+        order, _ = get_vision_window_index(
+            inputs["video_grid_thw"], tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        expected = expected[torch.argsort(order)]
+    torch.testing.assert_close(torch.cat(encoding.attention), expected, rtol=1e-4, atol=1e-6)
+    short = prune_inputs(model, inputs, pruner(0.5, "cls_attention"), video_budget="frame")
+    assert torch.isfinite(model(**short).loss)
 
 
 def test_images_and_videos_of_one_placeholder_are_refused():
