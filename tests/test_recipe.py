@@ -128,6 +128,8 @@ def test_mappings_on_the_command_line(recipe):
         ({"tiny_llava": {"layers": 1}}, [], r"exactly one of `model_name_or_path`"),
         ({"model_name_or_path": None}, [], r"exactly one of `model_name_or_path`"),
         ({"dataset": None}, [], r"`dataset` is not set"),
+        ({"load_in_4bit": True}, [], r"`load_in_4bit` is True, .* `lora` \(got None\)"),
+        ({"lora": {"r": 4}, "model_name_or_path": None, "tiny_llava": {}, "load_in_4bit": True}, [], r"load_in_4bit"),
         ({"lora": "r=4"}, [], r"`lora` must be a JSON mapping, got 'r=4'"),
         ({"lora": [4]}, [], r"lora"),
         ({"train_projector": False, "train_language_model": False}, [], r"nothing would be trained"),
