@@ -40,7 +40,7 @@ def tiny_hub(tmp_path, monkeypatch):
 
 def test_examples_run(tiny_hub):
     _, processor = tiny_hub
-    train, infer, trl, own = BLOCKS
+    train, infer, peft, trl, own = BLOCKS
     scope = {}
     train = train.replace('Arguments("out",', 'Arguments("out", use_cpu=True, max_steps=2, report_to="none",')
     exec(compile(train, "README.md", "exec"), scope)
@@ -48,6 +48,10 @@ def test_examples_run(tiny_hub):
     scope |= {"inputs": batch(FAMILIES["llava"], processor)}
     exec(compile(infer, "README.md", "exec"), scope)
     assert scope["loss"].isfinite()
+    scope["model"], _ = FAMILIES["llava"].build()  # one that has not been trained before
+    exec(compile(peft, "README.md", "exec"), scope)
+    assert Path("adapters/adapter_model.safetensors").is_file()
+    assert Path("merged/model.safetensors").is_file()
     trl = trl.replace('Config("out-sft",', 'Config("out-sft", use_cpu=True, bf16=False, max_steps=2, report_to="none",')
     exec(compile(trl, "README.md", "exec"), scope)
     assert sum(scope["trainer"].clock.steps.values()) == 2
