@@ -1,60 +1,147 @@
 """Attention that visual tokens receive in the vision tower, under any attention implementation.
 
-SDPA and FlashAttention return no attention maps, so the queries and keys of one layer are caught by hooks and only
-the needed mean is computed from them. Shapes: U images or tiles, N tokens of each, H heads, d head width.
+SDPA and FlashAttention return no attention maps, so the queries and keys that one layer hands to its attention
+function, behind norms and rotary positions, are kept and only the needed mean is computed from them. Shapes: U images
+or tiles, H heads, N tokens of each, d head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from threading import Lock
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 
 ROWS_AT_ONCE = 1024
+REMEDY = "Choose a pruner that needs no attention, such as 'divprune'."
+# What else may change the weights, in the names that transformers' attention functions give it.
+UNKNOWN = ("softcap", "s_aux", "position_bias", "sliding_window", "cache", "position_ids")
+
+
+@dataclass
+class Call:
+    """One call of an attention function: `query` and `key` `(U, H, N, d)`, `mask` `(U, 1, N, N)` or None."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    bounds: torch.Tensor | None  # where sequences packed in one row begin and end
+
+    def sequences(self) -> Iterator[Call]:
+        """The packed sequences one by one. Waits for the device where there are some."""
+        if self.bounds is None:
+            yield self
+            return
+        sizes = self.bounds.diff().tolist()
+        for query, key in zip(self.query.split(sizes, dim=2), self.key.split(sizes, dim=2), strict=True):
+            yield Call(query, key, None, self.scaling, None)
 
 
 class AttentionCapture:
-    """Queries and keys of one attention layer, filled while the tower runs."""
+    """The calls of one attention layer's attention function, filled while the tower runs."""
 
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
-        self.query: torch.Tensor | None = None
-        self.key: torch.Tensor | None = None
-        self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(self, tower: nn.Module):
+        self.tower = type(tower).__name__
+        self.layer = penultimate_layer(tower)
+        self.class_token = has_class_token(tower)
+        self.calls: list[Call] = []
+        self.obstacle: str | None = None
 
-    def _on_call(self, module, args, kwargs):
-        self.rotary = kwargs.get("position_embeddings")
+    def hear(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, rest: tuple, options: dict):
+        """Keeps a call, or what stands in the way of knowing its attention."""
+        self.obstacle = self.obstacle or obstacle_of(self.layer, query, key, mask, rest, options)
+        if self.obstacle is None:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # heads in groups share a key
+            scaling = options.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            mask = None if mask is None else mask.detach()
+            self.calls.append(Call(query.detach(), key.detach(), mask, scaling, options.get("cu_seq_lens_q")))
 
-    def _on_fused(self, module, args, output):
-        query, key, _ = output.detach().unflatten(-1, (3, -1)).unbind(-2)
-        self.query, self.key = query, key
+    def received(self) -> torch.Tensor:
+        """Attention that each patch receives, in the order of the layer's tokens, in float32, `(P,)`.
 
-    def heads(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys with rotary positions applied, `(..., N, H, d)`, in float32."""
-        if self.query is None or self.key is None:
+        Raises:
+            ValueError: it is unknown.
+        """
+        obstacle = self.obstacle or (None if self.calls else "did not call transformers' attention function")
+        if obstacle:
             raise ValueError(
-                f"The vision tower did not call {type(self.layer).__name__}'s projections: its attention is unknown. "
-                "Choose a pruner that needs no attention, such as 'divprune'."
+                f"The attention of {self.tower} is unknown: its {type(self.layer).__name__} {obstacle}. {REMEDY}"
             )
-        count = getattr(self.layer, "num_heads", None) or self.layer.config.num_attention_heads
-        query, key = (t.float().unflatten(-1, (count, -1)) for t in (self.query, self.key))
-        if self.rotary is not None:
-            query, key = (rotate(t, *self.rotary) for t in (query, key))
-        return query, key
+        mean = class_row if self.class_token else column_mean
+        return torch.cat([mean(part).flatten() for call in self.calls for part in call.sequences()])
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions on `(..., N, H, d)` with `cos`, `sin` of shape `(N, d)`."""
-    first, second = states.chunk(2, dim=-1)
-    half = torch.cat([-second, first], dim=-1)
-    return states * cos.float().unsqueeze(-2) + half * sin.float().unsqueeze(-2)
+def obstacle_of(layer: nn.Module, query, key, mask, rest: tuple, options: dict) -> str | None:
+    """Why a call's attention can't be told from its queries, keys and mask; None where it can."""
+    if query.dim() != 4 or query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
+        return f"attends with queries of shape {tuple(query.shape)} to keys of shape {tuple(key.shape)}"
+    unknown = [name for name in UNKNOWN if options.get(name) is not None]
+    if unknown or rest:
+        return f"takes {unknown or 'unnamed arguments'}"
+    causal = options.get("is_causal")
+    causal = getattr(layer, "is_causal", True) if causal is None else causal
+    if mask is None:
+        return "is causal" if causal and query.shape[2] > 1 else None
+    square = mask.dim() == 4 and mask.shape[1] == 1 and tuple(mask.shape[2:]) == (query.shape[2], key.shape[2])
+    if not square or options.get("cu_seq_lens_q") is not None:
+        return f"takes a mask of shape {tuple(mask.shape)}"
+    return None
+
+
+_capture: ContextVar[AttentionCapture | None] = ContextVar("capture", default=None)
+_lock, _open = Lock(), 0
+_lookup = AttentionInterface.get_interface
+
+
+@wraps(_lookup)
+def _heard_lookup(self, attn_implementation: str, default: Callable) -> Callable:
+    function, capture = _lookup(self, attn_implementation, default), _capture.get()
+    if capture is None:
+        return function
+
+    @wraps(function)
+    def heard(module, query, key, value, attention_mask=None, *rest, **options):
+        if module is capture.layer:
+            capture.hear(query, key, attention_mask, rest, options)
+        return function(module, query, key, value, attention_mask, *rest, **options)
+
+    return heard
+
+
+@contextmanager
+def capture_attention(tower: nn.Module) -> Iterator[AttentionCapture]:
+    """Catches queries and keys of [`penultimate_layer`] while the body runs the tower in this thread.
+
+    Layers look their attention function up at each call; while any thread captures, that lookup is replaced.
+    """
+    global _open
+    capture = AttentionCapture(tower)
+    with _lock:
+        _open += 1
+        AttentionInterface.get_interface = _heard_lookup
+    token = _capture.set(capture)
+    try:
+        yield capture
+    finally:
+        _capture.reset(token)
+        with _lock:
+            _open -= 1
+            if not _open:
+                AttentionInterface.get_interface = _lookup
 
 
 def attention_layers(tower: nn.Module) -> list[nn.Module]:
     """The tower's attention modules, in order: those that own a query projection or a fused one."""
-    return [m for m in tower.modules() if hasattr(m, "qkv") or (hasattr(m, "q_proj") and hasattr(m, "k_proj"))]
+    projections = (("qkv",), ("q_proj", "k_proj"), ("q", "k"))
+    return [m for m in tower.modules() if any(all(hasattr(m, name) for name in names) for names in projections)]
 
 
 def penultimate_layer(tower: nn.Module) -> nn.Module:
@@ -65,30 +152,9 @@ def penultimate_layer(tower: nn.Module) -> nn.Module:
     """
     layers = attention_layers(tower)
     if not layers:
-        raise ValueError(
-            f"{type(tower).__name__} has no attention layer with `q_proj`/`k_proj` or `qkv`. "
-            "Choose a pruner that needs no attention, such as 'divprune'."
-        )
-    whole = getattr(tower, "fullatt_block_indexes", None)
-    return layers[max(whole)] if whole else layers[max(len(layers) - 2, 0)]
-
-
-@contextmanager
-def capture_attention(tower: nn.Module) -> Iterator[AttentionCapture]:
-    """Catches queries and keys of [`penultimate_layer`] while the body runs the tower."""
-    layer = penultimate_layer(tower)
-    capture = AttentionCapture(layer)
-    handles = [layer.register_forward_pre_hook(capture._on_call, with_kwargs=True)]
-    if hasattr(layer, "qkv"):
-        handles.append(layer.qkv.register_forward_hook(capture._on_fused))
-    else:
-        handles.append(layer.q_proj.register_forward_hook(lambda m, a, out: setattr(capture, "query", out.detach())))
-        handles.append(layer.k_proj.register_forward_hook(lambda m, a, out: setattr(capture, "key", out.detach())))
-    try:
-        yield capture
-    finally:
-        for handle in handles:
-            handle.remove()
+        raise ValueError(f"{type(tower).__name__} has no attention layer with `q_proj`/`k_proj` or `qkv`. {REMEDY}")
+    whole = [i for i in getattr(tower, "fullatt_block_indexes", None) or () if i < len(layers)]
+    return layers[max(whole, default=max(len(layers) - 2, 0))]
 
 
 def has_class_token(tower: nn.Module) -> bool:
@@ -96,16 +162,34 @@ def has_class_token(tower: nn.Module) -> bool:
     return any(name.rsplit(".", 1)[-1] in ("class_embedding", "cls_token") for name, _ in tower.named_parameters())
 
 
-def class_row(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Head-mean attention from [CLS] to each patch, `(U, N - 1)` of `(U, N, H, d)`."""
-    scores = torch.einsum("uhd,unhd->uhn", query[:, 0], key) * query.shape[-1] ** -0.5
-    return scores.softmax(-1).mean(1)[:, 1:]
+def weights(query: torch.Tensor, call: Call, mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention of some of a call's queries, mean over heads, `(U, q, N)`."""
+    scores = query.float() @ call.key.float().transpose(-1, -2) * call.scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1).mean(1)
 
 
-def column_mean(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Attention each token receives, mean over heads and queries, `(U, N)` of `(U, N, H, d)`, in chunks of rows."""
-    total = query.new_zeros(query.shape[0], key.shape[1])
-    for part in query.split(ROWS_AT_ONCE, dim=1):
-        scores = torch.einsum("uqhd,unhd->uhqn", part, key) * query.shape[-1] ** -0.5
-        total += scores.softmax(-1).mean(1).sum(1)
-    return total / query.shape[1]
+def class_row(call: Call) -> torch.Tensor:
+    """Attention from [CLS] to each patch, `(U, N - 1)`."""
+    mask = None if call.mask is None else call.mask[:, :, :1]
+    return weights(call.query[:, :, :1], call, mask)[:, 0, 1:]
+
+
+def column_mean(call: Call) -> torch.Tensor:
+    """Attention each token receives, mean over heads and the queries that see it, `(U, N)`, in chunks of rows."""
+    if call.mask is None:
+        return sum(weights(part, call, None).sum(1) for part in call.query.split(ROWS_AT_ONCE, 2)) / call.query.shape[2]
+    total = seen_by = 0
+    real = seen(call.mask.diagonal(dim1=-2, dim2=-1)).transpose(-1, -2)  # padding does not see itself
+    for part, mask, rows in zip(
+        *(tensor.split(ROWS_AT_ONCE, 2) for tensor in (call.query, call.mask)), real.split(ROWS_AT_ONCE, 1), strict=True
+    ):
+        total = total + (weights(part, call, mask) * rows).nan_to_num().sum(1)
+        seen_by = seen_by + (seen(mask[:, 0]) & rows).sum(1)
+    return total / seen_by.clamp(min=1)
+
+
+def seen(mask: torch.Tensor) -> torch.Tensor:
+    """Whether a mask, of booleans or to be added, lets a query see a key."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

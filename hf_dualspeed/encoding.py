@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from .attention_capture import AttentionCapture, capture_attention, class_row, column_mean, has_class_token
+from .attention_capture import REMEDY, AttentionCapture, capture_attention
 from .containers import Container, flat_rows, part_lengths, refill
 from .families import Family, family_of
 from .layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
@@ -253,32 +253,25 @@ def received_attention(
     """Attention per visual token of each image, `(n_i,)`; -inf for rows that no patch made, so they go last.
 
     Raises:
-        ValueError: the tower gives another number of tokens than the model's features have.
+        ValueError: the tower's attention is unknown, or its patches can't be matched with the model's tokens.
     """
-    query, key = capture.heads()
-    grid_thw = inputs.get(f"{encoding.modality}_grid_thw")
-    if grid_thw is not None and query.dim() == 3:
-        return list(merged_attention(query, key, tower, grid_thw).split(encoding.lengths))
-    scores = (class_row(query, key) if has_class_token(tower) else column_mean(query, key)).flatten()
+    scores = capture.received()
+    grid_thw, merge = inputs.get(f"{encoding.modality}_grid_thw"), getattr(tower, "spatial_merge_size", None)
+    if grid_thw is not None and merge and scores.numel() == layout.total * merge**2:
+        scores = merged_attention(scores, tower, grid_thw)
     if layout.total != scores.numel():
+        uses = f"uses {layout.total}" if layout.total else "blends several into each of its own"
         raise ValueError(
-            f"The vision tower attends over {scores.numel()} tokens, the model uses {layout.total}: their attention "
-            "cannot be matched. Choose a pruner that needs no attention, such as 'divprune'."
+            f"{type(tower).__name__} attends over {scores.numel()} tokens, the model {uses}: their attention cannot "
+            f"be matched. {REMEDY}"
         )
     scores = torch.cat([scores, scores.new_full((1,), float("-inf"))])  # index -1 reads the last entry
     return [scores[patches.to(scores.device, non_blocking=True)] for patches in layout.patches]
 
 
-def merged_attention(query: torch.Tensor, key: torch.Tensor, tower: nn.Module, grid_thw: torch.Tensor) -> torch.Tensor:
-    """Qwen-VL: all patches in one `(N, H, d)` row, each frame attending to itself; merged in groups, `(T,)`."""
-    group = tower.spatial_merge_size**2
-    patches = [h * w for t, h, w in grid_thw.tolist() for _ in range(t)]
-    received = torch.cat(
-        [
-            column_mean(q[None], k[None])[0].view(-1, group).mean(1)
-            for q, k in zip(query.split(patches), key.split(patches), strict=True)
-        ]
-    )
+def merged_attention(scores: torch.Tensor, tower: nn.Module, grid_thw: torch.Tensor) -> torch.Tensor:
+    """Qwen-VL: patches `(P,)` in the order in which they are merged to tokens, or in that of windows; `(T,)`."""
+    received = scores.view(-1, tower.spatial_merge_size**2).mean(1)
     if getattr(tower, "window_size", None):
         from transformers.vision_utils import get_vision_window_index
 

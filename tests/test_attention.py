@@ -1,0 +1,191 @@
+"""Attention that visual tokens receive: the tower's own in every family that supplies it, refused elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from families import FAMILIES, MIXED, MIXED_VIDEO, batch
+from families.cases import CASES, ROWS
+from transformers import AttentionInterface, AttentionMaskInterface, PixtralVisionConfig, PixtralVisionModel
+from transformers.masking_utils import eager_mask
+
+from hf_dualspeed.attention_capture import capture_attention, penultimate_layer
+from hf_dualspeed.encoding import encode
+from hf_dualspeed.protocol import unwrap
+
+ATTENTION = frozenset({"attention"})
+IMAGES = "llava llava_next vipllava llava_onevision paligemma llava_next_video video_llava deepseek_vl janus"
+IMAGES += " deepseek_vl_hybrid ernie4_5_vl_moe"
+VIDEOS = "qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe glm4v glm46v glm4v_moe glm_ocr cosmos3_edge"
+VIDEOS += " cohere_compass qwen2_5_omni qwen3_omni_moe exaone4_5 hyperclovax_vision_v2 lfm3_vl minimax_m3_vl"
+VIDEOS += " dots3_note glm5_next"
+SUPPLY = {(name, "image") for name in f"{IMAGES} {VIDEOS}".split()} | {(name, "video") for name in VIDEOS.split()}
+SUPPLY |= {("qwen3_omni_moe", "audio"), ("qwen3_omni_moe", "image and audio"), ("qwen3_asr", "audio")}
+MAPS: list[tuple[torch.nn.Module, torch.Tensor]] = []
+
+
+def reference(module, query, key, value, attention_mask=None, scaling=None, **options):
+    """Plain attention that keeps its maps."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    maps = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
+    MAPS.append((module, maps.detach()))
+    return (maps @ value).transpose(1, 2).contiguous(), None
+
+
+def identity(module, query, key, value, attention_mask=None, **options):
+    """Each token attends to itself alone."""
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
+
+
+def flash(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, **options):
+    """FlashAttention's way to call: all sequences in one row."""
+    sizes = cu_seq_lens_q.diff().tolist()
+    split = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat([reference(module, *states, **options)[0] for states in split], dim=1), None
+
+
+for function in (reference, identity, flash):
+    AttentionInterface.register(f"{function.__name__}_test", function)
+    AttentionMaskInterface.register(f"{function.__name__}_test", eager_mask)
+
+
+def patches_of_tokens(model, inputs, modality, index) -> torch.Tensor:
+    """Which of the layer's tokens each visual token is made of, `(T, P)`: those its gradient reaches while no token
+    sees another."""
+    model = copy.deepcopy(model)
+    layer = penultimate_layer(unwrap(model).get_encoder(modality=modality))
+    model.set_attn_implementation("identity_test")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.padding != (0, 0):  # which sees neighbours
+            torch.nn.init.zeros_(module.weight)
+    entered = []
+
+    def enter(module, args, kwargs):
+        hidden = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+        entered.append(hidden)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    handle = layer.register_forward_pre_hook(enter, with_kwargs=True)
+    features = encode(model, inputs)[index].features
+    handle.remove()
+    (hidden,) = entered
+    probe = features @ torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0))
+    rows = []
+    for token in probe:
+        (grad,) = torch.autograd.grad(token, hidden, retain_graph=True, allow_unused=True)
+        rows.append(grad.flatten(0, -2).norm(dim=-1))
+    return torch.stack(rows) > 0
+
+
+def expected_attention(model, inputs, modality, index) -> torch.Tensor:
+    tower = unwrap(model).get_encoder(modality=modality)
+    layer = penultimate_layer(tower)
+    model.set_attn_implementation("reference_test")
+    MAPS.clear()
+    with torch.no_grad():
+        encode(model, inputs)
+    row = (lambda m: m[:, 0]) if type(tower).__name__ == "CLIPVisionModel" else (lambda m: m.mean(1))
+    scores = torch.cat([row(maps.mean(1)).flatten() for module, maps in MAPS if module is layer])
+    made_of = patches_of_tokens(model, inputs, modality, index)
+    means = (made_of * scores).sum(1) / made_of.sum(1)
+    return means.masked_fill(~made_of.any(1), float("-inf"))
+
+
+@pytest.mark.parametrize(("name", "modality"), CASES)
+def test_attention_is_the_towers_own_or_refused(name, modality):
+    family = FAMILIES[name]
+    model = family.model()
+    inputs = batch(family, model, ROWS[modality])
+    if (name, modality) not in SUPPLY:
+        with pytest.raises(ValueError, match=r"(?s)attention.* Choose a pruner that needs no attention"):
+            encode(model, inputs, ATTENTION)
+        return
+    for index, encoding in enumerate(encode(model, inputs, ATTENTION)):
+        expected = expected_attention(model, inputs, encoding.modality, index)
+        torch.testing.assert_close(torch.cat(encoding.attention), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [MIXED, MIXED_VIDEO], ids=["image", "video"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "glm_ocr", "minimax_m3_vl"])
+def test_sequences_packed_in_one_row_attend_apart(name, rows):
+    model = FAMILIES[name].model()
+    inputs = batch(FAMILIES[name], model, rows)
+    expected = encode(model, inputs, ATTENTION)[0]
+    calls = len(MAPS)
+    for module in unwrap(model).get_encoder(modality="image").modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "flash_test"
+    received = encode(model, inputs, ATTENTION)[0]
+    assert len(MAPS) > calls
+    torch.testing.assert_close(received.attention, expected.attention, rtol=1e-4, atol=1e-6)
+
+
+def pixtral() -> PixtralVisionModel:
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return PixtralVisionModel(PixtralVisionConfig(**sizes, image_size=32, patch_size=4)).eval()
+
+
+@pytest.mark.parametrize("boolean", [False, True])
+def test_masked_tokens_are_left_out(monkeypatch, boolean):
+    """Pixtral packs images in one row under a mask; here a last image is padding."""
+    monkeypatch.setattr("hf_dualspeed.attention_capture.ROWS_AT_ONCE", 5)
+    tower = pixtral()
+    pixels, sizes = torch.randn(2, 3, 16, 16), torch.tensor([[16, 8], [12, 16]])
+    with torch.no_grad(), capture_attention(tower) as capture:
+        tower(pixels, sizes)
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = tower(pixels, sizes, output_attentions=True).attentions[-2].mean(1)[0]
+    expected = [maps[:8, :8].mean(0), maps[8:, 8:].mean(0)]
+    if boolean:
+        capture.calls[0].mask = capture.calls[0].mask > -1
+        capture.calls[0].mask[:, :, :, 8:] = False
+        expected[1] = torch.zeros(12)
+    torch.testing.assert_close(capture.received(), torch.cat(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "mask", "message"),
+    [
+        ({"softcap": 5.0}, None, r"takes \['softcap'\]"),
+        ({"is_causal": True}, None, "is causal"),
+        ({}, torch.zeros(1, 4), r"takes a mask of shape \(1, 4\)"),
+    ],
+)
+def test_attention_of_other_rules_is_refused(options, mask, message):
+    tower = pixtral()
+    states = torch.randn(1, 2, 4, 12)
+    with capture_attention(tower) as capture:
+        function = AttentionInterface().get_interface("identity_test", identity)
+        function(capture.layer, states, states, states, mask, scaling=1.0, **options)
+    with pytest.raises(ValueError, match=f"PixtralVisionModel is unknown.*{message}.*such as 'divprune'"):
+        capture.received()
+
+
+def test_threads_capture_apart_and_leave_the_lookup_as_it_was():
+    lookup, towers = AttentionInterface.get_interface, []
+    together = threading.Barrier(2, timeout=20)
+    captures = {}
+
+    def work(name):
+        model = FAMILIES["llava"].model()
+        tower = model.model.vision_tower
+        with capture_attention(tower) as captures[name]:
+            together.wait()
+            with torch.no_grad():
+                tower(torch.randn(len(name), 3, 16, 16))
+            towers.append(tower)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "bb")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(towers) == 2
+    assert {name: capture.calls[0].query.shape[0] for name, capture in captures.items()} == {"a": 1, "bb": 2}
+    assert AttentionInterface.get_interface is lookup
