@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -348,7 +348,7 @@ def describe(bench: Bench) -> dict:
         sizes["embeddings" if id(parameter) in tables else role] += parameter.numel()
     return {
         "benchmark": "training steps, forward and backward",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "machine": machine(),
         "versions": versions(),
         "device": bench.device.type,

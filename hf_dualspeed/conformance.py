@@ -38,6 +38,7 @@ class Batch:
             convolutions and state space layers, which see every position.
         trains_encoder (`bool`): whether gradients flow from visual tokens; not from those looked up in a codebook.
         generates (`bool`): whether the model's `generate` takes encoded images.
+        beams (`bool`): whether `generate` can repeat the model's encoded inputs for several beams.
         position_ids (`str`): as of [`prune_inputs`].
         video_budget (`str`): as of [`prune_inputs`].
     """
@@ -48,6 +49,7 @@ class Batch:
     masks_tokens: bool = True
     trains_encoder: bool = True
     generates: bool = True
+    beams: bool = True
     position_ids: str = "original"
     video_budget: str = "clip"
 
@@ -232,6 +234,11 @@ def generates(model: nn.Module, batch: Batch) -> bool | None:
     short = model.generate(**shorten_one(model, batch, prompt, 0.0, "divprune"), **options)[:, -NEW_TOKENS:]
     assert torch.equal(short, plain), f"{short.tolist()} in place of {plain.tolist()}"
     model.generate(**shorten_one(model, batch, prompt, RATIO, "divprune"), **options)
+    if batch.beams and batch.alone is not None:  # transformers repeats the tokens of a sample for each of its beams
+        beams, single = {**options, "num_beams": 2}, {k: v for k, v in batch.alone.items() if k != "labels"}
+        plain = model.generate(**single, **beams)[0, -NEW_TOKENS:]
+        short = model.generate(**shorten_one(model, batch, prompt, 0.0, "divprune"), **beams)[batch.row, -NEW_TOKENS:]
+        assert torch.equal(short, plain), f"with beams {short.tolist()} in place of {plain.tolist()}"
     return None
 
 

@@ -35,8 +35,20 @@ def parts(unit: torch.Tensor) -> list[int]:
     return [unit.shape[-2]] * unit.shape[:-2].numel()
 
 
-def refill(container: Container, rows: torch.Tensor) -> Container:
-    """A container like this one that holds `rows` `(T, D)` as its one unit."""
-    if isinstance(container, torch.Tensor):
-        return rows.view(*(1,) * (container.dim() - 2), *rows.shape)
-    return type(container)([refill(container[0], rows)])
+def refill(container: Container, rows: torch.Tensor, lengths: list[int]) -> Container:
+    """A container like this one that holds `rows` `(T, D)` as units of `lengths` tokens.
+
+    `generate` repeats the units of a sample for each beam, so they stay apart; in a tensor that cannot hold units of
+    different lengths, each token becomes a unit.
+    """
+    if not isinstance(container, torch.Tensor):
+        units = [shaped(unit, container[0].dim()) for unit in rows.split(lengths)]
+        return units if isinstance(container, list) else tuple(units)
+    if container.dim() == 3 and min(lengths) == max(lengths):
+        return rows.view(len(lengths), lengths[0], rows.shape[-1])
+    return shaped(rows, container.dim())
+
+
+def shaped(rows: torch.Tensor, dimensions: int) -> torch.Tensor:
+    """`(T, D)` as `(T, 1, ..., D)`."""
+    return rows.view(len(rows), *(1,) * (dimensions - 2), rows.shape[-1])

@@ -30,6 +30,7 @@ from .protocol import (
     unwrap,
 )
 from .pruners import Pruner, VisualTokens
+from .shortening import check_count
 
 # What a pruner may ask for beside the features, of what `VisualTokens` can carry.
 SUPPLIED = frozenset({"grid", "attention"})
@@ -75,18 +76,20 @@ class VisualEncoding:
         """Whether the tokens go in as input embeddings, since `forward` takes no encoded ones."""
         return self.modality == "audio" or self.family.project is not None
 
-    def with_features(self, features: torch.Tensor, companions: dict[str, list[torch.Tensor]]) -> object:
-        """A copy of the encoder's output that holds `features` `(sum K, D)` in the container they came in."""
+    def with_features(
+        self, features: torch.Tensor, companions: dict[str, list[torch.Tensor]], lengths: list[int]
+    ) -> object:
+        """A copy of the encoder's output that holds `features` `(sum K, D)`, in units of `lengths`, as they came."""
         output, name = copy.copy(self.output), self.family.field
         old = getattr(output, name)
         if self.family.layered:
             levels = zip(old, [features, *companions[name]], strict=True)
-            setattr(output, name, [(layer, refill(was, rows)) for (layer, was), rows in levels])
+            setattr(output, name, [(layer, refill(was, rows, lengths)) for (layer, was), rows in levels])
             return output
-        setattr(output, name, refill(old, features))
+        setattr(output, name, refill(old, features, lengths))
         for name, levels in companions.items():
             old = getattr(output, name)
-            setattr(output, name, type(old)([refill(was, rows) for was, rows in zip(old, levels, strict=True)]))
+            setattr(output, name, [refill(was, rows, lengths) for was, rows in zip(old, levels, strict=True)])
         return output
 
     def detached(self) -> VisualEncoding:
@@ -163,20 +166,22 @@ def encode_modality(
     container = tokens_of(output, family, type(outer).__name__)
     rows, parts = flat_rows(container), parts_of(container, family, inputs, token_id)
     if modality.name == "video":
-        parts = clips(owner, parts, inputs)
-    if inputs.get(family.row_mask) is not None:
+        parts = clips(owner, parts, inputs, video_budget)
+    encoded, kept = parts, None
+    if inputs.get(family.row_mask) is not None and modality.name != "image":
         kept = inputs[family.row_mask].bool().flatten()
         rows, parts = rows[kept], masked_parts(parts, kept)
         consumed.add(family.row_mask)
     whole = video_budget == "clip" or modality.name != "video"
     lengths = [sum(unit) for unit in parts] if whole else [n for unit in parts for n in unit]
     lengths = [n for n in lengths if n]  # a sample without images may be an empty unit
+    check_count(token_id, sum(lengths), len(rows))
     encoding = VisualEncoding(modality.name, token_id, output, family, rows, lengths, consumed)
     encoding.companions = companions_of(output, family)
     if family.project is not None:
         encoding.features = family.project(owner, rows)
     if needs & {"grid", "attention"}:
-        layout = token_layout(owner, inputs, modality.name, parts, lengths)
+        layout = token_layout(owner, inputs, modality.name, encoded, lengths, kept)
         encoding.grids = layout.grids
         if capture is not None:
             encoding.attention = received_attention(capture, tower, encoding, inputs, layout)
@@ -204,15 +209,24 @@ def encoder_arguments(
     owner: nn.Module, encoder: Callable, inputs: Mapping, modality: Modality
 ) -> tuple[dict[str, object], set[str]]:
     """The encoder's arguments, and the names of the inputs that only it reads."""
-    names = inspect.signature(encoder).parameters
+    parameters = inspect.signature(encoder).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     # The forward reads these from the config, the encoder of some families has other defaults.
     arguments = {key: getattr(owner.config, key) for key in CONFIGURED if key in names and hasattr(owner.config, key)}
     arguments |= {key: inputs[key] for key in names if key in inputs}
     consumed = {key for key in inputs if key in arguments or key in modality.raw} - {"input_ids"}
     raw = next(key for key in modality.raw if inputs.get(key) is not None)
-    if raw not in arguments:  # under another name than the forward's, always the first
-        arguments[next(iter(names))] = inputs[raw]
+    # Under another name than the forward's, it is always the first.
+    named = raw if raw in arguments or not names else names[0]
+    arguments[named] = in_dtype_of(owner, inputs[raw])
     return arguments, consumed
+
+
+def in_dtype_of(owner: nn.Module, raw: object) -> object:
+    """Raw inputs in the precision of a half-precision model, as most forwards make them."""
+    dtype = getattr(owner, "dtype", None)
+    floating = isinstance(raw, torch.Tensor) and raw.is_floating_point()
+    return raw.to(dtype) if floating and dtype in (torch.float16, torch.bfloat16) else raw
 
 
 def check_pixels(inputs: Mapping, modality: Modality) -> None:

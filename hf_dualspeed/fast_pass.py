@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ def prune_inputs(
 
     Returns:
         `dict`: for `model(**short)` and `model.generate(**short)`. It holds no pixels. A batch without images comes
-        back as it is.
+        back as it is. `generate` expands its tensors in place for beams, so make a new one for each call; to go on
+        from its cache, prune with `position_ids="compact"`, for transformers numbers what follows by counting.
 
     Raises:
         ValueError: the model does not speak the protocol, or features and placeholders differ in number.
@@ -119,44 +121,69 @@ def shorten_inputs(
     if not encodings:
         return dict(inputs)
     prompt = isolator() if isolator is not None and isolator.length else None
-    pruned, copies = {}, {}
-    for encoding in encodings:
-        kept = pruner(encoding.tokens(generator))
-        rows, repeats = kept_rows(kept, encoding.lengths, 0 if prompt is None else len(prompt))
-        if encoding.token_id in copies:
-            raise ValueError(
-                f"{type(unwrap(model)).__name__} writes images and videos with one placeholder (token id "
-                f"{encoding.token_id}), so a batch may hold images or videos, not both."
-            )
-        copies[encoding.token_id] = repeats
-        pruned[encoding.modality] = (
-            isolated(kept.features, prompt).index_select(0, rows),
-            {
-                name: [
-                    isolated_by_zeros(kept.carry(encoding.padded(level)), prompt).index_select(0, rows)
-                    for level in levels
-                ]
-                for name, levels in encoding.companions.items()
-            },
-        )
+    kept = {encoding.modality: keep_tokens(encoding, pruner, prompt, generator) for encoding in encodings}
+    check_placeholders(model, encodings)
     packing = Packing.of(model, inputs)
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    plan = plan_shortening(ids, mask, copies)
-    short = shorten_tensors(model, inputs, plan, set().union(*(e.consumed for e in encodings)))
+    plan = plan_shortening(ids, mask, {e.token_id: kept[e.modality].repeats for e in encodings})
+    consumed = set().union(*(e.consumed for e in encodings))
+    short = shorten_tensors(model, inputs, plan, consumed)
     short["position_ids"] = shortened_positions(model, inputs, mask, plan, position_ids, packing)
     if packing is not None:
         short |= packing.shortened(plan, position_ids, inputs)
     elif prompt is not None:
         short |= one_sample(model, plan)
-    return short | absent_inputs(model) | merged_inputs(model, short, encodings, pruned)
+    return short | absent_inputs(model, consumed) | merged_inputs(model, short, encodings, kept)
+
+
+@dataclass
+class Kept:
+    """What is left of the tokens of one modality.
+
+    Args:
+        features (`torch.Tensor` of shape `(sum (l + K_i), D)`): isolator and kept tokens of each unit.
+        companions (`dict[str, list[torch.Tensor]]`): other features of the same tokens.
+        lengths (`list[int]`): l + K_i of each unit.
+        repeats (`torch.LongTensor` of shape `(sum N_i,)`): how often each placeholder appears in the shortened batch.
+    """
+
+    features: torch.Tensor
+    companions: dict[str, list[torch.Tensor]]
+    lengths: list[int]
+    repeats: torch.Tensor
+
+
+def keep_tokens(
+    encoding: VisualEncoding, pruner: Pruner, prompt: torch.Tensor | None, generator: torch.Generator | None
+) -> Kept:
+    """Prunes one modality and puts the isolator in front of each unit."""
+    pruned, length = pruner(encoding.tokens(generator)), 0 if prompt is None else len(prompt)
+    rows, repeats = kept_rows(pruned, encoding.lengths, length)
+
+    def carried(level: torch.Tensor) -> torch.Tensor:
+        return isolated_by_zeros(pruned.carry(encoding.padded(level)), prompt).index_select(0, rows)
+
+    companions = {name: [carried(level) for level in levels] for name, levels in encoding.companions.items()}
+    features = isolated(pruned.features, prompt).index_select(0, rows)
+    return Kept(features, companions, [length + keep for keep in pruned.lengths], repeats)
+
+
+def check_placeholders(model: nn.Module, encodings: list[VisualEncoding]) -> None:
+    """Raises a `ValueError` where two modalities of the batch are written with one placeholder."""
+    if len({encoding.token_id for encoding in encodings}) < len(encodings):
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} writes images and videos with one placeholder (token id "
+            f"{encodings[0].token_id}), so a batch may hold images or videos, not both."
+        )
 
 
 def whole_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncoding]) -> dict:
     """The batch with all tokens of `encodings` in place of raw images, for a pass that need not encode again."""
     encoded = raw_keys(unwrap(model).config)
-    whole = {key: value for key, value in inputs.items() if key not in encoded} | absent_inputs(model)
+    absent = absent_inputs(model, set().union(*(e.consumed for e in encodings)))
+    whole = {key: value for key, value in inputs.items() if key not in encoded} | absent
     outputs = {e.modality: e.output for e in encodings if not e.embedded}
     if outputs:
         whole["mm_encoder_outputs"] = outputs
@@ -170,19 +197,23 @@ def whole_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncodi
     return whole
 
 
-def absent_inputs(model: nn.Module) -> dict:
-    """Raw inputs that `forward` must be given even where they have been encoded: None."""
-    parameters = inspect.signature(unwrap(model).forward).parameters
-    return {
-        name: None for name in RAW_KEYS if name in parameters and parameters[name].default is inspect.Parameter.empty
-    }
+def absent_inputs(model: nn.Module, consumed: set[str]) -> dict:
+    """Inputs of the encoder that `forward` must be given even where they have been encoded: None."""
+    parameters = inspect.signature(unwrap(model).forward).parameters.values()
+    required = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return dict.fromkeys(required & {*consumed, *RAW_KEYS})
 
 
-def merged_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncoding], pruned: Mapping) -> dict:
+def merged_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncoding], kept: Mapping[str, Kept]) -> dict:
     """What hands the encoded tokens to `forward`: `mm_encoder_outputs`, and input embeddings for those it takes
     nowhere else."""
-    outputs = {e.modality: e.with_features(*pruned[e.modality]) for e in encodings if not e.embedded}
-    embedded = {e.token_id: pruned[e.modality][0] for e in encodings if e.embedded}
+    outputs, embedded = {}, {}
+    for encoding in encodings:
+        of = kept[encoding.modality]
+        if encoding.embedded:
+            embedded[encoding.token_id] = of.features
+        else:
+            outputs[encoding.modality] = encoding.with_features(of.features, of.companions, of.lengths)
     merged = {"mm_encoder_outputs": outputs} if outputs else {}
     if embedded:
         merged |= {"input_ids": None, "inputs_embeds": embedded_ids(model, inputs["input_ids"], embedded)}

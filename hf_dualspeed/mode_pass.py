@@ -84,8 +84,9 @@ class ModePass(nn.Module):
         ours = {f"{NAME}.{key}" for key in self.state_dict()}
         model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *ours}
         outer = unwrap(model)
-        takes = "logits_to_keep" in inspect.signature(outer.forward).parameters
-        self._slices_logits = takes and family_of(outer.config).slices_logits
+        parameters = inspect.signature(outer.forward).parameters
+        self._slices_logits = "logits_to_keep" in parameters and family_of(outer.config).slices_logits
+        self._caches = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -170,6 +171,8 @@ class ModePass(nn.Module):
         self._keep = shifted != -100
         if self._slices_logits:
             inputs["logits_to_keep"] = self._keep
+        if self._caches:  # a cache costs memory, and hides the boundaries of packed samples from transformers
+            inputs["use_cache"] = False
         return inputs, shifted
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output):

@@ -17,6 +17,8 @@ from transformers.masking_utils import create_causal_mask
 from .protocol import unwrap
 from .shortening import Shortening
 
+# Kinds of layers that run over the whole row, whatever a mask says.
+RUNNING = ("conv", "linear", "linear_attention", "mamba", "recurrent")
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -71,11 +73,7 @@ class Packing:
             packed |= self.varlen(plan)
         if flash:
             return packed
-        if inputs.get("token_type_ids") is not None:
-            raise ValueError(
-                "Packed samples and attention that depends on `token_type_ids` do not go together: transformers itself "
-                "lets such samples see each other. Pad the batch instead of packing it."
-            )
+        self._check_attention(inputs)
         window = self._window(plan.source.shape[1])
         if not window:
             packed["attention_mask"] = create_causal_mask(
@@ -106,6 +104,17 @@ class Packing:
         # searchsorted counts the tokens of earlier samples.
         ends = torch.searchsorted(sample, torch.arange(samples + 1, device=sample.device)).int()
         return varlen(ends, len(sample))
+
+    def _check_attention(self, inputs: Mapping) -> None:
+        """Refuses what lets packed samples see each other in transformers itself."""
+        layers = getattr(self.config, "layer_types", None) or getattr(self.config, "layers_block_type", None) or ()
+        running = sorted({f"layers of kind {kind!r}" for kind in layers if kind in RUNNING})
+        kinds = ["attention that depends on `token_type_ids`"] if inputs.get("token_type_ids") is not None else []
+        if running or kinds:
+            raise ValueError(
+                f"Packed samples and {', '.join([*kinds, *running])} do not go together: transformers itself lets "
+                "such samples see each other. Pad the batch instead of packing it."
+            )
 
     def _window(self, length: int) -> int | None:
         """The sliding window of some layers, where it is shorter than the batch."""

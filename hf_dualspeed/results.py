@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path, PurePath
 
@@ -34,7 +34,7 @@ def run_record(args: DualSpeedTrainingArguments, summary: dict, total_seconds: f
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},
         "versions": versions(),
         "machine": machine(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     }
 
 

@@ -52,15 +52,20 @@ def plan_shortening(
     # The one host synchronisation of shortening: tensors need a size.
     longest, *found = torch.stack([length.amax(), *found]).tolist()
     for (token_id, repeats), placeholders in zip(copies.items(), found, strict=True):
-        if placeholders != len(repeats):
-            raise ValueError(
-                f"The batch has {placeholders} placeholders (token id {token_id}) but the model made "
-                f"{len(repeats)} visual features. Give the processor as many images as placeholders, and do not "
-                "truncate them (raise max_length)."
-            )
+        check_count(token_id, placeholders, len(repeats))
     padded_left = (attention_mask[:, 0] == 0).any()
     slot = torch.arange(longest, device=input_ids.device) - torch.where(padded_left, longest - length, 0)[:, None]
     mask = (slot >= 0) & (slot < length[:, None])
     # Slot j holds the first token up to which more than j tokens are kept.
     source = torch.searchsorted(count.cumsum(1), slot.clamp(min=0), right=True).clamp(max=input_ids.shape[1] - 1)
     return Shortening(source, mask)
+
+
+def check_count(token_id: int, placeholders: int, features: int) -> None:
+    """Raises a `ValueError` unless a batch has as many placeholders as the model made features."""
+    if placeholders != features:
+        raise ValueError(
+            f"The batch has {placeholders} placeholders (token id {token_id}) but the model made {features} visual "
+            "features. Give the processor as many images (or videos, or audios) as placeholders, and do not truncate "
+            "them (raise max_length)."
+        )

@@ -27,7 +27,7 @@ def test_a_good_model_passes_every_check(saved, capsys):
 
 
 def test_a_failed_check_is_named(saved, capsys, monkeypatch):
-    monkeypatch.setattr(VisualEncoding, "with_features", lambda self, features, beside: self.output)  # all tokens
+    monkeypatch.setattr(VisualEncoding, "with_features", lambda self, *pruned: self.output)  # all tokens
     assert cli.main(["check", saved]) == 1
     out = capsys.readouterr().out
     assert "no" in out

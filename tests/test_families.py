@@ -104,7 +104,7 @@ def test_deepstack_features_are_pruned_like_the_tokens():
     levels = encoding.output.deepstack_features
     assert len(levels) > 1
     for level, whole in zip(short.deepstack_features, levels, strict=True):
-        (rows,), whole = level, torch.cat(whole)
+        rows, whole = torch.cat(level), torch.cat(whole)
         expected = []
         for start, places, count in zip(starts, kept.positions, kept.lengths, strict=True):
             expected += [torch.zeros(2, whole.shape[1]), whole[start + places[:count]]]  # the isolator adds nothing
@@ -266,3 +266,93 @@ def test_every_trainable_parameter_is_in_the_graph_of_each_batch(mode, rows):
 
     assert in_graph(full) <= in_graph(batch(family, model, rows)) | {"dualspeed.isolator.prompt"}
     mode_pass.detach()
+
+
+def test_beams_keep_their_own_images():
+    family = FAMILIES["llava"]
+    model = family.model()
+    rows = [[3, "image", 5, "image", 2], [2, "image", 9], [5]]
+    together = batch(family, model, rows, "left", labels=False)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    short = model.generate(**prune_inputs(model, together, pruner(0.75)), **options)[:, -5:]
+    for seed, row in enumerate(rows):
+        alone = batch(family, model, [row], labels=False, seeds=[seed])
+        inputs = prune_inputs(model, alone, pruner(0.75))
+        assert torch.equal(model.generate(**inputs, **options)[0, -5:], short[seed])
+
+
+@pytest.mark.parametrize("distil", [False, True])
+@pytest.mark.parametrize("mode", [FAST, SLOW])
+def test_packed_samples_do_not_see_each_other_in_training(mode, distil):
+    """Also where the Trainer turned the cache off in the outer config alone."""
+    model = FAMILIES["llava"].model()
+    model.config.use_cache = False
+    assert model.config.get_text_config().use_cache
+    mode_pass = ModePass(pruner(0.5), None, "original")
+    mode_pass.attach(model)
+    samples = [batch(FAMILIES["llava"], model, [[6, "image", 4]], seeds=[seed]) for seed in (0, 1)]
+    packed = {key: torch.cat([s[key] for s in samples], dim=1) for key in ("input_ids", "labels")}
+    length = samples[0]["input_ids"].shape[1]
+    packed["position_ids"] = torch.arange(length).repeat(2)[None]
+    packed["pixel_values"] = torch.cat([s["pixel_values"] for s in samples])
+    logits = []
+    for ids in (packed["input_ids"], packed["input_ids"].clone()):
+        ids[0, 1] = 10 + len(logits)  # another word in the first sample
+        mode_pass.begin(mode, distil, None)
+        out = model(**{**packed, "input_ids": ids}).logits
+        logits.append([out] if mode_pass.teacher_logits is None else [out, mode_pass.teacher_logits])
+        mode_pass.end()
+    own = int((samples[1]["labels"] != -100).sum())
+    for first, second in zip(*logits, strict=True):
+        torch.testing.assert_close(first[-own:], second[-own:])
+        assert not torch.allclose(first[:-own], second[:-own])
+
+
+def test_running_layers_and_packing_are_refused():
+    for name in ("lfm2_vl", "qwen3_5"):
+        model = FAMILIES[name].model()
+        inputs = batch(FAMILIES[name], model, [[3, "image", 4]])
+        inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None]
+        if name == "qwen3_5":
+            inputs["position_ids"] = inputs["position_ids"].expand(4, 1, -1)
+        inputs.pop("attention_mask")
+        with pytest.raises(ValueError, match="layers of kind .* do not go together"):
+            prune_inputs(model, inputs, pruner())
+
+
+def test_placeholders_and_features_are_compared_for_audio_too():
+    model = FAMILIES["voxtral"].model()
+    inputs = batch(FAMILIES["voxtral"], model, [[3, "audio", 5]], labels=False)
+    for end in (2, 6):
+        cut = {key: value[:, :end] if value.dim() == 2 else value for key, value in inputs.items()}
+        with pytest.raises(ValueError, match=r"placeholders \(token id 62\) but the model made"):
+            prune_inputs(model, cut, pruner())
+
+
+def test_images_and_videos_of_video_llama_in_one_batch():
+    model = FAMILIES["video_llama_3"].model()
+    inputs = batch(FAMILIES["video_llama_3"], model, [[3, "image", 2, "video", 5], [6]])
+    with torch.no_grad():
+        mask = inputs["attention_mask"].bool()
+        plain = model(**inputs).logits[mask]
+        torch.testing.assert_close(model(**prune_inputs(model, inputs, pruner(0.0))).logits[mask], plain)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("got_ocr2", "image"), ("granite_speech", "audio"), ("qwen2_vl", "image")])
+def test_half_precision_models_take_float32_inputs(name, kind):
+    model = FAMILIES[name].model().bfloat16()
+    inputs = batch(FAMILIES[name], model, [[3, kind, 5], [6]])
+    with torch.no_grad():
+        mask = inputs["attention_mask"].bool()
+        plain = model(**inputs).logits[mask]
+        torch.testing.assert_close(model(**prune_inputs(model, inputs, pruner(0.0))).logits[mask], plain)
+
+
+def test_an_encoder_that_names_no_arguments():
+    model = FAMILIES["llava"].model()
+    inputs = batch(FAMILIES["llava"], model)
+    expected = prune_inputs(model, inputs, pruner())["mm_encoder_outputs"]["image"].pooler_output
+    named = model.model.get_image_features
+    model.model.get_image_features = lambda *args, **kwargs: named(*args, **kwargs)
+    short = prune_inputs(model, inputs, pruner())["mm_encoder_outputs"]["image"].pooler_output
+    torch.testing.assert_close(torch.cat(short), torch.cat(expected))

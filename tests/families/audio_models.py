@@ -337,7 +337,13 @@ def muse_spark_audios(model, rows):
 
 
 FAMILIES = [
-    Family("voxtral", voxtral, audios=voxtral_audios, notes="a clip of several windows is one unit"),
+    Family(
+        "voxtral",
+        voxtral,
+        audios=voxtral_audios,
+        no_beams=("audio",),
+        notes="a clip of several windows is one unit",
+    ),
     Family("audioflamingo3", audioflamingo3, audios=masked_audios(flamingo_tokens)),
     Family("musicflamingo", musicflamingo, audios=masked_audios(flamingo_tokens)),
     Family("glmasr", glmasr, audios=masked_audios(glmasr_tokens)),

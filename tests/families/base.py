@@ -38,6 +38,7 @@ class Family:
         rows_alone (`bool`): whether a sample's result is the same alone and in a batch.
         trains_encoder (`bool`): whether gradients flow from visual tokens.
         video_type (`int`): what its type ids call a video token.
+        no_beams (`tuple[str, ...]`): modalities for which transformers itself cannot search with several beams.
         generates (`bool`): whether its `generate` takes encoded images, or input embeddings in case of audio.
         position_ids (`str`): the scheme it can be pruned with.
         audios (`Pixels`, *optional*): the same for sounds.
@@ -56,6 +57,7 @@ class Family:
     video_type: int = 2
     audios: Pixels | None = None
     prunes_audio: bool = True
+    no_beams: tuple[str, ...] = ()
     generates: bool = True
     position_ids: str = "original"
     notes: str = ""

@@ -27,5 +27,6 @@ def batch_of(family: Family, model, modality: str, side: str) -> Batch:
         family.masks_tokens,
         family.trains_encoder,
         family.generates,
+        modality not in family.no_beams,
         family.position_ids,
     )

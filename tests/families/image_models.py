@@ -701,6 +701,7 @@ FAMILIES = [
         "llama4",
         llama4,
         tiled_images(LLAMA4, LLAMA4_SPECIALS),
+        no_beams=("image",),
         notes="the projector runs in forward",
     ),
     Family(

@@ -514,6 +514,7 @@ FAMILIES = [
         grid_images(),
         grid_videos(as_images),
         MROPE,
+        no_beams=("video",),
         notes=GLM_NOTE,
     ),
     Family(
@@ -522,6 +523,7 @@ FAMILIES = [
         grid_images(),
         grid_videos(as_images),
         MROPE,
+        no_beams=("video",),
         notes=GLM_NOTE,
     ),
     Family(
@@ -530,6 +532,7 @@ FAMILIES = [
         grid_images(),
         grid_videos(as_images),
         MROPE,
+        no_beams=("video",),
         notes=GLM_NOTE,
     ),
     Family(
@@ -538,6 +541,7 @@ FAMILIES = [
         grid_images(),
         grid_videos(as_images),
         MROPE,
+        no_beams=("video",),
         notes=GLM_NOTE,
     ),
     Family(
@@ -554,6 +558,7 @@ FAMILIES = [
         video_llama_3,
         video_llama_images,
         video_llama_videos,
+        no_beams=("video",),
         notes="the video processor already drops tokens of still regions",
     ),
     Family(

@@ -1116,7 +1116,7 @@ FAMILIES = [
         trains_encoder=False,
         notes="images are looked up in a codebook, no gradient reaches their encoder",
     ),
-    Family("fuyu", fuyu, fuyu_images),
+    Family("fuyu", fuyu, fuyu_images, no_beams=("image",)),
     Family(
         "blip_2",
         blip_2,
@@ -1194,6 +1194,7 @@ FAMILIES = [
         glm5_next,
         packed_patches(6 * PATCH**2),
         packed_clips(6 * PATCH**2, lambda frames, tokens: [7, *[START, *[IMAGE] * tokens, END, STAMP] * frames, 8]),
+        no_beams=("video",),
         masks_tokens=False,
         notes="linear attention in the language model; video frames are written with the image placeholder",
     ),
