@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MIN_STAMP := .venv-min/.installed
 # Accelerate gives each process one CPU thread unless told otherwise.
 THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 # Spelled out, these keep `accelerate launch` from warning that nobody ran `accelerate config`.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart compare bench conformance test lint
+.PHONY: help quickstart compare bench conformance test test-min lint
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
@@ -16,12 +17,15 @@ help:
 	@echo "make bench       time fast and slow training steps"
 	@echo "make conformance check every model family and write docs/supported_models.md"
 	@echo "make test        run the tests"
+	@echo "make test-min    run them on the lowest versions that pyproject.toml allows"
 	@echo "make lint        check style and formatting"
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt -e ".[test]"
+$(STAMP): constraints.txt
+$(MIN_STAMP): constraints-min.txt
+$(STAMP) $(MIN_STAMP): pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -c $(filter constraints%,$^) torch
+	$(@D)/bin/pip install -c $(filter constraints%,$^) -e ".[test]"
 	touch $@
 
 quickstart: $(STAMP)
@@ -38,6 +42,9 @@ conformance: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-min: $(MIN_STAMP)
+	.venv-min/bin/python -m pytest -m "not slow and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
