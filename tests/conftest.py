@@ -1,0 +1,6 @@
+"""Settings of all tests."""
+
+import os
+
+# Tiny models gain nothing from threads, and wait for each other very long where other programs use the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
