@@ -23,10 +23,8 @@ def part_lengths(container: Container) -> list[list[int]] | None:
     A tensor `(U, N, D)` holds U units; a list holds one unit per element, whose own leading dimensions are its parts,
     such as the frames of a clip.
     """
-    if isinstance(container, torch.Tensor):
-        if container.dim() == 2:
-            return None
-        return [parts(unit) for unit in container]
+    if isinstance(container, torch.Tensor) and container.dim() == 2:
+        return None
     return [parts(unit) for unit in container]
 
 

@@ -21,14 +21,7 @@ from .attention_capture import REMEDY, AttentionCapture, capture_attention
 from .containers import Container, flat_rows, part_lengths, refill
 from .families import Family, family_of
 from .layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
-from .protocol import (
-    MODALITIES,
-    Modality,
-    encoder_of,
-    placeholder_id,
-    raw_keys,
-    unwrap,
-)
+from .protocol import MODALITIES, Modality, encoder_of, modalities_in, placeholder_id, unwrap
 from .pruners import Pruner, VisualTokens
 from .shortening import check_count
 
@@ -144,8 +137,8 @@ def encode(
     tokens of a video are a unit by "clip" or by "frame".
     """
     outer = unwrap(model)
-    encoded = raw_keys(outer.config)
-    present = [m for m in MODALITIES if any(key in encoded and inputs.get(key) is not None for key in m.raw)]
+    present, config = modalities_in(inputs), outer.config
+    present = [m for m in MODALITIES if m.name in present and not family_of(config, m.name).whole]
     return [encode_modality(outer, inputs, modality, needs, video_budget) for modality in present]
 
 

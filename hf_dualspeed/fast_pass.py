@@ -52,10 +52,7 @@ def prune_inputs(
     Raises:
         ValueError: the model does not speak the protocol, or features and placeholders differ in number.
     """
-    check_choice("position_ids", position_ids, POSITION_IDS)
-    check_choice("video_budget", video_budget, VIDEO_BUDGETS)
-    check_protocol(model)
-    check_positions(model, position_ids)
+    check_options(model, position_ids, video_budget)
     check_needs(pruner)
     check_inputs(inputs)
     encodings = encode(model, inputs, pruner.needs, video_budget)
@@ -76,10 +73,7 @@ def prune_visual_tokens(
     `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))` and
     raises inside this context.
     """
-    check_choice("position_ids", position_ids, POSITION_IDS)
-    check_choice("video_budget", video_budget, VIDEO_BUDGETS)
-    check_protocol(model)
-    check_positions(model, position_ids)
+    check_options(model, position_ids, video_budget)
 
     def shorten(module, args, kwargs):
         if args:
@@ -93,6 +87,14 @@ def prune_visual_tokens(
         yield model
     finally:
         handle.remove()
+
+
+def check_options(model: nn.Module, position_ids: str, video_budget: str) -> None:
+    """Raises a `ValueError` for a model that cannot be pruned, or not in this way."""
+    check_choice("position_ids", position_ids, POSITION_IDS)
+    check_choice("video_budget", video_budget, VIDEO_BUDGETS)
+    check_protocol(model)
+    check_positions(model, position_ids)
 
 
 def check_inputs(inputs: Mapping) -> None:
@@ -124,10 +126,8 @@ def shorten_inputs(
     kept = {encoding.modality: keep_tokens(encoding, pruner, prompt, generator) for encoding in encodings}
     check_placeholders(model, encodings)
     packing = Packing.of(model, inputs)
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    plan = plan_shortening(ids, mask, {e.token_id: kept[e.modality].repeats for e in encodings})
+    mask = mask_of(inputs)
+    plan = plan_shortening(inputs["input_ids"], mask, {e.token_id: kept[e.modality].repeats for e in encodings})
     consumed = set().union(*(e.consumed for e in encodings))
     short = shorten_tensors(model, inputs, plan, consumed)
     short["position_ids"] = shortened_positions(model, inputs, mask, plan, position_ids, packing)
@@ -185,16 +185,16 @@ def whole_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncodi
     absent = absent_inputs(model, set().union(*(e.consumed for e in encodings)))
     whole = {key: value for key, value in inputs.items() if key not in encoded} | absent
     outputs = {e.modality: e.output for e in encodings if not e.embedded}
-    if outputs:
-        whole["mm_encoder_outputs"] = outputs
     embedded = {e.token_id: e.features for e in encodings if e.embedded}
-    if embedded:
-        if encoder_owner(model, "compute_3d_position_ids") is not None:  # which reads the ids
-            mask = inputs.get("attention_mask")
-            mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-            whole["position_ids"] = full_positions(model, inputs, mask)
-        whole |= {"input_ids": None, "inputs_embeds": embedded_ids(model, inputs["input_ids"], embedded)}
-    return whole
+    if embedded and encoder_owner(model, "compute_3d_position_ids") is not None:  # which reads the ids
+        whole["position_ids"] = full_positions(model, inputs, mask_of(inputs))
+    return whole | handed_over(model, inputs["input_ids"], outputs, embedded)
+
+
+def mask_of(inputs: Mapping) -> torch.Tensor:
+    """The batch's attention mask `(B, S)`; of ones where it has none."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 
 
 def absent_inputs(model: nn.Module, consumed: set[str]) -> dict:
@@ -214,10 +214,15 @@ def merged_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncod
             embedded[encoding.token_id] = of.features
         else:
             outputs[encoding.modality] = encoding.with_features(of.features, of.companions, of.lengths)
-    merged = {"mm_encoder_outputs": outputs} if outputs else {}
+    return handed_over(model, inputs["input_ids"], outputs, embedded)
+
+
+def handed_over(model: nn.Module, ids: torch.Tensor, outputs: dict, embedded: Mapping[int, torch.Tensor]) -> dict:
+    """Encoder outputs by modality, and tokens by placeholder that go in as embeddings, as arguments of `forward`."""
+    arguments = {"mm_encoder_outputs": outputs} if outputs else {}
     if embedded:
-        merged |= {"input_ids": None, "inputs_embeds": embedded_ids(model, inputs["input_ids"], embedded)}
-    return merged
+        arguments |= {"input_ids": None, "inputs_embeds": embedded_ids(model, ids, embedded)}
+    return arguments
 
 
 def embedded_ids(model: nn.Module, ids: torch.Tensor, embedded: Mapping[int, torch.Tensor]) -> torch.Tensor:

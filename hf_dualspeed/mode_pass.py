@@ -86,6 +86,8 @@ class ModePass(nn.Module):
         outer = unwrap(model)
         parameters = inspect.signature(outer.forward).parameters
         self._slices_logits = "logits_to_keep" in parameters and family_of(outer.config).slices_logits
+        tower_of = {name: id(tower) for name, tower in towers(outer).items()}
+        self._sharing = [{n for n, tower in tower_of.items() if tower == own} for own in set(tower_of.values())]
         self._caches = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -194,10 +196,8 @@ class ModePass(nn.Module):
             reserved = set(self._adapters[FAST]) - set(self._adapters[SLOW])
             names = tuple(f".{adapter}." for adapter in reserved)
             yield from (p for n, p in model.named_parameters() if p.requires_grad and any(a in n for a in names))
-        outer = unwrap(model)
-        encoders = towers(outer)
-        used = [tower for modality, tower in encoders.items() if modality in self._seen]
-        if any(tower not in used for tower in encoders.values()):
+        if any(not modalities & self._seen for modalities in self._sharing):  # of some tower, none was in the batch
+            outer = unwrap(model)
             language = {id(p) for part in language_parts(outer) for p in part.parameters()}
             visual = (p for p in outer.parameters() if p.requires_grad and id(p) not in language)
             yield from (p for p in visual if not isinstance(p, DTensor))  # shards of FSDP are not whole here

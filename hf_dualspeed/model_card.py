@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -184,3 +186,13 @@ def _text(value: object) -> str | None:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {inner}" for key, inner in value.items())
     return None if value is None else str(value)
+
+
+@contextmanager
+def kept_card(folder: Path) -> Iterator[None]:
+    """Keeps a finished README.md in `folder` as it is; PEFT's saving would take its tags out and add its own."""
+    path = folder / "README.md"
+    before = path.read_bytes() if is_written(path) else None
+    yield
+    if before is not None:
+        path.write_bytes(before)

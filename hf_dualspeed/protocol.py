@@ -80,20 +80,14 @@ def encoder_of(outer: nn.Module, modality: Modality) -> tuple[nn.Module | None, 
     return owner, None if owner is None else getattr(owner, method)
 
 
-def prunable(outer: nn.Module, modality: Modality) -> bool:
-    """Whether the model encodes `modality` apart from its forward."""
-    whole = family_of(outer.config, modality.name).whole
-    return (
-        not whole and encoder_of(outer, modality)[0] is not None and placeholder_id(outer.config, modality) is not None
-    )
+def reads(outer: nn.Module, modality: Modality) -> bool:
+    """Whether the model has an encoder and a placeholder for `modality`."""
+    return encoder_of(outer, modality)[0] is not None and placeholder_id(outer.config, modality) is not None
 
 
 def towers(outer: nn.Module) -> dict[str, nn.Module]:
     """The encoder of each modality that the model reads; some share one."""
-    read = (
-        m for m in MODALITIES if encoder_of(outer, m)[0] is not None and placeholder_id(outer.config, m) is not None
-    )
-    return {modality.name: outer.get_encoder(modality=modality.name) for modality in read}
+    return {m.name: outer.get_encoder(modality=m.name) for m in MODALITIES if reads(outer, m)}
 
 
 def modalities_in(inputs: Mapping) -> set[str]:
@@ -110,7 +104,7 @@ def check_protocol(model: nn.Module) -> None:
     """Raises a `ValueError` that says what is missing unless `model` takes encoded images or has an audio encoder."""
     outer = unwrap(model)
     image, _, audio = MODALITIES
-    if prunable(outer, audio):
+    if reads(outer, audio) and not family_of(outer.config, audio.name).whole:
         return
     missing = []
     if "mm_encoder_outputs" not in inspect.signature(outer.forward).parameters:

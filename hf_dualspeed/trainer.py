@@ -23,7 +23,7 @@ from .distillation import self_distillation_loss, supervised_cross_entropy
 from .encoding import check_needs
 from .isolator import WEIGHTS_NAME, ModeIsolator, save_isolator, saved_length
 from .mode_pass import NAME, ModePass
-from .model_card import is_written, write_model_card
+from .model_card import is_written, kept_card, write_model_card
 from .model_roles import language_parts
 from .parameter_views import ParameterViews
 from .protocol import check_positions, check_protocol, unwrap, visual_token_ids
@@ -370,16 +370,6 @@ def check_isolator(folder: str | Path, length: int) -> None:
             f"`isolator_length` is {length}, but the checkpoint {str(folder)!r} was trained with {saved or 0}. "
             f"Set isolator_length={saved or 0} to resume it."
         )
-
-
-@contextmanager
-def kept_card(folder: Path) -> Iterator[None]:
-    """Keeps a finished README.md in `folder` as it is; PEFT's saving would take its tags out and add its own."""
-    path = folder / "README.md"
-    before = path.read_bytes() if is_written(path) else None
-    yield
-    if before is not None:
-        path.write_bytes(before)
 
 
 @contextmanager
