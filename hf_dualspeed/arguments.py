@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -33,6 +34,13 @@ class DualSpeedArguments:
         metadata={
             "help": "Fraction of the visual tokens removed in fast mode, in [0, 1). Left alone, a saved pruner keeps "
             "its own."
+        },
+    )
+    pruner_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Further settings of the pruner (JSON), such as {"pruning_schedule": "linear", '
+            '"initial_pruning_ratio": 0.5}.'
         },
     )
     slow_mode_ratio: float = field(
@@ -84,6 +92,7 @@ class DualSpeedArguments:
     )
 
     def __post_init__(self):
+        self.pruner_kwargs = as_dict("pruner_kwargs", self.pruner_kwargs)
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
         check_range("slow_mode_ratio", self.slow_mode_ratio, 0, 1, off="Use 0.0 for fast steps only.")
         check_range("slow_tail_ratio", self.slow_tail_ratio, 0, 1, off="Use 0.0 for no slow tail.")
@@ -150,3 +159,15 @@ def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
     """The words " Did you mean 'x'?", or nothing where no known word is close."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def as_dict(name: str, value: dict | str | None) -> dict | None:
+    """A mapping that the command line can only give as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{name}` must be a JSON mapping, got {value!r}: {error}.") from None
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f'`{name}` must be a mapping, got {value!r}. Write it like {{"key": 1}}.')
+    return value

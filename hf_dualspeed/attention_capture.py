@@ -70,13 +70,24 @@ class AttentionCapture:
         Raises:
             ValueError: it is unknown.
         """
+        mean = class_row if self.class_token else column_mean
+        return torch.cat([mean(part).flatten() for call in self._known() for part in call.sequences()])
+
+    def keys(self) -> torch.Tensor:
+        """The key of each patch, mean over heads, in the order of the layer's tokens, `(P, d)`.
+
+        Raises:
+            ValueError: they are unknown.
+        """
+        return torch.cat([call.key.mean(1)[:, int(self.class_token) :].flatten(0, 1) for call in self._known()])
+
+    def _known(self) -> list[Call]:
         obstacle = self.obstacle or (None if self.calls else "did not call transformers' attention function")
         if obstacle:
             raise ValueError(
                 f"The attention of {self.tower} is unknown: its {type(self.layer).__name__} {obstacle}. {REMEDY}"
             )
-        mean = class_row if self.class_token else column_mean
-        return torch.cat([mean(part).flatten() for call in self.calls for part in call.sequences()])
+        return self.calls
 
 
 def obstacle_of(layer: nn.Module, query, key, mask, rest: tuple, options: dict) -> str | None:

@@ -72,7 +72,7 @@ class ModeLosses(TrainerCallback):
 
         `reduction` over ranks is "sum" where each rank's loss is its share of the step's, else "mean".
         """
-        steps = {"fast_loss": window[FAST], "slow_loss": window[SLOW], "distillation_loss": window[SLOW]}
+        steps = {"fast_loss": FAST, "pruner_loss": FAST, "slow_loss": SLOW, "distillation_loss": SLOW}
         names = sorted(self._sums)
         logs = {
             "fast_steps": window[FAST],
@@ -82,6 +82,6 @@ class ModeLosses(TrainerCallback):
         if names:
             sums = torch.stack([self._sums[name] for name in names])
             means = accelerator.reduce(sums, reduction=reduction).tolist()
-            logs |= {name: mean / max(1, steps[name]) for name, mean in zip(names, means, strict=True)}
+            logs |= {name: mean / max(1, window[steps[name]]) for name, mean in zip(names, means, strict=True)}
         self._sums = {}
         return logs

@@ -13,20 +13,22 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from .attention_capture import REMEDY, AttentionCapture, capture_attention
+from .attention_capture import REMEDY, capture_attention
 from .containers import Container, flat_rows, part_lengths, refill
 from .families import Family, family_of
+from .instructions import instructions
 from .layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
 from .protocol import MODALITIES, Modality, encoder_of, modalities_in, placeholder_id, unwrap
-from .pruners import Pruner, VisualTokens
+from .pruners import VisualTokens
 from .shortening import check_count
 
-# What a pruner may ask for beside the features, of what `VisualTokens` can carry.
-SUPPLIED = frozenset({"grid", "attention"})
+# What is read off the vision tower's attention while it runs.
+IN_TOWER = frozenset({"attention", "keys"})
 CONFIGURED = ("vision_feature_layer", "vision_feature_select_strategy")
 # Fields of an encoder's output with a row per token that `forward` reads beside the tokens.
 COMPANIONS = ("deepstack_features",)
@@ -46,6 +48,9 @@ class VisualEncoding:
         consumed (`set[str]`): inputs that only the encoder reads.
         grids (`list[torch.Tensor]`, *optional*): (t, row, column) of each token, `(n_i, 3)`, on the CPU.
         attention (`list[torch.Tensor]`, *optional*): attention each token receives in the tower, `(n_i,)`.
+        keys (`list[torch.Tensor]`, *optional*): its attention key in the tower, `(n_i, Dk)`.
+        text (`torch.Tensor` of shape `(U, S, D)`, *optional*): embeddings of the row that each unit lies in.
+        text_valid (`torch.BoolTensor` of shape `(U, S)`, *optional*): where they are its instruction.
     """
 
     modality: str
@@ -57,6 +62,9 @@ class VisualEncoding:
     consumed: set[str]
     grids: list[torch.Tensor] | None = None
     attention: list[torch.Tensor] | None = None
+    keys: list[torch.Tensor] | None = None
+    text: torch.Tensor | None = None
+    text_valid: torch.Tensor | None = None
     companions: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -108,6 +116,9 @@ class VisualEncoding:
             valid=valid,
             grid=pad(self.grids, device),
             attention=pad(self.attention, device),
+            keys=pad(self.keys, device),
+            text=self.text,
+            text_valid=self.text_valid,
             generator=generator,
             lengths=self.lengths,
         )
@@ -118,23 +129,13 @@ def pad(rows: list[torch.Tensor] | None, device: torch.device) -> torch.Tensor |
     return None if rows is None else nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
 
 
-def check_needs(pruner: Pruner) -> None:
-    """Raises a `ValueError` where `pruner` needs what the fast pass does not supply."""
-    unknown = sorted(pruner.needs - SUPPLIED)
-    if unknown:
-        raise ValueError(
-            f"The pruner {pruner.config.pruner_type!r} needs {unknown}, but the fast pass supplies {sorted(SUPPLIED)} "
-            "only. Call the pruner on VisualTokens of your own, or choose another."
-        )
-
-
 def encode(
     model: nn.Module, inputs: Mapping, needs: frozenset[str] = frozenset(), video_budget: str = "clip"
 ) -> list[VisualEncoding]:
     """Encodes each modality whose raw inputs are in `inputs`; an empty list for a text-only batch.
 
-    `needs` names what the pruner wants beside the features ("grid", "attention"); `video_budget` says whether the
-    tokens of a video are a unit by "clip" or by "frame".
+    `needs` names what the pruner wants beside the features ("grid", "attention", "keys", "text"); `video_budget` says
+    whether the tokens of a video are a unit by "clip" or by "frame".
     """
     outer = unwrap(model)
     present, config = modalities_in(inputs), outer.config
@@ -153,7 +154,7 @@ def encode_modality(
         )
     check_pixels(inputs, modality)
     arguments, consumed = encoder_arguments(owner, encoder, inputs, modality)
-    tower = outer.get_encoder(modality=modality.name) if "attention" in needs else None
+    tower = outer.get_encoder(modality=modality.name) if needs & IN_TOWER else None
     with capture_attention(tower) if tower is not None else nullcontext() as capture:
         output = encoder(**arguments, return_dict=True)
     container = tokens_of(output, family, type(outer).__name__)
@@ -173,11 +174,17 @@ def encode_modality(
     encoding.companions = companions_of(output, family)
     if family.project is not None:
         encoding.features = family.project(owner, rows)
-    if needs & {"grid", "attention"}:
+    if needs & {"grid", *IN_TOWER}:
         layout = token_layout(owner, inputs, modality.name, encoded, lengths, kept)
         encoding.grids = layout.grids
-        if capture is not None:
-            encoding.attention = received_attention(capture, tower, encoding, inputs, layout)
+        place = partial(at_tokens, tower=tower, modality=modality, inputs=inputs, layout=layout)
+        if "attention" in needs:
+            encoding.attention = place(capture.received(), absent=float("-inf"))  # what no patch made goes last
+        if "keys" in needs:
+            encoding.keys = place(capture.keys(), absent=0.0)
+    if "text" in needs:
+        found = instructions(outer, inputs, token_id, lengths)
+        encoding.text, encoding.text_valid = found.embedded(outer, inputs["input_ids"]), found.valid
     return encoding
 
 
@@ -247,43 +254,41 @@ def tokens_of(output, family: Family, name: str) -> Container:
     return container
 
 
-# --- attention that each token receives ---------------------------------------------------------------------------
+# --- what the tower's attention knows of each token ---------------------------------------------------------------
 
 
-def received_attention(
-    capture: AttentionCapture,
-    tower: nn.Module,
-    encoding: VisualEncoding,
-    inputs: Mapping,
-    layout: TokenLayout,
+def at_tokens(
+    rows: torch.Tensor, tower: nn.Module, modality: Modality, inputs: Mapping, layout: TokenLayout, absent: float
 ) -> list[torch.Tensor]:
-    """Attention per visual token of each image, `(n_i,)`; -inf for rows that no patch made, so they go last.
+    """From a value per patch of the tower, `(P, ...)`, to those of the tokens of each image, `(n_i, ...)`.
+
+    Args:
+        absent (`float`): the value of tokens that no patch made.
 
     Raises:
-        ValueError: the tower's attention is unknown, or its patches can't be matched with the model's tokens.
+        ValueError: the tower's patches can't be matched with the model's tokens.
     """
-    scores = capture.received()
-    grid_thw, merge = inputs.get(f"{encoding.modality}_grid_thw"), getattr(tower, "spatial_merge_size", None)
-    if grid_thw is not None and merge and scores.numel() == layout.total * merge**2:
-        scores = merged_attention(scores, tower, grid_thw)
-    if layout.total != scores.numel():
+    grid_thw, merge = inputs.get(f"{modality.name}_grid_thw"), getattr(tower, "spatial_merge_size", None)
+    if grid_thw is not None and merge and len(rows) == layout.total * merge**2:
+        rows = merged_patches(rows, tower, grid_thw)
+    if layout.total != len(rows):
         uses = f"uses {layout.total}" if layout.total else "blends several into each of its own"
         raise ValueError(
-            f"{type(tower).__name__} attends over {scores.numel()} tokens, the model {uses}: their attention cannot "
+            f"{type(tower).__name__} attends over {len(rows)} tokens, the model {uses}: their attention cannot "
             f"be matched. {REMEDY}"
         )
-    scores = torch.cat([scores, scores.new_full((1,), float("-inf"))])  # index -1 reads the last entry
-    return [scores[patches.to(scores.device, non_blocking=True)] for patches in layout.patches]
+    rows = torch.cat([rows, rows.new_full((1, *rows.shape[1:]), absent)])  # index -1 reads the last entry
+    return [rows[patches.to(rows.device, non_blocking=True)] for patches in layout.patches]
 
 
-def merged_attention(scores: torch.Tensor, tower: nn.Module, grid_thw: torch.Tensor) -> torch.Tensor:
-    """Qwen-VL: patches `(P,)` in the order in which they are merged to tokens, or in that of windows; `(T,)`."""
-    received = scores.view(-1, tower.spatial_merge_size**2).mean(1)
+def merged_patches(rows: torch.Tensor, tower: nn.Module, grid_thw: torch.Tensor) -> torch.Tensor:
+    """Qwen-VL: patches `(P, ...)` in the order in which they are merged to tokens, or of windows; `(T, ...)`."""
+    merged = rows.unflatten(0, (-1, tower.spatial_merge_size**2)).mean(1)
     if getattr(tower, "window_size", None):
         from transformers.vision_utils import get_vision_window_index
 
         window_index, _ = get_vision_window_index(
             grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size
         )
-        received = torch.empty_like(received).index_copy_(0, window_index.to(received.device), received)
-    return received
+        merged = torch.empty_like(merged).index_copy_(0, window_index.to(merged.device), merged)
+    return merged

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .arguments import POSITION_IDS, VIDEO_BUDGETS, check_choice
-from .encoding import VisualEncoding, check_needs, encode
+from .encoding import VisualEncoding, encode
 from .isolator import ModeIsolator
 from .packing import Packing, one_sample
 from .protocol import RAW_KEYS, check_positions, check_protocol, encoder_owner, raw_keys, unwrap, visual_token_ids
@@ -53,7 +53,6 @@ def prune_inputs(
         ValueError: the model does not speak the protocol, or features and placeholders differ in number.
     """
     check_options(model, position_ids, video_budget)
-    check_needs(pruner)
     check_inputs(inputs)
     encodings = encode(model, inputs, pruner.needs, video_budget)
     return shorten_inputs(model, inputs, encodings, pruner, isolator, position_ids, generator)
@@ -127,7 +126,8 @@ def shorten_inputs(
     check_placeholders(model, encodings)
     packing = Packing.of(model, inputs)
     mask = mask_of(inputs)
-    plan = plan_shortening(inputs["input_ids"], mask, {e.token_id: kept[e.modality].repeats for e in encodings})
+    finite = [of.finite for of in kept.values() if of.finite is not None]
+    plan = plan_shortening(inputs["input_ids"], mask, {e.token_id: kept[e.modality].repeats for e in encodings}, finite)
     consumed = set().union(*(e.consumed for e in encodings))
     short = shorten_tensors(model, inputs, plan, consumed)
     short["position_ids"] = shortened_positions(model, inputs, mask, plan, position_ids, packing)
@@ -147,12 +147,14 @@ class Kept:
         companions (`dict[str, list[torch.Tensor]]`): other features of the same tokens.
         lengths (`list[int]`): l + K_i of each unit.
         repeats (`torch.LongTensor` of shape `(sum N_i,)`): how often each placeholder appears in the shortened batch.
+        finite (`torch.BoolTensor` of no dimensions, *optional*): whether all features were finite.
     """
 
     features: torch.Tensor
     companions: dict[str, list[torch.Tensor]]
     lengths: list[int]
     repeats: torch.Tensor
+    finite: torch.Tensor | None
 
 
 def keep_tokens(
@@ -167,7 +169,7 @@ def keep_tokens(
 
     companions = {name: [carried(level) for level in levels] for name, levels in encoding.companions.items()}
     features = isolated(pruned.features, prompt).index_select(0, rows)
-    return Kept(features, companions, [length + keep for keep in pruned.lengths], repeats)
+    return Kept(features, companions, [length + keep for keep in pruned.lengths], repeats, pruned.finite)
 
 
 def check_placeholders(model: nn.Module, encodings: list[VisualEncoding]) -> None:

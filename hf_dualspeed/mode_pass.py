@@ -37,8 +37,8 @@ class ModePass(nn.Module):
 
     After a call in a mode, `targets` `(M,)` holds the labels of the returned logits `(M, V)`, `teacher_logits`
     `(M, V)` those of the pruned view (slow mode with distillation; in training mode, dropout included, as the
-    paper's), and the output's `loss` a zero that touches the trainable parameters that this pass did not use, so that
-    DDP finds each of them in every step.
+    paper's), `auxiliary_loss` what a learnt pruner adds in fast mode, and the output's `loss` a zero that touches the
+    trainable parameters that this pass did not use, so that DDP finds each of them in every step.
     """
 
     def __init__(self, pruner: Pruner, isolator: ModeIsolator | None, position_ids: str, video_budget: str = "clip"):
@@ -60,13 +60,15 @@ class ModePass(nn.Module):
         self.generator: torch.Generator | None = None
         self.targets: torch.Tensor | None = None
         self.teacher_logits: torch.Tensor | None = None
+        self.auxiliary_loss: torch.Tensor | None = None
         self._keep: torch.Tensor | None = None
         self._seen: set[str] = set()
         self._model: weakref.ref | None = None  # a plain reference would make the model its own submodule
 
     def __getstate__(self) -> dict:
         """For copies and pickles, which are not in the middle of a pass."""
-        passing = ("autocast", "mode", "distil", "generator", "targets", "teacher_logits", "_keep", "_seen", "_model")
+        passing = ("autocast", "mode", "distil", "generator", "targets", "teacher_logits", "auxiliary_loss")
+        passing += ("_keep", "_seen", "_model")
         return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     def __setstate__(self, state: dict) -> None:
@@ -127,7 +129,8 @@ class ModePass(nn.Module):
 
     def end(self) -> None:
         """The next calls of the model run as if this were not there. Only after backward, which may recompute."""
-        self.mode = self.generator = self.targets = self.teacher_logits = self._keep = None
+        self.mode = self.generator = self.targets = self.teacher_logits = self.auxiliary_loss = self._keep = None
+        self.pruner.auxiliary_loss = None  # and the graph behind it
         if self._model is not None:
             self._activate(self._model(), SLOW)
 
@@ -137,6 +140,7 @@ class ModePass(nn.Module):
         check_inputs(kwargs)
         require(kwargs, "labels")
         self._model, self.teacher_logits = weakref.ref(model), None
+        self.pruner.auxiliary_loss = None
         self._seen = modalities_in(kwargs)
         inputs = kwargs
         if self.mode == FAST or self.distil:
@@ -145,6 +149,7 @@ class ModePass(nn.Module):
         self._activate(model, FAST)
         if self.mode == FAST:
             inputs = self._shorten(model, kwargs, encodings)
+            self.auxiliary_loss = self.pruner.auxiliary_loss
         elif self.distil:
             self.teacher_logits = self._teach(model, kwargs, encodings)
             # The student takes the images as they were encoded for the teacher, with gradients.

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from hf_dualspeed.arguments import DualSpeedTrainingArguments, check_choice, nearest
+from hf_dualspeed.arguments import DualSpeedTrainingArguments, as_dict, check_choice, nearest
 
 DTYPES = ("float32", "bfloat16", "auto")
 UNREADABLE_IMAGES = ("raise", "skip")
@@ -79,7 +79,7 @@ class RecipeArguments:
 
     def __post_init__(self):
         for name in ("tiny_llava", "lora"):
-            setattr(self, name, _as_dict(name, getattr(self, name)))
+            setattr(self, name, as_dict(name, getattr(self, name)))
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("unreadable_images", self.unreadable_images, UNREADABLE_IMAGES)
         if (self.model_name_or_path is None) == (self.tiny_llava is None):
@@ -186,15 +186,3 @@ def _read_yaml(path: str) -> dict[str, str | list[str]]:
         for value, (key, words) in pairs
         if value is not None
     }
-
-
-def _as_dict(name: str, value: dict | str | None) -> dict | None:
-    """A mapping that the command line can only give as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`{name}` must be a JSON mapping, got {value!r}: {error}.") from None
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f'`{name}` must be a mapping, got {value!r}. Write it like {{"key": 1}}.')
-    return value

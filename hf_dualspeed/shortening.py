@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,10 @@ class Shortening:
 
 
 def plan_shortening(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, copies: dict[int, torch.Tensor]
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    copies: dict[int, torch.Tensor],
+    finite: Sequence[torch.Tensor] = (),
 ) -> Shortening:
     """Plans the removal and repetition of placeholders, padding on the side the batch was padded on.
 
@@ -37,9 +41,11 @@ def plan_shortening(
         attention_mask (`torch.Tensor` of shape `(B, S)`): padding is dropped before rows are padded again.
         copies (`dict[int, torch.LongTensor]`): for each placeholder id, how often each of its placeholders, in the
             order of the flattened batch, appears in the result: 0 drops it.
+        finite (`Sequence[torch.BoolTensor]`): whether the features behind them are finite, each of no dimensions.
 
     Raises:
-        ValueError: a placeholder's number in the batch differs from its features' (both are named).
+        ValueError: a placeholder's number in the batch differs from its features' (both are named), or features are
+            not finite.
     """
     count = attention_mask.bool().long()
     found = []
@@ -50,8 +56,9 @@ def plan_shortening(
         found.append(is_visual.sum())
     length = count.sum(1)
     # The one host synchronisation of shortening: tensors need a size.
-    longest, *found = torch.stack([length.amax(), *found]).tolist()
-    for (token_id, repeats), placeholders in zip(copies.items(), found, strict=True):
+    longest, *found = torch.stack([length.amax(), *found, *finite]).tolist()
+    check_finite(all(found[len(copies) :]))
+    for (token_id, repeats), placeholders in zip(copies.items(), found, strict=False):
         check_count(token_id, placeholders, len(repeats))
     padded_left = (attention_mask[:, 0] == 0).any()
     slot = torch.arange(longest, device=input_ids.device) - torch.where(padded_left, longest - length, 0)[:, None]
@@ -68,4 +75,13 @@ def check_count(token_id: int, placeholders: int, features: int) -> None:
             f"The batch has {placeholders} placeholders (token id {token_id}) but the model made {features} visual "
             "features. Give the processor as many images (or videos, or audios) as placeholders, and do not truncate "
             "them (raise max_length)."
+        )
+
+
+def check_finite(finite: bool) -> None:
+    """Raises a `ValueError` unless the features given to a pruner were finite."""
+    if not finite:
+        raise ValueError(
+            "`features` holds NaN or infinite values, so tokens cannot be compared. The vision tower or projector has "
+            "diverged, or overflows in its precision: lower the learning rate, or use bfloat16 instead of float16."
         )

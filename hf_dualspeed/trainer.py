@@ -16,11 +16,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import CONFIG_NAME
 
 from .adapters import check_adapter, load_adapters
-from .arguments import Default, DualSpeedArguments, DualSpeedTrainingArguments
+from .arguments import Default, DualSpeedArguments, DualSpeedTrainingArguments, check_keys
 from .callbacks import ModeClock, ModeLosses
 from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
-from .encoding import check_needs
 from .isolator import WEIGHTS_NAME, ModeIsolator, save_isolator, saved_length
 from .mode_pass import NAME, ModePass
 from .model_card import is_written, kept_card, write_model_card
@@ -101,7 +100,6 @@ class DualSpeedMixin:
         check_protocol(model)
         check_positions(model, args.position_ids)
         self._pruner = resolve_pruner(self._given_pruner, args, model)
-        check_needs(self._pruner)
         with torch.random.fork_rng(devices=[]):  # the prompt follows from the seed, and shifts no other draw
             torch.manual_seed(args.seed)
             isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
@@ -156,11 +154,13 @@ class DualSpeedMixin:
         """One micro-batch in the mode of the current optimizer step; gradients of the other mode are dropped."""
         mode = self.mode_at(self.state.global_step)
         mode_pass = self.mode_pass
+        self._pruner.progress = self.state.global_step / max(1, self.state.max_steps - 1)
         mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator())
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             mode_pass.end()
+            self._pruner.progress = 1.0
         if self.accelerator.sync_gradients:
             self.views.drop_gradients(mode)
         return loss
@@ -200,6 +200,11 @@ class DualSpeedMixin:
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The items were counted over all ranks, and DDP averages over them: undo one of the two.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        auxiliary, micro_batches = mode_pass.auxiliary_loss, self.current_gradient_accumulation_steps
+        if auxiliary is not None:  # a mean over the images of this micro-batch
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            self._losses.add("pruner_loss", auxiliary / (micro_batches * ranks))
+            loss = loss + auxiliary / (micro_batches if self.loss_is_scaled_for_ga else 1)
         return (loss, outputs) if return_outputs else loss
 
     # --- what is shown --------------------------------------------------------------------------------------------
@@ -320,13 +325,16 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Mo
     """
     if pruner is None:
         if args.pruner in available_pruners() or not Path(args.pruner).is_dir():
-            settings = {"pruning_ratio": float(args.pruning_ratio)}
+            settings = {"pruning_ratio": float(args.pruning_ratio), **(args.pruner_kwargs or {})}
             if "hidden_size" in {f.name for f in fields(pruner_class(args.pruner).config_class)}:
                 settings["hidden_size"] = unwrap(model).config.get_text_config().hidden_size
             return AutoPruner.from_name(args.pruner, **settings)
         pruner = AutoPruner.from_pretrained(args.pruner)
+    given = dict(args.pruner_kwargs or {})
     if not isinstance(args.pruning_ratio, Default):
-        pruner.config = replace(pruner.config, pruning_ratio=args.pruning_ratio)
+        given["pruning_ratio"] = args.pruning_ratio
+    check_keys("pruner_kwargs", given, [f.name for f in fields(pruner.config)])
+    pruner.config = replace(pruner.config, **given)
     return pruner
 
 

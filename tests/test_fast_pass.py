@@ -269,10 +269,6 @@ def test_bad_batches_are_named():
     inputs.pop("mm_token_type_ids")
     with pytest.raises(ValueError, match="mm_token_type_ids"):
         prune_inputs(qwen, inputs, pruner())
-    asking = pruner()
-    asking.needs = frozenset({"text"})
-    with pytest.raises(ValueError, match=r"'divprune' needs \['text'\], but the fast pass supplies"):
-        prune_inputs(model, {}, asking)
     output = type("Output", (), {"pooler_output": None})()
     with pytest.raises(ValueError, match="not supported yet"):
         tokens_of(output, RULE, "SomeModel")

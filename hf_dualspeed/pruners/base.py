@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..arguments import check_choice, check_range
+from ..shortening import check_finite
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "pruner_config.json"
 WEIGHTS_NAME = "pruner.safetensors"
 NEEDS = frozenset({"grid", "attention", "keys", "text"})
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass
@@ -35,9 +37,11 @@ class VisualTokens:
         valid (`torch.BoolTensor` of shape `(B, N)`, *optional*): False on padding, which lies at the end of a row.
         grid (`torch.LongTensor` of shape `(B, N, 3)`, *optional*): (t, row, column) of each token.
         attention (`torch.Tensor` of shape `(B, N)`, *optional*): attention each token receives in the vision tower.
-        keys (`torch.Tensor` of shape `(B, N, Dk)`, *optional*): attention keys of the vision tower.
+        keys (`torch.Tensor` of shape `(B, N, Dk)`, *optional*): attention keys of the vision tower, mean over heads;
+            zeros where no patch made the token.
         text (`torch.Tensor` of shape `(B, T, D)`, *optional*): instruction embeddings; never answer tokens.
-        text_valid (`torch.BoolTensor` of shape `(B, T)`, *optional*): False on padded instruction tokens.
+        text_valid (`torch.BoolTensor` of shape `(B, T)`, *optional*): False where `text` is no instruction token; an
+            image may have none at all.
         generator (`torch.Generator`, *optional*): source of randomness, on the features' device.
         lengths (`list[int]`, *optional*): tokens per image. Given beside `valid`, it spares a host synchronisation.
     """
@@ -62,6 +66,10 @@ class VisualTokens:
                 raise ValueError(
                     f"`{name}` must begin with the shape ({batch}, {count}) of `features`, got {tuple(tensor.shape)}."
                 )
+        if self.text is not None and (self.text.dim() != 3 or len(self.text) != batch):
+            raise ValueError(f"`text` must be of shape ({batch}, T, D), got {tuple(self.text.shape)}.")
+        if self.text_valid is not None and (self.text is None or self.text_valid.shape != self.text.shape[:2]):
+            raise ValueError(f"`text_valid` must be of the shape (B, T) of `text`, got {tuple(self.text_valid.shape)}.")
         if self.lengths is None:
             self.lengths = [count] * batch if self.valid is None else self.valid.sum(1).tolist()
 
@@ -77,6 +85,8 @@ class PrunedTokens:
         lengths (`list[int]`): kept tokens per image.
         merge (`Callable`, *optional*): what a merging pruner did to the features, to be done to others of the same
             tokens: `(B, N, D')` to `(B, K, D')`.
+        finite (`torch.BoolTensor` of no dimensions, *optional*): whether the features were, where reading it would
+            have waited for the device; see [`check_finite`].
     """
 
     features: torch.Tensor
@@ -84,6 +94,7 @@ class PrunedTokens:
     valid: torch.Tensor | None
     lengths: list[int]
     merge: Callable[[torch.Tensor], torch.Tensor] | None = None
+    finite: torch.Tensor | None = None
 
     def carry(self, features: torch.Tensor) -> torch.Tensor:
         """Other features of the same tokens, `(B, N, D')`, pruned alike: `(B, K, D')`."""
@@ -98,14 +109,39 @@ def budget(tokens: int, pruning_ratio: float) -> int:
 
 @dataclass
 class PrunerConfig:
-    """What is published of a pruner: its registered name and its settings, as `pruner_config.json`."""
+    """What is published of a pruner: its registered name and its settings, as `pruner_config.json`.
+
+    Args:
+        pruning_ratio (`float`): fraction of the tokens removed; where it changes over training, at the end.
+        pruning_schedule (`str`): "constant", or how it gets from `initial_pruning_ratio` there: "linear" or "cosine".
+        initial_pruning_ratio (`float`, *optional*): the ratio at the start of training, where it changes.
+    """
 
     pruner_type: ClassVar[str] = ""
 
     pruning_ratio: float = 0.9
+    pruning_schedule: str = "constant"
+    initial_pruning_ratio: float | None = None
 
     def __post_init__(self):
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
+        check_choice("pruning_schedule", self.pruning_schedule, SCHEDULES)
+        initial = self.initial_pruning_ratio
+        if self.pruning_schedule == "constant" and initial is not None:
+            raise ValueError(
+                f"`initial_pruning_ratio` is {initial!r}, but with pruning_schedule='constant' the ratio never "
+                "changes. Set pruning_schedule='linear' or 'cosine', or leave it out."
+            )
+        if self.pruning_schedule != "constant":
+            off = f"pruning_schedule={self.pruning_schedule!r} starts from it."
+            check_range("initial_pruning_ratio", initial, 0, 1, right_open=True, off=off)
+
+    def ratio_at(self, progress: float) -> float:
+        """The pruning ratio when the fraction `progress` of training is done."""
+        if self.pruning_schedule == "constant" or progress >= 1:
+            return self.pruning_ratio
+        done = progress if self.pruning_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+        return self.initial_pruning_ratio + done * (self.pruning_ratio - self.initial_pruning_ratio)
 
     def to_dict(self) -> dict:
         return {"pruner_type": self.pruner_type, **asdict(self)}
@@ -144,6 +180,11 @@ class Pruner(nn.Module):
 
     A selecting pruner implements [`rank`]; a merging one overrides [`reduce`]. Ranking runs in float32 without
     gradients; gathering and merging stay differentiable.
+
+    Attributes:
+        progress (`float`): fraction of training that is done, for a ratio that changes; 1 outside of training.
+        auxiliary_loss (`torch.Tensor`, *optional*): what the last call in training mode adds to the loss, a mean over
+            its images, already weighted. Learnt pruners may set it.
     """
 
     config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
@@ -154,6 +195,13 @@ class Pruner(nn.Module):
     def __init__(self, config: PrunerConfig):
         super().__init__()
         self.config = config
+        self.progress = 1.0
+        self.auxiliary_loss: torch.Tensor | None = None
+
+    @property
+    def pruning_ratio(self) -> float:
+        """The fraction of tokens removed now."""
+        return self.config.ratio_at(self.progress)
 
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
         """Source positions in the order in which they are kept, `(B, most)`; padding last. No gradients here."""
@@ -169,16 +217,23 @@ class Pruner(nn.Module):
         """Prunes.
 
         Raises:
-            ValueError: `tokens` lacks a field that the pruner needs.
+            ValueError: `tokens` lacks a field that the pruner needs, or its features hold NaN or infinity. On an
+                accelerator the latter is left to who waits for it next: [`check_finite`].
         """
         missing = sorted(need for need in self.needs - {"grid"} if getattr(tokens, need) is None)
         if missing:
             raise ValueError(f"The pruner {self.config.pruner_type!r} needs `VisualTokens.{missing[0]}`, got None.")
-        lengths = [budget(n, self.config.pruning_ratio) for n in tokens.lengths]
+        lengths = [budget(n, self.pruning_ratio) for n in tokens.lengths]
+        device = tokens.features.device
         if lengths == list(tokens.lengths):
-            positions = torch.arange(tokens.features.shape[1], device=tokens.features.device)
+            positions = torch.arange(tokens.features.shape[1], device=device)
             return PrunedTokens(tokens.features, positions.expand(len(lengths), -1), tokens.valid, lengths)
-        return self.reduce(tokens, lengths)
+        finite = tokens.features.detach().isfinite().all()
+        if device.type == "cpu":
+            check_finite(bool(finite))
+        pruned = self.reduce(tokens, lengths)
+        pruned.finite = finite
+        return pruned
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Writes `pruner_config.json` and, for a learnt pruner, `pruner.safetensors`.

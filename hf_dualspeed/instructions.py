@@ -1,0 +1,70 @@
+"""Which tokens of a batch instruct: what text-conditioned pruners may see. Never an answer, nor what follows one.
+
+Shapes: B batch, S sequence, U units (images, clips).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .packing import Packing
+from .protocol import unwrap, visual_token_ids
+
+
+@dataclass
+class Instructions:
+    """The instruction that goes with each unit of a batch.
+
+    It is the text of the unit's sample that no label supervises, up to the first supervised token behind the unit:
+    text from there on could tell the answer. Without labels it is all text of the sample.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(U,)`): the row that a unit lies in.
+        valid (`torch.BoolTensor` of shape `(U, S)`): True at the instruction's tokens in that row.
+    """
+
+    rows: torch.Tensor
+    valid: torch.Tensor
+
+    def embedded(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings `(U, S, D)` of the rows, without gradients; those of other tokens mean nothing."""
+        with torch.no_grad():
+            text = ids.masked_fill(is_visual(model, ids), 0)  # some placeholders are no row of the embedding
+            return unwrap(model).get_input_embeddings()(text)[self.rows]
+
+
+def instructions(model: nn.Module, inputs: Mapping, token_id: int, lengths: list[int]) -> Instructions:
+    """The instructions of the units whose placeholders are `token_id`; unit i has `lengths[i]` of them.
+
+    Nothing here waits for the device.
+    """
+    ids = inputs["input_ids"]
+    length, device = ids.shape[1], ids.device
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).to(device, non_blocking=True)
+    seen = (ids == token_id).flatten().cumsum(0)
+    first = torch.searchsorted(seen, starts + 1).clamp(max=ids.numel() - 1)  # where a count is off, shortening says so
+    rows, columns = first // length, first % length
+    visual, labels, mask = is_visual(model, ids), inputs.get("labels"), inputs.get("attention_mask")
+    supervised = torch.zeros_like(visual) if labels is None else (labels != -100) & ~visual
+    text = ~visual & ~supervised
+    if mask is not None:
+        text &= mask.bool()
+    place = torch.arange(length, device=device)
+    behind = supervised[rows] & (place > columns[:, None])
+    end = torch.where(behind, place, length).amin(1, keepdim=True)
+    valid = text[rows] & (place < end)
+    packing = Packing.of(model, inputs)
+    if packing is not None:
+        sample = packing.sample[rows]
+        valid &= sample == sample.gather(1, columns[:, None])
+    return Instructions(rows, valid)
+
+
+def is_visual(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """`(B, S)`, True at placeholders of any modality."""
+    placeholders = torch.tensor(visual_token_ids(unwrap(model).config)).to(ids.device, non_blocking=True)
+    return torch.isin(ids, placeholders)
