@@ -326,7 +326,9 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Mo
     if pruner is None:
         if args.pruner in available_pruners() or not Path(args.pruner).is_dir():
             settings = {"pruning_ratio": float(args.pruning_ratio), **(args.pruner_kwargs or {})}
-            if "hidden_size" in {f.name for f in fields(pruner_class(args.pruner).config_class)}:
+            known = [f.name for f in fields(pruner_class(args.pruner).config_class)]
+            check_keys("pruner_kwargs", settings, known)
+            if "hidden_size" in known:
                 settings["hidden_size"] = unwrap(model).config.get_text_config().hidden_size
             return AutoPruner.from_name(args.pruner, **settings)
         pruner = AutoPruner.from_pretrained(args.pruner)
