@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
+
+# Wide enough that launching kernels costs nothing beside them.
+VOCABULARY_SLICE = 16384
 
 
 def self_distillation_loss(
@@ -31,10 +36,47 @@ def self_distillation_loss(
             "must agree in shape: the full and the pruned view supervise different tokens. "
             "Set the labels of visual tokens and of each row's first token to -100."
         )
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
-    divergence = F.kl_div(student, teacher, log_target=True, reduction="sum") * temperature**2
+    divergence = ForwardKL.apply(student_logits, teacher_logits.detach(), temperature)
     return divergence / divisor(num_items_in_batch, student_logits)
+
+
+class ForwardKL(torch.autograd.Function):
+    """`T^2 * sum_m KL(softmax(t_m / T) || softmax(s_m / T))` in float32, over slices of the vocabulary.
+
+    Only slices are ever in float32: beside the logits themselves, which both passes hold anyway, nothing of the size
+    (M, V) is kept, and the gradient `T * (softmax(s / T) - softmax(t / T))` is made in the student's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+        student_norm, teacher_norm = (log_normalizer(logits, temperature) for logits in (student, teacher))
+        divergence = student.new_zeros((), dtype=torch.float32)
+        for s, t in slices(student, teacher):
+            taught = t.float() / temperature - teacher_norm
+            divergence += (taught.exp() * (taught - s.float() / temperature + student_norm)).sum()
+        ctx.save_for_backward(student, teacher, student_norm, teacher_norm)
+        ctx.temperature = temperature
+        return divergence * temperature**2
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor):
+        student, teacher, student_norm, teacher_norm = ctx.saved_tensors
+        gradient, scale = torch.empty_like(student), upstream * ctx.temperature
+        for s, t, part in slices(student, teacher, gradient):
+            learnt = (s.float() / ctx.temperature - student_norm).exp_()
+            part.copy_(learnt.sub_((t.float() / ctx.temperature - teacher_norm).exp_()).mul_(scale))
+        return gradient, None, None
+
+
+def slices(*logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors `(M, V)` in slices of the vocabulary, `(M, v)`."""
+    return zip(*(tensor.split(VOCABULARY_SLICE, dim=-1) for tensor in logits), strict=True)
+
+
+def log_normalizer(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`logsumexp(logits / T)` of each row in float32, `(M, 1)`."""
+    parts = [(part.float() / temperature).logsumexp(-1, keepdim=True) for (part,) in slices(logits)]
+    return torch.cat(parts, dim=-1).logsumexp(-1, keepdim=True)
 
 
 def supervised_cross_entropy(

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import FAMILIES
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_dualspeed
 from hf_dualspeed import ModeIsolator, ModeSchedule, self_distillation_loss
@@ -96,6 +98,42 @@ def test_distillation_teaches_the_student_alone():
         self_distillation_loss(student, teacher[:2])
     low = self_distillation_loss(student.bfloat16(), teacher.bfloat16())
     assert low.dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [7, 16, 50])
+def test_distillation_in_slices_is_that_of_the_whole(monkeypatch, temperature, dtype, vocabulary):
+    monkeypatch.setattr("hf_dualspeed.distillation.VOCABULARY_SLICE", 16)
+    torch.manual_seed(0)
+    student = (3 * torch.randn(9, vocabulary)).to(dtype).requires_grad_()
+    teacher = (3 * torch.randn(9, vocabulary)).to(dtype)
+    self_distillation_loss(student, teacher, temperature, num_items_in_batch=4).mul(3).backward()
+    again = student.detach().clone().requires_grad_()
+    logs = [F.log_softmax(logits.double() / temperature, -1) for logits in (again, teacher)]
+    expected = F.kl_div(*logs, log_target=True, reduction="sum") * temperature**2 / 4
+    expected.mul(3).backward()
+    sliced = self_distillation_loss(student, teacher, temperature, num_items_in_batch=4)
+    torch.testing.assert_close(sliced.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(student.grad, again.grad)
+
+
+def test_distillation_keeps_no_further_copy_of_the_logits(monkeypatch):
+    monkeypatch.setattr("hf_dualspeed.distillation.VOCABULARY_SLICE", 8)
+    student, teacher = torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(4, 64)
+    kept, made = [], []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out._base is None:
+                made.append(out.numel())
+            return out
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), Sizes():
+        self_distillation_loss(student, teacher.bfloat16()).backward()
+    assert max(made) < student.numel()
+    assert sum(t.numel() for t in kept) == 2 * student.numel() + 2 * len(student)
 
 
 def test_losses_of_nothing_are_zero_and_reach_the_graph():
