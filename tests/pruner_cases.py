@@ -12,10 +12,15 @@ from hf_dualspeed.pruners import pruner_class
 TEXT, WIDTH = 5, 16
 
 
-def build(name: str, **settings) -> Pruner:
-    """A pruner out of training, for tokens of `tokens`; a learnt one is as wide as they are."""
+def shortens(name: str) -> bool:
+    """Whether a pruner shortens the batch itself, as all do but those inside the language model."""
+    return not pruner_class(name).in_language_model
+
+
+def build(name: str, width: int = WIDTH, **settings) -> Pruner:
+    """A pruner out of training; a learnt one for tokens of `width`."""
     if "hidden_size" in {f.name for f in fields(pruner_class(name).config_class)}:
-        settings = {"hidden_size": WIDTH, **settings}
+        settings = {"hidden_size": width, **settings}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoPruner.from_name(name, **settings).eval()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MIXED, batch
+from pruner_cases import build, shortens
+from tiny_models import FAMILIES, HIDDEN, MIXED, batch
 
-from hf_dualspeed import AutoPruner, ModeIsolator, available_pruners, prune_inputs, prune_visual_tokens
+from hf_dualspeed import ModeIsolator, available_pruners, prune_inputs, prune_visual_tokens
 from hf_dualspeed.encoding import encode, tokens_of
 from hf_dualspeed.families import RULE
 from hf_dualspeed.pruners import budget
 
 SIDES = ("right", "left")
+SHORTENING = [name for name in available_pruners() if shortens(name)]
 
 
 def pruner(name="divprune", ratio=0.75):
-    return AutoPruner.from_name(name, pruning_ratio=ratio)
+    return build(name, HIDDEN, pruning_ratio=ratio)
 
 
 def real(tensor, mask):
@@ -45,7 +47,7 @@ def test_ratio_zero_without_isolator_is_the_plain_forward(family, side):
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", available_pruners())
+@pytest.mark.parametrize("name", SHORTENING)
 def test_pruned_batch_has_the_expected_length_and_gradients(family, side, name):
     model, processor = FAMILIES[family].build(side)
     inputs = batch(FAMILIES[family], processor)
@@ -121,7 +123,7 @@ def test_original_positions_equal_masking_the_dropped_tokens(family, side):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", [n for n in available_pruners() if n != "random"])
+@pytest.mark.parametrize("name", [n for n in SHORTENING if n != "random"])
 def test_pruning_a_sample_alone_or_in_a_batch_is_the_same(family, name):
     model, processor = FAMILIES[family].build()
     together = prune_inputs(model, batch(FAMILIES[family], processor), pruner(name))

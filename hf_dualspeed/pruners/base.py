@@ -191,6 +191,7 @@ class Pruner(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     deterministic: ClassVar[bool] = True
     merges: ClassVar[bool] = False
+    in_language_model: ClassVar[bool] = False
 
     def __init__(self, config: PrunerConfig):
         super().__init__()
