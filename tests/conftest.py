@@ -4,3 +4,5 @@ import os
 
 # Tiny models gain nothing from threads, and wait for each other very long where other programs use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from loopback_hub import hub  # noqa: F401
