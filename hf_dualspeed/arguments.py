@@ -79,6 +79,13 @@ class DualSpeedArguments:
             "help": "'clip': the tokens of a video are pruned as one; 'frame': those of each frame by themselves."
         },
     )
+    fast_mode_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Recompute activations in fast steps too, where `activation_checkpointing` is on. Left off, fast "
+            "steps are faster and fall back to it where memory runs short."
+        },
+    )
     fast_only_parameters: list[str] = field(
         default_factory=list,
         metadata={"help": "Glob patterns of parameters that only fast steps update (e.g. '*lora_*.fast.*')."},

@@ -27,6 +27,7 @@ from .model_roles import language_parts
 from .parameter_views import ParameterViews
 from .protocol import check_positions, check_protocol, unwrap, visual_token_ids
 from .pruners import AutoPruner, Pruner, available_pruners, pruner_class
+from .recomputation import FastRecomputation
 from .results import run_record, without_paths
 from .schedule import FAST, ModeSchedule
 
@@ -86,7 +87,9 @@ class DualSpeedMixin:
         self._loss_shifts_labels = True
         self.add_callback(ModeClock())
         self._losses = ModeLosses()
-        self.add_callback(self._losses)
+        self._recomputation = FastRecomputation(args.fast_mode_checkpointing)
+        for callback in (self._losses, self._recomputation):
+            self.add_callback(callback)
         self._micro = (-1, 0)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
@@ -153,11 +156,17 @@ class DualSpeedMixin:
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch in the mode of the current optimizer step; gradients of the other mode are dropped."""
         mode = self.mode_at(self.state.global_step)
-        mode_pass = self.mode_pass
+        mode_pass, step = self.mode_pass, self.state.global_step
+        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
         self._pruner.progress = self.state.global_step / max(1, self.state.max_steps - 1)
         mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator())
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            with self._recomputation.in_mode(mode):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            if mode != FAST or not self._recomputation.skips:
+                raise
+            loss = self._with_recomputation(error, model, inputs, num_items_in_batch)
         finally:
             mode_pass.end()
             self._pruner.progress = 1.0
@@ -165,12 +174,26 @@ class DualSpeedMixin:
             self.views.drop_gradients(mode)
         return loss
 
+    def _with_recomputation(self, error, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """The fast micro-batch that ran out of memory once more, with activation checkpointing.
+
+        Gradients of earlier micro-batches would be lost, and other ranks be out of step: then the error stands.
+        """
+        if self.accelerator.num_processes > 1 or self._micro[1]:
+            raise torch.OutOfMemoryError(
+                f"{error} A fast step ran out of memory without activation checkpointing: set "
+                "fast_mode_checkpointing=True, or a smaller per_device_train_batch_size."
+            ) from error
+        self._recomputation.fall_back("ran out of memory")
+        model.zero_grad()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def _step_generator(self) -> torch.Generator | None:
         """Randomness of pruners: a function of seed, step, micro-batch and rank, so a resumed run draws the same."""
         if self._pruner.deterministic:
             return None
-        step = self.state.global_step
-        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
         seed = hash((self.args.seed, *self._micro, self.args.process_index)) % 2**63
         return torch.Generator(self.args.device).manual_seed(seed)
 

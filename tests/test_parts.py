@@ -206,6 +206,7 @@ LAYERS = [
         "model_roles",
         "plots",
         "callbacks",
+        "recomputation",
         "recipe_arguments",
         "results",
     },
