@@ -1,6 +1,6 @@
 """Pruners, one file each; importing this package registers them."""
 
-from . import avg_pool, cls_attention, divprune, grid, random
+from . import avg_pool, cls_attention, divprune, grid, prumerge, random, tome, visionzip
 from .base import (
     AutoPruner,
     PrunedTokens,
@@ -25,7 +25,10 @@ __all__ = [
     "cls_attention",
     "divprune",
     "grid",
+    "prumerge",
     "pruner_class",
     "random",
     "register_pruner",
+    "tome",
+    "visionzip",
 ]
