@@ -102,10 +102,10 @@ class DualSpeedMixin:
         check_adapter(getattr(model, "active_peft_config", None))
         check_protocol(model)
         check_positions(model, args.position_ids)
-        self._pruner = resolve_pruner(self._given_pruner, args, model)
-        with torch.random.fork_rng(devices=[]):  # the prompt follows from the seed, and shifts no other draw
+        with torch.random.fork_rng(devices=[]):  # what is learnt starts from the seed, and shifts no other draw
             torch.manual_seed(args.seed)
             isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
+            self._pruner = resolve_pruner(self._given_pruner, args, model)
         base = Path(getattr(unwrap(model), "name_or_path", "") or "")
         if isolator is not None and (base / WEIGHTS_NAME).is_file():
             isolator.load_pretrained(base)  # learnt since the projector stage

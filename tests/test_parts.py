@@ -186,7 +186,7 @@ def test_views_drop_the_gradients_of_the_other_mode():
 
 # Lowest first; a module may import from its own layer and from those below.
 LAYERS = [
-    {"arguments", "attention_capture", "shortening", "containers", "host_waits"},
+    {"arguments", "attention_capture", "shortening", "containers", "cards", "host_waits"},
     {
         "pruners",
         "isolator",

@@ -1,6 +1,6 @@
 """Pruners, one file each; importing this package registers them."""
 
-from . import avg_pool, cls_attention, divprune, grid, random
+from . import avg_pool, cls_attention, divprune, dynamicvit, grid, prumerge, random, token_learner, tome, visionzip
 from .base import (
     AutoPruner,
     PrunedTokens,
@@ -24,8 +24,13 @@ __all__ = [
     "budget",
     "cls_attention",
     "divprune",
+    "dynamicvit",
     "grid",
+    "prumerge",
     "pruner_class",
     "random",
     "register_pruner",
+    "token_learner",
+    "tome",
+    "visionzip",
 ]

@@ -144,7 +144,10 @@ class PrunerConfig:
         return self.initial_pruning_ratio + done * (self.pruning_ratio - self.initial_pruning_ratio)
 
     def to_dict(self) -> dict:
-        return {"pruner_type": self.pruner_type, **asdict(self)}
+        settings = asdict(self)
+        if self.pruning_schedule == "constant":
+            del settings["pruning_schedule"], settings["initial_pruning_ratio"]
+        return {"pruner_type": self.pruner_type, **settings}
 
     @classmethod
     def from_dict(cls, values: dict) -> PrunerConfig:

@@ -1,0 +1,145 @@
+"""DynamicViT: learnt keep-scores from each token and the whole image (arXiv 2106.02034)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..arguments import check_range
+from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, register_pruner, take
+from .float32 import Float32Linear, check_width
+
+
+@dataclass
+class DynamicViTSettings(PrunerConfig):
+    """Settings of `dynamicvit`.
+
+    Args:
+        hidden_size (`int`): width D of the visual tokens, that of the language model; the trainer fills it in.
+        scorer_size (`int`): width of the scoring MLP, a multiple of 4; that of the tokens in the official code.
+        temperature (`float`): of the relaxed choice that the scores learn from; 1 in the official code.
+        ratio_weight (`float`): weight of the loss that pulls the mean keep-probability to the share kept, 2 in the
+            official code. There it sets how many tokens are kept. Here K is exact without it, so it is off: it would
+            only make the scores readable as probabilities.
+    """
+
+    hidden_size: int = 4096
+    scorer_size: int = 256
+    temperature: float = 1.0
+    ratio_weight: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("hidden_size", self.hidden_size, 1)
+        check_range("scorer_size", self.scorer_size, 4)
+        check_range("temperature", self.temperature, 0, left_open=True, off="1.0 is usual.")
+        check_range("ratio_weight", self.ratio_weight, 0, off="Use 0.0 to turn the ratio loss off.")
+        if self.scorer_size % 4:
+            raise ValueError(
+                f"`scorer_size` must be a multiple of 4, got {self.scorer_size!r}: its layers halve it twice."
+            )
+
+
+@register_pruner("dynamicvit")
+class DynamicViT(Pruner):
+    """Keeps the tokens of the highest learnt scores, drawn by Gumbel top-K while it trains.
+
+    DynamicViT (arXiv 2106.02034): an MLP scores each token from half of its own hidden features and the mean of the
+    other half over the image. Training draws the K tokens, by Gumbel noise on the scores from `tokens.generator`;
+    evaluation keeps the K best.
+
+    Where we part from the official code:
+
+    - It only masks tokens while it trains, and decides on each by itself. Here the others are really dropped, and
+      exactly K stay: the highest of scores plus noise, which draws K without replacement in proportion to exp(score).
+    - What is dropped has no gradient. Kept tokens go on unchanged and take the straight-through gradient of a gate:
+      1 in the value, sigmoid((score + noise - threshold) / temperature) in the derivative, with the threshold in the
+      middle between the last token kept and the first one dropped. A closed gate stands for the image's mean token,
+      not for zero: language models norm their tokens, which makes a gate to zero almost without effect.
+    - The visual tokens are scored without gradients. The gate's gradient is an estimate that serves the scores; the
+      projector serves a model that is deployed without them.
+    - One stage, in front of the language model; `scorer_size` in place of the width of the tokens; no distillation
+      losses, which slow steps are for; the ratio loss is off, see [`DynamicViTSettings`].
+
+    Inputs: features. Cost: O(N D s + N s^2) for a scorer of width s, and a sort.
+    """
+
+    config_class = DynamicViTSettings
+    deterministic = False
+
+    def __init__(self, config: DynamicViTSettings):
+        super().__init__(config)
+        width = config.scorer_size
+        self.embed = Float32Linear(config.hidden_size, width)
+        self.score = nn.Sequential(
+            Float32Linear(width, width // 2),
+            nn.GELU(),
+            Float32Linear(width // 2, width // 4),
+            nn.GELU(),
+            Float32Linear(width // 4, 1, bias=False),  # no choice depends on it
+        )
+
+    def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
+        check_width(tokens.features, self.config.hidden_size)
+        with torch.autocast(tokens.features.device.type, enabled=False):
+            scores = self.scores(tokens)
+            noisy = scores + gumbel_like(scores, tokens.generator) if self.training else scores
+            if tokens.valid is not None:
+                noisy = noisy.masked_fill(~tokens.valid, float("-inf"))
+            ranked = noisy.sort(dim=1, descending=True, stable=True)
+            kept = take(tokens, ranked.indices[:, : max(lengths)], lengths)
+            if self.training:
+                threshold = thresholds(ranked.values, lengths, tokens.lengths)
+                gates = ((noisy.gather(1, kept.positions) - threshold) / self.config.temperature).sigmoid()
+                kept.features = gated(kept.features, gates, masked_mean(tokens.features, tokens))
+                self.auxiliary_loss = self.ratio_loss(scores, tokens, lengths)
+        return kept
+
+    def scores(self, tokens: VisualTokens) -> torch.Tensor:
+        """The score of each token, `(B, N)`."""
+        rows = F.layer_norm(tokens.features.detach().float(), tokens.features.shape[-1:])
+        own, whole = F.gelu(self.embed(rows)).chunk(2, dim=-1)
+        whole = masked_mean(whole, tokens)[:, None].expand_as(own)
+        return self.score(torch.cat([own, whole], dim=-1))[..., 0]
+
+    def ratio_loss(self, scores: torch.Tensor, tokens: VisualTokens, lengths: list[int]) -> torch.Tensor | None:
+        """Squared distance of the mean keep-probability from the share kept, mean over images, weighted; or None."""
+        if not self.config.ratio_weight:
+            return None
+        share = torch.tensor([k / n for k, n in zip(lengths, tokens.lengths, strict=True)])
+        share = share.to(scores.device, non_blocking=True)
+        probability = masked_mean(scores.sigmoid()[..., None], tokens)[:, 0]
+        return self.config.ratio_weight * (probability - share).square().mean()
+
+
+def masked_mean(rows: torch.Tensor, tokens: VisualTokens) -> torch.Tensor:
+    """Mean of `rows` `(B, N, D)` over the real tokens of each image, `(B, D)`, in float32."""
+    rows = rows.float()
+    if tokens.valid is not None:
+        rows = rows.masked_fill(~tokens.valid[..., None], 0)
+    counts = torch.tensor(tokens.lengths).to(rows.device, non_blocking=True)
+    return rows.sum(1) / counts.clamp(min=1)[:, None]
+
+
+def gumbel_like(scores: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Standard Gumbel noise of the shape of `scores`."""
+    draws = torch.empty_like(scores).exponential_(generator=generator)
+    return -draws.clamp(min=torch.finfo(draws.dtype).tiny).log()
+
+
+def thresholds(ranked: torch.Tensor, lengths: list[int], counts: list[int]) -> torch.Tensor:
+    """The middle between the last score kept and the first one dropped, `(B, 1)`, of descending ones `(B, N)`.
+
+    Where an image keeps all its tokens, the last one's score.
+    """
+    around = [[k - 1, min(k, n - 1)] for k, n in zip(lengths, counts, strict=True)]
+    return ranked.gather(1, torch.tensor(around).to(ranked.device, non_blocking=True)).mean(1, keepdim=True)
+
+
+def gated(features: torch.Tensor, gates: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """`features` `(B, K, D)` as they are, with the gradient of gates `(B, K)` between them and the mean `(B, D)`."""
+    beyond = (features.float() - mean[:, None]).detach()
+    return (features.float() + (gates - gates.detach())[..., None] * beyond).to(features.dtype)

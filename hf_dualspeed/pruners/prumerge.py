@@ -1,0 +1,108 @@
+"""LLaVA-PruMerge: outliers of attention, spatial samples, and what lies near them (arXiv 2403.15388)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..arguments import check_range
+from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, highest, kept_mask, register_pruner, rows_at
+from .merging import first, on_device, patches, real_tokens
+
+WHISKER = 1.5  # interquartile ranges above the third quartile, beyond which a value is an outlier
+
+
+@dataclass
+class PruMergeConfig(PrunerConfig):
+    """Settings of `prumerge`.
+
+    Args:
+        neighbours (`int`): how many of the image's other tokens each kept one absorbs; 0 absorbs none.
+    """
+
+    neighbours: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("neighbours", self.neighbours, 0, off="Use 0 to select without merging.")
+        if not isinstance(self.neighbours, int):
+            raise ValueError(f"`neighbours` must be a whole number, got {self.neighbours!r}.")
+
+
+@register_pruner("prumerge")
+class PruMergePruner(Pruner):
+    """Keeps the outliers of attention and evenly spaced tokens, and adds to each what has similar keys.
+
+    Kept are the tokens whose attention lies more than 1.5 interquartile ranges above the third quartile, as many
+    evenly spaced ones as are missing to the budget (the spatial samples of PruMerge+), and, where those are outliers
+    already, the most attended of the others; with more outliers than the budget, the most attended of them. Each kept
+    token absorbs the tokens with the most similar keys (cosine; other kept ones may be among them), weighted by their
+    attention, itself by 1. Cost: the (K, N) similarities, sorted, one product of (K, N) with the features, and the
+    attention of `cls_attention`.
+
+    The original keeps as many tokens as there are outliers, PruMerge+ a multiple of that; here the budget is exact. The
+    official code sums without dividing by the weights, so that norms grow, and appends a token that sums up all
+    the pruned ones; here each token is a weighted mean, and there is no such token. Attention and keys are those of the
+    penultimate layer, not the last one's. Tokens that no patch made (newlines) are kept last and take no part.
+    """
+
+    config_class = PruMergeConfig
+    needs = frozenset({"attention", "keys"})
+    merges = True
+
+    def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
+        device = tokens.features.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            positions = first(chosen(tokens, lengths), max(lengths))
+            weights = absorbed(tokens, positions, self.config.neighbours)
+
+        def merge(features: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device.type, enabled=False):
+                sums = rows_at(features, positions).float() + weights @ features.float()
+                return (sums / (1 + weights.sum(-1, keepdim=True))).to(features.dtype)
+
+        return PrunedTokens(merge(tokens.features), positions, kept_mask(lengths, device), lengths, merge)
+
+
+def chosen(tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
+    """`(B, N)`, True on the `lengths[b]` tokens that are kept of image b."""
+    count = tokens.features.shape[1]
+    patch = patches(tokens)
+    attention = tokens.attention.float()
+    by_attention = highest(attention.masked_fill(~patch, float("-inf")), real_tokens(tokens), count)
+    outlier = patch & (attention > upper_fence(attention, patch))
+    spatial = spaced(patch, (on_device(lengths, tokens) - outlier.sum(1, keepdim=True)).clamp(min=0), max(lengths))
+    tier = torch.where(outlier, 2, spatial.long()).gather(1, by_attention)
+    order = by_attention.gather(1, tier.sort(dim=1, descending=True, stable=True).indices)
+    return order.argsort(dim=1) < on_device(lengths, tokens)
+
+
+def upper_fence(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Above which a value of the row is an outlier, `(B, 1)`; NaN where no value is valid."""
+    values = values.masked_fill(~valid, float("nan"))
+    low, high = (torch.nanquantile(values, q, dim=1, keepdim=True) for q in (0.25, 0.75))
+    return high + WHISKER * (high - low)
+
+
+def spaced(valid: torch.Tensor, wanted: torch.Tensor, most: int) -> torch.Tensor:
+    """`(B, N)`, True on `wanted` `(B, 1)`, at most `most`, evenly spaced ones of the valid tokens."""
+    count = valid.shape[1]
+    slot = torch.arange(most, device=valid.device)
+    place = (2 * slot + 1) * valid.sum(1, keepdim=True) // (2 * wanted.clamp(min=1))
+    there = first(valid, count).gather(1, place.clamp(max=count - 1))
+    mask = F.pad(torch.zeros_like(valid), (0, 1)).scatter(1, torch.where(slot < wanted, there, count), True)
+    return mask[:, :count] & valid
+
+
+def absorbed(tokens: VisualTokens, positions: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """Weights with which each of the `(B, K)` positions absorbs the tokens, `(B, K, N)`; itself by 0."""
+    patch = patches(tokens)
+    keys = F.normalize(tokens.keys.float(), dim=-1)
+    similarity = rows_at(keys, positions) @ keys.mT
+    similarity = similarity.masked_fill(~patch[:, None], float("-inf")).scatter(2, positions[..., None], float("-inf"))
+    order = similarity.sort(dim=2, descending=True, stable=True).indices[..., :neighbours]
+    near = torch.zeros_like(similarity).scatter(2, order, 1.0)
+    near = near.masked_fill(similarity.isneginf() | ~patch.gather(1, positions)[..., None], 0)
+    return near * tokens.attention.float().masked_fill(~patch, 0)[:, None]

@@ -1,0 +1,62 @@
+"""ToMe: the most similar tokens become one (arXiv 2210.09461)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .base import VisualTokens, highest, register_pruner
+from .grid import pool
+from .merging import ClusteringPruner, nearest, on_device, real_tokens, slots
+
+
+@register_pruner("tome")
+class ToMePruner(ClusteringPruner):
+    """Merges the most similar tokens, by rounds of bipartite soft matching.
+
+    In each round the tokens are split alternately into A and B, each of A names its most similar one of B (cosine),
+    and the r pairs that are most similar are merged into their mean, weighted by how many tokens each one stands for.
+    r is what is left to remove, but at most half of the tokens, so 90% take four rounds. A merged token lies where the
+    one of B lies. Cost: one (N/2, N/2) product in the first round, a quarter of that or less in each next one.
+
+    The paper merges a few tokens in every layer of the vision tower, by its keys. Here the tower runs untouched and
+    its projected tokens are merged behind it: all models have them, and the mean of a cluster, unlike keys of single
+    patches, says what the merged token is. The official code puts the unmerged tokens of A in front of B for the next
+    round; here tokens stay in their source order, so that the alternate ones are neighbours in the image.
+    """
+
+    def homes(self, tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
+        batch, count = tokens.features.shape[:2]
+        features = tokens.features.detach().float()
+        index = torch.arange(count, device=features.device).expand(batch, -1)
+        home, left = torch.where(real_tokens(tokens), index, count), list(tokens.lengths)
+        while left != lengths:
+            removed = [min(n - keep, n // 2) for n, keep in zip(left, lengths, strict=True)]
+            parent = parents(features, home, on_device(left, tokens), on_device(removed, tokens), max(left))
+            home = parent.gather(1, home)
+            left = [n - r for n, r in zip(left, removed, strict=True)]
+        return home
+
+
+def parents(
+    features: torch.Tensor, home: torch.Tensor, left: torch.Tensor, removed: torch.Tensor, most: int
+) -> torch.Tensor:
+    """One round: the position that each kept one's token moves to, its own where it stays, `(B, N + 1)`.
+
+    Args:
+        features (`torch.Tensor` of shape `(B, N, D)`): in float32.
+        home (`torch.LongTensor` of shape `(B, N)`): where each token is by now.
+        left, removed (`torch.LongTensor` of shape `(B, 1)`): how many tokens there are, and how many go now.
+        most (`int`): the largest of `left`.
+    """
+    count = home.shape[1]
+    positions, cluster = slots(home, most)
+    units = F.normalize(pool(features, cluster, most), dim=-1)
+    there = torch.arange(most, device=home.device) < left
+    similarity, match = nearest(units[:, ::2], units[:, 1::2], there[:, 1::2])
+    rank = highest(similarity, there[:, ::2], most).argsort(dim=1)
+    source = torch.where(rank < removed, positions[:, ::2], count)
+    target = positions[:, 1::2].gather(1, match)
+    parent = torch.arange(count + 1, device=home.device).repeat(len(home), 1).scatter(1, source, target)
+    parent[:, count] = count  # where those that stay were written
+    return parent

@@ -1,0 +1,74 @@
+"""VisionZip: the most attended tokens, and a few that stand for the rest (arXiv 2412.04467)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..arguments import check_range
+from .base import PrunerConfig, VisualTokens, highest, register_pruner, rows_at
+from .merging import ClusteringPruner, nearest, on_device, patches, real_tokens
+
+
+@dataclass
+class VisionZipConfig(PrunerConfig):
+    """Settings of `visionzip`.
+
+    Args:
+        contextual_ratio (`float`): fraction of the kept tokens that are contextual, rounded half up; the others are
+            dominant. The authors keep 54 + 10, 108 + 20 and 162 + 30 tokens.
+    """
+
+    contextual_ratio: float = 10 / 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("contextual_ratio", self.contextual_ratio, 0, 1, off="Use 0.0 to keep dominant tokens alone.")
+
+
+@register_pruner("visionzip")
+class VisionZipPruner(ClusteringPruner):
+    """Keeps the most attended tokens and merges the rest into a few contextual ones by key similarity.
+
+    Dominant tokens receive the most attention in the vision tower's penultimate layer. Evenly spaced ones of the rest
+    are targets; each other token joins the target whose key, mean over heads, is most similar (cosine), and the target
+    becomes the mean of its tokens. Cost: one (N, C) product for C contextual tokens, and the attention of
+    `cls_attention`.
+
+    The official code adds the mean of the joining tokens to the target, whose norm grows; here it is the mean of all.
+    It counts targets off in whole steps, which leaves the end of the image without one where C does not divide the
+    rest; here they are spread over all of it. It also keeps [CLS], which most models have dropped by then. Tokens that
+    no patch made (newlines) have no key: they join nothing, and are targets only where there are too few others.
+    """
+
+    config_class = VisionZipConfig
+    needs = frozenset({"attention", "keys"})
+
+    def homes(self, tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
+        batch, count = tokens.features.shape[:2]
+        contextual = [math.floor(keep * self.config.contextual_ratio + 0.5) for keep in lengths]
+        most = max(contextual)
+        kept, aside = on_device(lengths, tokens), on_device(contextual, tokens)
+        index = torch.arange(count, device=kept.device).expand(batch, -1)
+
+        dominant = highest(tokens.attention, tokens.valid, count).argsort(dim=1) < kept - aside
+        home = torch.where(dominant, index, count)
+        if not most:
+            return home
+        slot = torch.arange(most, device=kept.device).expand(batch, -1)
+        rest = real_tokens(tokens) & ~dominant
+        comparable = rest & patches(tokens)
+        in_line = (comparable.byte() + rest.byte()).sort(dim=1, descending=True, stable=True).indices
+        spread = torch.maximum(comparable.sum(1, keepdim=True), aside)
+        place = torch.where(slot < aside, slot * spread // aside.clamp(min=1), 0)
+        targets = in_line.gather(1, place)
+
+        keys = F.normalize(tokens.keys.float(), dim=-1)
+        _, joined = nearest(keys, rows_at(keys, targets), slot < aside)
+        # An image without contextual tokens drops the rest.
+        home = torch.where(comparable & (aside > 0), targets.gather(1, joined), home)
+        own = F.pad(home, (0, 1)).scatter(1, torch.where(slot < aside, targets, count), targets)
+        return own[:, :count]
