@@ -210,7 +210,7 @@ LAYERS = [
         "recipe_arguments",
         "results",
     },
-    {"families", "protocol", "layout", "instructions", "encoding", "packing", "fast_pass", "mode_pass"},
+    {"families", "protocol", "layout", "instructions", "encoding", "packing", "fast_pass", "batch_parts", "mode_pass"},
     {"trainer", "sft", "conformance"},
     {"recipe", "compare", "compare_report", "bench", "bench_report", "assemble", "check", "cli", "__init__"},
 ]
