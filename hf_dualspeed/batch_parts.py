@@ -7,6 +7,7 @@ backward takes them on to the encoder. Shapes: B batch, S sequence, T tokens of 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import accumulate
@@ -94,21 +95,33 @@ def joined(encoding: VisualEncoding, leaves: VisualEncoding) -> VisualEncoding:
 
 
 def tensors_of(encoding: VisualEncoding) -> list[torch.Tensor]:
-    """All encoded rows, each `(T, D')`, in the order of [`each_tensor`]."""
-    return [encoding.features, *(level for levels in encoding.companions.values() for level in levels)]
+    """All that was encoded, in the order of [`each_tensor`]."""
+    levels = [level for levels in encoding.companions.values() for level in levels]
+    return [encoding.features, *levels, *shared(encoding).values()]
 
 
 def each_tensor(encoding: VisualEncoding, change: Callable[[torch.Tensor], torch.Tensor]) -> VisualEncoding:
-    """An encoding with its encoded rows changed."""
-    features = change(encoding.features)
+    """An encoding with all that was encoded changed."""
+    features, output = change(encoding.features), copy.copy(encoding.output)
     companions = {name: [change(level) for level in levels] for name, levels in encoding.companions.items()}
-    return replace(encoding, features=features, companions=companions)
+    for name, tensor in shared(encoding).items():
+        setattr(output, name, change(tensor))
+    return replace(encoding, features=features, companions=companions, output=output)
+
+
+def shared(encoding: VisualEncoding) -> dict[str, torch.Tensor]:
+    """What else of the encoder's output has gradients, such as Ovis2's marks around images; it has no row per token."""
+    rows = {encoding.family.field, *encoding.companions}
+    fields = {name: value for name, value in encoding.output.items() if name not in rows}
+    return {name: value for name, value in fields.items() if isinstance(value, torch.Tensor) and value.requires_grad}
 
 
 def units(encoding: VisualEncoding, first: int, last: int) -> VisualEncoding:
     """Units `first` to `last` (excluded) of an encoding."""
     places = list(accumulate(encoding.lengths, initial=0))
-    cut = each_tensor(encoding, lambda rows: rows[places[first] : places[last]])
+    rows = slice(places[first], places[last])
+    companions = {name: [level[rows] for level in levels] for name, levels in encoding.companions.items()}
+    cut = replace(encoding, features=encoding.features[rows], companions=companions)
     for name in ("lengths", "grids", "attention", "keys", "text", "text_valid"):
         values = getattr(cut, name)
         setattr(cut, name, None if values is None else values[first:last])
