@@ -209,7 +209,17 @@ LAYERS = [
         "recipe_arguments",
         "results",
     },
-    {"families", "protocol", "layout", "instructions", "encoding", "packing", "fast_pass", "mode_pass"},
+    {
+        "families",
+        "protocol",
+        "layout",
+        "instructions",
+        "encoding",
+        "packing",
+        "layer_pass",
+        "fast_pass",
+        "mode_pass",
+    },
     {"trainer", "sft", "conformance"},
     {"recipe", "compare", "compare_report", "bench", "bench_report", "assemble", "check", "cli", "__init__"},
 ]
