@@ -213,6 +213,14 @@ def test_merging_is_in_float32_under_autocast(name):
 
 
 @pytest.mark.parametrize("name", MERGING)
+def test_means_of_low_precision_features_are_rounded_once(name):
+    batch = tokens((12, 12), dtype=torch.bfloat16)
+    low = pruner(name, 0.95)(batch)
+    batch.features = batch.features.float()
+    assert torch.equal(low.features, pruner(name, 0.95)(batch).features.bfloat16())
+
+
+@pytest.mark.parametrize("name", MERGING)
 @pytest.mark.parametrize("fault", ["newlines", "no keys", "no attention", "no patch at all", "equal keys"])
 def test_tokens_without_attention_or_keys_do_no_harm(name, fault):
     batch = tokens((6, 7), (3, 3), (1, 5))
