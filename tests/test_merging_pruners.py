@@ -166,7 +166,7 @@ def test_prumerge_meets_more_and_fewer_outliers_than_the_budget():
     assert pruner("prumerge", 0.91)(batch).positions[0].tolist() == [12, 37, 40, 41, 62, 77, 87, 98, 99]
 
 
-def test_visionzip_splits_the_budget_as_its_authors_do():
+def test_visionzip_splits_every_budget_like_54_and_10():
     batch = tokens((24, 24))
     for keep, dominant in ((64, 54), (128, 108), (192, 162)):
         out = pruner("visionzip", 1 - keep / 576)(batch)

@@ -19,7 +19,7 @@ class VisionZipConfig(PrunerConfig):
 
     Args:
         contextual_ratio (`float`): fraction of the kept tokens that are contextual, rounded half up; the others are
-            dominant. The authors keep 54 + 10, 108 + 20 and 162 + 30 tokens.
+            dominant. The official example keeps 54 + 10.
     """
 
     contextual_ratio: float = 10 / 64
