@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from dataclasses import dataclass, field
@@ -27,7 +28,11 @@ class DualSpeedArguments:
 
     pruner: str = field(
         default="divprune",
-        metadata={"help": "Name of a registered pruner, or a folder that holds a pruner_config.json."},
+        metadata={"help": "Name of a registered pruner, a folder that holds a pruner_config.json, or a Hub repo."},
+    )
+    pruner_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of the pruner's Hub repo; a commit never changes."},
     )
     pruning_ratio: float = field(
         default=Default(0.9),
@@ -79,6 +84,13 @@ class DualSpeedArguments:
             "help": "'clip': the tokens of a video are pruned as one; 'frame': those of each frame by themselves."
         },
     )
+    slow_mode_splits: str = field(
+        default="1",
+        metadata={
+            "help": "Slow steps run each batch in so many parts and accumulate gradients, so that a batch sized for "
+            "fast steps fits; 'auto': in parts about as large as a fast step's batch."
+        },
+    )
     fast_mode_checkpointing: bool = field(
         default=False,
         metadata={
@@ -92,6 +104,13 @@ class DualSpeedArguments:
     )
     slow_only_parameters: list[str] = field(
         default_factory=list, metadata={"help": "Glob patterns of parameters that only slow steps update."}
+    )
+    speedup_rounds: int = field(
+        default=3,
+        metadata={
+            "help": "Rounds in which the speed-up over plain full-token steps is measured after training, for the "
+            "model card; skipped where fewer than ten optimizer steps per round were run. 0 turns it off."
+        },
     )
     # Vision-language batches are made by the collator from columns that the model's forward does not name.
     remove_unused_columns: bool = field(
@@ -107,6 +126,9 @@ class DualSpeedArguments:
         check_range("isolator_length", self.isolator_length, 0, off="Use 0 to train without an isolator.")
         check_range("distillation_weight", self.distillation_weight, 0, off="Use 0.0 to turn distillation off.")
         check_range("distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual.")
+        check_range("speedup_rounds", self.speedup_rounds, 0, off="Use 0 not to measure the speed-up.")
+        if self.slow_mode_splits != "auto":
+            self.slow_mode_splits = as_count("slow_mode_splits", self.slow_mode_splits, "or 'auto'")
         check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
         check_choice("position_ids", self.position_ids, POSITION_IDS)
         check_choice("video_budget", self.video_budget, VIDEO_BUDGETS)
@@ -115,6 +137,20 @@ class DualSpeedArguments:
             # batch of B samples holds another number of images.
             self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
+
+    def __getstate__(self) -> dict:
+        """Without the Hub's token: the Trainer pickles its arguments beside the model, which is then published."""
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self):
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)  # a copy in memory keeps the token
+        return copied
+
+    def __deepcopy__(self, memo: dict):
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 @dataclass
@@ -145,6 +181,21 @@ def check_range(
     upper = "inf)" if high is None else f"{high}{')' if right_open else ']'}"
     allowed = f"{'(' if left_open else '['}{low}, {upper}"
     raise ValueError(f"`{name}` must be in {allowed}, got {value!r}. {off}".strip())
+
+
+def as_count(name: str, value: int | str, otherwise: str = "") -> int:
+    """A whole number of at least 1, perhaps as a word of the command line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        count = int(value) if isinstance(value, str) else value
+    except ValueError:
+        count = None
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1 {otherwise}, got {value!r}.")
+    return count
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:

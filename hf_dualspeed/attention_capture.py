@@ -1,4 +1,4 @@
-"""Attention that visual tokens receive in the vision tower, under any attention implementation.
+"""Attention that visual tokens receive, in the vision tower or the language model, under any implementation.
 
 SDPA and FlashAttention return no attention maps, so the queries and keys that one layer hands to its attention
 function, behind norms and rotary positions, are kept and only the needed mean is computed from them. Shapes: U images
@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from threading import Lock
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -44,6 +45,24 @@ class Call:
             yield Call(query, key, None, self.scaling, None)
 
 
+class Listener(Protocol):
+    """Who is told of calls of attention functions; see [`listening`]."""
+
+    def listens_to(self, module: nn.Module) -> bool:
+        """Whether the calls of this attention layer are wanted."""
+
+    def hear(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        rest: tuple,
+        options: dict,
+    ) -> None:
+        """A call: `query` `(B, H, S, d)`, `key` `(B, H', S, d)`, and what else the attention function is given."""
+
+
 class AttentionCapture:
     """The calls of one attention layer's attention function, filled while the tower runs."""
 
@@ -54,7 +73,10 @@ class AttentionCapture:
         self.calls: list[Call] = []
         self.obstacle: str | None = None
 
-    def hear(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, rest: tuple, options: dict):
+    def listens_to(self, module: nn.Module) -> bool:
+        return module is self.layer
+
+    def hear(self, module, query, key, mask, rest: tuple, options: dict) -> None:
         """Keeps a call, or what stands in the way of knowing its attention."""
         self.obstacle = self.obstacle or obstacle_of(self.layer, query, key, mask, rest, options)
         if self.obstacle is None:
@@ -107,46 +129,53 @@ def obstacle_of(layer: nn.Module, query, key, mask, rest: tuple, options: dict) 
     return None
 
 
-_capture: ContextVar[AttentionCapture | None] = ContextVar("capture", default=None)
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 _lock, _open = Lock(), 0
 _lookup = AttentionInterface.get_interface
 
 
 @wraps(_lookup)
 def _heard_lookup(self, attn_implementation: str, default: Callable) -> Callable:
-    function, capture = _lookup(self, attn_implementation, default), _capture.get()
-    if capture is None:
+    function, listener = _lookup(self, attn_implementation, default), _listener.get()
+    if listener is None:
         return function
 
     @wraps(function)
     def heard(module, query, key, value, attention_mask=None, *rest, **options):
-        if module is capture.layer:
-            capture.hear(query, key, attention_mask, rest, options)
+        if listener.listens_to(module):
+            listener.hear(module, query, key, attention_mask, rest, options)
         return function(module, query, key, value, attention_mask, *rest, **options)
 
     return heard
 
 
 @contextmanager
-def capture_attention(tower: nn.Module) -> Iterator[AttentionCapture]:
-    """Catches queries and keys of [`penultimate_layer`] while the body runs the tower in this thread.
+def listening(listener: Listener) -> Iterator[None]:
+    """Tells `listener` of the calls of attention functions while the body runs, in this thread.
 
-    Layers look their attention function up at each call; while any thread captures, that lookup is replaced.
+    Layers look their attention function up at each call; while any thread listens, that lookup is replaced.
     """
     global _open
-    capture = AttentionCapture(tower)
     with _lock:
         _open += 1
         AttentionInterface.get_interface = _heard_lookup
-    token = _capture.set(capture)
+    token = _listener.set(listener)
     try:
-        yield capture
+        yield
     finally:
-        _capture.reset(token)
+        _listener.reset(token)
         with _lock:
             _open -= 1
             if not _open:
                 AttentionInterface.get_interface = _lookup
+
+
+@contextmanager
+def capture_attention(tower: nn.Module) -> Iterator[AttentionCapture]:
+    """Catches queries and keys of [`penultimate_layer`] while the body runs the tower in this thread."""
+    capture = AttentionCapture(tower)
+    with listening(capture):
+        yield capture
 
 
 def attention_layers(tower: nn.Module) -> list[nn.Module]:
@@ -204,3 +233,69 @@ def column_mean(call: Call) -> torch.Tensor:
 def seen(mask: torch.Tensor) -> torch.Tensor:
     """Whether a mask, of booleans or to be added, lets a query see a key."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+# --- single queries of a causal language model --------------------------------------------------------------------
+
+# What changes the weights and can't be told from outside.
+OPAQUE = ("s_aux", "position_bias", "cache")
+
+
+def query_obstacle(query: torch.Tensor, key: torch.Tensor, mask, rest: tuple, options: dict) -> str | None:
+    """Why [`attention_of`] can't tell a call's weights; None where it can."""
+    if query.dim() != 4 or query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
+        return f"attends with queries of shape {tuple(query.shape)} to keys of shape {tuple(key.shape)}"
+    unknown = [name for name in OPAQUE if options.get(name) is not None]
+    if unknown or rest:
+        return f"takes {unknown or 'unnamed arguments'}"
+    length = query.shape[2]
+    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else ()
+    known = mask is None or (len(shape) == 4 and shape[2:] == (length, length)) or shape == (len(query), length)
+    return None if known else f"takes a mask of type {type(mask).__name__} and shape {shape}"
+
+
+@torch.no_grad()
+def attention_of(
+    layer: nn.Module,
+    places: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: dict,
+) -> torch.Tensor:
+    """Attention that the queries at `places` `(B, M)` pay to all keys, mean over heads, in float32, `(B, M, S)`.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, S, d)`), key (`torch.Tensor` of shape `(B, H', S, d)`): heads in groups
+            share a key.
+        mask (`torch.Tensor`, *optional*): `(B, 1, S, S)`, of booleans or to be added, or `(B, S)` of what is no
+            padding, as FlashAttention takes it.
+    """
+    batch, heads, length, width = query.shape
+    scaling, softcap = options.get("scaling"), options.get("softcap")
+    scaling = width**-0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        asked = query.gather(2, places[:, None, :, None].expand(-1, heads, -1, width)).float()
+        asked = asked.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+        scores = (asked @ key.float().mT * scaling).view(batch, heads, -1, length)
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
+        allowed = rows_of_mask(layer, places, length, mask, options)
+        scores = scores.masked_fill(~allowed, float("-inf")) if allowed.dtype == torch.bool else scores + allowed
+        return scores.softmax(-1).mean(1)
+
+
+def rows_of_mask(
+    layer: nn.Module, places: torch.Tensor, length: int, mask: torch.Tensor | None, options: dict
+) -> torch.Tensor:
+    """What the queries at `places` `(B, M)` may see: `(B, 1, M, S)`, of booleans or to be added."""
+    if mask is not None and mask.dim() == 4:
+        mask = mask.expand(len(places), -1, -1, -1)
+        return mask.gather(2, places[:, None, :, None].expand(-1, mask.shape[1], -1, length))
+    causal, window = options.get("is_causal"), options.get("sliding_window")
+    causal = getattr(layer, "is_causal", True) if causal is None else causal
+    keys, places = torch.arange(length, device=places.device), places[:, None, :, None]
+    allowed = keys <= places if causal else torch.ones_like(keys <= places)
+    if window is not None:
+        allowed = allowed & (keys > places - window)
+    return allowed if mask is None else allowed & mask[:, None, None].bool()

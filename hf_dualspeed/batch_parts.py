@@ -16,8 +16,11 @@ import torch
 from torch import nn
 
 from .encoding import VisualEncoding
+from .families import family_of
 from .fast_pass import absent_inputs, full_positions, mask_of
 from .instructions import unit_places
+from .packing import Packing
+from .protocol import modalities_in, unwrap
 
 
 class BatchParts:
@@ -52,7 +55,9 @@ class BatchParts:
         if index == self.count - 1:
             pairs = zip(self._encodings, self._leaves, strict=True)
             encodings = [joined(encoding, leaves) for encoding, leaves in pairs]
-            self.ends = [tensor for encoding in encodings for tensor in tensors_of(encoding)]
+            ends = zip(map(tensors_of, encodings), map(tensors_of, self._leaves), strict=True)
+            # What no part has used gets no gradient, not even a zero, which would let its weights decay.
+            self.ends = [end for pair in ends for end, own in zip(*pair, strict=True) if own.grad is not None]
         own = []
         for encoding, rows in zip(encodings, self._rows, strict=True):
             first, last = (sum(row < bound for row in rows) for bound in (begin, end))
@@ -62,6 +67,14 @@ class BatchParts:
     def _rows_between(self, value: object, begin: int, end: int) -> object:
         by_row = isinstance(value, torch.Tensor) and value.shape[-2:] == self._inputs["attention_mask"].shape
         return value[..., begin:end, :] if by_row else value
+
+
+def can_be_split(model: nn.Module, inputs: Mapping) -> bool:
+    """Whether a batch can be taken in parts: not where its rows are packed, or `forward` is left to encode itself."""
+    config = unwrap(model).config
+    return Packing.of(model, inputs) is None and not any(
+        family_of(config, modality).whole for modality in modalities_in(inputs)
+    )
 
 
 class WithGradientsOf(torch.autograd.Function):

@@ -17,22 +17,32 @@ class ModeClock(TrainerCallback, ExportableState):
     """Optimizer steps and their wall seconds by mode, which `mode_of` tells of the model; kept in the checkpoint.
 
     A step is timed from its first micro-batch to the end of the optimizer step; loading data, evaluating and saving
-    are not in it.
+    are in `total_seconds` alone. `visual_tokens` counts those of all images of the fast steps, and those kept, in
+    this process; the checkpoint holds `all_visual_tokens`, the sum over all processes, which the trainer sets.
     """
 
     def __init__(self, mode_of: Callable[[nn.Module], str] = lambda model: model.dualspeed.last_mode):
         self.mode_of = mode_of
-        self.steps = {FAST: 0, SLOW: 0}
-        self.seconds = {FAST: 0.0, SLOW: 0.0}
+        self._restore({})
         self._begun = 0.0
         self._logged = ({FAST: 0, SLOW: 0}, time.perf_counter())
+
+    def _restore(self, values: dict) -> None:
+        self.steps = dict(values.get("steps", {FAST: 0, SLOW: 0}))
+        self.seconds = dict(values.get("seconds", {FAST: 0.0, SLOW: 0.0}))
+        self.total_seconds = values.get("total_seconds", 0.0)
+        self.visual_tokens = dict(values.get("visual_tokens", {"full": 0, "kept": 0}))
+        self.all_visual_tokens = dict(self.visual_tokens)
+        self._seen: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         # The Trainer restores callbacks by building them anew, on request only; this one restores itself.
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        values = saved["attributes"] if saved else {"steps": {FAST: 0, SLOW: 0}, "seconds": {FAST: 0.0, SLOW: 0.0}}
-        self.steps, self.seconds = dict(values["steps"]), dict(values["seconds"])
-        self._logged = (dict(self.steps), time.perf_counter())
+        self._restore(saved["attributes"] if saved else {})
+        if not state.is_world_process_zero:  # one process goes on from the sum
+            self.visual_tokens = {"full": 0, "kept": 0}
+        self._seen = time.perf_counter()
+        self._logged = (dict(self.steps), self._seen)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._begun = time.perf_counter()
@@ -41,6 +51,22 @@ class ModeClock(TrainerCallback, ExportableState):
         mode = self.mode_of(model)
         self.steps[mode] += 1
         self.seconds[mode] += time.perf_counter() - self._begun
+        self.pass_time()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.pass_time()
+        self._seen = None
+
+    def pass_time(self) -> None:
+        """Brings `total_seconds` up to now, while training runs."""
+        if self._seen is not None:
+            now = time.perf_counter()
+            self.total_seconds, self._seen = self.total_seconds + now - self._seen, now
+
+    def count_visual_tokens(self, full: int, kept: int) -> None:
+        """Adds the visual tokens of a fast pass, before and after pruning."""
+        self.visual_tokens["full"] += full
+        self.visual_tokens["kept"] += kept
 
     def window(self) -> dict:
         """Steps by mode and steps per second since the last call."""
@@ -51,7 +77,9 @@ class ModeClock(TrainerCallback, ExportableState):
         return {**new, "steps_per_second": round(sum(new.values()) / max(now - since, 1e-9), 3)}
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"steps": self.steps, "seconds": self.seconds}}
+        self.pass_time()
+        values = {"steps": self.steps, "seconds": self.seconds, "total_seconds": self.total_seconds}
+        return {"args": {}, "attributes": {**values, "visual_tokens": self.all_visual_tokens}}
 
 
 class ModeLosses(TrainerCallback):

@@ -16,9 +16,10 @@ from torch import nn
 from .arguments import POSITION_IDS, VIDEO_BUDGETS, check_choice
 from .encoding import VisualEncoding, encode
 from .isolator import ModeIsolator
+from .layer_pass import LayerPass, check_layers
 from .packing import Packing, one_sample
 from .protocol import RAW_KEYS, check_positions, check_protocol, encoder_owner, raw_keys, unwrap, visual_token_ids
-from .pruners import PrunedTokens, Pruner
+from .pruners import PrunedTokens, Pruner, VisualTokens
 from .shortening import FILL, Shortening, plan_shortening
 
 
@@ -36,7 +37,7 @@ def prune_inputs(
     Args:
         model (`nn.Module`): a vision-language model of transformers, PEFT-wrapped or not.
         inputs (`Mapping`): what its processor or collator gives, labels included or not.
-        pruner (`Pruner`): keeps K tokens of each image.
+        pruner (`Pruner`): keeps K tokens of each image, in front of the language model.
         isolator (`ModeIsolator`, *optional*): l learnt tokens in front of each image's kept tokens.
         position_ids (`str`): "original": each kept token keeps its place, the isolator takes its image's first;
             "compact": the shortened sequence is renumbered 0, 1, ... (on all three axes for M-RoPE).
@@ -50,7 +51,8 @@ def prune_inputs(
         from its cache, prune with `position_ids="compact"`, for transformers numbers what follows by counting.
 
     Raises:
-        ValueError: the model does not speak the protocol, or features and placeholders differ in number.
+        ValueError: the model does not speak the protocol, features and placeholders differ in number, or the pruner
+            drops tokens inside the language model.
     """
     check_options(model, position_ids, video_budget)
     check_inputs(inputs)
@@ -69,23 +71,42 @@ def prune_visual_tokens(
 ) -> Iterator[nn.Module]:
     """[`prune_inputs`] as a context: `model(**inputs)` runs pruned inside it.
 
-    `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))` and
-    raises inside this context.
+    Pruners that drop tokens inside the language model work here too, without a cache; the logits have the full length
+    then. `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))`
+    and raises inside this context.
     """
     check_options(model, position_ids, video_budget)
+    check_pruner(model, pruner)
+    layer_passes: list[LayerPass] = []
 
     def shorten(module, args, kwargs):
         if args:
             raise ValueError("Inside `prune_visual_tokens` call the model with keyword arguments: model(**inputs).")
         if kwargs.get("mm_encoder_outputs") is not None or kwargs.get("past_key_values") is not None:
             raise ValueError("`prune_visual_tokens` covers forward. Use model.generate(**prune_inputs(model, ...)).")
-        return (), prune_inputs(model, kwargs, pruner, isolator, position_ids, generator, video_budget)
+        if not pruner.in_language_model:
+            return (), prune_inputs(model, kwargs, pruner, isolator, position_ids, generator, video_budget)
+        check_inputs(kwargs)
+        encodings = encode(model, kwargs, pruner.needs, video_budget)
+        layer_passes.append(LayerPass(model, pruner))
+        short = shorten_inputs(model, kwargs, encodings, pruner, isolator, position_ids, generator, layer_passes[-1])
+        layer_passes[-1].open()
+        return (), {**short, "use_cache": False}
 
-    handle = model.register_forward_pre_hook(shorten, with_kwargs=True)
+    def close(*call):
+        while layer_passes:
+            layer_passes.pop().close()
+
+    handles = [
+        model.register_forward_pre_hook(shorten, with_kwargs=True),
+        model.register_forward_hook(close, always_call=True),
+    ]
     try:
         yield model
     finally:
-        handle.remove()
+        close()
+        for handle in handles:
+            handle.remove()
 
 
 def check_options(model: nn.Module, position_ids: str, video_budget: str) -> None:
@@ -94,6 +115,12 @@ def check_options(model: nn.Module, position_ids: str, video_budget: str) -> Non
     check_choice("video_budget", video_budget, VIDEO_BUDGETS)
     check_protocol(model)
     check_positions(model, position_ids)
+
+
+def check_pruner(model: nn.Module, pruner: Pruner) -> None:
+    """Raises a `ValueError` where the pruner drops tokens inside the language model and this one does not let it."""
+    if pruner.in_language_model:
+        check_layers(model, pruner)
 
 
 def check_inputs(inputs: Mapping) -> None:
@@ -117,8 +144,15 @@ def shorten_inputs(
     isolator: ModeIsolator | None,
     position_ids: str,
     generator: torch.Generator | None = None,
+    layer_pass: LayerPass | None = None,
 ) -> dict:
-    """[`prune_inputs`] after encoding."""
+    """[`prune_inputs`] after encoding. With a `layer_pass` all tokens stay, for it to drop later."""
+    if pruner.in_language_model and layer_pass is None:
+        raise ValueError(
+            f"The pruner {pruner.config.pruner_type!r} drops tokens inside the language model, so the inputs cannot be "
+            "shortened beforehand. Use `with prune_visual_tokens(model, pruner): model(**inputs)`, the trainer, or "
+            "another pruner, such as 'divprune'."
+        )
     if not encodings:
         return dict(inputs)
     prompt = isolator() if isolator is not None and isolator.length else None
@@ -131,6 +165,8 @@ def shorten_inputs(
     consumed = set().union(*(e.consumed for e in encodings))
     short = shorten_tensors(model, inputs, plan, consumed)
     short["position_ids"] = shortened_positions(model, inputs, mask, plan, position_ids, packing)
+    if layer_pass is not None:
+        layer_pass.locate(short, encodings, 0 if prompt is None else len(prompt), packing is not None)
     if packing is not None:
         short |= packing.shortened(plan, position_ids, inputs)
     elif prompt is not None:
@@ -161,7 +197,8 @@ def keep_tokens(
     encoding: VisualEncoding, pruner: Pruner, prompt: torch.Tensor | None, generator: torch.Generator | None
 ) -> Kept:
     """Prunes one modality and puts the isolator in front of each unit."""
-    pruned, length = pruner(encoding.tokens(generator)), 0 if prompt is None else len(prompt)
+    tokens, length = encoding.tokens(generator), 0 if prompt is None else len(prompt)
+    pruned = unpruned(tokens) if pruner.in_language_model else pruner(tokens)
     rows, repeats = kept_rows(pruned, encoding.lengths, length)
 
     def carried(level: torch.Tensor) -> torch.Tensor:
@@ -170,6 +207,14 @@ def keep_tokens(
     companions = {name: [carried(level) for level in levels] for name, levels in encoding.companions.items()}
     features = isolated(pruned.features, prompt).index_select(0, rows)
     return Kept(features, companions, [length + keep for keep in pruned.lengths], repeats, pruned.finite)
+
+
+def unpruned(tokens: VisualTokens) -> PrunedTokens:
+    """All tokens, as a pruner would return them."""
+    positions = torch.arange(tokens.features.shape[1], device=tokens.features.device)
+    positions = positions.expand(len(tokens.lengths), -1)
+    finite = tokens.features.detach().isfinite().all()
+    return PrunedTokens(tokens.features, positions, tokens.valid, tokens.lengths, finite=finite)
 
 
 def check_placeholders(model: nn.Module, encodings: list[VisualEncoding]) -> None:

@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .batch_parts import BatchParts
 from .data import require
-from .encoding import encode
+from .encoding import VisualEncoding, encode
 from .families import family_of
-from .fast_pass import check_inputs, shorten_inputs, whole_inputs
+from .fast_pass import check_inputs, check_pruner, shorten_inputs, whole_inputs
 from .isolator import ModeIsolator
+from .layer_pass import LayerPass
 from .model_roles import language_parts
 from .protocol import modalities_in, towers, unwrap
-from .pruners import Pruner
+from .pruners import PrunedTokens, Pruner
 from .schedule import FAST, SLOW
 
 NAME = "dualspeed"
@@ -37,7 +39,8 @@ class ModePass(nn.Module):
 
     After a call in a mode, `targets` `(M,)` holds the labels of the returned logits `(M, V)`, `teacher_logits`
     `(M, V)` those of the pruned view (slow mode with distillation; in training mode, dropout included, as the
-    paper's), `auxiliary_loss` what a learnt pruner adds in fast mode, and the output's `loss` a zero that touches the
+    paper's), `auxiliary_loss` what a learnt pruner adds in fast mode, `visual_tokens` how many there were before and
+    after pruning (fast mode; no wait for the device), and the output's `loss` a zero that touches the
     trainable parameters that this pass did not use, so that DDP finds each of them in every step.
     """
 
@@ -48,6 +51,8 @@ class ModePass(nn.Module):
         self.position_ids = position_ids
         self.video_budget = video_budget
         self.last_mode: str | None = None
+        self.visual_tokens = (0, 0)
+        self.fast_tokens = 0  # of the largest batch that a fast pass ran on, padding included
         self._handles: list = []
         self._adapters: dict[str, list[str]] = {}
         self._forget()
@@ -62,13 +67,15 @@ class ModePass(nn.Module):
         self.teacher_logits: torch.Tensor | None = None
         self.auxiliary_loss: torch.Tensor | None = None
         self._keep: torch.Tensor | None = None
+        self._layers: LayerPass | None = None
+        self._parts, self._part, self._batch = 1, 0, None
         self._seen: set[str] = set()
         self._model: weakref.ref | None = None  # a plain reference would make the model its own submodule
 
     def __getstate__(self) -> dict:
         """For copies and pickles, which are not in the middle of a pass."""
         passing = ("autocast", "mode", "distil", "generator", "targets", "teacher_logits", "auxiliary_loss")
-        passing += ("_keep", "_seen", "_model")
+        passing += ("_keep", "_layers", "_batch", "_seen", "_model")
         return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     def __setstate__(self, state: dict) -> None:
@@ -79,6 +86,7 @@ class ModePass(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         """Hangs this on `model`, in place of an earlier one."""
+        check_pruner(model, self.pruner)
         earlier = getattr(model, NAME, None)
         if isinstance(earlier, ModePass):
             earlier.detach()
@@ -94,6 +102,7 @@ class ModePass(nn.Module):
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
+            self.pruner.register_forward_hook(self._count),
         ]
 
     def detach(self) -> None:
@@ -122,15 +131,19 @@ class ModePass(nn.Module):
 
     # --- a pass ---------------------------------------------------------------------------------------------------
 
-    def begin(self, mode: str, distil: bool, generator: torch.Generator | None) -> None:
-        """The next calls of the model run in `mode`."""
+    def begin(self, mode: str, distil: bool, generator: torch.Generator | None, parts: int = 1) -> None:
+        """The next calls of the model run in `mode`; with several `parts`, each call runs the next part of a batch."""
         self.mode = self.last_mode = mode
+        self._parts, self._part, self._batch = parts, 0, None
+        self.visual_tokens = (0, 0)
         self.distil, self.generator = distil and mode == SLOW, generator
 
     def end(self) -> None:
         """The next calls of the model run as if this were not there. Only after backward, which may recompute."""
         self.mode = self.generator = self.targets = self.teacher_logits = self.auxiliary_loss = self._keep = None
+        self._batch = None
         self.pruner.auxiliary_loss = None  # and the graph behind it
+        self._close_layers()
         if self._model is not None:
             self._activate(self._model(), SLOW)
 
@@ -141,27 +154,59 @@ class ModePass(nn.Module):
         require(kwargs, "labels")
         self._model, self.teacher_logits = weakref.ref(model), None
         self.pruner.auxiliary_loss = None
+        self._close_layers()
         self._seen = modalities_in(kwargs)
         inputs = kwargs
-        if self.mode == FAST or self.distil:
-            with self.autocast():
-                encodings = encode(model, kwargs, self.pruner.needs, self.video_budget)
+        if self.mode == FAST or self.distil or self._parts > 1:
+            inputs, encodings = self._encode(model, kwargs)
         self._activate(model, FAST)
         if self.mode == FAST:
-            inputs = self._shorten(model, kwargs, encodings)
+            inputs = self._shorten(model, inputs, encodings)
             self.auxiliary_loss = self.pruner.auxiliary_loss
-        elif self.distil:
-            self.teacher_logits = self._teach(model, kwargs, encodings)
+            self.fast_tokens = max(self.fast_tokens, inputs["labels"].numel())
+        elif self.distil or self._parts > 1:
+            if self.distil:
+                self.teacher_logits = self._teach(model, inputs, encodings)
             # The student takes the images as they were encoded for the teacher, with gradients.
             with self.autocast():
-                inputs = whole_inputs(model, kwargs, encodings)
+                inputs = whole_inputs(model, inputs, encodings)
         self._activate(model, self.mode)
         inputs, shifted = self._supervise(inputs)
         self.targets = shifted[self._keep]
         return (), inputs
 
+    def _encode(self, model: nn.Module, inputs: dict) -> tuple[dict, list[VisualEncoding]]:
+        """A batch, or its next part, and what was encoded of it: for all parts at once, in front of the first."""
+        if self._batch is None:
+            needs = self.pruner.needs if self.mode == FAST or self.distil else frozenset()
+            with self.autocast():
+                encodings = encode(model, inputs, needs, self.video_budget)
+            if self._parts == 1:
+                return inputs, encodings
+            self._batch = BatchParts(model, inputs, encodings, self._parts)
+        self._part += 1
+        return self._batch[self._part - 1]
+
+    def _count(self, pruner: nn.Module, args: tuple, pruned: PrunedTokens) -> None:
+        """Adds up what the fast pass prunes, from lengths that lie on the host; what the teacher sees is not saved."""
+        if self.mode == FAST:
+            full, kept = self.visual_tokens
+            self.visual_tokens = (full + sum(args[0].lengths), kept + sum(pruned.lengths))
+
     def _shorten(self, model: nn.Module, inputs: dict, encodings: list) -> dict:
-        return shorten_inputs(model, inputs, encodings, self.pruner, self.isolator, self.position_ids, self.generator)
+        """Inputs of the pruned view. A pruner inside the language model then drops tokens until its layers close."""
+        layers = self._layers = LayerPass(model, self.pruner) if self.pruner.in_language_model else None
+        short = shorten_inputs(
+            model, inputs, encodings, self.pruner, self.isolator, self.position_ids, self.generator, layers
+        )
+        if layers is not None:
+            layers.open()
+        return short
+
+    def _close_layers(self) -> None:
+        if self._layers is not None:
+            self._layers.close()
+        self._layers = None
 
     @torch.no_grad()
     def _teach(self, model: nn.Module, inputs: dict, encodings: list) -> torch.Tensor:
@@ -169,6 +214,7 @@ class ModePass(nn.Module):
         inputs = self._shorten(model, inputs, [e.detached() for e in encodings])
         inputs, _ = self._supervise(inputs)
         logits = model.forward(**inputs).logits
+        self._close_layers()
         return logits if self._slices_logits else logits[self._keep]
 
     def _supervise(self, inputs: dict) -> tuple[dict, torch.Tensor]:
@@ -188,6 +234,8 @@ class ModePass(nn.Module):
         if not self._slices_logits:
             output["logits"] = output.logits[self._keep]
         zero = output.logits.new_zeros(())
+        if self._batch is not None:  # the last part goes on to the encoder, be there an image in it or not
+            zero = sum((end.flatten()[:0].sum() for end in self._batch.ends), zero)
         # Of no elements: the sum of a whole parameter could overflow in half precision, and inf * 0 is NaN.
         output["loss"] = sum((p.flatten()[:0].sum() for p in self._untouched(model)), zero)
         return output

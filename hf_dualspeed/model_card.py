@@ -1,52 +1,69 @@
-"""The README.md of a trained model."""
+"""The README.md of a trained model, rendered from its results file alone."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
+from hf_dualspeed.cards import heading, merge_card
 from hf_dualspeed.results import percent
 
 PAPER = "https://arxiv.org/abs/2602.03815"
+HERE = "path/to/this/folder"
+# Keys of `Trainer.evaluate` that say how long it took, not how well it went.
+EVALUATION_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
 
-def write_model_card(output_dir: str | Path, results: dict, base_model: str | None, datasets: list[str]) -> Path:
-    """Writes the model card of a training run; what `results` does not hold is left out.
+def write_model_card(folder: str | Path, results: dict) -> Path:
+    """Writes the model card of a training run, or renews one, whose own sections a person wrote it keeps.
 
     Args:
-        output_dir (`str` or `Path`): The folder of the model; its name is the model's.
-        results (`dict`): What [`run_recipe`] writes to results.json.
-        base_model (`str`, *optional*): The model that was fine-tuned, or None if it was trained from scratch.
-        datasets (`list[str]`): The data sets it was trained on.
+        folder (`str` or `Path`): The folder of the model.
+        results (`dict`): What [`DualSpeedTrainer.record`] returns, and results.json holds.
+
+    Raises:
+        ValueError: the front matter of the existing card is no YAML mapping.
     """
-    folder = Path(output_dir)
-    adapter = (folder / "adapter_config.json").is_file()
+    path = Path(folder) / "README.md"
+    earlier = path.read_text(encoding="utf-8") if is_written(path) else ""
+    path.write_text(merge_card(earlier, model_card(results)), encoding="utf-8")
+    return path
+
+
+def model_card(results: dict) -> str:
+    """The text of a run's card; what `results` does not hold is left out."""
+    hub, adapter = results.get("hub", {}), results.get("adapter", False)
     data = ModelCardData(
-        base_model=base_model if _is_hub_id(base_model) else None,
-        base_model_relation="adapter" if adapter and _is_hub_id(base_model) else None,
-        datasets=[name for name in datasets if _is_hub_id(name)] or None,
+        base_model=hub.get("base_model"),
+        base_model_relation="adapter" if adapter and hub.get("base_model") else None,
+        datasets=hub.get("datasets") or None,
+        language=results.get("language"),
         library_name="peft" if adapter else "transformers",
+        license=results.get("license"),
         pipeline_tag="image-text-to-text",
-        tags=["dualspeed"],
-        model_name=folder.resolve().name,
+        tags=list(dict.fromkeys(["dualspeed", *results.get("tags", [])])),
+        model_name=_name(results),
         eval_results=_eval_results(results),
     )
-    sections = (
-        _introduction(folder.resolve().name, base_model, datasets, adapter),
-        _loading(base_model, adapter),
-        _training(results, has_curve=(folder / "learning_curve.png").is_file()),
+    return assembled(
+        data,
+        _introduction(results),
+        _loading(results),
+        _training(results),
+        _speed(results),
         _evaluation(results),
-        _environment(results),
+        environment(results),
         _limits(results),
-        _citation(),
+        citation(),
     )
-    path = folder / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n").save(path)
-    return path
+
+
+def assembled(data: ModelCardData, *sections: str) -> str:
+    """A card of front matter and sections, of which empty ones are left out."""
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
 def is_written(path: Path) -> bool:
@@ -54,107 +71,32 @@ def is_written(path: Path) -> bool:
     return path.is_file() and "[More Information Needed]" not in path.read_text(encoding="utf-8")
 
 
-def _is_hub_id(name: str | None) -> bool:
-    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def _eval_results(results: dict) -> list[EvalResult] | None:
-    if results.get("accuracy") is None:
-        return None
-    return [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=results["eval_dataset"],
-            dataset_name=results["eval_dataset"],
-            dataset_split=results.get("eval_split"),
-            metric_type="accuracy",
-            metric_name="Accuracy with all visual tokens",
-            metric_value=results["accuracy"],
-        )
-    ]
-
-
-def _introduction(name: str, base_model: str | None, datasets: list[str], adapter: bool) -> str:
-    origin = f"fine-tuned from `{base_model}`" if base_model else "trained from scratch"
-    kind, merged = f"A vision-language model {origin}", ""
-    if adapter:
-        kind = f"An adapter for {f'`{base_model}`' if base_model else 'a vision-language model'}, trained"
-        merged = ", once merged into its base model,"
-    data = f" on {', '.join(f'`{d}`' for d in datasets)}" if datasets else ""
-    return (
-        f"# {name}\n\n{kind}{data} with "
-        f"DualSpeed ([arXiv 2602.03815]({PAPER})): most steps trained on pruned visual tokens. At inference "
-        f"it is{merged} a plain model of transformers that sees all visual tokens."
-    )
-
-
-def _loading(base_model: str | None, adapter: bool) -> str:
-    if adapter:
-        return f"""## How to load it
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained("{base_model or "path/to/the/base/model"}")
-model = PeftModel.from_pretrained(model, "path/to/this/folder").merge_and_unload()
-processor = AutoProcessor.from_pretrained("path/to/this/folder")
-```"""
-    return """## How to load it
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder")
-processor = AutoProcessor.from_pretrained("path/to/this/folder")
-```"""
-
-
-def _training(results: dict, has_curve: bool) -> str:
-    settings = {
-        key: inner for part in ("settings", "training", "seeds") for key, inner in results.get(part, {}).items()
-    }
-    described = [(key, _text(value)) for key, value in settings.items()]
-    parts = ["## How it was trained", _table(("setting", "value"), described)]
-    steps, seconds = results.get("steps", {}), results.get("seconds", {})
-    rows = [(mode, steps.get(mode), _rounded(seconds.get(mode))) for mode in ("fast", "slow")]
-    parts.append(_table(("mode", "optimizer steps", "seconds in steps"), rows))
-    if "total" in seconds:
-        parts.append(f"Training took {seconds['total']:.0f} seconds in all.")
-    if has_curve:
-        parts.append("![Loss of fast and slow steps](learning_curve.png)")
-    return "\n\n".join(filter(None, parts))
-
-
-def _evaluation(results: dict) -> str:
-    if results.get("accuracy") is None:
+def table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    """A Markdown table of the rows that have a value, or nothing where none has."""
+    rows = [row for row in rows if any(cell is not None for cell in row[1:])]
+    if not rows:
         return ""
-    rows = [("this model, all visual tokens", percent(results["accuracy"]))]
-    majority = percent(results.get("majority_accuracy"))
-    rows.append(("most frequent answer to each question, without the image", majority))
-    where = f"{results['n']} questions of `{results['eval_dataset']}` ({results['eval_split']})"
-    return f"## Results\n\nAccuracy on {where}:\n\n" + _table(("answers of", "accuracy"), rows)
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines)
 
 
-def _environment(results: dict) -> str:
+def settings_rows(results: dict) -> list[tuple[str, str | None]]:
+    """Settings of DualSpeed and of the training, and the seeds, in words."""
+    parts = (results.get(part, {}) for part in ("settings", "training", "seeds"))
+    return [(key, _text(value)) for part in parts for key, value in part.items()]
+
+
+def environment(results: dict) -> str:
+    """The section of versions and hardware."""
     rows = [*results.get("versions", {}).items(), *results.get("machine", {}).items()]
     rows.append(("date (UTC)", results.get("date")))
-    table = _table(("what", "which"), rows)
-    return f"## Versions and hardware\n\n{table}" if table else ""
+    shown = table(("what", "which"), rows)
+    return f"{heading('Versions and hardware')}\n\n{shown}" if shown else ""
 
 
-def _limits(results: dict) -> str:
-    measured = (
-        f"Its accuracy was measured on `{results['eval_dataset']}` only, in a single run."
-        if results.get("accuracy") is not None
-        else "Its quality has not been measured."
-    )
-    return (
-        f"## Limits\n\n{measured} It may answer wrongly and with confidence, and it inherits the biases of "
-        "its data and of the model it started from. The licences of both apply."
-    )
-
-
-def _citation() -> str:
-    return f"""## Citation
+def citation() -> str:
+    """The section that names the paper."""
+    return f"""{heading("Citation")}
 
 The method is DualSpeed, [arXiv 2602.03815]({PAPER}).
 
@@ -168,23 +110,168 @@ The method is DualSpeed, [arXiv 2602.03815]({PAPER}).
 ```"""
 
 
-def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
-    """A Markdown table of the rows that have a value, or nothing where none has."""
-    rows = [row for row in rows if any(cell is not None for cell in row[1:])]
-    if not rows:
+# --- sections -----------------------------------------------------------------------------------------------------
+
+
+def _name(results: dict) -> str:
+    repo_id = results.get("hub", {}).get("repo_id")
+    return repo_id.split("/")[-1] if repo_id else results.get("name", "model")
+
+
+def _eval_results(results: dict) -> list[EvalResult] | None:
+    """What the Hub shows: results on a data set whose name is known."""
+    if results.get("eval_dataset") is None:
+        return None
+    measured = {**_metrics(results), "accuracy": results.get("accuracy")}
+    names = {"accuracy": "Accuracy with all visual tokens"}
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=results["eval_dataset"],
+            dataset_name=results["eval_dataset"],
+            dataset_split=results.get("eval_split"),
+            metric_type=key,
+            metric_name=names.get(key, f"{key} with all visual tokens"),
+            metric_value=value,
+        )
+        for key, value in measured.items()
+        if value is not None
+    ] or None
+
+
+def _metrics(results: dict) -> dict[str, float]:
+    """The metrics of the Trainer's own evaluation, without its times."""
+    found = {key.removeprefix("eval_"): value for key, value in results.get("evaluation", {}).items()}
+    return {key: value for key, value in found.items() if not key.endswith(EVALUATION_TIMES)}
+
+
+def _introduction(results: dict) -> str:
+    base, datasets = results.get("base_model"), results.get("datasets", [])
+    kind, merged = f"A vision-language model {f'fine-tuned from `{base}`' if base else 'trained from scratch'}", ""
+    if results.get("adapter"):
+        kind = f"An adapter for {f'`{base}`' if base else 'a vision-language model'}, trained"
+        merged = ", once merged into its base model,"
+    data = f" on {', '.join(f'`{d}`' for d in datasets)}" if datasets else ""
+    return (
+        f"{heading(_name(results), level=1)}\n\n{kind}{data} with DualSpeed ([arXiv 2602.03815]({PAPER})): most steps "
+        f"trained on pruned visual tokens. At inference it is{merged} a plain model of transformers that sees all "
+        "visual tokens."
+    )
+
+
+def _loading(results: dict) -> str:
+    place, base = results.get("hub", {}).get("repo_id") or HERE, results.get("base_model") or "path/to/the/base/model"
+    lines = ["from transformers import AutoModelForImageTextToText, AutoProcessor"]
+    if results.get("adapter"):
+        lines = ["from peft import PeftModel", *lines]
+        lines.append(f'model = AutoModelForImageTextToText.from_pretrained("{base}")')
+        lines.append(f'model = PeftModel.from_pretrained(model, "{place}").merge_and_unload()')
+    else:
+        lines.append(f'model = AutoModelForImageTextToText.from_pretrained("{place}")')
+    lines.append(f'processor = AutoProcessor.from_pretrained("{place if results.get("processor", True) else base}")')
+    return "\n".join([heading("How to load it"), "", "```python", *lines, "```"])
+
+
+def _training(results: dict) -> str:
+    settings, progress = results.get("settings", {}), results.get("progress")
+    parts = [heading("How it was trained")]
+    if "pruner" in settings:
+        parts.append(f"Fast steps trained on what the pruner {pruning_words(settings['pruner'])}; slow steps on all.")
+    if progress:
+        parts.append(f"This card was written after {progress['step']} of at most {progress['of']} optimizer steps.")
+    parts.append(table(("setting", "value"), settings_rows(results)))
+    steps, seconds = results.get("steps", {}), results.get("seconds", {})
+    rows = [(mode, steps.get(mode), _rounded(seconds.get(mode))) for mode in ("fast", "slow")]
+    parts.append(table(("mode", "optimizer steps", "seconds in steps"), rows))
+    if "total" in seconds:
+        parts.append(f"Training took {seconds['total']:.0f} seconds in all.")
+    if "learning_curve" in results:
+        parts.append(f"![Loss of fast and slow steps]({results['learning_curve']})")
+    return "\n\n".join(filter(None, parts))
+
+
+def pruning_words(pruner: dict) -> str:
+    """What a pruner's config does to the visual tokens: its name and its ratio, which may change over training."""
+    name, end, schedule = pruner["pruner_type"], pruner["pruning_ratio"], pruner.get("pruning_schedule", "constant")
+    if schedule == "constant":
+        return f"`{name}` leaves of the visual tokens, {end:.4g} of them removed"
+    start = pruner["initial_pruning_ratio"]
+    shares = f"at first {start:.4g} and in the end {end:.4g} of them removed ({schedule})"
+    return f"`{name}` leaves of the visual tokens, {shares}"
+
+
+def _speed(results: dict) -> str:
+    parts = [_speedup(results.get("speedup")), _visual_tokens(results.get("visual_tokens"))]
+    memory = results.get("peak_memory")
+    if memory:
+        whose = "what PyTorch held on the device" if memory["of"] == "accelerator" else "resident memory of the process"
+        several = ", in the process that held most" if results.get("training", {}).get("processes", 1) > 1 else ""
+        parts.append(f"Peak memory in training: {memory['bytes'] / 2**30:.2f} GiB ({whose}{several}).")
+    return "\n\n".join([heading("Speed and memory"), *filter(None, parts)]) if any(parts) else ""
+
+
+def _speedup(measured: dict | None) -> str:
+    if not measured:
         return ""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines)
+    names = {"plain": "plain, all tokens, as `transformers.Trainer` runs it", "fast": "fast", "slow": "slow"}
+    rows = [(name, _seconds(measured.get(f"{key}_seconds"))) for key, name in names.items()]
+    return (
+        f"Measured speed-up: {measured['speedup']:.2f}x over plain steps on all tokens, with the "
+        f"{measured['slow_share']:.1%} of slow steps that were run. It compares passes over a micro-batch of "
+        f"{measured['samples']} samples of the training data, forward and backward, no optimizer; median of "
+        f"{measured['rounds']} interleaved rounds after training.\n\n" + table(("pass", "seconds"), rows)
+    )
+
+
+def _visual_tokens(counted: dict | None) -> str:
+    if not counted or not counted["full"]:
+        return ""
+    saved = 1 - counted["kept"] / counted["full"]
+    return (
+        f"Fast steps kept {counted['kept']:,} of {counted['full']:,} visual tokens: {saved:.1%} saved there. Slow "
+        "steps and inference use all."
+    )
+
+
+def _evaluation(results: dict) -> str:
+    parts = []
+    if results.get("accuracy") is not None:
+        rows = [("this model, all visual tokens", percent(results["accuracy"]))]
+        majority = percent(results.get("majority_accuracy"))
+        rows.append(("most frequent answer to each question, without the image", majority))
+        where = f"{results['n']} questions of `{results['eval_dataset']}` ({results['eval_split']})"
+        parts.append(f"Accuracy on {where}:\n\n" + table(("answers of", "accuracy"), rows))
+    shown = table(("metric", "value"), [(key, f"{value:.4g}") for key, value in _metrics(results).items()])
+    if shown:
+        on = f" on `{results['eval_dataset']}`" if results.get("eval_dataset") else ""
+        parts.append(f"Evaluation during training{on}, with all visual tokens:\n\n{shown}")
+    return "\n\n".join([heading("Results"), *parts]) if parts else ""
+
+
+def _limits(results: dict) -> str:
+    measured = "Its quality has not been measured."
+    if results.get("accuracy") is not None:
+        measured = f"Its accuracy was measured on `{results['eval_dataset']}` only, in a single run."
+    elif _metrics(results):
+        measured = "Of its quality, no more was measured than the results above, in a single run."
+    return (
+        f"{heading('Limits')}\n\n{measured} It may answer wrongly and with confidence, and it inherits the biases of "
+        "its data and of the model it started from. The licences of both apply."
+    )
 
 
 def _rounded(seconds: float | None) -> str | None:
     return None if seconds is None else f"{seconds:.1f}"
 
 
+def _seconds(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds:.3g}"
+
+
 def _text(value: object) -> str | None:
     """A setting in words; a pruner is a mapping with a name and its options."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {inner}" for key, inner in value.items())
+        return ", ".join(f"{key}: {inner}" for key, inner in value.items() if inner is not None)
     return None if value is None else str(value)
 
 

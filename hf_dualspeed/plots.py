@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+CURVE_NAME = "learning_curve.png"
 # Okabe and Ito's colours: colour-blind readers can tell them apart. The markers do it in black and white.
 LINES = {
     "fast_loss": ("fast steps (pruned tokens)", "#0072B2", "o"),

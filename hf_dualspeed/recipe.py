@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +18,10 @@ from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
 from hf_dualspeed.evaluation import answer_accuracy
 from hf_dualspeed.examples import to_messages
-from hf_dualspeed.model_card import write_model_card
 from hf_dualspeed.model_roles import freeze_roles
-from hf_dualspeed.plots import plot_learning_curve
-from hf_dualspeed.pruners import pruner_class
+from hf_dualspeed.pruners import PrunerConfig, available_pruners
 from hf_dualspeed.recipe_arguments import RecipeArguments
-from hf_dualspeed.results import print_results, run_record, without_paths, write_results
+from hf_dualspeed.results import print_results, read_results
 from hf_dualspeed.tiny_llava import build_tiny_llava
 from hf_dualspeed.trainer import DualSpeedTrainer
 
@@ -42,9 +39,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
         `dict`: What results.json holds; empty in all processes but the main one.
     """
     set_seed(training_args.seed)
-    if not Path(training_args.pruner).is_dir():
-        pruner_class(training_args.pruner)  # an unknown name fails before anything is loaded
     with training_args.main_process_first(desc="loading the data"):
+        check_pruner(training_args, recipe.trust_remote_code)
         train = load_examples(recipe.dataset, split=recipe.dataset_split, image_folder=recipe.image_folder)
         test = _load_eval_data(recipe)
     model, processor = load_model(recipe, train, training_args.seed)
@@ -58,18 +54,27 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
             processor, max_length=recipe.max_length, unreadable_images=recipe.unreadable_images
         ),
     )
-    started = time.perf_counter()
+    trainer.facts |= _facts(recipe)
     trainer.train(resume_from_checkpoint=_checkpoint(training_args))
-    seconds = time.perf_counter() - started
     trainer.save_model(_internal_call=True)  # pushed below, once the results and the card are there
     results = {}
     if trainer.is_world_process_zero():
-        results = _record(recipe, trainer, seconds, train, test)
-        _write(recipe, trainer, results)
+        if test is not None and "answer" in test.column_names:
+            trainer.facts |= _evaluate(recipe, trainer, train, test)
+        trainer.create_model_card()
+        results = read_results(training_args.output_dir)
+        print_results(results, training_args.output_dir)
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def check_pruner(args: DualSpeedTrainingArguments, trust_remote_code: bool) -> None:
+    """Fails before a model is loaded where there is no such pruner, and registers the code that it brings along."""
+    if args.pruner not in available_pruners():
+        hub = {"revision": args.pruner_revision, "token": args.hub_token}
+        PrunerConfig.from_pretrained(args.pruner, trust_remote_code=trust_remote_code, **hub)
 
 
 def load_model(recipe: RecipeArguments, train: Dataset, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -119,14 +124,13 @@ def _checkpoint(args: DualSpeedTrainingArguments) -> str | None:
     return last
 
 
-def _record(
-    recipe: RecipeArguments, trainer: DualSpeedTrainer, seconds: float, train: Dataset, test: Dataset | None
-) -> dict:
-    model_name = recipe.model_name_or_path or "tiny LLaVA, from scratch"
-    results = {"model": model_name, "dataset": recipe.dataset, "dataset_split": recipe.dataset_split}
-    if test is not None and "answer" in test.column_names:
-        results |= _evaluate(recipe, trainer, train, test)
-    return results | run_record(trainer.args, trainer.summary(), seconds)
+def _facts(recipe: RecipeArguments) -> dict:
+    """What the card says of the recipe's model and data, which the trainer cannot know."""
+    names = {"dataset": recipe.dataset, "dataset_split": recipe.dataset_split, "datasets": [recipe.dataset]}
+    if recipe.eval_dataset is not None:
+        names |= {"eval_dataset": recipe.eval_dataset, "eval_split": recipe.eval_split}
+    model = recipe.model_name_or_path or "tiny LLaVA, from scratch"
+    return {"model": model, "base_model": recipe.model_name_or_path, **names}
 
 
 def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset, test: Dataset) -> dict:
@@ -139,12 +143,7 @@ def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
         limit=recipe.eval_limit,
         description="accuracy with all visual tokens",
     )
-    found = {
-        "eval_dataset": recipe.eval_dataset,
-        "eval_split": recipe.eval_split,
-        "accuracy": answers["accuracy"],
-        "n": answers["n"],
-    }
+    found = {"accuracy": answers["accuracy"], "n": answers["n"]}
     if recipe.dataset == recipe.eval_dataset and recipe.dataset in EASY_VQA:
         asked = test if recipe.eval_limit is None else test.select(range(min(recipe.eval_limit, len(test))))
         found["majority_accuracy"] = majority_accuracy(train, asked)
@@ -160,18 +159,6 @@ def _whole_model(trainer: DualSpeedTrainer, recipe: RecipeArguments):
         trainer.args.output_dir, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
     )
     return saved.to(trainer.args.device)
-
-
-def _write(recipe: RecipeArguments, trainer: DualSpeedTrainer, results: dict) -> None:
-    folder = Path(trainer.args.output_dir)
-    history = trainer.state.log_history
-    if any("fast_loss" in entry or "slow_loss" in entry for entry in history):
-        title = f"{folder.resolve().name}: training on {without_paths(recipe.dataset)}"
-        plot_learning_curve(history, folder / "learning_curve.png", title)
-    write_results(folder, results)
-    datasets = [without_paths(recipe.dataset)]
-    write_model_card(folder, without_paths(results), without_paths(recipe.model_name_or_path), datasets)
-    print_results(results, trainer.args.output_dir)
 
 
 def _texts(dataset: Dataset) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Activation checkpointing by mode: slow steps recompute activations where the user asked for it, fast ones need not.
 
-A fast step holds the activations of a fraction of the tokens, so that recomputing them, a third of its time, buys
-little memory.
+A fast step, or a slow one in parts of its size, holds the activations of a fraction of the tokens, so that recomputing
+them, a fourth of its time, buys little memory.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .schedule import FAST
-
 logger = logging.getLogger(__name__)
 
 # A fast step that comes this close to the device's memory recomputes from then on: a longer batch may follow.
 FULL = 0.92
 
 
-class FastRecomputation(TrainerCallback):
-    """Whether fast steps recompute activations.
+class Recomputation(TrainerCallback):
+    """Leaves out, in steps on few tokens, the recomputation that the user asked for.
 
     Args:
-        always (`bool`): as in slow steps. Otherwise not, until memory runs short.
+        always (`bool`): never leave it out. Otherwise so from when memory runs short.
     """
 
     def __init__(self, always: bool = False):
@@ -39,13 +37,13 @@ class FastRecomputation(TrainerCallback):
 
     @property
     def skips(self) -> bool:
-        """Whether fast steps leave out what slow steps recompute."""
+        """Whether there is recomputation that small steps leave out."""
         return bool(self._checkpointed) and not self.always
 
     @contextmanager
-    def in_mode(self, mode: str) -> Iterator[None]:
-        """Runs the body, forward and backward of a micro-batch, with the checkpointing of `mode`."""
-        if mode != FAST or not self.skips:
+    def left_out(self, small: bool) -> Iterator[None]:
+        """Runs the body, forward and backward of a micro-batch, without recomputation if it is `small`."""
+        if not small or not self.skips:
             yield
             return
         self._switch(False)
@@ -57,10 +55,10 @@ class FastRecomputation(TrainerCallback):
             self.fall_back(f"took more than {FULL:.0%} of the device's memory")
 
     def fall_back(self, reason: str) -> None:
-        """Fast steps recompute from now on."""
+        """All steps recompute from now on."""
         self.always = True
         logger.warning(
-            "A fast step without activation checkpointing %s; fast steps use it from now on. "
+            "A step without activation checkpointing %s; fast steps use it from now on, too. "
             "Set fast_mode_checkpointing=True to begin so.",
             reason,
         )

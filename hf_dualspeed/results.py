@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path, PurePath
@@ -15,7 +17,12 @@ from rich.table import Table
 
 from hf_dualspeed.arguments import DualSpeedTrainingArguments
 
+RESULTS_NAME = "results.json"
 PACKAGES = ("torch", "transformers", "accelerate", "hf-dualspeed")
+# What weights answered, or how far they were: no longer true of weights that have been trained on.
+OF_WEIGHTS = ("accuracy", "n", "majority_accuracy", "eval_dataset", "eval_split", "evaluation", "progress")
+# Builders of `datasets` that say how data is stored, not what it is.
+STORAGE = ("arrow", "audiofolder", "csv", "generator", "imagefolder", "json", "pandas", "parquet", "text", "webdataset")
 
 
 def run_record(args: DualSpeedTrainingArguments, summary: dict, total_seconds: float) -> dict:
@@ -57,10 +64,65 @@ def machine() -> dict[str, str | int | None]:
     }
 
 
+def peak_memory(device: torch.device) -> dict | None:
+    """The most memory so far: on CUDA what PyTorch held on the device, on a CPU the whole process's; else None."""
+    if device.type == "cuda":
+        return {"bytes": torch.cuda.max_memory_allocated(device), "of": "accelerator"}
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"bytes": held, "of": "process"} if device.type == "cpu" else None
+
+
+def dataset_name(dataset: object) -> str | None:
+    """What a data set of `datasets` calls itself: the Hub repo that it came from, else the name of its builder."""
+    info = getattr(dataset, "info", None)
+    for source in getattr(info, "download_checksums", None) or ():
+        match = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@", source)
+        if match:
+            return match[1]
+    name = getattr(info, "dataset_name", None)
+    return None if name in STORAGE else name
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` looks like a repo of the Hub and is no local folder."""
+    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def read_results(folder: str | Path) -> dict:
+    """What results.json in `folder` holds; nothing where there is none.
+
+    Raises:
+        ValueError: it is no JSON mapping.
+    """
+    path = Path(folder) / RESULTS_NAME
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Restore it, or train again.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON mapping, got a {type(found).__name__}.")
+    return found
+
+
 def write_results(output_dir: str | Path, results: dict) -> Path:
     """Writes results.json, with the last part of each absolute path, so that it may be published."""
-    path = Path(output_dir) / "results.json"
-    path.write_text(json.dumps(without_paths(results), indent=2) + "\n", encoding="utf-8")
+    path = Path(output_dir) / RESULTS_NAME
+    # Through a second file, so that an interruption leaves the earlier one whole.
+    part = path.with_name(f"_{path.name}.part")
+    part.write_text(json.dumps(without_paths(results), indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
     return path
 
 

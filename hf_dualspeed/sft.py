@@ -103,7 +103,8 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
                 f"`max_length`={self.args.max_length} cuts visual tokens off a sample ({error}). Raise it, or set "
                 "max_length=None."
             ) from error
-        self._count(outputs.logits, inputs)
+        if self.is_in_train:  # not where the speed-up is measured
+            self._count(outputs.logits, inputs)
         return (loss, outputs) if return_outputs else loss
 
     # --- TRL's metrics --------------------------------------------------------------------------------------------
@@ -138,12 +139,13 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
 
     def _save_checkpoint(self, model, trial):
         # Not SFTTrainer's, which writes a card beside each checkpoint: ours would keep the first one's figures.
+        self.add_up()
         with interrupts_deferred():
             super(SFTTrainer, self)._save_checkpoint(model, trial)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Writes README.md from what was measured, unless there is one; `model_name` and `tags` are not used."""
-        super().create_model_card(dataset=dataset_name)
+        """Writes results.json and README.md from what was measured; `model_name` is not used."""
+        super().create_model_card(dataset=dataset_name, tags=tags)
 
 
 def dualspeed_config(args: SFTConfig | None, model: str | nn.Module) -> DualSpeedSFTConfig:

@@ -166,7 +166,7 @@ def test_prumerge_meets_more_and_fewer_outliers_than_the_budget():
     assert pruner("prumerge", 0.91)(batch).positions[0].tolist() == [12, 37, 40, 41, 62, 77, 87, 98, 99]
 
 
-def test_visionzip_splits_the_budget_as_its_authors_do():
+def test_visionzip_splits_every_budget_like_54_and_10():
     batch = tokens((24, 24))
     for keep, dominant in ((64, 54), (128, 108), (192, 162)):
         out = pruner("visionzip", 1 - keep / 576)(batch)
@@ -210,6 +210,14 @@ def test_merging_is_in_float32_under_autocast(name):
         again = pruner(name)(batch)
         assert torch.equal(again.features, exact.features)
         assert torch.equal(again.carry(batch.features), exact.features)
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_means_of_low_precision_features_are_rounded_once(name):
+    batch = tokens((12, 12), dtype=torch.bfloat16)
+    low = pruner(name, 0.95)(batch)
+    batch.features = batch.features.float()
+    assert torch.equal(low.features, pruner(name, 0.95)(batch).features.bfloat16())
 
 
 @pytest.mark.parametrize("name", MERGING)

@@ -1,6 +1,23 @@
 """Pruners, one file each; importing this package registers them."""
 
-from . import avg_pool, cls_attention, divprune, dynamicvit, grid, prumerge, random, token_learner, tome, visionzip
+from . import (
+    avg_pool,
+    cdpruner,
+    cls_attention,
+    divprune,
+    dynamicvit,
+    fastv,
+    grid,
+    holov,
+    prumerge,
+    pyramiddrop,
+    random,
+    token_learner,
+    tome,
+    trim,
+    visionzip,
+    vispruner,
+)
 from .base import (
     AutoPruner,
     PrunedTokens,
@@ -22,15 +39,21 @@ __all__ = [
     "available_pruners",
     "avg_pool",
     "budget",
+    "cdpruner",
     "cls_attention",
     "divprune",
     "dynamicvit",
+    "fastv",
     "grid",
+    "holov",
     "prumerge",
     "pruner_class",
+    "pyramiddrop",
     "random",
     "register_pruner",
     "token_learner",
     "tome",
+    "trim",
     "visionzip",
+    "vispruner",
 ]

@@ -44,8 +44,9 @@ class PruMergePruner(Pruner):
 
     The original keeps as many tokens as there are outliers, PruMerge+ a multiple of that; here the budget is exact. The
     official code sums without dividing by the weights, so that norms grow, and appends a token that sums up all
-    the pruned ones; here each token is a weighted mean, and there is no such token. Attention and keys are those of the
-    penultimate layer, not the last one's. Tokens that no patch made (newlines) are kept last and take no part.
+    the pruned ones; here each token is a weighted mean, and there is no such token. It takes attention and keys of the
+    last layer over all heads at once, ours are means over the heads of the penultimate layer. Tokens that no patch made
+    (newlines) are kept last and take no part.
     """
 
     config_class = PruMergeConfig

@@ -19,7 +19,7 @@ class VisionZipConfig(PrunerConfig):
 
     Args:
         contextual_ratio (`float`): fraction of the kept tokens that are contextual, rounded half up; the others are
-            dominant. The authors keep 54 + 10, 108 + 20 and 162 + 30 tokens.
+            dominant. The official example keeps 54 + 10.
     """
 
     contextual_ratio: float = 10 / 64
@@ -40,8 +40,9 @@ class VisionZipPruner(ClusteringPruner):
 
     The official code adds the mean of the joining tokens to the target, whose norm grows; here it is the mean of all.
     It counts targets off in whole steps, which leaves the end of the image without one where C does not divide the
-    rest; here they are spread over all of it. It also keeps [CLS], which most models have dropped by then. Tokens that
-    no patch made (newlines) have no key: they join nothing, and are targets only where there are too few others.
+    rest; here they are spread over all of it. One of its dominant tokens is [CLS], which models drop before we see
+    their tokens. Tokens that no patch made (newlines) have no key: they join nothing, and are targets only where there
+    are too few others.
     """
 
     config_class = VisionZipConfig

@@ -1,0 +1,46 @@
+"""FastV: half of the visual tokens are worth little behind the second layer (arXiv 2403.06764)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..arguments import check_range
+from .base import PrunerConfig, register_pruner
+from .layers import LayerPruner
+
+
+@dataclass
+class FastVConfig(PrunerConfig):
+    """[`PrunerConfig`] and where tokens are dropped.
+
+    Args:
+        layer (`int`): behind so many layers of the language model; the paper's K.
+    """
+
+    layer: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("layer", self.layer, 1, off="The paper's is 2.")
+        if self.layer != int(self.layer):
+            raise ValueError(f"`layer` must be a whole number, got {self.layer!r}. The paper's is 2.")
+
+
+@register_pruner("fastv")
+class FastV(LayerPruner):
+    """Keeps the tokens that the instruction attends to most, from behind the language model's first layers on.
+
+    The score is the attention of the last instruction token in layer `layer` (the paper's K, counted from 1), mean over
+    heads. Inputs: queries and keys of that layer. Cost: `layer` layers run on all tokens; one row of attention for each
+    image.
+
+    The official code is made for generation: it looks from the last token of the first sample, keeps a fixed number
+    at a fixed place of every sequence, and drops nothing under gradient checkpointing. Here the budget is that of each
+    image, wherever it stands; the query is the token in front of the first answer behind the image, so that no answer
+    chooses; and gradients flow, for dropped tokens through the first layers only.
+    """
+
+    config_class = FastVConfig
+
+    def stages(self, layers: int) -> dict[int, float]:
+        return {self.config.layer: self.pruning_ratio}

@@ -1,0 +1,77 @@
+"""TRIM: what the instruction asks for, and the mean of the rest (arXiv 2409.10994)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .base import PrunedTokens, Pruner, VisualTokens, highest, in_source_order, register_pruner, rows_at
+
+
+@register_pruner("trim")
+class TrimPruner(Pruner):
+    """Keeps the K - 1 tokens most similar to the instruction, and the mean of all others.
+
+    TRIM, arXiv 2409.10994. Similarity is the cosine of a token with the mean embedding of the instruction, or with the
+    image's own mean token where there is no instruction. The mean of the others stands at the one of them that is
+    nearest to it; with a budget of 1 it is all that is left. Needs the instruction. Cost: O(N D).
+
+    The paper keeps as many tokens as are outliers in the distribution of similarities (above the third quartile by
+    1.5 interquartile ranges); here, as everywhere, the pruning ratio sets the budget. The official code compares in
+    CLIP's space, which most models lack, ranks by the negated similarity there, counts outliers over the whole batch,
+    and puts the mean behind all kept tokens.
+    """
+
+    needs = frozenset({"text"})
+    merges = True
+
+    def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
+        with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
+            ranked, share, centre = self.split(tokens, lengths)
+        positions, _, valid = in_source_order(ranked, lengths, tokens.features.shape[1])
+
+        def merge(features: torch.Tensor) -> torch.Tensor:
+            # Multiplied and summed instead of a matrix product, which autocast would run in low precision.
+            mean = (share[..., None] * features.float()).sum(1, keepdim=True).to(features.dtype)
+            return torch.where((positions == centre)[..., None], mean, rows_at(features, positions))
+
+        return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge)
+
+    def split(self, tokens: VisualTokens, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Kept positions `(B, K)` with the mean's last, the share of each token in the mean `(B, N)`, and the mean's
+        position `(B, 1)`."""
+        features = tokens.features.detach().float()
+        real = torch.ones_like(features[..., 0], dtype=torch.bool) if tokens.valid is None else tokens.valid
+        whole = features.masked_fill(~real[..., None], 0).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        asked = instruction(tokens)
+        direction = torch.where((asked != 0).any(1, keepdim=True), asked, whole)
+        similarity = F.cosine_similarity(features, direction[:, None], dim=-1)
+
+        count = features.shape[1]
+        order = highest(similarity, tokens.valid, count)
+        last = torch.tensor(lengths).to(features.device, non_blocking=True)[:, None] - 1
+        slot = torch.arange(count, device=features.device)
+        rest = torch.zeros_like(real).scatter(1, order, slot >= last) & real
+        share = rest / rest.sum(1, keepdim=True).clamp(min=1)
+        mean = (share[..., None] * features).sum(1, keepdim=True)
+        distance = torch.linalg.vector_norm(features - mean, dim=-1).masked_fill(~rest, float("inf"))
+        centre = distance.argmin(1, keepdim=True)
+        most = max(lengths)
+        return torch.where(slot[:most] == last, centre, order[:, :most]), share, centre
+
+
+def instruction(tokens: VisualTokens) -> torch.Tensor:
+    """Mean embedding of each image's instruction in float32, `(B, D)`; zeros where there is none.
+
+    Raises:
+        ValueError: `tokens.text` is not as wide as `tokens.features`.
+    """
+    text, valid = tokens.text.detach().float(), tokens.text_valid
+    if text.shape[-1] != tokens.features.shape[-1]:
+        raise ValueError(
+            f"`text` must be as wide as `features`, {tokens.features.shape[-1]}, got {text.shape[-1]}. Choose a pruner "
+            "that needs no instruction, such as 'divprune'."
+        )
+    if valid is None:
+        return text.mean(1)
+    return text.masked_fill(~valid[..., None], 0).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)

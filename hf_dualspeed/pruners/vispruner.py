@@ -1,0 +1,104 @@
+"""VisPruner: what the vision tower attends to, and what is left without duplicates (arXiv 2412.01818)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..arguments import check_range
+from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, highest, register_pruner, rows_at, take
+
+# The official code drops 8 of 576 tokens a round. Larger images drop the same fraction, so that rounds stay as few.
+FEWEST_DROPPED, MOST_ROUNDS = 8, 72
+ROWS_AT_ONCE = 1024
+
+
+@dataclass
+class VisPrunerConfig(PrunerConfig):
+    """Settings of VisPruner.
+
+    Args:
+        important_share (`float`): fraction of the kept tokens that is chosen by attention, in [0, 1].
+    """
+
+    important_share: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("important_share", self.important_share, 0, 1, off="0.5 is the paper's.")
+
+
+@register_pruner("vispruner")
+class VisPruner(Pruner):
+    """Keeps the tokens that the vision tower attends to most, and of the others those that are no duplicates.
+
+    VisPruner, arXiv 2412.01818 (v2 on; v1 is FasterVLM, our `cls_attention`). `important_share` of the budget goes to
+    the most attended tokens. The others, most attended first, are thinned in rounds: each compares every second
+    token with all those between and drops the ones whose nearest is closest, until the budget is met. Needs the
+    tower's attention. Cost: at most 72 rounds, together about six (N, N) products, batched over images.
+
+    The official code compares tower features, we projected ones. It drops 8 tokens a round of each tile of 576 and
+    fails on an odd number of them; we drop the same fraction of larger images, and odd numbers do no harm.
+    """
+
+    config_class = VisPrunerConfig
+    needs = frozenset({"attention"})
+
+    def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
+        with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
+            ranked = self.ranked(tokens, lengths)
+        return take(tokens, ranked, lengths)
+
+    def ranked(self, tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
+        """The most attended positions and then the diverse ones, `(B, K)`."""
+        count, device = tokens.features.shape[1], tokens.features.device
+        important = [int(keep * self.config.important_share) for keep in lengths]
+        diverse = [keep - n for keep, n in zip(lengths, important, strict=True)]
+        left = [n - i if d else 0 for n, i, d in zip(tokens.lengths, important, diverse, strict=True)]
+        order = highest(tokens.attention, tokens.valid, count)
+        first = torch.tensor(important).to(device, non_blocking=True)[:, None]
+        slot = torch.arange(count, device=device)
+        rest = order.gather(1, (first + slot[: max(left)]).clamp(max=count - 1))
+        rest = without_duplicates(tokens.features, rest, schedule(left, diverse, tokens.lengths))
+        both = torch.cat([order, rest], dim=1)
+        slot = slot[: max(lengths)]
+        return both.gather(1, torch.where(slot < first, slot, count + slot - first).clamp(max=both.shape[1] - 1))
+
+
+def schedule(left: list[int], keep: list[int], counts: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Tokens left before each round, and dropped in it, of every image; `counts` of each image at first."""
+    rounds, most = [], [max(FEWEST_DROPPED, math.ceil(n / MOST_ROUNDS)) for n in counts]
+    while True:
+        drop = [min(m, n - k, (n + 1) // 2) if k else 0 for m, n, k in zip(most, left, keep, strict=True)]
+        if not any(drop):
+            return rounds
+        rounds.append((left, drop))
+        left = [n - d for n, d in zip(left, drop, strict=True)]
+
+
+def without_duplicates(
+    features: torch.Tensor, rest: torch.Tensor, rounds: list[tuple[list[int], list[int]]]
+) -> torch.Tensor:
+    """Thins the positions `rest` `(B, R)` of `features` `(B, N, D)` in `rounds`; what is left stands first."""
+    units = F.normalize(features.detach().float(), dim=-1)
+    table = torch.tensor(rounds).to(rest.device, non_blocking=True)[..., None]
+    for (left, drop), (counts, dropped) in zip(rounds, table, strict=True):
+        even, odd = rest[:, ::2], rest[:, 1::2]
+        index = torch.arange(even.shape[1], device=rest.device)
+        real_even, real_odd = 2 * index < counts, 2 * index[: odd.shape[1]] + 1 < counts
+        nearest = nearest_similarity(rows_at(units, even), rows_at(units, odd), real_odd)
+        order = nearest.masked_fill(~real_even, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+        stays = torch.cat([(index >= dropped) & real_even, real_odd], dim=1)
+        most = max(n - d for n, d in zip(left, drop, strict=True))
+        front = stays.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
+        rest = torch.cat([even.gather(1, order), odd], dim=1).gather(1, front)
+    return rest
+
+
+def nearest_similarity(units: torch.Tensor, others: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Similarity of each of `units` `(B, E, D)` to the nearest of `others` `(B, O, D)` that are `real`, `(B, E)`."""
+    parts = units.split(ROWS_AT_ONCE, dim=1)
+    return torch.cat([(part @ others.mT).masked_fill(~real[:, None], -2).amax(-1) for part in parts], dim=1)
