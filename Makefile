@@ -14,7 +14,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
 	@echo "make compare     train with and without DualSpeed and compare them"
-	@echo "make bench       time fast and slow training steps"
+	@echo "make bench       time fast and slow training steps, and their growth with the tokens (1 to 2 hours)"
 	@echo "make conformance check every model family and write docs/supported_models.md"
 	@echo "make test        run the tests"
 	@echo "make test-min    run them on the lowest versions that pyproject.toml allows"
@@ -36,6 +36,7 @@ compare: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/dualspeed bench
+	$(BIN)/dualspeed bench --growth
 
 conformance: $(STAMP)
 	$(BIN)/python tests/supported_models.py

@@ -1,0 +1,195 @@
+"""The options of `dualspeed bench`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from hf_dualspeed.arguments import as_count, check_choice, check_range, nearest
+from hf_dualspeed.bench_shapes import HEAD, SHAPES, Shape
+from hf_dualspeed.pruners import available_pruners
+
+SCALES = ("small", "full")
+SETTINGS = ("on", "off")  # of activation checkpointing
+GROWTH_TOKENS = (144, 576, 2304, 9216)
+OUTPUTS = {False: "docs/results/bench.json", True: "docs/results/bench_growth.json"}
+
+
+HELP = {
+    "shape": f"One or several of {', '.join(SHAPES)}. Unset: llava-1.5 and llava-next; llava-1.5 with --growth.",
+    "model": "In place of shapes: a folder or Hub id with a model and its processor.",
+    "scale": "'small': language models of about 25 M parameters; 'full': real sizes, on a GPU.",
+    "lora": "Train LoRA adapters (r=128) and the projector in place of the whole language model.",
+    "checkpointing": "Activation checkpointing 'on', 'off' or both. Unset: both; 'on' with --growth.",
+    "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 'auto' with checkpointing on, 1 with it off.",
+    "batch": "Samples, with one image each. Unset: 8 of llava-1.5, 6 of the others, 1 each.",
+    "text_tokens": "Text tokens per sample, at most 64 of them supervised.",
+    "image_size": "Edge of the image in pixels, for llava-1.5 and --model. Unset: 336.",
+    "hidden_size": "Width of the language model, a multiple of 64. Unset: the shape's.",
+    "layers": "Layers of the language model. Unset: the shape's.",
+    "rounds": "Rounds; each measures every variant once.",
+    "pruner": "Registered pruner.",
+    "pruning_ratio": "Fraction of visual tokens removed, [0, 1).",
+    "slow_ratio": "Slow steps in the expected speed-up, [0, 1].",
+    "threads": "CPU threads. Unset: PyTorch's choice.",
+    "growth": "Measure llava-1.5 of 144 to 9216 visual tokens instead, one sample per batch.",
+    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth].json.",
+    "render_only": "Render the JSON of an earlier run anew.",
+}
+
+
+@dataclass
+class BenchArguments:
+    """Options of `dualspeed bench`.
+
+    Raises:
+        ValueError: an option is outside its range; the message names it, its value and the remedy.
+    """
+
+    shape: list[str] | None = None
+    model: str | None = None
+    scale: str = "small"
+    lora: bool = False
+    checkpointing: list[str] | None = None
+    slow_splits: str | None = None
+    batch: int | None = None
+    text_tokens: int = 200
+    image_size: int | None = None
+    hidden_size: int | None = None
+    layers: int | None = None
+    rounds: int = 8
+    pruner: str = "divprune"
+    pruning_ratio: float = 0.9
+    slow_ratio: float = 0.1
+    threads: int | None = None
+    growth: bool = False
+    output: str | None = None
+    render_only: bool = False
+
+    def __post_init__(self):
+        self._fill()
+        for name, low in {"batch": 1, "layers": 1, "text_tokens": 4, "rounds": 2}.items():
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), low, off=f"Use --{name.replace('_', '-')} {low} or more.")
+        if self.threads is not None:
+            check_range("threads", self.threads, 1, off="Leave it out for PyTorch's choice.")
+        check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="0.9 is usual.")
+        check_range("slow_ratio", self.slow_ratio, 0, 1, off="0.1 is usual.")
+        check_choice("pruner", self.pruner, available_pruners())
+        check_choice("scale", self.scale, SCALES)
+        for name in self.checkpointing:
+            check_choice("checkpointing", name, SETTINGS)
+        if self.slow_splits not in (None, "auto"):
+            self.slow_splits = as_count("slow_splits", self.slow_splits, "or 'auto'")
+        if self.hidden_size is not None:
+            check_multiple("hidden_size", self.hidden_size, HEAD)
+        if Path(self.output).suffix != ".json":
+            raise ValueError(f"`output` must end in .json, got {self.output!r}. Use bench.json, for example.")
+        self._check_shapes()
+
+    def _fill(self) -> None:
+        if self.shape is None:
+            self.shape = ["llava-1.5"] if self.growth else ["llava-1.5", "llava-next"]
+            self._given = False
+        else:
+            self._given = True
+        self.checkpointing = self.checkpointing or (["on"] if self.growth else list(SETTINGS))
+        self.output = self.output or OUTPUTS[self.growth]
+
+    def _check_shapes(self) -> None:
+        for name in self.shape:
+            check_choice("shape", name, list(SHAPES))
+        if self.growth and (self.shape != ["llava-1.5"] or self.model or self.image_size):
+            raise ValueError(
+                "`growth` is measured on llava-1.5 with images of several sizes. Leave --shape, --model and "
+                "--image-size out."
+            )
+        if self.model is not None and (self._given or self.hidden_size or self.layers or self.scale == "full"):
+            raise ValueError(
+                f"`model` is {self.model!r}, which brings its own sizes. Leave --shape, --scale, --hidden-size and "
+                "--layers out, or --model."
+            )
+        if self.image_size is not None and self.model is None:
+            if self.shape != ["llava-1.5"]:
+                raise ValueError(
+                    f"`image_size` is {self.image_size}, but of {', '.join(self.shape)} the images are of one size. "
+                    "Use it with --shape llava-1.5 or --model."
+                )
+            check_multiple("image_size", self.image_size, SHAPES["llava-1.5"].patch)
+        for shape in self.shapes():
+            if self.text_tokens < shape.separators + 4:
+                raise ValueError(
+                    f"`text_tokens` is {self.text_tokens}, but {shape.name} has {shape.separators} of them between "
+                    f"its tiles. Use --text-tokens {shape.separators + 4} or more."
+                )
+
+    def shapes(self) -> list[Shape]:
+        """The shapes to measure, of the size of image asked for; none where a model is given."""
+        if self.model is not None:
+            return []
+        if self.growth:
+            edges = [round(tokens**0.5) * SHAPES["llava-1.5"].patch for tokens in GROWTH_TOKENS]
+            return [replace(SHAPES["llava-1.5"], image_size=edge) for edge in edges]
+        chosen = [SHAPES[name] for name in self.shape]
+        return [replace(s, image_size=self.image_size) for s in chosen] if self.image_size else chosen
+
+    def rows(self, shape: Shape | None) -> int:
+        """Samples of a batch: those asked for, else few with growth and at full size, where memory is short."""
+        if self.batch is not None:
+            return self.batch
+        return 1 if self.growth else 4 if shape is None else shape.batch
+
+    def splits(self, checkpointing: str) -> int | str:
+        """`slow_mode_splits` beside a setting of checkpointing."""
+        return self.slow_splits or ("auto" if checkpointing == "on" else 1)
+
+    def recorded(self) -> dict:
+        """What the result file keeps."""
+        left = ("output", "threads", "render_only", "growth", "shape", "checkpointing", "slow_splits", "batch")
+        return {key: value for key, value in asdict(self).items() if key not in left}
+
+
+def check_multiple(name: str, value: int, step: int) -> None:
+    """Raises a `ValueError` with the nearest usable value unless `value` is a positive multiple of `step`."""
+    if value < step or value % step:
+        usable = step * max(1, round(value / step))
+        raise ValueError(f"`{name}` must be a positive multiple of {step}, got {value}. Use {usable}, for example.")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+DESCRIPTION = """Times fast and slow training steps against plain ones, in random weights. On two CPU cores, very
+roughly: a round of llava-1.5 takes half a minute and one of llava-next two minutes, with each setting of checkpointing;
+one of --growth two minutes."""
+
+
+def parse_arguments(argv: list[str]) -> BenchArguments:
+    """The options.
+
+    Raises:
+        ValueError: an option is unknown, cannot be converted or is out of range.
+    """
+    parser = _Parser(
+        prog="dualspeed bench",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for known in fields(BenchArguments):
+        kind = str(known.type).removesuffix(" | None")
+        words = {"default": known.default, "help": HELP[known.name]}
+        if kind == "bool":
+            words["action"] = "store_true"
+        else:
+            words["type"] = {"int": int, "float": float}.get(kind, str)
+            words |= {"nargs": "+"} if kind.startswith("list") else {}
+        parser.add_argument("--" + known.name.replace("_", "-"), **words)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise ValueError(f"Unknown argument `{flag}`.{nearest(flag, list(parser._option_string_actions))}")
+    return BenchArguments(**vars(namespace))
