@@ -10,6 +10,7 @@ CPU's flash attention, which it would leave out. It counts attention without reg
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -36,7 +37,7 @@ from hf_dualspeed.host_waits import host_waits
 from hf_dualspeed.model_roles import parameter_roles
 from hf_dualspeed.protocol import unwrap, visual_token_ids
 from hf_dualspeed.pruners import PrunedTokens, VisualTokens
-from hf_dualspeed.results import machine, versions, without_paths
+from hf_dualspeed.results import machine, one_line, versions, without_paths
 from hf_dualspeed.schedule import FAST, SLOW
 from hf_dualspeed.trainer import DualSpeedTrainer
 
@@ -93,12 +94,24 @@ def measured(options: BenchArguments, names: list[str], evaluate: Callable[[dict
             torch.set_num_threads(options.threads)
         for shape in options.shapes() or [None]:
             for checkpointing in options.checkpointing:
+                gc.collect()  # the last run's model
                 with tempfile.TemporaryDirectory() as folder:
-                    run = Bench(options, shape, checkpointing, folder).run(names)
+                    run = run_or_say(options, shape, checkpointing, folder, names)
                 runs.append({**run, **evaluate(run, options.slow_ratio)})
         return {**surroundings(options), "runs": runs}
     finally:
         torch.set_num_threads(threads)
+
+
+def run_or_say(options: BenchArguments, shape: Shape | None, checkpointing: str, folder: str, names: list[str]) -> dict:
+    """One run; where memory runs out, an error that says which, and the remedy."""
+    try:
+        return Bench(options, shape, checkpointing, folder).run(names)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{options.model or shape.name} with a batch of {options.rows(shape)} and checkpointing {checkpointing} "
+            f"does not fit into memory ({one_line(error)}). Use a smaller --batch, --lora, or --checkpointing on."
+        ) from error
 
 
 def surroundings(options: BenchArguments) -> dict:

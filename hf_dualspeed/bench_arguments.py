@@ -23,7 +23,7 @@ HELP = {
     "lora": "Train LoRA adapters (r=128) and the projector in place of the whole language model.",
     "checkpointing": "Activation checkpointing 'on', 'off' or both. Unset: both; 'on' with --growth.",
     "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 'auto' with checkpointing on, 1 with it off.",
-    "batch": "Samples, with one image each. Unset: 8 of llava-1.5, 6 of the others, 1 each.",
+    "batch": "Samples, with one image each. Unset: 8 of llava-1.5, 6 of other shapes, 4 of --model, 1 with --growth.",
     "text_tokens": "Text tokens per sample, at most 64 of them supervised.",
     "image_size": "Edge of the image in pixels, for llava-1.5 and --model. Unset: 336.",
     "hidden_size": "Width of the language model, a multiple of 64. Unset: the shape's.",
@@ -135,7 +135,7 @@ class BenchArguments:
         return [replace(s, image_size=self.image_size) for s in chosen] if self.image_size else chosen
 
     def rows(self, shape: Shape | None) -> int:
-        """Samples of a batch: those asked for, else few with growth and at full size, where memory is short."""
+        """Samples of a batch."""
         if self.batch is not None:
             return self.batch
         return 1 if self.growth else 4 if shape is None else shape.batch
@@ -173,15 +173,11 @@ def parse_arguments(argv: list[str]) -> BenchArguments:
     Raises:
         ValueError: an option is unknown, cannot be converted or is out of range.
     """
-    parser = _Parser(
-        prog="dualspeed bench",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = _Parser(prog="dualspeed bench", description=DESCRIPTION, allow_abbrev=False)
     for known in fields(BenchArguments):
         kind = str(known.type).removesuffix(" | None")
-        words = {"default": known.default, "help": HELP[known.name]}
+        told = "" if known.default in (None, False) else f" (default: {known.default})"
+        words = {"default": known.default, "help": HELP[known.name] + told}
         if kind == "bool":
             words["action"] = "store_true"
         else:

@@ -476,6 +476,15 @@ def test_real_sizes_need_a_gpu(tmp_path):
         bench.measure(parse_arguments(["--scale", "full"]))
 
 
+def test_memory_that_runs_out_is_named(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room.")
+
+    monkeypatch.setattr(bench.Bench, "step", full)
+    with pytest.raises(ValueError, match="llava-1.5 with a batch of 1 and checkpointing on.*no room.*smaller --batch"):
+        bench.measure(BenchArguments(**TINY, shape=["llava-1.5"], batch=1))
+
+
 def test_nothing_to_render_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json.*Measure first"):
         bench.main(["--render-only", "--output", str(tmp_path / "none.json")])
