@@ -24,7 +24,7 @@ from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
 from .isolator import WEIGHTS_NAME, ModeIsolator, save_isolator, saved_length
 from .mode_pass import NAME, ModePass
-from .model_card import kept_card, write_model_card
+from .model_card import adopt_published_card, kept_card, write_model_card
 from .model_roles import language_parts
 from .parameter_views import ParameterViews
 from .protocol import check_positions, check_protocol, unwrap, visual_token_ids
@@ -372,6 +372,12 @@ class DualSpeedMixin:
             write_model_card(self.args.output_dir, self.write_results())
 
     # --- pushing --------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token=None, private=None):
+        super().init_hf_repo(token, private)
+        if self.is_world_process_zero():
+            revision = self.args.hub_revision
+            adopt_published_card(self.args.output_dir, self.hub_model_id, revision, token or self.args.hub_token)
 
     def push_to_hub(self, *args, **kwargs):
         try:

@@ -221,7 +221,18 @@ LAYERS = [
         "mode_pass",
     },
     {"trainer", "speedup", "sft", "conformance"},
-    {"recipe", "compare", "compare_report", "push_pruner", "bench", "bench_report", "assemble", "check", "cli", "__init__"},
+    {
+        "recipe",
+        "compare",
+        "compare_report",
+        "push_pruner",
+        "bench",
+        "bench_report",
+        "assemble",
+        "check",
+        "cli",
+        "__init__",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
