@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--max-steps", type=int, default=6)
+    parser.add_argument("--pruner", default="divprune")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, _ = FAMILIES[options.family].build()
@@ -52,6 +53,7 @@ def main() -> None:
         activation_checkpointing=options.checkpointing,
         max_steps=options.max_steps,
         slow_mode_ratio=0.5,
+        pruner=options.pruner,
         pruning_ratio=0.5,
         seed=1,
         model=model,
