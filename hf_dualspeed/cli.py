@@ -60,8 +60,8 @@ def _pruners(argv: list[str]) -> None:
     Console().print(table)
 
 
-def _module(name: str) -> Callable[[list[str]], int | None]:
-    return lambda argv: importlib.import_module(f"hf_dualspeed.{name}").main(argv)
+def _module(name: str, function: str = "main") -> Callable[[list[str]], int | None]:
+    return lambda argv: getattr(importlib.import_module(f"hf_dualspeed.{name}"), function)(argv)
 
 
 def _print_error(error: Exception) -> None:
@@ -73,6 +73,9 @@ def _print_error(error: Exception) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "train": ("train a model from a recipe", _train),
     "pruners": ("list the pruners", _pruners),
+    "push-pruner": ("publish a pruner on the Hub", _module("push_pruner")),
+    "push": ("publish a finished run on the Hub", _module("publish", "push_command")),
+    "card": ("write a run's model card anew", _module("publish", "card_command")),
     "compare": ("compare training with and without DualSpeed", _module("compare")),
     "check": ("check whether a model works with DualSpeed", _module("check")),
     "assemble": ("join two small pretrained models to a LLaVA", _module("assemble")),

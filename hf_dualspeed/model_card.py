@@ -9,9 +9,11 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_dualspeed.cards import heading, merge_card
+from hf_dualspeed.hub_io import published_card
 from hf_dualspeed.results import percent
 
 PAPER = "https://arxiv.org/abs/2602.03815"
+EMPTY_FORM = "[More Information Needed]"  # of PEFT
 HERE = "path/to/this/folder"
 # Keys of `Trainer.evaluate` that say how long it took, not how well it went.
 EVALUATION_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
@@ -31,6 +33,17 @@ def write_model_card(folder: str | Path, results: dict) -> Path:
     earlier = path.read_text(encoding="utf-8") if is_written(path) else ""
     path.write_text(merge_card(earlier, model_card(results)), encoding="utf-8")
     return path
+
+
+def adopt_published_card(
+    folder: str | Path, repo_id: str, revision: str | None = None, token: str | bool | None = None
+) -> None:
+    """Takes over into README.md what the card on the Hub says beyond it, so that a push does not undo it."""
+    path, published = Path(folder) / "README.md", published_card(repo_id, revision, token)
+    if published and EMPTY_FORM not in published:
+        local = path.read_text(encoding="utf-8") if is_written(path) else ""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(merge_card(local, published), encoding="utf-8")
 
 
 def model_card(results: dict) -> str:
@@ -68,7 +81,7 @@ def assembled(data: ModelCardData, *sections: str) -> str:
 
 def is_written(path: Path) -> bool:
     """Whether there is a model card other than the empty form that PEFT leaves beside adapters."""
-    return path.is_file() and "[More Information Needed]" not in path.read_text(encoding="utf-8")
+    return path.is_file() and EMPTY_FORM not in path.read_text(encoding="utf-8")
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:

@@ -223,6 +223,7 @@ LAYERS = [
     {"trainer", "speedup", "sft", "conformance"},
     {
         "recipe",
+        "publish",
         "compare",
         "compare_report",
         "push_pruner",
