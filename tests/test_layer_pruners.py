@@ -10,6 +10,8 @@ from families import FAMILIES, MIXED, batch
 from families.cases import CASES, batch_of
 from layer_reference import ISOLATOR, deep, hidden_logits, removed_logits, sharpened
 from pruner_cases import tokens
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from hf_dualspeed import (
     AutoPruner,
@@ -152,6 +154,35 @@ def test_one_sample_layer_by_layer(name, pruner, row, attention):
     with torch.no_grad():
         logits, _ = fast(model, inputs, pruner, isolator)
     torch.testing.assert_close(logits, expected, **CLOSE)
+
+
+def flash_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **options):
+    """FlashAttention's contract, on a CPU: causal, and a mask `(B, S)` of padding or boundaries in one row."""
+    length = query.shape[2]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    if attention_mask is not None:
+        assert attention_mask.shape == (len(query), length)
+        seen = seen & attention_mask[:, None, None].bool()
+    if len(query) == 1:
+        assert cu_seq_lens_q.tolist() == [0, length]
+        assert options["max_length_q"] == length
+    key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
+    return out.nan_to_num().transpose(1, 2), None  # padding on the left sees nothing
+
+
+AttentionInterface.register("flash_for_layers", flash_attention)
+AttentionMaskInterface.register("flash_for_layers", flash_attention_mask)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(("rows", "side"), [(MIXED, "right"), (MIXED, "left"), (MIXED[:1], "right")])
+def test_under_flash_attention(name, rows, side):
+    model = deep(name)
+    inputs, isolator = batch(FAMILIES[name], model, rows, side), isolator_of(model)
+    expected, _ = fast(model, inputs, pyramid(), isolator)
+    model.get_decoder().config._attn_implementation = "flash_for_layers"
+    torch.testing.assert_close(fast(model, inputs, pyramid(), isolator)[0], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -404,6 +435,10 @@ def test_what_cannot_be_done_is_named():
     single = deep("llava", 1)
     with pytest.raises(ValueError, match="cannot drop tokens inside"):
         attached(single, pyramid())
+    shared = FAMILIES["gemma4_unified"].model()
+    shared.config.get_text_config().num_kv_shared_layers = 1
+    with pytest.raises(ValueError, match="layers share keys and values"):
+        attached(shared, fastv())
     packed = {**inputs, "position_ids": torch.arange(inputs["input_ids"].shape[1]).repeat(3, 1)}
     packed.pop("attention_mask")
     with pytest.raises(ValueError, match=r"rows of the batch hold several samples. Pad the batch instead"):
