@@ -205,8 +205,8 @@ def fits(value: object, hint: object) -> bool:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     if hint is int:
         return type(value) is int and abs(value) <= LARGEST_INTEGER
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value)
     return isinstance(value, hint) if hint in (str, bool, list, dict, type(None)) else True
 
 

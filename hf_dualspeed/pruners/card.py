@@ -23,7 +23,7 @@ TAGS = ["dualspeed", "dualspeed-pruner"]
 DUALSPEED = "2602.03815"
 IMAGES = {256: "256", 576: "576 (LLaVA-1.5)", 2880: "2880 (LLaVA-NeXT, five views)"}
 NEEDS = {
-    "grid": "the row and column of each token, known for every model that DualSpeed supports",
+    "grid": "the row and column of each token, where the model tells them",
     "attention": "the attention that each token receives in the vision tower",
     "keys": "the attention keys of the vision tower",
     "text": "the instruction; never the answer",
@@ -68,12 +68,15 @@ def pruner_card(pruner: Pruner, repo_id: str, results: dict | list[dict] | None 
 
 
 def usage(pruner: Pruner, repo_id: str, revision: str | None = None) -> str:
-    """Three lines that load the published pruner and generate from pruned inputs."""
+    """Three lines that load the published pruner and run a model on pruned tokens."""
     options = f', revision="{revision}"' if revision else ""
     options += ", trust_remote_code=True" if is_custom(pruner) else ""
-    return f"""from hf_dualspeed import AutoPruner, prune_inputs
+    function, line = "prune_inputs", "answer = model.generate(**prune_inputs(model, inputs, pruner))"
+    if pruner.in_language_model:
+        function, line = "prune_visual_tokens", "with prune_visual_tokens(model, pruner): loss = model(**inputs).loss"
+    return f"""from hf_dualspeed import AutoPruner, {function}
 pruner = AutoPruner.from_pretrained("{repo_id}"{options})
-answer = model.generate(**prune_inputs(model, inputs, pruner))"""
+{line}"""
 
 
 def is_custom(pruner: Pruner) -> bool:
@@ -109,13 +112,16 @@ To train with it: `DualSpeedTrainingArguments(..., pruner="{repo_id}")`, or `pru
 def _rule(pruner: Pruner) -> str:
     needs = "".join(f"\n- {NEEDS[need]}" for need in sorted(pruner.needs))
     reads = f"\n\nBeside the features of the tokens it reads:\n{needs}" if needs else ""
-    return f"{heading('The rule')}\n\n{_document(pruner) or 'Its author has not described it.'}{reads}"
+    # A heading in it would be taken for a section of the user's.
+    described = re.sub(r"^#", r"\\#", _document(pruner), flags=re.MULTILINE)
+    return f"{heading('The rule')}\n\n{described or 'Its author has not described it.'}{reads}"
 
 
 def _budget(pruner: Pruner) -> str:
     config = pruner.config
     rows = [(name, budget(count, config.pruning_ratio)) for count, name in IMAGES.items()]
-    text = f"It removes {config.pruning_ratio:.1%} of the visual tokens of each image.\n\n"
+    text = f"It removes {config.pruning_ratio:.1%} of the visual tokens of each image"
+    text += ", all told behind the last layer at which it does.\n\n" if pruner.in_language_model else ".\n\n"
     if config.pruning_schedule != "constant":
         first = config.ratio_at(0.0)
         rows = [(name, budget(count, first), kept) for (name, kept), count in zip(rows, IMAGES, strict=True)]
@@ -167,8 +173,8 @@ def _licence(pruner: Pruner) -> str:
 def _citation(pruner: Pruner) -> str:
     described = f"{_document(pruner)} {sys.modules[type(pruner).__module__].__doc__ or ''}"
     papers = [paper for paper in re.findall(r"\b\d{4}\.\d{5}\b", described) if paper != DUALSPEED]
-    lines = [f"- the rule: {arxiv(paper)}" for paper in dict.fromkeys(papers)]
-    lines.append(f"- DualSpeed, which trains with it: {arxiv(DUALSPEED)}")
+    rule = ", ".join(arxiv(paper) for paper in dict.fromkeys(papers))
+    lines = ([f"- the rule: {rule}"] if rule else []) + [f"- DualSpeed, which trains with it: {arxiv(DUALSPEED)}"]
     return f"{heading('Citation')}\n\n" + "\n".join(lines)
 
 
