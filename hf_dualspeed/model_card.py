@@ -247,24 +247,28 @@ def _visual_tokens(counted: dict | None) -> str:
 
 
 def _evaluation(results: dict) -> str:
-    parts = []
+    parts, data = [], ""
+    if results.get("eval_dataset"):
+        data = f"`{results['eval_dataset']}`" + (f" ({results['eval_split']})" if "eval_split" in results else "")
     if results.get("accuracy") is not None:
         rows = [("this model, all visual tokens", percent(results["accuracy"]))]
         majority = percent(results.get("majority_accuracy"))
         rows.append(("most frequent answer to each question, without the image", majority))
-        where = f"{results['n']} questions of `{results['eval_dataset']}` ({results['eval_split']})"
-        parts.append(f"Accuracy on {where}:\n\n" + table(("answers of", "accuracy"), rows))
+        parts.append(
+            f"Accuracy on {results['n']} questions{data and f' of {data}'}:\n\n"
+            + table(("answers of", "accuracy"), rows)
+        )
     shown = table(("metric", "value"), [(key, f"{value:.4g}") for key, value in _metrics(results).items()])
     if shown:
-        on = f" on `{results['eval_dataset']}`" if results.get("eval_dataset") else ""
-        parts.append(f"Evaluation during training{on}, with all visual tokens:\n\n{shown}")
+        parts.append(f"Evaluation by the Trainer{data and f' on {data}'}, with all visual tokens:\n\n{shown}")
     return "\n\n".join([heading("Results"), *parts]) if parts else ""
 
 
 def _limits(results: dict) -> str:
     measured = "Its quality has not been measured."
     if results.get("accuracy") is not None:
-        measured = f"Its accuracy was measured on `{results['eval_dataset']}` only, in a single run."
+        where = f"`{results['eval_dataset']}`" if results.get("eval_dataset") else "these questions"
+        measured = f"Its accuracy was measured on {where} only, in a single run."
     elif _metrics(results):
         measured = "Of its quality, no more was measured than the results above, in a single run."
     return (
