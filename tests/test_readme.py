@@ -12,7 +12,7 @@ import torch
 from tiny_models import FAMILIES, batch, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hf_dualspeed import bench_report, compare_report
+from hf_dualspeed import bench_report, cli, compare_report
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def tiny_hub(tmp_path, monkeypatch):
 
 def test_examples_run(tiny_hub):
     _, processor = tiny_hub
-    train, infer, peft, trl, own = BLOCKS
+    train, infer, peft, trl, own, _ = BLOCKS
     scope = {}
     train = train.replace('Arguments("out",', 'Arguments("out", use_cpu=True, max_steps=2, report_to="none",')
     exec(compile(train, "README.md", "exec"), scope)
@@ -66,6 +66,15 @@ def test_examples_run(tiny_hub):
         assert out.positions.tolist() == [[6, 7]]
     finally:
         _REGISTRY.pop("largest", None)
+
+
+def test_a_pruner_is_published(hub):
+    hub.user = "user"
+    scope = {}
+    exec(compile(BLOCKS[-1], "README.md", "exec"), scope)
+    assert scope["pruner"].config.pruning_ratio == 0.75
+    assert cli.main(["push-pruner", "divprune", "user/divprune-75", "--pruning_ratio", "0.75"]) == 0
+    assert "dualspeed push-pruner divprune user/divprune-75 --pruning_ratio 0.75" in TEXT
 
 
 TABLES = {"compare": compare_report.readme_table, "bench": bench_report.readme_table}
