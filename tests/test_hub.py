@@ -9,8 +9,10 @@ import shutil
 import traceback
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub import CommitInfo, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -20,9 +22,11 @@ from huggingface_hub.errors import (
 )
 from loopback_hub import TOKEN
 from safetensors.torch import load_file, save, save_file
+from tiny_models import FAMILIES, batch
 
-from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments, PrunerConfig, hub_io
+from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, PrunerConfig, hub_io
 from hf_dualspeed.recipe import check_pruner
+from hf_dualspeed.recipe_arguments import parse_recipe
 from hf_dualspeed.trainer import resolve_pruner
 
 REPO = "tester/pruner"
@@ -131,6 +135,25 @@ def test_the_second_load_needs_no_network(hub, caplog):
         AutoPruner.from_pretrained(REPO, force_download=True)
 
 
+def test_offline_mode_asks_nobody(hub, monkeypatch):
+    def switch(offline: bool) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        huggingface_hub.close_session()  # the client looks when it opens one
+
+    divprune().push_to_hub(REPO)
+    asked = len(hub.log)
+    switch(True)
+    with pytest.raises(ConnectionError, match="'tester/pruner'.*HF_HUB_OFFLINE"):
+        AutoPruner.from_pretrained(REPO)
+    assert len(hub.log) == asked
+    switch(False)
+    AutoPruner.from_pretrained(REPO)
+    asked = len(hub.log)
+    switch(True)
+    assert AutoPruner.from_pretrained(REPO).config == divprune().config
+    assert len(hub.log) == asked
+
+
 # --- in training --------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +171,21 @@ def test_arguments_and_recipes_name_a_repo(hub, tmp_path, monkeypatch):
     divprune(0.2).save_pretrained("grid")
     assert resolve_pruner(None, arguments(pruner=REPO), None).pruning_ratio == 0.2
     assert resolve_pruner(None, arguments(pruner="grid"), None).config.pruner_type == "grid"
+
+
+def test_a_recipe_in_yaml_trains_with_a_repo(hub, tmp_path):
+    commit = divprune(0.6).push_to_hub(REPO).oid
+    divprune(0.7).push_to_hub(REPO)
+    recipe = {"model_name_or_path": "m", "dataset": "d", "output_dir": str(tmp_path / "out"), "use_cpu": True}
+    recipe |= {"pruner": REPO, "pruner_revision": commit, "max_steps": 1, "report_to": "none", "slow_mode_ratio": 0}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    _, arguments = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
+    model, processor = FAMILIES["llava"].build()
+    inputs = batch(FAMILIES["llava"], processor)
+    trainer = DualSpeedTrainer(model, arguments, train_dataset=[0], data_collator=lambda samples: dict(inputs))
+    trainer.train()
+    trainer.save_model()
+    assert AutoPruner.from_pretrained(tmp_path / "out").config == divprune(0.6).config
 
 
 @pytest.mark.parametrize(
