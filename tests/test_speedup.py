@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from test_distributed import DDP, run
 from test_trainer import make
 
 from hf_dualspeed import DualSpeedTrainingArguments, speedup
@@ -200,3 +201,22 @@ def test_memory_is_that_of_the_process(tmp_path):
     memory = trainer.record()["peak_memory"]
     assert memory["of"] == "process"
     assert 2**26 < memory["bytes"] < 2**40
+
+
+@pytest.mark.distributed
+def test_two_processes_add_up_and_measure_together(tmp_path):
+    """Tokens are those of one process, also after resuming; both ranks agree on the speed-up."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    (alone,) = run(one, "--batch", "2", "--max-steps", "10")
+    ranks = run(two, "--batch", "1", "--max-steps", "10", "--speedup-rounds", "1", config=DDP)
+    records = [rank["record"] for rank in ranks]
+    tokens = alone["record"]["visual_tokens"]
+    assert tokens["full"] > tokens["kept"] > 0
+    assert [record["visual_tokens"] for record in records] == [tokens, tokens]
+    assert records[0]["speedup"] == records[1]["speedup"]
+    assert records[0]["speedup"]["samples"] == 1
+    assert records[0]["peak_memory"] == records[1]["peak_memory"]
+    (two / "checkpoint-10").rename(two / "finished")
+    resumed = run(two, "--batch", "1", "--max-steps", "10", "--resume", config=DDP)
+    assert [rank["record"]["visual_tokens"] for rank in resumed] == [tokens, tokens]
+    assert resumed[0]["record"]["speedup"] == records[0]["speedup"]
