@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from pruner_cases import build, grid, tokens
+from pruner_cases import build, grid, image, tokens
 from safetensors.torch import load_file
-from test_distributed import DDP, assert_same_training, run
+from test_distributed import DDP, FSDP2, assert_same_training, run
 from test_trainer import Watch, history, make
 from tiny_models import FAMILIES, batch
 from torch import nn
@@ -103,11 +102,12 @@ def test_gumbel_top_k_draws_in_proportion_to_the_scores():
 
 
 def test_dynamicvit_draws_in_training_and_keeps_the_best_in_evaluation():
-    pruner, cases = build("dynamicvit", pruning_ratio=0.75), tokens((6, 6), (4, 5))
+    pruner, cases = AutoPruner.from_name("dynamicvit", pruning_ratio=0.75, hidden_size=16), tokens((6, 6), (4, 5))
     best = pruner.scores(cases)
     out = pruner(cases)
     for i, n in enumerate(cases.lengths):
         assert out.positions[i, : out.lengths[i]].tolist() == sorted(best[i, :n].topk(n // 4).indices.tolist())
+        assert pruner(image(cases, i)).positions[0].tolist() == out.positions[i, : out.lengths[i]].tolist()
     pruner.train()
     draws = []
     for seed in (0, 0, 1):
@@ -423,21 +423,27 @@ def test_ratio_loss_is_logged_and_trained(tmp_path):
 
 
 @pytest.mark.distributed
-def test_ddp_equals_one_process(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "given"), [(DDP, ()), pytest.param(FSDP2, ("--images",), marks=pytest.mark.slow)], ids=["ddp", "fsdp2"]
+)
+def test_two_processes_equal_one(tmp_path, config, given):
     # Not dynamicvit: as with every pruner that draws, each rank draws its own.
-    one, two = Path(tmp_path / "one"), Path(tmp_path / "two")
-    given = ("--pruner", "token_learner")
+    one, two = tmp_path / "one", tmp_path / "two"
+    given = ("--pruner", "token_learner", *given)
     (alone,) = run(one, "--batch", "2", *given)
-    assert_same_training(one, two, alone, run(two, "--batch", "1", *given, config=DDP))
+    assert_same_training(one, two, alone, run(two, "--batch", "1", *given, config=config))
     # It starts at zero and moves little, so that the tolerance for weights would hide a gradient of one rank alone.
     expected, focus = (load_file(f / "rank0.safetensors")["dualspeed.pruner.focus"] for f in (one, two))
     assert expected.abs().max() > 1e-6
     torch.testing.assert_close(focus, expected, rtol=1e-3, atol=1e-9)
+    assert torch.equal(load_file(two / "pruner.safetensors")["focus"], focus)
 
 
 @pytest.mark.distributed
-def test_ddp_keeps_what_dynamicvit_learnt_equal_on_all_ranks(tmp_path):
-    reports = run(tmp_path, "--batch", "1", "--pruner", "dynamicvit", config=DDP)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_what_dynamicvit_learnt_is_equal_on_all_ranks(tmp_path, config):
+    reports = run(tmp_path, "--batch", "1", "--images", "--pruner", "dynamicvit", config=config)
     assert [report["world"] for report in reports] == [2, 2]
     weights = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
     for name, weight in weights[0].items():
