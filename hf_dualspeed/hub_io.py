@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -54,7 +54,7 @@ class Source:
     name: str
     local: bool
     revision: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | Path | None = None
     force_download: bool = False
     local_files_only: bool = False
@@ -296,28 +296,33 @@ def push_folder(
 def explained(action: str, what: str, filename: str = "") -> Iterator[None]:
     """Errors of the Hub's client keep their kind and say what failed and what to do; failed connections are a
     `ConnectionError`. No message holds a token."""
-    cannot = f"Cannot {action} {what}: "
     try:
         yield
-    except HfHubHTTPError as error:
+    except Exception as error:
+        # The client hides a failed upload in a RuntimeError, and what fails under `force_download` in a ValueError.
+        hidden = type(error) in (RuntimeError, ValueError) and isinstance(error.__cause__, (HTTPError, OSError))
+        told = _told(error.__cause__ if hidden else error, f"Cannot {action} {what}: ", filename)
+        if told is error:
+            raise
+        raise told from None if hidden else error
+
+
+def _told(error: Exception, cannot: str, filename: str) -> Exception:
+    """The error with a message that helps; errors of other kinds as they are."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, HfHubHTTPError):
         error.args = (cannot + _remedy(error, filename),)
-        raise
-    except LocalEntryNotFoundError:
-        raise ConnectionError(
+        return error
+    if isinstance(error, LocalEntryNotFoundError):
+        return ConnectionError(
             f"{cannot}the Hub was not asked or not reached, and {filename} is not in the cache. Check the connection, "
             "and unset HF_HUB_OFFLINE and `local_files_only` to download it."
-        ) from None
-    except (HTTPError, ConnectionError) as error:
-        broken = " ".join(str(error).split()) or type(error).__name__
-        raise ConnectionError(f"{cannot}the connection failed ({broken}). Check it and run this again.") from error
-    except OSError as error:
-        if "Consistency check failed" not in str(error):
-            raise
-        raise ConnectionError(f"{cannot}the download of {filename} was cut short. Run this again.") from error
-    except ValueError as error:  # what `force_download` makes of them
-        if not isinstance(error.__cause__, (HTTPError, OSError)):
-            raise
-        raise ConnectionError(f"{cannot}{' '.join(str(error.__cause__).split())} Run this again.") from error
+        )
+    if isinstance(error, (HTTPError, ConnectionError)):
+        return ConnectionError(f"{cannot}the connection failed ({words}). Check it and run this again.")
+    if isinstance(error, OSError) and "Consistency check failed" in words:
+        return ConnectionError(f"{cannot}the download of {filename} was cut short. Run this again.")
+    return error
 
 
 def _remedy(error: HfHubHTTPError, filename: str) -> str:
@@ -336,7 +341,7 @@ def _remedy(error: HfHubHTTPError, filename: str) -> str:
     if status == 401:
         return "the Hub does not accept the token. Log in with `hf auth login`, or correct HF_TOKEN or `token`."
     if status == 403:
-        return f"the token has no right to (HTTP 403: {error.server_message}). Use one that may, of that user."
+        return f"it is not allowed (HTTP 403: {error.server_message}). Use a token of its owner with the right to it."
     if status == 412:
         return "it changed meanwhile (HTTP 412). Run this again."
     if status == 429:

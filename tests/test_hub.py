@@ -274,7 +274,15 @@ def test_one_break_is_made_good(hub):
     assert AutoPruner.from_pretrained(REPO).config == learnt().config
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("POST", "/preupload/", 500), ("POST", "/commit/", 503)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/preupload/", 500),
+        ("POST", "/lfs/objects", 502),
+        ("PUT", "/lfs-store/", 503),
+        ("POST", "/commit/", 503),
+    ],
+)
 def test_a_server_error_in_the_middle_of_a_push_and_a_retry(hub, tmp_path, method, path, status):
     learnt(0).push_to_hub(REPO)
     before = hub.files(REPO)
@@ -305,6 +313,28 @@ def test_a_server_that_is_gone(hub):
     for action in (AutoPruner.from_pretrained, divprune().push_to_hub):
         with pytest.raises(ConnectionError, match="'tester/pruner'.*[Cc]onnection"):
             action(REPO)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "said"),
+    [
+        (403, {"X_Error_Code": "GatedRepo"}, "is gated. Ask for access"),
+        (403, {}, "HTTP 403"),
+        (429, {}, "too many requests"),
+        (418, {}, "the Hub refused .HTTP 418: failed on demand"),
+    ],
+)
+def test_other_refusals(hub, status, headers, said):
+    divprune().push_to_hub(REPO)
+    hub.fail(status, 100, path=CONFIG, **headers)
+    with pytest.raises(HfHubHTTPError, match=rf"Cannot load the Hub repo 'tester/pruner'.*{said}"):
+        AutoPruner.from_pretrained(REPO)
+
+
+def test_a_push_that_meets_another(hub):
+    hub.fail(412, 1, "POST", "/commit/")
+    with pytest.raises(HfHubHTTPError, match="'tester/pruner'.*changed meanwhile"):
+        divprune().push_to_hub(REPO)
 
 
 def test_a_failing_server_on_loading(hub):
@@ -410,7 +440,7 @@ def test_tokens_appear_nowhere(hub, tmp_path, monkeypatch, caplog, capsys):
     pruner = learnt()
     pruner.push_to_hub(REPO, token=TOKEN, private=True)
     AutoPruner.from_pretrained(REPO, token=TOKEN).save_pretrained(tmp_path / "saved")
-    said = []
+    said = [repr(hub_io.find_source(REPO, [], token=TOKEN))]
     hub.fail(500, 100, path="/commit/")
     for action in (lambda: learnt(1).push_to_hub(REPO), lambda: AutoPruner.from_pretrained("tester/none", token=TOKEN)):
         with pytest.raises(HfHubHTTPError) as error:
