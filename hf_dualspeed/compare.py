@@ -21,7 +21,7 @@ from transformers import Trainer, set_seed
 
 from hf_dualspeed.arguments import DualSpeedTrainingArguments, check_range
 from hf_dualspeed.callbacks import ModeClock
-from hf_dualspeed.compare_report import write_report
+from hf_dualspeed.compare_report import write_card, write_report
 from hf_dualspeed.data import VisionLanguageCollator, load_examples
 from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
@@ -37,6 +37,7 @@ COMMAND = "dualspeed compare"
 RESULTS = "docs/results/compare.json"
 # Nothing but training may happen inside train(), whose wall time is compared.
 TRAIN_ONLY = ("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false")
+TRAIN_ONLY += ("--speedup_rounds", "0", "--push_to_hub", "false")
 NO_SLOW_STEPS = ("--slow_mode_ratio", "0", "--slow_warmup_steps", "0", "--slow_tail_ratio", "0")
 NO_EXTRAS = ("--isolator_length", "0", "--distillation_weight", "0")
 LOSSES = ("loss", "fast_loss", "slow_loss", "distillation_loss", "train_loss")
@@ -88,11 +89,14 @@ def main(argv: list[str]) -> None:
     options, words = _parser().parse_known_args(argv)
     path = Path(options.results)
     if not options.render_only:
-        command = shlex.join([*COMMAND.split(), *without_paths(argv)])
+        command = shlex.join([*COMMAND.split(), *without_paths(without_token(argv))])
         _write_json(path, compare(words, options.seeds, command))
     elif not path.is_file():
         raise FileNotFoundError(f"`results` is {str(path)!r}, but there is no such file to render.")
-    write_report(json.loads(path.read_text(encoding="utf-8")), path)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    write_report(results, path)
+    if options.card is not None:
+        write_card(results, path, Path(options.card))
 
 
 def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
@@ -126,6 +130,13 @@ def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
         head["majority_accuracy"] = majority_accuracy(train, test.select(range(head["n"])))
     runs = [{key: value for key, value in result.items() if key not in COMMON} for result in results]
     return without_paths({**head, "summary": summarise(results), "runs": runs})
+
+
+def without_token(words: list[str]) -> list[str]:
+    """The words of a command line without the Hub's token, for they are published."""
+    flag, hidden = "--hub_token", "<HUB_TOKEN>"
+    kept = [hidden if before == flag else word for before, word in zip(["", *words[:-1]], words, strict=True)]
+    return [f"{flag}={hidden}" if word.startswith(f"{flag}=") else word for word in kept]
 
 
 def order(seeds: list[int]) -> Iterator[tuple[Way, int]]:
@@ -287,6 +298,7 @@ def _parser() -> _Parser:
     parser = _Parser(prog=COMMAND, allow_abbrev=False, description=about, epilog=epilog)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds (default: 0 1 2).")
     parser.add_argument("--results", default=RESULTS, help=f"The JSON file to write (default: {RESULTS}).")
+    parser.add_argument("--card", metavar="FOLDER", help="Write a model card of the DualSpeed runs into this folder.")
     parser.add_argument("--render-only", action="store_true", help="Train nothing, render the JSON file.")
     return parser
 

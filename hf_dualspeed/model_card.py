@@ -93,10 +93,11 @@ def table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines)
 
 
-def settings_rows(results: dict) -> list[tuple[str, str | None]]:
-    """Settings of DualSpeed and of the training, and the seeds, in words."""
+def settings_table(results: dict) -> str:
+    """Settings of DualSpeed and of the training, and the seeds where they are named."""
     parts = (results.get(part, {}) for part in ("settings", "training", "seeds"))
-    return [(key, _text(value)) for part in parts for key, value in part.items()]
+    rows = [(key, _text(value)) for part in parts for key, value in part.items()]
+    return table(("setting", "value"), rows)
 
 
 def environment(results: dict) -> str:
@@ -192,7 +193,7 @@ def _training(results: dict) -> str:
         parts.append(f"Fast steps trained on what the pruner {pruning_words(settings['pruner'])}; slow steps on all.")
     if progress:
         parts.append(f"This card was written after {progress['step']} of at most {progress['of']} optimizer steps.")
-    parts.append(table(("setting", "value"), settings_rows(results)))
+    parts.append(settings_table(results))
     steps, seconds = results.get("steps", {}), results.get("seconds", {})
     rows = [(mode, steps.get(mode), _rounded(seconds.get(mode))) for mode in ("fast", "slow")]
     parts.append(table(("mode", "optimizer steps", "seconds in steps"), rows))
