@@ -250,7 +250,7 @@ def published_card(repo_id: str, revision: str | None, token: str | bool | None)
     try:
         return source.fetch(CARD_NAME).read_bytes().decode("utf-8")
     except RevisionNotFoundError:
-        return published_card(repo_id, None, token)
+        return published_card(repo_id, None, token) if revision is not None else ""
     except (EntryNotFoundError, RepositoryNotFoundError):
         return ""
 
