@@ -142,6 +142,36 @@ def test_pyramid_in_a_padded_batch(name, side):
     assert not torch.allclose(plain, logits, atol=1e-2)  # what is dropped matters
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", DEEP)
+def test_a_sample_is_pruned_alone_as_in_a_batch(name, side):
+    model = deep(name)
+    isolator = isolator_of(model)
+    together, _ = fast(model, batch(FAMILIES[name], model, MIXED, side), pyramid(), isolator)
+    alone = [batch(FAMILIES[name], model, [row], side, seeds=[seed]) for seed, row in enumerate(MIXED)]
+    parts = [fast(model, inputs, pyramid(), isolator)[0] for inputs in alone]
+    torch.testing.assert_close(together, torch.cat(parts), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_answers_choose_nothing(name):
+    model = deep(name)
+    inputs = batch(FAMILIES[name], model, [MIXED[2]], seeds=[2])
+    first = (inputs["labels"][0] != -100).nonzero()[0]
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][0, first:] = other["input_ids"][0, first:].flip(0)
+    assert not torch.equal(other["input_ids"], inputs["input_ids"])
+    places = []
+    for given in (inputs, other):
+        mode_pass = attached(model, pyramid())
+        mode_pass.begin(FAST, False, None)
+        model(**given)
+        places.append([cut.places.tolist() for cut in mode_pass._layers._cuts.values()])
+        mode_pass.end()
+    assert places[0] == places[1]
+    assert [len(rows[0]) for rows in places[0]] == sorted((len(rows[0]) for rows in places[0]), reverse=True)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("row", [0, 2])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
