@@ -16,6 +16,7 @@ import transformers
 from huggingface_hub import ModelCard, snapshot_download
 from loopback_hub import TOKEN, USER, hub  # noqa: F401
 from safetensors.torch import load_file
+from test_recipe import TINY
 from test_trainer import make
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -197,6 +198,34 @@ def test_what_a_person_wrote_on_the_hub_stays(tmp_path, hub, secret):  # noqa: F
     assert "# My model" in card.text
     assert "## My notes\n\nIt likes cats." in card.text
     assert "| fast | 2 |" in card.text
+
+
+def test_a_recipe_pushes_its_results(tmp_path, hub, secret):  # noqa: F811
+    pytest.importorskip("easy_vqa")
+    words = ["train", "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", REPO]
+    words += ["--hub_token", secret, "--tiny_llava", json.dumps(TINY), "--dataset", "easy-vqa", "--max_steps", "2"]
+    words += [
+        "--eval_dataset",
+        "easy-vqa",
+        "--eval_limit",
+        "4",
+        "--use_cpu",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "true",
+    ]
+    words += ["--per_device_train_batch_size", "4", "--train_vision_tower", "true", "--logging_steps", "1"]
+    words += ["--save_strategy", "steps", "--save_steps", "1"]
+    assert cli.main(words) == 0
+    files = hub.files(REPO)
+    assert files.keys() >= PLAIN
+    card = ModelCard(files["README.md"].decode())
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type) == ("easy-vqa", "accuracy")
+    assert result.metric_value == json.loads(files["results.json"])["accuracy"]
+    assert "trained from scratch on `easy-vqa`" in card.text
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and holds(path, secret)]
 
 
 # --- dualspeed push -----------------------------------------------------------------------------------------------
