@@ -160,6 +160,13 @@ def test_gradients_reach_every_parameter_and_the_tokens(name):
         assert touched.sum() == sum(out.lengths)
 
 
+def test_tokens_learn_what_maps_look_at():
+    pruner, cases = build("token_learner", pruning_ratio=0.75), tokens(*RAGGED)
+    cases.features.requires_grad_(True)
+    pruner(cases).merge(cases.keys).square().sum().backward()  # of other features, so through the maps alone
+    assert cases.features.grad.abs().max() > 1e-6
+
+
 @pytest.mark.parametrize("name", LEARNT)
 @pytest.mark.parametrize("training", [False, True])
 def test_half_precision_weights_and_autocast_compute_in_float32(name, training):
