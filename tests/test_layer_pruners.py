@@ -153,6 +153,17 @@ def test_a_sample_is_pruned_alone_as_in_a_batch(name, side):
     torch.testing.assert_close(together, torch.cat(parts), **CLOSE)
 
 
+def test_rows_of_one_length_that_lose_different_numbers_need_no_mask():
+    model, masks = deep("llava"), []
+    rows = [["image", 4, "image", 5], ["image", 25]]
+    for layer in model.get_decoder().layers:
+        layer.self_attn.register_forward_pre_hook(lambda m, a, k: masks.append(k["attention_mask"]), with_kwargs=True)
+    together, _ = fast(model, batch(FAMILIES["llava"], model, rows), pyramid())
+    assert masks == [None] * 4  # causality hides what fills the shorter row up
+    parts = [fast(model, batch(FAMILIES["llava"], model, [row], seeds=[i]), pyramid())[0] for i, row in enumerate(rows)]
+    torch.testing.assert_close(together, torch.cat(parts), **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_answers_choose_nothing(name):
     model = deep(name)
