@@ -190,7 +190,9 @@ def _training(results: dict) -> str:
     settings, progress = results.get("settings", {}), results.get("progress")
     parts = [heading("How it was trained")]
     if "pruner" in settings:
-        parts.append(f"Fast steps trained on what the pruner {pruning_words(settings['pruner'])}; slow steps on all.")
+        where = " inside the language model" if results.get("pruned_in_language_model") else ""
+        words = pruning_words(settings["pruner"])
+        parts.append(f"Fast steps trained on what the pruner {words}{where}; slow steps on all.")
     if progress:
         parts.append(f"This card was written after {progress['step']} of at most {progress['of']} optimizer steps.")
     parts.append(settings_table(results))

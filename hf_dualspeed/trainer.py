@@ -315,6 +315,7 @@ class DualSpeedMixin:
         results |= {"visual_tokens": self.clock.all_visual_tokens if self.clock.all_visual_tokens["full"] else None}
         results |= {"peak_memory": larger(self._peak, self._earlier.get("peak_memory"))}
         results |= {"speedup": self._speedup or self._earlier.get("speedup")}
+        results |= {"pruned_in_language_model": self._pruner.in_language_model or None}
         repo_id = self.hub_model_id or self.args.hub_model_id
         on_hub = {
             "repo_id": repo_id if repo_id and "/" in repo_id else None,
@@ -508,7 +509,8 @@ class DualSpeedTrainer(DualSpeedMixin, Trainer):
 def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Module) -> Pruner:
     """The pruner to train with: an object, or by `args.pruner` a registered name, a folder or a Hub repo.
 
-    `args.pruning_ratio` wins where set. A pruner built by name whose config has a `hidden_size`, as a learnt one does, gets the model's.
+    `args.pruning_ratio` wins where set. A pruner built by name whose config has a `hidden_size`, as a learnt one does,
+    gets the model's.
     """
     if pruner is None:
         if args.pruner in available_pruners():

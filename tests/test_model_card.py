@@ -254,6 +254,16 @@ def test_a_plain_trainer_has_a_filled_card(tmp_path):
     assert str(tmp_path) not in card.text
 
 
+def test_pruners_inside_the_language_model_say_so_and_count_nothing(tmp_path):
+    trainer = make(tmp_path, pruner="pyramiddrop", max_steps=10, speedup_rounds=1, slow_mode_ratio=0.5)
+    trainer.train()
+    results = trainer.record()
+    assert "visual_tokens" not in results  # these go from layer to layer
+    assert results["speedup"]["fast_seconds"] > 0
+    words = "`pyramiddrop` leaves of the visual tokens, 0.9 of them removed inside the language model;"
+    assert words in model_card(results)
+
+
 def test_evaluations_of_other_weights_are_left_out(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2}
     trainer = make(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, **saving)
