@@ -460,7 +460,7 @@ class AutoPruner:
         source, config = _load_config(name, trust_remote_code, hub)
         pruner = pruner_class(config.pruner_type)(config)
         if pruner.state_dict():
-            pruner.load_weights(source.fetch(WEIGHTS_NAME).parent)
+            pruner.load_weights(source.name if source.local else source.fetch(WEIGHTS_NAME).parent)
         return pruner
 
 
