@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 
 from rich.console import Console
 from rich.table import Table
@@ -54,10 +55,19 @@ def _pruners(argv: list[str]) -> None:
     import hf_dualspeed
     from hf_dualspeed.pruners.base import pruner_class
 
-    table = Table("pruner", "what it keeps")
+    table = Table("pruner", "needs", "kind", "what it does")
     for name in hf_dualspeed.available_pruners():
-        table.add_row(name, (pruner_class(name).__doc__ or "").strip().partition("\n")[0])
+        cls = pruner_class(name)
+        needs = ", ".join(sorted(cls.needs - {"grid"}))  # which every model gives
+        table.add_row(name, needs, kind_of(cls), (cls.__doc__ or "").strip().partition("\n")[0])
     Console().print(table)
+
+
+def kind_of(cls) -> str:
+    """What sets a class of pruners apart from those that select tokens by a fixed rule."""
+    learnt = "hidden_size" in {f.name for f in fields(cls.config_class)}
+    kinds = {"learnt": learnt, "merges": cls.merges, "in the LLM": cls.in_language_model}
+    return ", ".join(kind for kind, is_so in kinds.items() if is_so) or "selects"
 
 
 def _module(name: str, function: str = "main") -> Callable[[list[str]], int | None]:

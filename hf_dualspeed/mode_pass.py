@@ -148,7 +148,7 @@ class ModePass(nn.Module):
         check_inputs(kwargs)
         require(kwargs, "labels")
         self._model, self.teacher_logits = weakref.ref(model), None
-        self.pruner.auxiliary_loss = None
+        self.auxiliary_loss = None
         self._close_layers()
         self._seen = modalities_in(kwargs)
         inputs = kwargs
@@ -158,7 +158,6 @@ class ModePass(nn.Module):
         self._activate(model, FAST)
         if self.mode == FAST:
             inputs = self._shorten(model, kwargs, encodings)
-            self.auxiliary_loss = self.pruner.auxiliary_loss
         elif self.distil:
             self.teacher_logits = self._teach(model, kwargs, encodings)
             # The student takes the images as they were encoded for the teacher, with gradients.
@@ -170,10 +169,13 @@ class ModePass(nn.Module):
         return (), inputs
 
     def _count(self, pruner: nn.Module, args: tuple, pruned: PrunedTokens) -> None:
-        """Adds up what the fast pass prunes, from lengths that lie on the host; what the teacher sees is not saved."""
+        """Adds up what the fast pass prunes of each modality, from lengths that lie on the host, and what a learnt
+        pruner loses by it; what the teacher sees is not saved."""
         if self.mode == FAST:
             full, kept = self.visual_tokens
             self.visual_tokens = (full + sum(args[0].lengths), kept + sum(pruned.lengths))
+            losses = [loss for loss in (self.auxiliary_loss, pruner.auxiliary_loss) if loss is not None]
+            self.auxiliary_loss = sum(losses) if losses else None
 
     def _shorten(self, model: nn.Module, inputs: dict, encodings: list) -> dict:
         """Inputs of the pruned view. A pruner inside the language model then drops tokens until its layers close."""

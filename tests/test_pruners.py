@@ -9,9 +9,19 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES, batch
+from families.base import HIDDEN
 from pruner_cases import build, grid, image, tokens
 
-from hf_dualspeed import AutoPruner, Pruner, PrunerConfig, VisualTokens, available_pruners, register_pruner
+from hf_dualspeed import (
+    AutoPruner,
+    Pruner,
+    PrunerConfig,
+    VisualTokens,
+    available_pruners,
+    prune_inputs,
+    register_pruner,
+)
 from hf_dualspeed.pruners import budget
 from hf_dualspeed.pruners.base import _REGISTRY
 from hf_dualspeed.pruners.divprune import DivPrune
@@ -108,6 +118,16 @@ def test_features_that_are_not_finite_are_named(name, value):
     batch.features[0, 3, 2] = value
     with pytest.raises(ValueError, match="`features` holds NaN or infinite values.* lower the learning rate"):
         build(name, pruning_ratio=0.5)(batch)
+
+
+def test_the_fast_pass_names_such_features_too_where_it_waits_anyway():
+    family = FAMILIES["llava"]
+    model = family.model()
+    inputs = batch(family, model)
+    inputs["pixel_values"][-1, 0, 0, 0] = float("nan")
+    for name in ("divprune", "cdpruner", "tome", "dynamicvit"):
+        with pytest.raises(ValueError, match="`features` holds NaN or infinite values"):
+            prune_inputs(model, inputs, build(name, HIDDEN, pruning_ratio=0.5))
 
 
 @pytest.mark.parametrize("name", available_pruners())

@@ -12,6 +12,7 @@ import torch
 from tiny_models import FAMILIES, batch, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import hf_dualspeed
 from hf_dualspeed import bench_report, cli, compare_report
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,10 @@ def test_tables_show_the_published_results(name):
     marked = re.search(rf"<!-- {name}-table-start -->(.*?)<!-- {name}-table-end -->", TEXT, re.DOTALL)
     results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     assert marked[1].strip() == TABLES[name](results)
+
+
+def test_every_pruner_is_listed():
+    assert [name for name in hf_dualspeed.available_pruners() if f"`{name}`" not in TEXT] == []
 
 
 def test_the_number_of_families_is_that_of_the_conformance_run():

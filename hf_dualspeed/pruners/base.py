@@ -58,6 +58,7 @@ class VisualTokens:
             image may have none at all.
         generator (`torch.Generator`, *optional*): source of randomness, on the features' device.
         lengths (`list[int]`, *optional*): tokens per image. Given beside `valid`, it spares a host synchronisation.
+        checked_later (`bool`): the caller reads `PrunedTokens.finite` itself, where it waits for the device anyway.
     """
 
     features: torch.Tensor
@@ -69,6 +70,7 @@ class VisualTokens:
     text_valid: torch.Tensor | None = None
     generator: torch.Generator | None = None
     lengths: list[int] | None = None
+    checked_later: bool = False
 
     def __post_init__(self):
         if self.features.dim() != 3:
@@ -99,8 +101,7 @@ class PrunedTokens:
         lengths (`list[int]`): kept tokens per image.
         merge (`Callable`, *optional*): what a merging pruner did to the features, to be done to others of the same
             tokens: `(B, N, D')` to `(B, K, D')`.
-        finite (`torch.BoolTensor` of no dimensions, *optional*): whether the features were, where reading it would
-            have waited for the device; see [`check_finite`].
+        finite (`torch.BoolTensor` of no dimensions, *optional*): whether the features were; None where none was pruned.
     """
 
     features: torch.Tensor
@@ -253,8 +254,7 @@ class Pruner(nn.Module):
         """Prunes.
 
         Raises:
-            ValueError: `tokens` lacks a field that the pruner needs, or its features hold NaN or infinity. On an
-                accelerator the latter is left to who waits for it next: [`check_finite`].
+            ValueError: `tokens` lacks a field that the pruner needs, or its features hold NaN or infinity.
         """
         missing = sorted(need for need in self.needs - {"grid"} if getattr(tokens, need) is None)
         if missing:
@@ -265,7 +265,7 @@ class Pruner(nn.Module):
             positions = torch.arange(tokens.features.shape[1], device=device)
             return PrunedTokens(tokens.features, positions.expand(len(lengths), -1), tokens.valid, lengths)
         finite = tokens.features.detach().isfinite().all()
-        if device.type == "cpu":
+        if not tokens.checked_later:
             check_finite(bool(finite))
         pruned = self.reduce(tokens, lengths)
         pruned.finite = finite
