@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_dualspeed.cards import heading, merge_card
+from hf_dualspeed.cards import heading, merge_card, split_front_matter
 from hf_dualspeed.hub_io import published_card
 from hf_dualspeed.results import percent
 
+# Which keys of the front matter are not a person's, so that they go when they are no longer true.
+GIVEN = re.compile(r"<!-- front matter by dualspeed: ([\w -]*) -->")
 PAPER = "https://arxiv.org/abs/2602.03815"
 EMPTY_FORM = "[More Information Needed]"  # of PEFT
 HERE = "path/to/this/folder"
@@ -31,8 +35,24 @@ def write_model_card(folder: str | Path, results: dict) -> Path:
     """
     path = Path(folder) / "README.md"
     earlier = path.read_text(encoding="utf-8") if is_written(path) else ""
-    path.write_text(merge_card(earlier, model_card(results)), encoding="utf-8")
+    text = model_card(results)
+    path.write_text(merge_card(without_stale(earlier, text), text), encoding="utf-8")
     return path
+
+
+def without_stale(earlier: str, generated: str) -> str:
+    """An earlier card without the front matter that an earlier run gave it and this one does not give."""
+    given, (head, body), (new, rest) = _given_keys(earlier), split_front_matter(earlier), split_front_matter(generated)
+    if given.issuperset(head) and head.get("tags") == new.get("tags"):  # nothing of a person's
+        return generated.removesuffix(rest) + body
+    left = {key: value for key, value in head.items() if key in new or key not in given}
+    return earlier if left == head else f"---\n{yaml.safe_dump(left, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def _given_keys(card: str) -> set[str]:
+    """The keys of the front matter that are generated, as the card itself lists them."""
+    match = GIVEN.search(card)
+    return set(match[1].split()) if match else set()
 
 
 def adopt_published_card(
@@ -64,7 +84,7 @@ def model_card(results: dict) -> str:
     return assembled(
         data,
         _introduction(results),
-        _loading(results),
+        f"{_loading(results)}\n\n<!-- front matter by dualspeed: {' '.join(data.to_dict())} -->",
         _training(results),
         _speed(results),
         _evaluation(results),

@@ -172,6 +172,22 @@ def test_sections_of_a_person_stay(tmp_path):
     assert card.data.eval_results[0].metric_value == 0.5
 
 
+def test_a_later_run_leaves_nothing_of_the_card_of_an_earlier_one(tmp_path):
+    later = {**RESULTS, "accuracy": 0.5, "date": "2027-01-01 00:00", "speedup": None, "hub": {"repo_id": "a/b"}}
+    for one, other in ((RESULTS, later), (later, RESULTS), ({}, later), (later, {})):
+        write_model_card(tmp_path, one)
+        assert write_model_card(tmp_path, other).read_text() == model_card(other)
+
+
+def test_front_matter_of_a_person_outlives_that_of_an_earlier_run(tmp_path):
+    path = write_model_card(tmp_path, RESULTS)
+    text = path.read_text().replace("tags:\n", "license: mit\ntags:\n- mine\n", 1)
+    path.write_text(text)
+    data = ModelCard.load(write_model_card(tmp_path, {"name": "run"})).data
+    assert (data.license, data.tags) == ("mit", ["mine", "dualspeed"])
+    assert (data.base_model, data.datasets, data.eval_results) == (None, None, None)
+
+
 def test_the_empty_form_of_peft_is_no_card_of_a_person(tmp_path):
     (tmp_path / "README.md").write_text("# Model Card\n\n## Uses\n\n[More Information Needed]\n")
     assert write_model_card(tmp_path, RESULTS).read_text() == model_card(RESULTS)
