@@ -27,6 +27,7 @@ from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
 from hf_dualspeed.evaluation import answer_accuracy
 from hf_dualspeed.fast_pass import prune_inputs
+from hf_dualspeed.pruners import available_pruners, pruner_class
 from hf_dualspeed.recipe import load_model, prepare_model
 from hf_dualspeed.recipe_arguments import RecipeArguments, parse_recipe
 from hf_dualspeed.results import machine, run_record, versions, without_paths
@@ -308,6 +309,11 @@ def _check(recipe: RecipeArguments, args: DualSpeedTrainingArguments, seeds: lis
         check_range("seeds", seed, 0, off="Use --seeds 0 1 2.")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must differ from each other, got {seeds}. Use --seeds 0 1 2.")
+    if args.pruner in available_pruners() and pruner_class(args.pruner).in_language_model:
+        raise ValueError(
+            f"`pruner` is {args.pruner!r}, which drops tokens inside the language model: it shortens no prompt to "
+            "answer from. Compare with one that works in front of it, such as 'divprune'."
+        )
     if recipe.eval_dataset is None:
         raise ValueError("`eval_dataset` is None, but accuracy needs questions. Set it to easy-vqa, say.")
     devices = args.world_size * max(1, args.n_gpu)
