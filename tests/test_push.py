@@ -200,6 +200,22 @@ def test_what_a_person_wrote_on_the_hub_stays(tmp_path, hub, secret):  # noqa: F
     assert "| fast | 2 |" in card.text
 
 
+def test_a_trainer_over_trl_pushes(tmp_path, hub):  # noqa: F811
+    pytest.importorskip("trl")
+    import test_sft
+
+    options = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": TOKEN, "save_strategy": "steps", "save_steps": 2}
+    trainer = test_sft.make(tmp_path / "run", test_sft.messages(), **RUN, **options)
+    trainer.train()
+    trainer.push_to_hub(dataset_name="someone/things")
+    files = hub.files(REPO)
+    assert files.keys() >= PLAIN
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.datasets == ["someone/things"]
+    assert {"dualspeed", "trl", "sft"} <= set(card.data.tags)
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and holds(path, TOKEN)]
+
+
 def test_a_recipe_pushes_its_results(tmp_path, hub, secret):  # noqa: F811
     pytest.importorskip("easy_vqa")
     words = ["train", "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", REPO]

@@ -114,6 +114,36 @@ def test_only_modes_that_were_run(tmp_path):
     assert found["slow_share"] == 0.0
 
 
+def test_trl_counts_its_tokens_as_without_it(tmp_path):
+    pytest.importorskip("trl")
+    import test_sft
+
+    ends = []
+    for rounds in (0, 1):
+        trainer = test_sft.make(tmp_path, test_sft.messages(), **{**ENOUGH, "speedup_rounds": rounds})
+        trainer.train()
+        assert (trainer.record().get("speedup") is not None) == bool(rounds)
+        weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        ends.append(
+            (weights, trainer._token_counts, dict(trainer._metrics["train"]), test_sft.history(trainer, "loss"))
+        )
+    (first, *plain), (second, *measured) = ends
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert torch.equal(plain[0], measured[0])
+    assert str(plain[1:]) == str(measured[1:])
+
+
+def test_adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+    from tiny_models import FAMILIES
+
+    model, _ = FAMILIES["llava"].build()
+    config = peft.LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", r=2, lora_dropout=0.5)
+    trainer = make(tmp_path, model=peft.get_peft_model(model, config), **ENOUGH)
+    trainer.train()
+    assert trainer.record()["speedup"]["speedup"] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
