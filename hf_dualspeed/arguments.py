@@ -84,6 +84,20 @@ class DualSpeedArguments:
             "help": "'clip': the tokens of a video are pruned as one; 'frame': those of each frame by themselves."
         },
     )
+    slow_mode_splits: str = field(  # or a number, which parsers of the command line could not tell from a word
+        default=1,
+        metadata={
+            "help": "Slow steps run each batch in so many parts and accumulate gradients, so that a batch sized for "
+            "fast steps fits; 'auto': in parts about as large as a fast step's batch."
+        },
+    )
+    fast_mode_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Recompute activations in fast steps too, where `activation_checkpointing` is on. Left off, fast "
+            "steps are faster and fall back to it where memory runs short."
+        },
+    )
     fast_only_parameters: list[str] = field(
         default_factory=list,
         metadata={"help": "Glob patterns of parameters that only fast steps update (e.g. '*lora_*.fast.*')."},
@@ -113,6 +127,8 @@ class DualSpeedArguments:
         check_range("distillation_weight", self.distillation_weight, 0, off="Use 0.0 to turn distillation off.")
         check_range("distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual.")
         check_range("speedup_rounds", self.speedup_rounds, 0, off="Use 0 not to measure the speed-up.")
+        if self.slow_mode_splits != "auto":
+            self.slow_mode_splits = as_count("slow_mode_splits", self.slow_mode_splits, "or 'auto'")
         check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
         check_choice("position_ids", self.position_ids, POSITION_IDS)
         check_choice("video_budget", self.video_budget, VIDEO_BUDGETS)
@@ -165,6 +181,21 @@ def check_range(
     upper = "inf)" if high is None else f"{high}{')' if right_open else ']'}"
     allowed = f"{'(' if left_open else '['}{low}, {upper}"
     raise ValueError(f"`{name}` must be in {allowed}, got {value!r}. {off}".strip())
+
+
+def as_count(name: str, value: int | str, otherwise: str = "") -> int:
+    """A whole number of at least 1, perhaps as a word of the command line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        count = int(value) if isinstance(value, str) else value
+    except ValueError:
+        count = None
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1 {otherwise}, got {value!r}.")
+    return count
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:

@@ -44,10 +44,7 @@ def instructions(model: nn.Module, inputs: Mapping, token_id: int, lengths: list
     """
     ids = inputs["input_ids"]
     length, device = ids.shape[1], ids.device
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).to(device, non_blocking=True)
-    seen = (ids == token_id).flatten().cumsum(0)
-    first = torch.searchsorted(seen, starts + 1).clamp(max=ids.numel() - 1)  # where a count is off, shortening says so
-    rows, columns = first // length, first % length
+    rows, columns = unit_places(ids, token_id, lengths)
     visual, labels, mask = is_visual(model, ids), inputs.get("labels"), inputs.get("attention_mask")
     supervised = torch.zeros_like(visual) if labels is None else (labels != -100) & ~visual
     text = ~visual & ~supervised
@@ -62,6 +59,14 @@ def instructions(model: nn.Module, inputs: Mapping, token_id: int, lengths: list
         sample = packing.sample[rows]
         valid &= sample == sample.gather(1, columns[:, None])
     return Instructions(rows, valid)
+
+
+def unit_places(ids: torch.Tensor, token_id: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of the first placeholder of each unit, `(U,)`."""
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).to(ids.device, non_blocking=True)
+    seen = (ids == token_id).flatten().cumsum(0)
+    first = torch.searchsorted(seen, starts + 1).clamp(max=ids.numel() - 1)  # where a count is off, shortening says so
+    return first // ids.shape[1], first % ids.shape[1]
 
 
 def is_visual(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

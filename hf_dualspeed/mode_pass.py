@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .batch_parts import BatchParts
 from .data import require
-from .encoding import encode
+from .encoding import VisualEncoding, encode
 from .families import family_of
 from .fast_pass import check_inputs, check_pruner, shorten_inputs, whole_inputs
 from .isolator import ModeIsolator
@@ -51,6 +52,7 @@ class ModePass(nn.Module):
         self.video_budget = video_budget
         self.last_mode: str | None = None
         self.visual_tokens = (0, 0)
+        self.tokens = 0  # that the language model ran on in the last pass, padding included
         self._handles: list = []
         self._adapters: dict[str, list[str]] = {}
         self._forget()
@@ -66,13 +68,14 @@ class ModePass(nn.Module):
         self.auxiliary_loss: torch.Tensor | None = None
         self._keep: torch.Tensor | None = None
         self._layers: LayerPass | None = None
+        self._parts, self._part, self._batch = 1, 0, None
         self._seen: set[str] = set()
         self._model: weakref.ref | None = None  # a plain reference would make the model its own submodule
 
     def __getstate__(self) -> dict:
         """For copies and pickles, which are not in the middle of a pass."""
         passing = ("autocast", "mode", "distil", "generator", "targets", "teacher_logits", "auxiliary_loss")
-        passing += ("_keep", "_layers", "_seen", "_model")
+        passing += ("_keep", "_layers", "_batch", "_seen", "_model")
         return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     def __setstate__(self, state: dict) -> None:
@@ -128,15 +131,22 @@ class ModePass(nn.Module):
 
     # --- a pass ---------------------------------------------------------------------------------------------------
 
-    def begin(self, mode: str, distil: bool, generator: torch.Generator | None) -> None:
-        """The next calls of the model run in `mode`."""
+    def begin(self, mode: str, distil: bool, generator: torch.Generator | None, parts: int = 1) -> None:
+        """The next calls of the model run in `mode`; with several `parts`, each call runs the next part of a batch."""
         self.mode = self.last_mode = mode
+        self._parts, self._part, self._batch = parts, 0, None
         self.visual_tokens = (0, 0)
         self.distil, self.generator = distil and mode == SLOW, generator
+
+    @property
+    def first_part(self) -> bool:
+        """Whether the last call ran a whole batch, or the first part of one."""
+        return self._part <= 1
 
     def end(self) -> None:
         """The next calls of the model run as if this were not there. Only after backward, which may recompute."""
         self.mode = self.generator = self.targets = self.teacher_logits = self.auxiliary_loss = self._keep = None
+        self._batch = None
         self.pruner.auxiliary_loss = None  # and the graph behind it
         self._close_layers()
         if self._model is not None:
@@ -152,21 +162,33 @@ class ModePass(nn.Module):
         self._close_layers()
         self._seen = modalities_in(kwargs)
         inputs = kwargs
-        if self.mode == FAST or self.distil:
-            with self.autocast():
-                encodings = encode(model, kwargs, self.pruner.needs, self.video_budget)
+        if self.mode == FAST or self.distil or self._parts > 1:
+            inputs, encodings = self._encode(model, kwargs)
         self._activate(model, FAST)
         if self.mode == FAST:
-            inputs = self._shorten(model, kwargs, encodings)
-        elif self.distil:
-            self.teacher_logits = self._teach(model, kwargs, encodings)
+            inputs = self._shorten(model, inputs, encodings)
+        elif self.distil or self._parts > 1:
+            if self.distil:
+                self.teacher_logits = self._teach(model, inputs, encodings)
             # The student takes the images as they were encoded for the teacher, with gradients.
             with self.autocast():
-                inputs = whole_inputs(model, kwargs, encodings)
+                inputs = whole_inputs(model, inputs, encodings)
         self._activate(model, self.mode)
         inputs, shifted = self._supervise(inputs)
-        self.targets = shifted[self._keep]
+        self.targets, self.tokens = shifted[self._keep], shifted.numel()
         return (), inputs
+
+    def _encode(self, model: nn.Module, inputs: dict) -> tuple[dict, list[VisualEncoding]]:
+        """A batch, or its next part, and what was encoded of it: for all parts at once, in front of the first."""
+        if self._batch is None:
+            needs = self.pruner.needs if self.mode == FAST or self.distil else frozenset()
+            with self.autocast():
+                encodings = encode(model, inputs, needs, self.video_budget)
+            if self._parts == 1:
+                return inputs, encodings
+            self._batch = BatchParts(model, inputs, encodings, self._parts)
+        self._part += 1
+        return self._batch[self._part - 1]
 
     def _count(self, pruner: nn.Module, args: tuple, pruned: PrunedTokens) -> None:
         """Adds up what the fast pass prunes of each modality, from lengths that lie on the host, and what a learnt
@@ -218,6 +240,8 @@ class ModePass(nn.Module):
         if not self._slices_logits:
             output["logits"] = output.logits[self._keep]
         zero = output.logits.new_zeros(())
+        if self._batch is not None:  # the last part goes on to the encoder, be there an image in it or not
+            zero = sum((end.flatten()[:0].sum() for end in self._batch.ends), zero)
         # Of no elements: the sum of a whole parameter could overflow in half precision, and inf * 0 is NaN.
         output["loss"] = sum((p.flatten()[:0].sum() for p in self._untouched(model)), zero)
         return output

@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils import CONFIG_NAME
+from transformers import Trainer
 
-from .adapters import check_adapter, load_adapters
+from .adapters import check_adapter
 from .arguments import Default, DualSpeedArguments, DualSpeedTrainingArguments, check_keys
+from .batch_parts import can_be_split
 from .callbacks import ModeClock, ModeLosses
+from .checkpoints import CheckpointMixin
 from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
-from .isolator import WEIGHTS_NAME, ModeIsolator, save_isolator, saved_length
+from .isolator import WEIGHTS_NAME, ModeIsolator
 from .mode_pass import NAME, ModePass
-from .model_card import adopt_published_card, kept_card, write_model_card
 from .model_roles import language_parts
 from .parameter_views import ParameterViews
 from .protocol import check_positions, check_protocol, unwrap, visual_token_ids
 from .pruners import AutoPruner, Pruner, available_pruners, pruner_class
-from .pruners.base import CONFIG_NAME as PRUNER_CONFIG_NAME
-from .pruners.base import WEIGHTS_NAME as PRUNER_WEIGHTS_NAME
-from .results import (
-    OF_WEIGHTS,
-    dataset_name,
-    is_hub_id,
-    one_line,
-    peak_memory,
-    read_results,
-    run_record,
-    without_paths,
-    write_results,
-)
+from .publishing import PublishingMixin
+from .recomputation import Recomputation
 from .schedule import FAST, ModeSchedule
-from .speedup import measure_speedup, set_aside
+from .speedup import set_aside
 
 logger = logging.getLogger(__name__)
 
+# Times the tokens of a fast step's batch, up to which a part of a slow one counts as small.
+SMALL = 1.25
 
-class DualSpeedMixin:
+
+class DualSpeedMixin(PublishingMixin, CheckpointMixin):
     """What DualSpeed adds to a `Trainer`; put it in front of any subclass of [`~transformers.Trainer`].
 
     Fast steps train on pruned visual tokens behind the mode isolator; slow steps on all of them, with the pruned
@@ -95,6 +85,11 @@ class DualSpeedMixin:
                 "Start one process per device: accelerate launch train.py."
             )
         check_optimizer(self.optimizer, self.mode_pass)
+        if self.args.slow_mode_splits != 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"`slow_mode_splits` is {self.args.slow_mode_splits!r}, but sharded training runs each batch in one "
+                "piece. Set slow_mode_splits=1, or use DDP."
+            )
         if self.is_fsdp_enabled:
             wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.model)
         self.mode_pass.autocast = self.accelerator.autocast
@@ -104,7 +99,9 @@ class DualSpeedMixin:
         self._loss_shifts_labels = True
         self.add_callback(ModeClock())
         self._losses = ModeLosses()
-        self.add_callback(self._losses)
+        self._recomputation = Recomputation(args.fast_mode_checkpointing)
+        for callback in (self._losses, self._recomputation):
+            self.add_callback(callback)
         self._micro = (-1, 0)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
@@ -171,11 +168,12 @@ class DualSpeedMixin:
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch in the mode of the current optimizer step; gradients of the other mode are dropped."""
         step = self.state.global_step
+        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
         if self.args.speedup_rounds and self.is_in_train and len(self._aside) <= self.args.speedup_rounds:
             self._aside.append(set_aside(inputs))
         mode = self.mode_at(step)
         loss = self.step_in_mode(mode, step / max(1, self.state.max_steps - 1), model, inputs, num_items_in_batch)
-        self.clock.count_visual_tokens(*self.mode_pass.visual_tokens)
+        self.clock.count_tokens(mode, self.mode_pass.tokens, *self.mode_pass.visual_tokens)
         if self.accelerator.sync_gradients:
             self.views.drop_gradients(mode)
         return loss
@@ -183,19 +181,57 @@ class DualSpeedMixin:
     def step_in_mode(self, mode: str, progress: float, model, inputs, num_items_in_batch=None):
         """Forward and backward of a micro-batch in `mode`, when the fraction `progress` of training is done."""
         self._pruner.progress = progress
-        self.mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator())
+        parts, small = (1, True) if mode == FAST else self._slow_parts(model, inputs, num_items_in_batch)
+        run = partial(super().training_step, model, inputs, num_items_in_batch)
+        self.mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator(), parts)
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            with self._recomputation.left_out(small):
+                return self._accumulated(run, model, parts)
+        except torch.OutOfMemoryError as error:
+            if mode != FAST or not self._recomputation.skips:
+                raise
+            return self._recomputed(run, model, error)
         finally:
             self.mode_pass.end()
             self._pruner.progress = 1.0
+
+    def _slow_parts(self, model, inputs, num_items_in_batch) -> tuple[int, bool]:
+        """In how many parts a slow step runs a micro-batch, and whether each is about as small as a fast step's."""
+        rows, length = inputs["input_ids"].shape
+        wanted, fast = self.args.slow_mode_splits, self.clock.fast_tokens
+        if wanted == "auto":  # one sample each before the first fast step, which will tell
+            wanted = math.ceil(rows * length / fast) if fast else rows
+        whole = num_items_in_batch is None or not can_be_split(model, inputs)
+        parts = 1 if whole else min(rows, wanted)
+        return parts, parts > 1 and math.ceil(rows / parts) * length <= SMALL * fast
+
+    def _accumulated(self, run: Callable[[], torch.Tensor], model: nn.Module, parts: int) -> torch.Tensor:
+        """Runs each part of a micro-batch; ranks exchange gradients at the last one's. Returns the loss."""
+        losses = []
+        with self.accelerator.no_sync(model) if parts > 1 else nullcontext():
+            losses += [run() for _ in range(parts - 1)]
+        return sum(losses, run())
+
+    def _recomputed(self, run: Callable[[], torch.Tensor], model: nn.Module, error: Exception) -> torch.Tensor:
+        """A fast micro-batch that ran out of memory once more, with activation checkpointing.
+
+        Gradients of earlier micro-batches would be lost, and other ranks be out of step: then the error stands.
+        """
+        if self.accelerator.num_processes > 1 or self._micro[1]:
+            raise torch.OutOfMemoryError(
+                f"{error} A fast step ran out of memory without activation checkpointing: set "
+                "fast_mode_checkpointing=True, or a smaller per_device_train_batch_size."
+            ) from error
+        self._recomputation.fall_back("ran out of memory")
+        model.zero_grad()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return run()
 
     def _step_generator(self) -> torch.Generator | None:
         """Randomness of pruners: a function of seed, step, micro-batch and rank, so a resumed run draws the same."""
         if self._pruner.deterministic:
             return None
-        step = self.state.global_step
-        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
         seed = hash((self.args.seed, *self._micro, self.args.process_index)) % 2**63
         return torch.Generator(self.args.device).manual_seed(seed)
 
@@ -258,249 +294,6 @@ class DualSpeedMixin:
             "seconds": {mode: round(seconds, 3) for mode, seconds in self.clock.seconds.items()},
         }
 
-    # --- what is published of a run -------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        self._begin_record()
-        if resume_from_checkpoint:
-            self._earlier = read_results(self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _begin_record(self) -> None:
-        self._aside: list[dict] = []
-        self._earlier: dict = {}
-        self._speedup: dict | None = None
-        self._peak: dict | None = None
-
-    def _finalize_training(self, *args, **kwargs):
-        output = super()._finalize_training(*args, **kwargs)
-        self.add_up()  # before plain passes, which take more memory
-        steps = self.state.global_step - self._initial_global_step
-        self._speedup, self._aside = measure_speedup(self, self._aside, steps), []
-        if self._speedup is not None:
-            logger.info("Speed-up over plain full-token steps: %s.", self._speedup)
-        return output
-
-    def add_up(self) -> None:
-        """Sums the visual tokens of all processes, and takes the most memory of any. Call it in all of them."""
-        clock, peak = self.clock, peak_memory(self.args.device)
-        clock.all_visual_tokens = dict(clock.visual_tokens)
-        if self.accelerator.num_processes > 1:
-            counts = torch.tensor([*clock.visual_tokens.values(), 0], device=self.args.device)
-            full, kept, _ = self.accelerator.reduce(counts, "sum").tolist()
-            shared = self.get_tp_size()  # tensor parallel ranks are given the same batch
-            clock.all_visual_tokens = {"full": full // shared, "kept": kept // shared}
-            held = torch.tensor([peak["bytes"] if peak else 0], device=self.args.device)
-            peak = peak and {**peak, "bytes": self.accelerator.gather(held).max().item()}
-        self._peak = peak
-
-    def record(self, folder: str | Path | None = None) -> dict:
-        """What is known of the run so far, as results.json in `folder` holds it and the model card shows it.
-
-        What an earlier part of a resumed run has measured stays, but for what its weights answered. In several
-        processes, visual tokens and memory are those of the last checkpoint, or of the end.
-        """
-        if self.is_in_train and self.accelerator.num_processes == 1:
-            self.add_up()
-        model = unwrap(self.model)
-        results = {"name": Path(folder or self.args.output_dir).resolve().name}
-        results |= {key: value for key, value in self._earlier.items() if key not in (*results, *OF_WEIGHTS)}
-        known = [dataset_name(self.train_dataset)]
-        results |= {"base_model": getattr(model, "name_or_path", "") or None, "datasets": [n for n in known if n]}
-        results |= {"eval_dataset": dataset_name(self.eval_dataset)}
-        results |= {"adapter": bool(getattr(self.model, "peft_config", None))}
-        results |= {"processor": self.processing_class is not None, **self.facts}
-        results |= run_record(self.args, self.summary(), self.clock.total_seconds)
-        results |= {"progress": progress(self.state), "evaluation": self._evaluated()}
-        results |= {"visual_tokens": self.clock.all_visual_tokens if self.clock.all_visual_tokens["full"] else None}
-        results |= {"peak_memory": larger(self._peak, self._earlier.get("peak_memory"))}
-        results |= {"speedup": self._speedup or self._earlier.get("speedup")}
-        results |= {"pruned_in_language_model": self._pruner.in_language_model or None}
-        repo_id = self.hub_model_id or self.args.hub_model_id
-        on_hub = {
-            "repo_id": repo_id if repo_id and "/" in repo_id else None,
-            "base_model": results["base_model"] if is_hub_id(results["base_model"]) else None,
-            "datasets": [name for name in results["datasets"] if is_hub_id(name)],
-        }
-        results |= {"hub": {key: value for key, value in on_hub.items() if value}}
-        return without_paths({key: value for key, value in results.items() if value is not None})
-
-    def _evaluated(self) -> dict | None:
-        """Metrics of the Trainer's evaluation of the weights as they are; None where there was none."""
-        state = self.state
-        best = self.args.load_best_model_at_end and not self.is_in_train and state.best_global_step
-        found = {}
-        for entry in state.log_history:
-            if entry["step"] == (best or state.global_step):
-                found |= {k: v for k, v in entry.items() if k.startswith("eval_") and isinstance(v, (int, float))}
-        return found or None
-
-    def write_results(self, folder: str | Path | None = None) -> dict:
-        """Writes results.json and, where losses were logged, learning_curve.png to `folder`; returns the results."""
-        from .plots import CURVE_NAME, plot_learning_curve  # matplotlib takes its time
-
-        folder = Path(folder or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        results, history = self.record(folder), self.state.log_history
-        if any("fast_loss" in entry or "slow_loss" in entry for entry in history):
-            of = f" on {', '.join(results['datasets'])}" if results["datasets"] else ""
-            plot_learning_curve(history, folder / CURVE_NAME, f"{results['name']}: training{of}")
-            results["learning_curve"] = CURVE_NAME
-        write_results(folder, results)
-        return results
-
-    def create_model_card(
-        self,
-        language=None,
-        license=None,
-        tags=None,
-        model_name=None,
-        finetuned_from=None,
-        tasks=None,
-        dataset_tags=None,
-        dataset=None,
-        dataset_args=None,
-    ) -> None:
-        """Writes results.json and README.md from what was measured; sections that a person wrote there stay.
-
-        `model_name`, `tasks` and `dataset_args` are not used: the card's name is that of folder or repo, and the rest
-        is in the results.
-        """
-        given = {"language": language, "license": license, "tags": as_list(tags), "base_model": finetuned_from}
-        given["datasets"] = list(dict.fromkeys([*as_list(dataset), *as_list(dataset_tags)]))
-        self.facts |= {key: value for key, value in given.items() if value}
-        if self.is_world_process_zero():
-            write_model_card(self.args.output_dir, self.write_results())
-
-    # --- pushing --------------------------------------------------------------------------------------------------
-
-    def init_hf_repo(self, token=None, private=None):
-        super().init_hf_repo(token, private)
-        if self.is_world_process_zero():
-            revision = self.args.hub_revision
-            adopt_published_card(self.args.output_dir, self.hub_model_id, revision, token or self.args.hub_token)
-
-    def push_to_hub(self, *args, **kwargs):
-        try:
-            return super().push_to_hub(*args, **kwargs)
-        except Exception as error:
-            raise OSError(f"The push to the Hub failed ({one_line(error)}). {self._push_later()}") from error
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        self._report_failed_pushes()
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        ends = self.args.hub_strategy == HubStrategy.END
-        if self.is_world_process_zero() and not ends and (self.args.hub_always_push or not busy):
-            # The Trainer takes over files that it knows by name, and these are not among them.
-            for name in (WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME):
-                if (Path(checkpoint_folder) / name).is_file():
-                    shutil.copy(Path(checkpoint_folder) / name, self.args.output_dir)
-            self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _finish_current_push(self):
-        super()._finish_current_push()
-        self._report_failed_pushes()
-
-    def _report_failed_pushes(self) -> None:
-        """Pushes during training run in the background, where the Trainer lets their errors go unseen."""
-        pushing = getattr(self, "push_in_progress", None)
-        for job in list(pushing.jobs) if pushing is not None else ():
-            if job.done() and not job.cancelled() and job.exception() is not None:
-                pushing.jobs.remove(job)
-                logger.warning("A push to the Hub failed (%s). %s", one_line(job.exception()), self._push_later())
-
-    def _push_later(self) -> str:
-        repo_id = self.hub_model_id or self.args.hub_model_id or "user/repo"
-        return (
-            f"Nothing on this machine is lost. When training has ended and the model is saved, push it with: "
-            f"dualspeed push {self.args.output_dir} {repo_id}"
-        )
-
-    # --- saving and resuming --------------------------------------------------------------------------------------
-
-    def _save(self, output_dir=None, state_dict=None):
-        # Sharded training hands over the gathered weights, from which saving takes the isolator's out.
-        gathered = {k.removeprefix(f"{NAME}."): v for k, v in (state_dict or {}).items() if k.startswith(f"{NAME}.")}
-        if state_dict is None and getattr(self.model, "peft_config", None):
-            state_dict = self.model.state_dict()
-        if state_dict is not None:  # PEFT picks weights by pattern, a learnt pruner's biases among them
-            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(f"{NAME}.")}
-        with interrupts_deferred(), kept_card(Path(output_dir or self.args.output_dir)):
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            parts = gathered or self.mode_pass.state_dict()
-            prefix = "pruner."
-            self._pruner.save_pretrained(
-                folder, {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
-            )
-            if self.args.isolator_length:
-                save_isolator(parts["isolator.prompt"], folder)
-            if self.state.global_step and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
-                self.write_results(folder)
-
-    def _save_checkpoint(self, model, trial):
-        self.add_up()
-        with interrupts_deferred():
-            super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        check_isolator(resume_from_checkpoint, self.args.isolator_length)
-        if not (self._load_plain(resume_from_checkpoint) or self._load_adapters(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_fast_view(resume_from_checkpoint)
-
-    def _load_best_model(self):
-        best = self.state.best_model_checkpoint
-        if not (self._load_plain(best) or self._load_adapters(best)):
-            super()._load_best_model()
-        self._load_fast_view(best)
-
-    def _load_plain(self, folder) -> bool:
-        """Loads a full checkpoint that `save_pretrained` wrote; False for adapters, FSDP and DeepSpeed.
-
-        `save_pretrained` writes the published names of the weights, which for most vision-language models differ
-        from those of the modules. The Trainer of transformers 5.23 reads them back by module name with
-        `strict=False` and so loads nothing; `from_pretrained` knows both.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded or not isinstance(model, PreTrainedModel) or not (Path(folder) / CONFIG_NAME).is_file():
-            return False
-        weights = type(model).from_pretrained(folder, dtype="auto").state_dict()
-        model.load_state_dict(weights, strict=False)
-        return True
-
-    def _load_adapters(self, folder) -> bool:
-        """Loads the PEFT adapters of a checkpoint; False for whole models, FSDP and DeepSpeed."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return not sharded and load_adapters(self.accelerator.unwrap_model(self.model), folder)
-
-    def _load_fast_view(self, folder) -> None:
-        # Sharded checkpoints hold isolator and pruner among the model's own weights.
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return
-        if self.args.isolator_length:
-            self.mode_pass.isolator.load_pretrained(folder)
-        self._pruner.load_weights(folder)
-
-
-def progress(state: TrainerState) -> dict | None:
-    """The optimizer step of a run that has not reached its last one."""
-    return {"step": state.global_step, "of": state.max_steps} if state.global_step < state.max_steps else None
-
-
-def larger(peak: dict | None, other: dict | None) -> dict | None:
-    """The larger of two peaks of memory of one kind."""
-    comparable = peak and other and peak["of"] == other["of"]
-    return max(peak, other, key=lambda measured: measured["bytes"]) if comparable else peak or other
-
-
-def as_list(value: str | list[str] | None) -> list[str]:
-    """One name, several or none as a list."""
-    return [value] if isinstance(value, str) else list(value or ())
-
 
 class DualSpeedTrainer(DualSpeedMixin, Trainer):
     """[`~transformers.Trainer`] with fast and slow steps; see [`DualSpeedMixin`]."""
@@ -557,37 +350,3 @@ def wrap_existing_layers(plugin, model: nn.Module) -> None:
     present = {type(module).__name__ for module in model.modules()}
     named = getattr(unwrap(model), "_no_split_modules", None) or ()
     plugin.transformer_cls_names_to_wrap = sorted(present.intersection(named)) or None
-
-
-def check_isolator(folder: str | Path, length: int) -> None:
-    """Raises a `ValueError` where `folder` holds an isolator of another length than `length`, or none."""
-    saved = saved_length(folder)
-    if saved is None and not (Path(folder) / "pruner_config.json").is_file():
-        return  # not written by `save_model`: sharded, or no checkpoint at all, which the Trainer says
-    if (saved or 0) != length:
-        raise ValueError(
-            f"`isolator_length` is {length}, but the checkpoint {str(folder)!r} was trained with {saved or 0}. "
-            f"Set isolator_length={saved or 0} to resume it."
-        )
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Holds Ctrl-C back until the body is done, so that no half-written checkpoint is left behind."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or getattr(before, "defers", False):
-        yield
-        return
-    caught = []
-
-    def hold(*event):
-        caught.append(event)
-
-    hold.defers = True
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=6)
     parser.add_argument("--speedup-rounds", type=int, default=0)
     parser.add_argument("--pruner", default="divprune")
+    parser.add_argument("--slow-mode-splits", default="1")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, _ = FAMILIES[options.family].build()
@@ -57,6 +58,7 @@ def main() -> None:
         slow_mode_ratio=0.5,
         pruner=options.pruner,
         pruning_ratio=0.5,
+        slow_mode_splits=options.slow_mode_splits,
         seed=1,
         model=model,
         # With an epsilon this large Adam has a state to save, yet does not blow rounding noise up to full steps.

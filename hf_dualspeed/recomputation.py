@@ -1,0 +1,76 @@
+"""Activation checkpointing by mode: slow steps recompute activations where the user asked for it, fast ones need not.
+
+A fast step, or a slow one in parts of its size, holds the activations of a fraction of the tokens, so that recomputing
+them, a fourth of its time, buys little memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+# A fast step that comes this close to the device's memory recomputes from then on: a longer batch may follow.
+FULL = 0.92
+
+
+class Recomputation(TrainerCallback):
+    """Leaves out, in steps on few tokens, the recomputation that the user asked for.
+
+    Args:
+        always (`bool`): never leave it out. Otherwise so from when memory runs short.
+    """
+
+    def __init__(self, always: bool = False):
+        self.always = always
+        self._checkpointed: list[nn.Module] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # The Trainer switches checkpointing on right before; FSDP's own wrappers are left alone.
+        self._checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+
+    @property
+    def skips(self) -> bool:
+        """Whether there is recomputation that small steps leave out."""
+        return bool(self._checkpointed) and not self.always
+
+    @contextmanager
+    def left_out(self, small: bool) -> Iterator[None]:
+        """Runs the body, forward and backward of a micro-batch, without recomputation if it is `small`."""
+        if not small or not self.skips:
+            yield
+            return
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(True)
+        if self._nearly_full():
+            self.fall_back(f"took more than {FULL:.0%} of the device's memory")
+
+    def fall_back(self, reason: str) -> None:
+        """All steps recompute from now on."""
+        self.always = True
+        logger.warning(
+            "A step without activation checkpointing %s; fast steps use it from now on, too. "
+            "Set fast_mode_checkpointing=True to begin so.",
+            reason,
+        )
+
+    def _switch(self, on: bool) -> None:
+        for module in self._checkpointed:
+            module.gradient_checkpointing = on
+
+    @staticmethod
+    def _nearly_full() -> bool:
+        """From the allocator's own books, which needs no wait for the device."""
+        if not torch.cuda.is_available():
+            return False
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return torch.cuda.max_memory_reserved() > FULL * total

@@ -1,0 +1,83 @@
+"""Activation checkpointing by mode: slow steps recompute, fast ones do not unless memory runs short."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_trainer import history, make
+
+LAYERS = 2  # of the tiny language model
+
+
+def watched(folder, **options):
+    """A trainer, and how often the language model's layers ran in each step."""
+    options = {"activation_checkpointing": True, "mode_schedule": "periodic", "slow_mode_ratio": 0.5, **options}
+    trainer = make(folder, optim="sgd", **options)
+    runs: dict[int, int] = {}
+    for layer in trainer.model.model.language_model.layers:
+        # Of a submodule: hooks on the layer run once, outside of the checkpoint.
+        layer.mlp.register_forward_pre_hook(
+            lambda *_: runs.update({trainer.state.global_step: runs.get(trainer.state.global_step, 0) + 1})
+        )
+    return trainer, runs
+
+
+def test_fast_steps_run_each_layer_once(tmp_path):
+    trainer, runs = watched(tmp_path, distillation_weight=0.0)
+    trainer.train()
+    assert [trainer.mode_at(step) for step in range(4)] == ["fast", "slow"] * 2
+    assert runs == {0: LAYERS, 1: 2 * LAYERS, 2: LAYERS, 3: 2 * LAYERS}
+    assert trainer.model.model.language_model.layers[0].gradient_checkpointing  # back on for what comes next
+
+
+def test_one_argument_turns_it_off(tmp_path):
+    trainer, runs = watched(tmp_path, distillation_weight=0.0, fast_mode_checkpointing=True)
+    trainer.train()
+    assert set(runs.values()) == {2 * LAYERS}
+
+
+@pytest.fixture
+def short_memory(monkeypatch):
+    """A language model that has room for the activations of one layer."""
+
+    def tighten(trainer):
+        layer = trainer.model.model.language_model.layers[1]
+        forward = layer.mlp.forward
+
+        def limited(*args):
+            if not layer.gradient_checkpointing:
+                raise torch.OutOfMemoryError("no room.")
+            return forward(*args)
+
+        monkeypatch.setattr(layer.mlp, "forward", limited)
+
+    return tighten
+
+
+def test_where_memory_runs_short_fast_steps_recompute(tmp_path, short_memory, caplog):
+    expected, _ = watched(tmp_path)
+    expected.train()
+    trainer, runs = watched(tmp_path)
+    short_memory(trainer)
+    trainer.train()
+    assert caplog.text.count("fast steps use it from now on") == 1
+    assert runs[2] == 2 * LAYERS
+    torch.testing.assert_close(
+        torch.tensor(history(trainer, "loss", "grad_norm")), torch.tensor(history(expected, "loss", "grad_norm"))
+    )
+
+
+def test_gradients_of_earlier_micro_batches_are_not_lost_silently(tmp_path, monkeypatch):
+    trainer, _ = watched(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=1)
+    layer, calls = trainer.model.model.language_model.layers[1], []
+    forward = layer.mlp.forward
+
+    def second_time(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no room.")
+        return forward(*args)
+
+    monkeypatch.setattr(layer.mlp, "forward", second_time)
+    with pytest.raises(torch.OutOfMemoryError, match="no room.*set fast_mode_checkpointing=True"):
+        trainer.train()
