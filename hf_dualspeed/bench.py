@@ -39,7 +39,7 @@ from hf_dualspeed.encoding import encode
 from hf_dualspeed.fast_pass import shorten_inputs
 from hf_dualspeed.host_waits import host_waits
 from hf_dualspeed.model_roles import freeze_roles, parameter_roles
-from hf_dualspeed.pruners import available_pruners
+from hf_dualspeed.pruners import PrunedTokens, Pruner, PrunerConfig, VisualTokens, available_pruners, pruner_class
 from hf_dualspeed.results import machine, versions, without_paths
 from hf_dualspeed.trainer import DualSpeedTrainer
 
@@ -83,6 +83,11 @@ class BenchArguments:
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="0.9 is usual.")
         check_range("slow_ratio", self.slow_ratio, 0, 1, off="0.1 is usual.")
         check_choice("pruner", self.pruner, available_pruners())
+        if pruner_class(self.pruner).in_language_model:
+            raise ValueError(
+                f"`pruner` is {self.pruner!r}, which drops tokens inside the language model: there is no selection nor "
+                "shortening in front of it to be timed. Choose one that works there, such as 'divprune'."
+            )
         check_multiple("image_size", self.image_size, self.patch_size)
         check_multiple("hidden_size", self.hidden_size, 64)
         if Path(self.output).suffix != ".json":
@@ -226,6 +231,17 @@ def supervised_tokens(options: BenchArguments) -> int:
     return min(SUPERVISED_TOKENS, options.text_tokens // 2)
 
 
+class Known(Pruner):
+    """A pruner whose answer is known beforehand, which leaves all the rest of shortening."""
+
+    def __init__(self, pruned: PrunedTokens):
+        super().__init__(PrunerConfig())
+        self.pruned = pruned
+
+    def forward(self, tokens: VisualTokens) -> PrunedTokens:
+        return self.pruned
+
+
 class Bench:
     """The four steps, each with its own trainer and copy of the model, and the parts of the fast step."""
 
@@ -270,8 +286,7 @@ class Bench:
         return {
             "encoder": partial(encode, model, self.batch, pruner.needs),
             "selection": partial(pruner, tokens),
-            # A pruner whose answer is known beforehand leaves everything else.
-            "shortening": partial(shorten, lambda _: pruned, mode_pass.isolator, mode_pass.position_ids),
+            "shortening": partial(shorten, Known(pruned), mode_pass.isolator, mode_pass.position_ids),
         }
 
     def count_flops(self, name: str) -> int:

@@ -177,13 +177,14 @@ def execute(run: Run) -> dict:
     seconds = time.perf_counter() - started
     times = {"steps": clock.steps, "seconds": {mode: round(s, 3) for mode, s in clock.seconds.items()}}
     full = _accuracy(trainer, run, None, "all visual tokens")
-    pruned = _accuracy(trainer, run, pruned_prompts(trainer, run.args), "pruned visual tokens")
+    prepare = pruned_prompts(trainer, run.args)
+    pruned = None if prepare is None else _accuracy(trainer, run, prepare, "pruned visual tokens")
     result = {
         "way": run.way.key,
         "seed": run.args.seed,
         "trainer": type(trainer).__name__,
         "accuracy_full": full["accuracy"],
-        "accuracy_pruned": pruned["accuracy"],
+        "accuracy_pruned": pruned and pruned["accuracy"],
         "n": full["n"],
         "steps_per_second": round(sum(clock.steps.values()) / seconds, 4),
         "losses": {key: log[key] for log in trainer.state.log_history for key in LOSSES if key in log},
@@ -210,14 +211,18 @@ def build_trainer(run: Run) -> Trainer:
     )
 
 
-def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> Callable[[dict], dict]:
-    """Prunes prompts as the recipe's fast steps do, behind the trained isolator where there is one."""
+def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> Callable[[dict], dict] | None:
+    """Prunes prompts as the recipe's fast steps do, behind the trained isolator where there is one; None where the
+    pruner is learnt, and this training has not taught it."""
     trained = trainer.mode_pass if isinstance(trainer, DualSpeedTrainer) else None
     model = trainer.accelerator.unwrap_model(trainer.model)
+    pruner = trained.pruner if trained else resolve_pruner(None, args, model).to(args.device)
+    if trained is None and pruner.state_dict():
+        return None
     return partial(
         prune_inputs,
         model,
-        pruner=trained.pruner if trained else resolve_pruner(None, args, model).to(args.device),
+        pruner=pruner,
         isolator=trained.isolator if trained else None,
         position_ids=args.position_ids,
         generator=torch.Generator(args.device).manual_seed(args.seed),

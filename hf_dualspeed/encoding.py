@@ -49,8 +49,8 @@ class VisualEncoding:
         grids (`list[torch.Tensor]`, *optional*): (t, row, column) of each token, `(n_i, 3)`, on the CPU.
         attention (`list[torch.Tensor]`, *optional*): attention each token receives in the tower, `(n_i,)`.
         keys (`list[torch.Tensor]`, *optional*): its attention key in the tower, `(n_i, Dk)`.
-        text (`torch.Tensor` of shape `(U, S, D)`, *optional*): embeddings of the row that each unit lies in.
-        text_valid (`torch.BoolTensor` of shape `(U, S)`, *optional*): where they are its instruction.
+        text (`torch.Tensor` of shape `(U, L, D)`, *optional*): embeddings of each unit's instruction.
+        text_valid (`torch.BoolTensor` of shape `(U, L)`, *optional*): False on their padding.
     """
 
     modality: str
@@ -185,7 +185,7 @@ def encode_modality(
             encoding.keys = place(capture.keys(), absent=0.0)
     if "text" in needs:
         found = instructions(outer, inputs, token_id, lengths)
-        encoding.text, encoding.text_valid = found.embedded(outer, inputs["input_ids"]), found.valid
+        encoding.text, encoding.text_valid = found.embedded(outer, inputs["input_ids"])
     return encoding
 
 

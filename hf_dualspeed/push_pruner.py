@@ -75,12 +75,9 @@ def build(name: str, settings: dict, trust_remote_code: bool = False) -> Pruner:
         return pruner
     pruner = AutoPruner.from_pretrained(name, trust_remote_code=trust_remote_code)
     check_keys("--set", settings, [f.name for f in fields(pruner.config)])
-    changed = type(pruner)(type(pruner.config).from_dict({**asdict(pruner.config), **settings}, "the command line"))
-    try:
-        changed.load_state_dict(pruner.state_dict())
-    except RuntimeError:
-        raise ValueError(f"`--set` {settings} does not fit the weights in {name!r}. Leave it out.") from None
-    return changed
+    known = type(pruner.config).from_dict({**asdict(pruner.config), **settings}, "the command line")
+    pruner.reconfigure(**{key: getattr(known, key) for key in settings})
+    return pruner
 
 
 def read_results(path: str | None) -> dict | list | None:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from .mode_pass import NAME, ModePass
 from .model_roles import language_parts
 from .parameter_views import ParameterViews
 from .protocol import check_positions, check_protocol, unwrap, visual_token_ids
-from .pruners import AutoPruner, Pruner, available_pruners, pruner_class
+from .pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
+from .pruners.base import WEIGHTS_NAME as PRUNER_WEIGHTS_NAME
 from .publishing import PublishingMixin
 from .recomputation import Recomputation
 from .schedule import FAST, ModeSchedule
@@ -93,7 +94,10 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin):
         if self.is_fsdp_enabled:
             wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.model)
         self.mode_pass.autocast = self.accelerator.autocast
-        self.data_collator = MaskVisualLabels(self.data_collator, visual_token_ids(unwrap(self.model).config))
+        asks = "text" in self._pruner.needs or self._pruner.in_language_model
+        visual = visual_token_ids(unwrap(self.model).config)
+        name = self._pruner.config.pruner_type
+        self.data_collator = MaskVisualLabels(self.data_collator, visual, asks=name if asks else None)
         # The loss is always summed and divided by the items of the whole step, whatever the model would do.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -118,10 +122,13 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin):
             torch.manual_seed(args.seed)
             isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
             self._pruner = resolve_pruner(self._given_pruner, args, model)
-        base = Path(getattr(unwrap(model), "name_or_path", "") or "")
+        base = Path(getattr(unwrap(model), "name_or_path", "") or "")  # its fast view was learnt there, if it has one
         if isolator is not None and (base / WEIGHTS_NAME).is_file():
-            isolator.load_pretrained(base)  # learnt since the projector stage
+            isolator.load_pretrained(base)
             logger.info("Mode isolator taken from %s.", base)
+        if self._given_pruner is None and args.pruner in available_pruners() and holds_weights_of(base, self._pruner):
+            self._pruner.load_weights(base)
+            logger.info("Weights of the pruner %r taken from %s.", args.pruner, base)
         self._schedule: ModeSchedule | None = None
         self.mode_pass = ModePass(self._pruner, isolator, args.position_ids, args.video_budget)
         self.mode_pass.attach(model)
@@ -261,8 +268,9 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The items were counted over all ranks, and DDP averages over them: undo one of the two.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        auxiliary, micro_batches = mode_pass.auxiliary_loss, self.current_gradient_accumulation_steps
+        auxiliary = mode_pass.auxiliary_loss
         if auxiliary is not None:  # a mean over the images of this micro-batch
+            micro_batches = self.current_gradient_accumulation_steps
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             self._losses.add("pruner_loss", auxiliary / (micro_batches * ranks))
             loss = loss + auxiliary / (micro_batches if self.loss_is_scaled_for_ga else 1)
@@ -310,7 +318,7 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Mo
             settings = {"pruning_ratio": float(args.pruning_ratio), **(args.pruner_kwargs or {})}
             known = [f.name for f in fields(pruner_class(args.pruner).config_class)]
             check_keys("pruner_kwargs", settings, known)
-            if "hidden_size" in known:
+            if "hidden_size" in known and "hidden_size" not in settings:
                 settings["hidden_size"] = unwrap(model).config.get_text_config().hidden_size
             return AutoPruner.from_name(args.pruner, **settings)
         pruner = AutoPruner.from_pretrained(args.pruner, revision=args.pruner_revision, token=args.hub_token)
@@ -318,8 +326,16 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Mo
     if not isinstance(args.pruning_ratio, Default):
         given["pruning_ratio"] = args.pruning_ratio
     check_keys("pruner_kwargs", given, [f.name for f in fields(pruner.config)])
-    pruner.config = replace(pruner.config, **given)
+    if given:
+        pruner.reconfigure(**given)
     return pruner
+
+
+def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
+    """Whether `folder` holds what a learnt pruner of this type has learnt."""
+    if not pruner.state_dict() or not (folder / PRUNER_WEIGHTS_NAME).is_file():
+        return False
+    return PrunerConfig.from_pretrained(folder).pruner_type == pruner.config.pruner_type
 
 
 def language_model_is_frozen(model: nn.Module) -> bool:
@@ -336,7 +352,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, mode_pass: ModePass
     if missing:
         raise ValueError(
             f"`optimizers` was made before the fast view's parameters and lacks {', '.join(missing)}. Pass "
-            "optimizer_cls_and_kwargs instead, or set isolator_length=0."
+            "optimizer_cls_and_kwargs instead, or set isolator_length=0 and choose a pruner that is not learnt."
         )
 
 

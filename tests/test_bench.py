@@ -129,7 +129,7 @@ def test_steps_leave_no_gradients_and_parts_do_not_disturb_the_model(tiny):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("pruner", ["random", "grid", "avg_pool", "cls_attention"])
+@pytest.mark.parametrize("pruner", ["random", "avg_pool", "cdpruner", "visionzip", "dynamicvit"])
 def test_every_pruner_can_be_measured(tmp_path, pruner):
     tiny = bench.Bench(BenchArguments(**TINY, pruning_ratio=0.5, pruner=pruner), str(tmp_path))
     for name in ("fast", "slow", "encoder", "selection", "shortening"):
@@ -158,6 +158,7 @@ def test_every_variant_takes_every_place():
         (["--pruning-ratio", "1"], r"`pruning_ratio` must be in \[0, 1\)"),
         (["--slow-ratio", "1.5"], r"`slow_ratio`"),
         (["--pruner", "divprun"], r"`pruner`.*Did you mean 'divprune'"),
+        (["--pruner", "fastv"], r"`pruner` is 'fastv', which drops tokens inside the language model"),
         (["--output", "bench.txt"], r"`output` must end in \.json"),
         (["--batch", "many"], r"argument --batch: invalid int value: 'many'"),
         (["--round", "3"], r"Unknown argument `--round`\. Did you mean '--rounds'"),

@@ -18,8 +18,9 @@ from tiny_models import FAMILIES, batch
 from torch import nn
 from torch.distributions import Gumbel
 
-from hf_dualspeed import AutoPruner, VisualTokens, prune_inputs
+from hf_dualspeed import AutoPruner, Pruner, VisualTokens, prune_inputs, register_pruner
 from hf_dualspeed.pruners import budget
+from hf_dualspeed.pruners.base import _REGISTRY, take
 from hf_dualspeed.pruners.dynamicvit import gumbel_like, relaxed
 from hf_dualspeed.pruners.token_learner import SPREAD, unique_places
 
@@ -455,3 +456,53 @@ def test_what_dynamicvit_learnt_is_equal_on_all_ranks(tmp_path, config):
     weights = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
+
+
+# --- the auxiliary loss -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taxed():
+    """A pruner whose auxiliary loss is half the square of its one weight, and whose choice is fixed."""
+
+    @register_pruner("taxed")
+    class Taxed(Pruner):
+        def __init__(self, config):
+            super().__init__(config)
+            self.weight = nn.Parameter(torch.tensor(2.0))
+
+        def reduce(self, tokens, lengths):
+            if self.training:
+                self.auxiliary_loss = self.weight.square() / 2
+            positions = torch.arange(max(lengths)).expand(len(lengths), -1)
+            return take(tokens, positions, lengths)
+
+    yield "taxed"
+    _REGISTRY.pop("taxed")
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batches"), [(4, 1), (2, 2), (1, 4)])
+def test_the_auxiliary_loss_is_a_mean_over_micro_batches(tmp_path, taxed, batch_size, micro_batches):
+    pictures = [{"index": i} for i in (0, 3, 4, 6)]  # an image in each
+    trainer = make(
+        tmp_path,
+        pruner=taxed,
+        slow_mode_ratio=0.0,
+        data=pictures,
+        max_steps=1,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=micro_batches,
+        optim="sgd",
+        learning_rate=0.1,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+    )
+    trainer.train()
+    assert trainer._pruner.weight.item() == pytest.approx(2.0 - 0.1 * 2.0)
+    assert history(trainer, "pruner_loss") == [[pytest.approx(2.0)]]
+    assert trainer._pruner.auxiliary_loss is None  # nor the graph behind it
+
+
+def test_gumbel_noise_is_finite_where_a_draw_is_zero(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator=None: self.zero_())
+    assert gumbel_like(torch.zeros(3), None).isfinite().all()

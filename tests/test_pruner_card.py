@@ -136,7 +136,7 @@ def test_push_pruner_of_a_folder(hub, tmp_path, capsys):
     assert hub.files(REPO, "next")["README.md"].decode().count("# Mine\n\nwords\n") == 1
     assert (tmp_path / "README.md").read_text() == "# Mine\n\nwords\n"
     assert cli.main(["push-pruner", str(tmp_path), REPO, "--set", "hidden_size=3"]) == 2
-    assert "does not fit the weights" in capsys.readouterr().err
+    assert "do not fit the weights" in capsys.readouterr().err
 
 
 def test_the_card_of_a_model_is_not_the_pruners(hub, tmp_path):

@@ -11,7 +11,7 @@ import math
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Union, get_args, get_origin, get_type_hints
 
@@ -20,7 +20,7 @@ from huggingface_hub import CommitInfo
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..arguments import check_choice, check_range
+from ..arguments import check_choice, check_keys, check_range
 from ..hub_io import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -141,6 +141,10 @@ class PrunerConfig:
     def __post_init__(self):
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
         check_choice("pruning_schedule", self.pruning_schedule, SCHEDULES)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.type in ("int", int) and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"`{setting.name}` must be a whole number, got {value!r}.")
         initial = self.initial_pruning_ratio
         if self.pruning_schedule == "constant" and initial is not None:
             raise ValueError(
@@ -157,6 +161,11 @@ class PrunerConfig:
             return self.pruning_ratio
         done = progress if self.pruning_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return self.initial_pruning_ratio + done * (self.pruning_ratio - self.initial_pruning_ratio)
+
+    @property
+    def lowest_ratio(self) -> float:
+        """The pruning ratio where most tokens are kept."""
+        return self.pruning_ratio if self.initial_pruning_ratio is None else min(self.ratio_at(0), self.pruning_ratio)
 
     def to_dict(self) -> dict:
         settings = asdict(self)
@@ -220,7 +229,7 @@ class Pruner(nn.Module):
     Attributes:
         progress (`float`): fraction of training that is done, for a ratio that changes; 1 outside of training.
         auxiliary_loss (`torch.Tensor`, *optional*): what the last call in training mode adds to the loss, a mean over
-            its images, already weighted. Learnt pruners may set it.
+            its images, already weighted. Learnt pruners may set it. The trainer takes the mean over micro-batches.
     """
 
     config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
@@ -240,6 +249,26 @@ class Pruner(nn.Module):
         """The fraction of tokens removed now."""
         return self.config.ratio_at(self.progress)
 
+    def reconfigure(self, **settings) -> None:
+        """Changes settings, but for those that the sizes of learnt weights follow from.
+
+        Raises:
+            ValueError: a setting is unknown, outside its range, or one of those.
+        """
+        check_keys("settings", settings, [f.name for f in fields(self.config)])
+        config = replace(self.config, **settings)
+        with torch.device("meta"):
+            other = type(self)(config).state_dict()
+        if {k: t.shape for k, t in other.items()} != {k: t.shape for k, t in self.state_dict().items()}:
+            raise ValueError(
+                f"The settings {settings} do not fit the weights that the pruner {config.pruner_type!r} has learnt. "
+                "Leave out what changes their sizes, or train a new one by its name."
+            )
+        self.config = config
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "auxiliary_loss": None}  # a part of a graph can't be copied
+
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
         """Source positions in the order in which they are kept, `(B, most)`; padding last. No gradients here."""
         raise NotImplementedError(f"{type(self).__name__} must implement `rank` or override `reduce`.")
@@ -256,6 +285,7 @@ class Pruner(nn.Module):
         Raises:
             ValueError: `tokens` lacks a field that the pruner needs, or its features hold NaN or infinity.
         """
+        self.auxiliary_loss = None
         missing = sorted(need for need in self.needs - {"grid"} if getattr(tokens, need) is None)
         if missing:
             raise ValueError(f"The pruner {self.config.pruner_type!r} needs `VisualTokens.{missing[0]}`, got None.")
@@ -265,6 +295,8 @@ class Pruner(nn.Module):
             positions = torch.arange(tokens.features.shape[1], device=device)
             return PrunedTokens(tokens.features, positions.expand(len(lengths), -1), tokens.valid, lengths)
         finite = tokens.features.detach().isfinite().all()
+        for known in (tokens.attention, tokens.keys):  # rows that no patch made have an attention of -inf
+            finite = finite if known is None else finite & ~known.isnan().any()
         if not tokens.checked_later:
             check_finite(bool(finite))
         pruned = self.reduce(tokens, lengths)

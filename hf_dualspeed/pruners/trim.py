@@ -74,4 +74,4 @@ def instruction(tokens: VisualTokens) -> torch.Tensor:
         )
     if valid is None:
         return text.mean(1)
-    return text.masked_fill(~valid[..., None], 0).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(valid[..., None], text, 0).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
