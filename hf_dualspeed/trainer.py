@@ -205,12 +205,14 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin):
     def _slow_parts(self, model, inputs, num_items_in_batch) -> tuple[int, bool]:
         """In how many parts a slow step runs a micro-batch, and whether each is about as small as a fast step's."""
         rows, length = inputs["input_ids"].shape
-        wanted, fast = self.args.slow_mode_splits, self.clock.fast_tokens
-        if wanted == "auto":  # one sample each before the first fast step, which will tell
-            wanted = math.ceil(rows * length / fast) if fast else rows
+        # Samples that are small together; none before the first fast step, which tells how many tokens that is.
+        together = int(SMALL * self.clock.fast_tokens / length)
+        wanted = self.args.slow_mode_splits
+        if wanted == "auto":
+            wanted = math.ceil(rows / max(1, together))
         whole = num_items_in_batch is None or not can_be_split(model, inputs)
         parts = 1 if whole else min(rows, wanted)
-        return parts, parts > 1 and math.ceil(rows / parts) * length <= SMALL * fast
+        return parts, self.args.slow_mode_splits != 1 and math.ceil(rows / parts) <= together
 
     def _accumulated(self, run: Callable[[], torch.Tensor], model: nn.Module, parts: int) -> torch.Tensor:
         """Runs each part of a micro-batch; ranks exchange gradients at the last one's. Returns the loss."""
