@@ -9,11 +9,12 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart compare bench conformance test test-min lint
+.PHONY: help quickstart compare cards bench conformance test test-min lint
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
 	@echo "make compare     train with and without DualSpeed and compare them"
+	@echo "make cards       render the cards in model_cards anew, that of the quickstart from its last run"
 	@echo "make bench       time fast and slow training steps, and their growth with the tokens (1 to 2 hours)"
 	@echo "make conformance check every model family and write docs/supported_models.md"
 	@echo "make test        run the tests"
@@ -33,6 +34,14 @@ quickstart: $(STAMP)
 
 compare: $(STAMP)
 	$(BIN)/dualspeed compare --config trainer_configs/compare.yaml
+
+CARD := model_cards/quickstart
+cards: $(STAMP)
+	mkdir -p $(CARD)
+	if test -f runs/quickstart/results.json; then \
+		cp runs/quickstart/results.json runs/quickstart/learning_curve.png $(CARD); fi
+	$(BIN)/dualspeed card $(CARD)
+	$(BIN)/dualspeed compare --render-only --card model_cards/compare
 
 bench: $(STAMP)
 	$(BIN)/dualspeed bench

@@ -84,8 +84,8 @@ class DualSpeedArguments:
             "help": "'clip': the tokens of a video are pruned as one; 'frame': those of each frame by themselves."
         },
     )
-    slow_mode_splits: str = field(
-        default="1",
+    slow_mode_splits: str = field(  # or a number, which parsers of the command line could not tell from a word
+        default=1,
         metadata={
             "help": "Slow steps run each batch in so many parts and accumulate gradients, so that a batch sized for "
             "fast steps fits; 'auto': in parts about as large as a fast step's batch."

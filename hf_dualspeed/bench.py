@@ -246,8 +246,6 @@ class Bench:
         for trainer in (self.plain, self.dual):
             trainer.current_gradient_accumulation_steps = 1
             trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
-        # Here the plain steps' memory would look like the fast ones'.
-        self.dual._recomputation._nearly_full = lambda: False
 
     def step(self, name: str) -> None:
         """Forward and backward of one micro-batch, through the trainer's own `training_step`."""
@@ -260,17 +258,11 @@ class Bench:
         """The fast step's parts alone: encoding, the pruner, and what else shortens the batch; and the teacher."""
         model, mode_pass = self.model.train(), self.dual.mode_pass
         pruner = mode_pass.pruner
-        if pruner.in_language_model:
-            raise ValueError(
-                f"`pruner` {self.options.pruner!r} drops tokens inside the language model, where selection cannot be "
-                "measured by itself. Use another, such as 'divprune'."
-            )
         with torch.no_grad():
             encodings = encode(model, self.batch, pruner.needs)
         generator = torch.Generator(self.device).manual_seed(SEEDS["training"])
         tokens = encodings[0].tokens(generator)
         pruned = pruner(tokens)
-        self.rank = partial(pruner.reduce, tokens, pruned.lengths)
         shorten = partial(shorten_inputs, model, self.batch, encodings, KnownAnswer(pruned))
 
         def teach() -> None:
@@ -333,10 +325,9 @@ class Bench:
         return peak
 
     def count_waits(self, name: str) -> int:
-        """How often one of the parts waits for an accelerator; on a CPU, would wait for one."""
+        """How often one of the parts waits for the device."""
         with host_waits() as waits:
-            # On a CPU, where it costs nothing, pruners ask at once whether features are finite; else shortening does.
-            self.rank() if name == "selection" else self.variants[name]()
+            self.variants[name]()
         return len(waits)
 
     def measure(self, names: list[str]) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_dualspeed.arguments import as_count, check_choice, check_range, nearest
 from hf_dualspeed.bench_shapes import HEAD, SHAPES, Shape
-from hf_dualspeed.pruners import available_pruners
+from hf_dualspeed.pruners import available_pruners, pruner_class
 
 SCALES = ("small", "full")
 SETTINGS = ("on", "off")  # of activation checkpointing
@@ -77,6 +77,11 @@ class BenchArguments:
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="0.9 is usual.")
         check_range("slow_ratio", self.slow_ratio, 0, 1, off="0.1 is usual.")
         check_choice("pruner", self.pruner, available_pruners())
+        if pruner_class(self.pruner).in_language_model:
+            raise ValueError(
+                f"`pruner` is {self.pruner!r}, which drops tokens inside the language model: there is no selection nor "
+                "shortening in front of it to be timed. Choose one that works there, such as 'divprune'."
+            )
         check_choice("scale", self.scale, SCALES)
         for name in self.checkpointing:
             check_choice("checkpointing", name, SETTINGS)

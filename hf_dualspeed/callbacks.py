@@ -19,6 +19,7 @@ class ModeClock(TrainerCallback, ExportableState):
     A step is timed from its first micro-batch to the end of the optimizer step; loading data, evaluating and saving
     are in `total_seconds` alone. `visual_tokens` counts those of all images of the fast steps, and those kept, in
     this process; the checkpoint holds `all_visual_tokens`, the sum over all processes, which the trainer sets.
+    `fast_tokens` are those of the largest batch that a fast step ran on, padding included.
     """
 
     def __init__(self, mode_of: Callable[[nn.Module], str] = lambda model: model.dualspeed.last_mode):
@@ -33,6 +34,7 @@ class ModeClock(TrainerCallback, ExportableState):
         self.total_seconds = values.get("total_seconds", 0.0)
         self.visual_tokens = dict(values.get("visual_tokens", {"full": 0, "kept": 0}))
         self.all_visual_tokens = dict(self.visual_tokens)
+        self.fast_tokens = values.get("fast_tokens", 0)
         self._seen: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -63,8 +65,10 @@ class ModeClock(TrainerCallback, ExportableState):
             now = time.perf_counter()
             self.total_seconds, self._seen = self.total_seconds + now - self._seen, now
 
-    def count_visual_tokens(self, full: int, kept: int) -> None:
-        """Adds the visual tokens of a fast pass, before and after pruning."""
+    def count_tokens(self, mode: str, tokens: int, full: int, kept: int) -> None:
+        """Notes the tokens of a pass, and of a fast one its visual tokens before and after pruning."""
+        if mode == FAST:
+            self.fast_tokens = max(self.fast_tokens, tokens)
         self.visual_tokens["full"] += full
         self.visual_tokens["kept"] += kept
 
@@ -79,7 +83,8 @@ class ModeClock(TrainerCallback, ExportableState):
     def state(self) -> dict:
         self.pass_time()
         values = {"steps": self.steps, "seconds": self.seconds, "total_seconds": self.total_seconds}
-        return {"args": {}, "attributes": {**values, "visual_tokens": self.all_visual_tokens}}
+        values |= {"visual_tokens": self.all_visual_tokens, "fast_tokens": self.fast_tokens}
+        return {"args": {}, "attributes": values}
 
 
 class ModeLosses(TrainerCallback):

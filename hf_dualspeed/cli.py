@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 
 from rich.console import Console
 from rich.table import Table
@@ -54,14 +55,23 @@ def _pruners(argv: list[str]) -> None:
     import hf_dualspeed
     from hf_dualspeed.pruners.base import pruner_class
 
-    table = Table("pruner", "what it keeps")
+    table = Table("pruner", "needs", "kind", "what it does")
     for name in hf_dualspeed.available_pruners():
-        table.add_row(name, (pruner_class(name).__doc__ or "").strip().partition("\n")[0])
+        cls = pruner_class(name)
+        needs = ", ".join(sorted(cls.needs - {"grid"}))  # which every model gives
+        table.add_row(name, needs, kind_of(cls), (cls.__doc__ or "").strip().partition("\n")[0])
     Console().print(table)
 
 
-def _module(name: str) -> Callable[[list[str]], int | None]:
-    return lambda argv: importlib.import_module(f"hf_dualspeed.{name}").main(argv)
+def kind_of(cls) -> str:
+    """What sets a class of pruners apart from those that select tokens by a fixed rule."""
+    learnt = "hidden_size" in {f.name for f in fields(cls.config_class)}
+    kinds = {"learnt": learnt, "merges": cls.merges, "in the LLM": cls.in_language_model}
+    return ", ".join(kind for kind, is_so in kinds.items() if is_so) or "selects"
+
+
+def _module(name: str, function: str = "main") -> Callable[[list[str]], int | None]:
+    return lambda argv: getattr(importlib.import_module(f"hf_dualspeed.{name}"), function)(argv)
 
 
 def _print_error(error: Exception) -> None:
@@ -73,6 +83,9 @@ def _print_error(error: Exception) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "train": ("train a model from a recipe", _train),
     "pruners": ("list the pruners", _pruners),
+    "push-pruner": ("publish a pruner on the Hub", _module("push_pruner")),
+    "push": ("publish a finished run on the Hub", _module("publish", "push_command")),
+    "card": ("write a run's model card anew", _module("publish", "card_command")),
     "compare": ("compare training with and without DualSpeed", _module("compare")),
     "check": ("check whether a model works with DualSpeed", _module("check")),
     "assemble": ("join two small pretrained models to a LLaVA", _module("assemble")),

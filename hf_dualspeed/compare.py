@@ -21,12 +21,13 @@ from transformers import Trainer, set_seed
 
 from hf_dualspeed.arguments import DualSpeedTrainingArguments, check_range
 from hf_dualspeed.callbacks import ModeClock
-from hf_dualspeed.compare_report import write_report
+from hf_dualspeed.compare_report import write_card, write_report
 from hf_dualspeed.data import VisionLanguageCollator, load_examples
 from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
 from hf_dualspeed.evaluation import answer_accuracy
 from hf_dualspeed.fast_pass import prune_inputs
+from hf_dualspeed.pruners import available_pruners, pruner_class
 from hf_dualspeed.recipe import load_model, prepare_model
 from hf_dualspeed.recipe_arguments import RecipeArguments, parse_recipe
 from hf_dualspeed.results import machine, run_record, versions, without_paths
@@ -37,6 +38,7 @@ COMMAND = "dualspeed compare"
 RESULTS = "docs/results/compare.json"
 # Nothing but training may happen inside train(), whose wall time is compared.
 TRAIN_ONLY = ("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false")
+TRAIN_ONLY += ("--speedup_rounds", "0", "--push_to_hub", "false")
 NO_SLOW_STEPS = ("--slow_mode_ratio", "0", "--slow_warmup_steps", "0", "--slow_tail_ratio", "0")
 NO_EXTRAS = ("--isolator_length", "0", "--distillation_weight", "0")
 LOSSES = ("loss", "fast_loss", "slow_loss", "distillation_loss", "train_loss")
@@ -88,11 +90,14 @@ def main(argv: list[str]) -> None:
     options, words = _parser().parse_known_args(argv)
     path = Path(options.results)
     if not options.render_only:
-        command = shlex.join([*COMMAND.split(), *without_paths(argv)])
+        command = shlex.join([*COMMAND.split(), *without_paths(without_token(argv))])
         _write_json(path, compare(words, options.seeds, command))
     elif not path.is_file():
         raise FileNotFoundError(f"`results` is {str(path)!r}, but there is no such file to render.")
-    write_report(json.loads(path.read_text(encoding="utf-8")), path)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    write_report(results, path)
+    if options.card is not None:
+        write_card(results, path, Path(options.card))
 
 
 def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
@@ -126,6 +131,13 @@ def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
         head["majority_accuracy"] = majority_accuracy(train, test.select(range(head["n"])))
     runs = [{key: value for key, value in result.items() if key not in COMMON} for result in results]
     return without_paths({**head, "summary": summarise(results), "runs": runs})
+
+
+def without_token(words: list[str]) -> list[str]:
+    """The words of a command line without the Hub's token, for they are published."""
+    flag, hidden = "--hub_token", "<HUB_TOKEN>"
+    kept = [hidden if before == flag else word for before, word in zip(["", *words[:-1]], words, strict=True)]
+    return [f"{flag}={hidden}" if word.startswith(f"{flag}=") else word for word in kept]
 
 
 def order(seeds: list[int]) -> Iterator[tuple[Way, int]]:
@@ -165,13 +177,14 @@ def execute(run: Run) -> dict:
     seconds = time.perf_counter() - started
     times = {"steps": clock.steps, "seconds": {mode: round(s, 3) for mode, s in clock.seconds.items()}}
     full = _accuracy(trainer, run, None, "all visual tokens")
-    pruned = _accuracy(trainer, run, pruned_prompts(trainer, run.args), "pruned visual tokens")
+    prepare = pruned_prompts(trainer, run.args)
+    pruned = None if prepare is None else _accuracy(trainer, run, prepare, "pruned visual tokens")
     result = {
         "way": run.way.key,
         "seed": run.args.seed,
         "trainer": type(trainer).__name__,
         "accuracy_full": full["accuracy"],
-        "accuracy_pruned": pruned["accuracy"],
+        "accuracy_pruned": pruned and pruned["accuracy"],
         "n": full["n"],
         "steps_per_second": round(sum(clock.steps.values()) / seconds, 4),
         "losses": {key: log[key] for log in trainer.state.log_history for key in LOSSES if key in log},
@@ -198,14 +211,18 @@ def build_trainer(run: Run) -> Trainer:
     )
 
 
-def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> Callable[[dict], dict]:
-    """Prunes prompts as the recipe's fast steps do, behind the trained isolator where there is one."""
+def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> Callable[[dict], dict] | None:
+    """Prunes prompts as the recipe's fast steps do, behind the trained isolator where there is one; None where the
+    pruner is learnt, and this training has not taught it."""
     trained = trainer.mode_pass if isinstance(trainer, DualSpeedTrainer) else None
     model = trainer.accelerator.unwrap_model(trainer.model)
+    pruner = trained.pruner if trained else resolve_pruner(None, args, model).to(args.device)
+    if trained is None and pruner.state_dict():
+        return None
     return partial(
         prune_inputs,
         model,
-        pruner=trained.pruner if trained else resolve_pruner(None, args, model).to(args.device),
+        pruner=pruner,
         isolator=trained.isolator if trained else None,
         position_ids=args.position_ids,
         generator=torch.Generator(args.device).manual_seed(args.seed),
@@ -287,6 +304,7 @@ def _parser() -> _Parser:
     parser = _Parser(prog=COMMAND, allow_abbrev=False, description=about, epilog=epilog)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds (default: 0 1 2).")
     parser.add_argument("--results", default=RESULTS, help=f"The JSON file to write (default: {RESULTS}).")
+    parser.add_argument("--card", metavar="FOLDER", help="Write a model card of the DualSpeed runs into this folder.")
     parser.add_argument("--render-only", action="store_true", help="Train nothing, render the JSON file.")
     return parser
 
@@ -296,6 +314,11 @@ def _check(recipe: RecipeArguments, args: DualSpeedTrainingArguments, seeds: lis
         check_range("seeds", seed, 0, off="Use --seeds 0 1 2.")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must differ from each other, got {seeds}. Use --seeds 0 1 2.")
+    if args.pruner in available_pruners() and pruner_class(args.pruner).in_language_model:
+        raise ValueError(
+            f"`pruner` is {args.pruner!r}, which drops tokens inside the language model: it shortens no prompt to "
+            "answer from. Compare with one that works in front of it, such as 'divprune'."
+        )
     if recipe.eval_dataset is None:
         raise ValueError("`eval_dataset` is None, but accuracy needs questions. Set it to easy-vqa, say.")
     devices = args.world_size * max(1, args.n_gpu)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from statistics import mean
 
+from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -12,6 +14,8 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Column, Table
 
+from hf_dualspeed.cards import heading, merge_card
+from hf_dualspeed.model_card import assembled, citation, environment, pruning_words, settings_table
 from hf_dualspeed.results import markdown_table
 
 MAJORITY = "guessing from the question alone"
@@ -33,6 +37,74 @@ def write_report(results: dict, path: Path) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def write_card(results: dict, source: Path, folder: Path) -> None:
+    """Writes the card of the comparison's DualSpeed runs into `folder`, with the plot beside the results `source`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, picture = folder / "README.md", source.with_suffix(".png")
+    shutil.copy(picture, folder / picture.name)
+    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+    path.write_text(merge_card(earlier, card(results, picture.name)), encoding="utf-8")
+
+
+def card(results: dict, picture: str) -> str:
+    """The model card of the models that a comparison trained with DualSpeed, over its seeds."""
+    own = results["summary"]["dualspeed"]
+    accuracy = EvalResult(
+        task_type="image-text-to-text",
+        dataset_type=results["eval_dataset"],
+        dataset_name=results["eval_dataset"],
+        dataset_split=results["eval_split"],
+        metric_type="accuracy",
+        metric_name=f"Accuracy with all visual tokens, mean over {len(results['seeds'])} seeds",
+        metric_value=own["accuracy_full"]["mean"],
+    )
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["dualspeed"],
+        model_name="compare",
+        eval_results=[accuracy],
+    )
+    limits = (
+        f"{heading('Limits')}\n\nOne task, one size of model, one machine. Where all ways learn the task, differences "
+        "between their accuracies are smaller than those between seeds: read the times."
+    )
+    return assembled(
+        data, _what(results), _how(results), _results(results, picture), environment(results), limits, citation()
+    )
+
+
+def _what(results: dict) -> str:
+    model = results["model"] if isinstance(results["model"], str) else "a small LLaVA, from scratch"
+    seeds = ", ".join(map(str, results["seeds"]))
+    return (
+        f"{heading('compare', level=1)}\n\nModels trained with DualSpeed on `{results['dataset']}` "
+        f"({results['dataset_split']}) that differ by their seed alone ({seeds}), compared with the same model trained "
+        f"in other ways. Model: {model}. The weights are not published; `{results['command']}` trains them anew."
+    )
+
+
+def _how(results: dict) -> str:
+    steps = results["summary"]["dualspeed"]["steps"]
+    settings = {part: results[part] for part in ("settings", "training")}
+    return (
+        f"{heading('How they were trained')}\n\nFast steps trained on what the pruner "
+        f"{pruning_words(results['settings']['pruner'])}; slow steps on all. Of {results['steps']} optimizer steps, "
+        f"{steps['fast']:.1f} were fast and {steps['slow']:.1f} slow, on average.\n\n{settings_table(settings)}"
+    )
+
+
+def _results(results: dict, picture: str) -> str:
+    deviation = results["summary"]["dualspeed"]["accuracy_full"]["sd"]
+    return (
+        f"{heading('Results')}\n\nAccuracy on {results['n']} questions of `{results['eval_dataset']}` "
+        f"({results['eval_split']}): mean over the seeds, in brackets the smallest and the largest value. The standard "
+        f"deviation with DualSpeed is {deviation:.2%}. Speed-up and retention compare whole trainings with the one by "
+        "`transformers.Trainer` on all tokens of the same seed.\n\n"
+        f"{readme_table(results)}\n\n![Accuracy with full tokens against training time]({picture})"
+    )
 
 
 def caption(results: dict) -> str:

@@ -293,14 +293,19 @@ class MaskVisualLabels:
         collator (`Callable`): Makes a batch with `input_ids` `(B, S)` and `labels` `(B, S)` from a list of
             examples.
         visual_token_ids (`list[int]`): Ids of the placeholders that stand for visual tokens.
+        asks (`str`, *optional*): The pruner's name where it goes by the instruction, which labels may hide.
     """
 
     # One warning per process is enough, however many trainers wrap their collators.
     _warned = False
+    _warned_of_instructions = False
 
-    def __init__(self, collator: Callable[[list], dict[str, Any]], visual_token_ids: list[int]):
+    def __init__(
+        self, collator: Callable[[list], dict[str, Any]], visual_token_ids: list[int], asks: str | None = None
+    ):
         self.collator = collator
         self.visual_token_ids = list(visual_token_ids)
+        self.asks = asks
 
     def __call__(self, examples: list) -> dict[str, Any]:
         batch = dict(self.collator(examples))
@@ -318,7 +323,23 @@ class MaskVisualLabels:
         if wrong.any():
             self._warn(int(wrong.sum()))
             batch["labels"] = batch["labels"].masked_fill(wrong, IGNORED)
+        if self.asks is not None:
+            self._look_for_instructions(batch, visual)
         return batch
+
+    def _look_for_instructions(self, batch: dict[str, Any], visual: torch.Tensor) -> None:
+        """Warns once where a row with images supervises all of its text."""
+        text = (batch["labels"] == IGNORED) & ~visual
+        if batch.get("attention_mask") is not None:
+            text = text & batch["attention_mask"].bool()
+        if not MaskVisualLabels._warned_of_instructions and (visual.any(1) & ~text.any(1)).any():
+            MaskVisualLabels._warned_of_instructions = True
+            logger.warning(
+                "`labels` supervise all text of some samples, so the pruner %r finds no instruction in them and falls "
+                "back on what it does without one. Supervise the answers alone (with TRL: prompt-completion data, or "
+                "assistant_only_loss=True), or choose a pruner that needs no instruction, such as 'divprune'.",
+                self.asks,
+            )
 
     @classmethod
     def _warn(cls, count: int) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -49,8 +49,8 @@ class VisualEncoding:
         grids (`list[torch.Tensor]`, *optional*): (t, row, column) of each token, `(n_i, 3)`, on the CPU.
         attention (`list[torch.Tensor]`, *optional*): attention each token receives in the tower, `(n_i,)`.
         keys (`list[torch.Tensor]`, *optional*): its attention key in the tower, `(n_i, Dk)`.
-        text (`torch.Tensor` of shape `(U, S, D)`, *optional*): embeddings of the row that each unit lies in.
-        text_valid (`torch.BoolTensor` of shape `(U, S)`, *optional*): where they are its instruction.
+        text (`torch.Tensor` of shape `(U, L, D)`, *optional*): embeddings of each unit's instruction.
+        text_valid (`torch.BoolTensor` of shape `(U, L)`, *optional*): False on their padding.
     """
 
     modality: str
@@ -121,6 +121,7 @@ class VisualEncoding:
             text_valid=self.text_valid,
             generator=generator,
             lengths=self.lengths,
+            checked_later=True,  # by `plan_shortening`
         )
 
 
@@ -155,7 +156,7 @@ def encode_modality(
     check_pixels(inputs, modality)
     arguments, consumed = encoder_arguments(owner, encoder, inputs, modality)
     tower = outer.get_encoder(modality=modality.name) if needs & IN_TOWER else None
-    with capture_attention(tower) if tower is not None else nullcontext() as capture:
+    with capture_attention(tower) if tower is not None else nullcontext() as capture, frozen_tower(outer, modality):
         output = encoder(**arguments, return_dict=True)
     container = tokens_of(output, family, type(outer).__name__)
     rows, parts = flat_rows(container), parts_of(container, family, inputs, token_id)
@@ -184,8 +185,25 @@ def encode_modality(
             encoding.keys = place(capture.keys(), absent=0.0)
     if "text" in needs:
         found = instructions(outer, inputs, token_id, lengths)
-        encoding.text, encoding.text_valid = found.embedded(outer, inputs["input_ids"]), found.valid
+        encoding.text, encoding.text_valid = found.embedded(outer, inputs["input_ids"])
     return encoding
+
+
+@contextmanager
+def frozen_tower(outer: nn.Module, modality: Modality) -> Iterator[None]:
+    """Runs a tower of which nothing is trained without a graph. Activation checkpointing in transformers makes the
+    embeddings of every tower require gradients, which would be carried back to where nothing needs them."""
+    tower = outer.get_encoder(modality=modality.name) if hasattr(outer, "get_encoder") else None
+    if tower is None or tower is outer or any(p.requires_grad for p in tower.parameters()):
+        yield
+        return
+    with ExitStack() as hooks:
+        before = torch.is_grad_enabled()
+        begin = tower.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(False) and None)
+        end = tower.register_forward_hook(lambda *_: torch.set_grad_enabled(before) and None, always_call=True)
+        for handle in (begin, end):
+            hooks.callback(handle.remove)
+        yield
 
 
 def parts_of(container: Container, family: Family, inputs: Mapping, token_id: int) -> list[list[int]]:

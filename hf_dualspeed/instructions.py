@@ -30,17 +30,24 @@ class Instructions:
     rows: torch.Tensor
     valid: torch.Tensor
 
-    def embedded(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        """Input embeddings `(U, S, D)` of the rows, without gradients; those of other tokens mean nothing."""
+    def embedded(self, model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input embeddings `(U, T, D)` of the instructions, without gradients, and where they are real, `(U, T)`.
+
+        T is the longest instruction's length, for which this waits for the device: rows are much longer.
+        """
+        most = max(1, int(self.valid.sum(1).amax()))
+        real, order = self.valid.byte().sort(dim=1, descending=True, stable=True)
+        real = real[:, :most].bool()
+        # In place of other tokens, some of which are no row of the embedding, any text.
+        text = ids[self.rows].gather(1, order[:, :most]).masked_fill(~real, 0)
         with torch.no_grad():
-            text = ids.masked_fill(is_visual(model, ids), 0)  # some placeholders are no row of the embedding
-            return unwrap(model).get_input_embeddings()(text)[self.rows]
+            return unwrap(model).get_input_embeddings()(text), real
 
 
 def instructions(model: nn.Module, inputs: Mapping, token_id: int, lengths: list[int]) -> Instructions:
     """The instructions of the units whose placeholders are `token_id`; unit i has `lengths[i]` of them.
 
-    Nothing here waits for the device.
+    Finding them does not wait for the device.
     """
     ids = inputs["input_ids"]
     length, device = ids.shape[1], ids.device

@@ -2,7 +2,8 @@
 
 A stage is a decoder layer in front of which tokens are dropped. From there on hidden states, masks and positions are
 cut to the kept tokens; behind the last layer the states are laid out over the full length again, so that labels and
-`logits_to_keep` stay right. Shapes: B batch, S sequence, L shortened sequence of a stage, U units (images, clips),
+`logits_to_keep` stay right. Sliding windows reach as far as they would without dropping, but for FlashAttention, which
+counts what is left. Shapes: B batch, S sequence, L shortened sequence of a stage, U units (images, clips),
 N tokens of a unit (padded), D hidden.
 """
 
@@ -130,8 +131,8 @@ class Cut:
 class LayerPass:
     """One batch's way through the language model, with visual tokens dropped between its layers.
 
-    [`locate`] reads the batch. As a context, or between [`open`] and [`close`], the model's forward then drops tokens.
-    Decisions are kept that long, for layers that are computed again in backward.
+    [`locate`] reads the batch; between [`open`] and [`close`] the model's forward then drops tokens. Decisions are kept
+    that long, for layers that are computed again in backward.
     """
 
     def __init__(self, model: nn.Module, pruner: LayerPruner):
@@ -189,13 +190,6 @@ class LayerPass:
         self._ear.close()
         self._hooks.close()
         self._budgets, self._cuts, self._scores, self._handed = {}, {}, {}, []
-
-    def __enter__(self) -> LayerPass:
-        self.open()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
 
     # --- in the forward pass --------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ class ModePass(nn.Module):
         self.video_budget = video_budget
         self.last_mode: str | None = None
         self.visual_tokens = (0, 0)
-        self.fast_tokens = 0  # of the largest batch that a fast pass ran on, padding included
+        self.tokens = 0  # that the language model ran on in the last pass, padding included
         self._handles: list = []
         self._adapters: dict[str, list[str]] = {}
         self._forget()
@@ -138,6 +138,11 @@ class ModePass(nn.Module):
         self.visual_tokens = (0, 0)
         self.distil, self.generator = distil and mode == SLOW, generator
 
+    @property
+    def first_part(self) -> bool:
+        """Whether the last call ran a whole batch, or the first part of one."""
+        return self._part <= 1
+
     def end(self) -> None:
         """The next calls of the model run as if this were not there. Only after backward, which may recompute."""
         self.mode = self.generator = self.targets = self.teacher_logits = self.auxiliary_loss = self._keep = None
@@ -153,7 +158,7 @@ class ModePass(nn.Module):
         check_inputs(kwargs)
         require(kwargs, "labels")
         self._model, self.teacher_logits = weakref.ref(model), None
-        self.pruner.auxiliary_loss = None
+        self.auxiliary_loss = None
         self._close_layers()
         self._seen = modalities_in(kwargs)
         inputs = kwargs
@@ -162,8 +167,6 @@ class ModePass(nn.Module):
         self._activate(model, FAST)
         if self.mode == FAST:
             inputs = self._shorten(model, inputs, encodings)
-            self.auxiliary_loss = self.pruner.auxiliary_loss
-            self.fast_tokens = max(self.fast_tokens, inputs["labels"].numel())
         elif self.distil or self._parts > 1:
             if self.distil:
                 self.teacher_logits = self._teach(model, inputs, encodings)
@@ -172,7 +175,7 @@ class ModePass(nn.Module):
                 inputs = whole_inputs(model, inputs, encodings)
         self._activate(model, self.mode)
         inputs, shifted = self._supervise(inputs)
-        self.targets = shifted[self._keep]
+        self.targets, self.tokens = shifted[self._keep], shifted.numel()
         return (), inputs
 
     def _encode(self, model: nn.Module, inputs: dict) -> tuple[dict, list[VisualEncoding]]:
@@ -188,10 +191,13 @@ class ModePass(nn.Module):
         return self._batch[self._part - 1]
 
     def _count(self, pruner: nn.Module, args: tuple, pruned: PrunedTokens) -> None:
-        """Adds up what the fast pass prunes, from lengths that lie on the host; what the teacher sees is not saved."""
+        """Adds up what the fast pass prunes of each modality, from lengths that lie on the host, and what a learnt
+        pruner loses by it; what the teacher sees is not saved."""
         if self.mode == FAST:
             full, kept = self.visual_tokens
             self.visual_tokens = (full + sum(args[0].lengths), kept + sum(pruned.lengths))
+            losses = [loss for loss in (self.auxiliary_loss, pruner.auxiliary_loss) if loss is not None]
+            self.auxiliary_loss = sum(losses) if losses else None
 
     def _shorten(self, model: nn.Module, inputs: dict, encodings: list) -> dict:
         """Inputs of the pruned view. A pruner inside the language model then drops tokens until its layers close."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_dualspeed.cards import heading, merge_card
+from hf_dualspeed.cards import heading, merge_card, split_front_matter
+from hf_dualspeed.hub_io import published_card
 from hf_dualspeed.results import percent
 
+# Which keys of the front matter are not a person's, so that they go when they are no longer true.
+GIVEN = re.compile(r"<!-- front matter by dualspeed: ([\w -]*) -->")
 PAPER = "https://arxiv.org/abs/2602.03815"
+EMPTY_FORM = "[More Information Needed]"  # of PEFT
 HERE = "path/to/this/folder"
 # Keys of `Trainer.evaluate` that say how long it took, not how well it went.
 EVALUATION_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
@@ -29,8 +35,35 @@ def write_model_card(folder: str | Path, results: dict) -> Path:
     """
     path = Path(folder) / "README.md"
     earlier = path.read_text(encoding="utf-8") if is_written(path) else ""
-    path.write_text(merge_card(earlier, model_card(results)), encoding="utf-8")
+    text = model_card(results)
+    path.write_text(merge_card(without_stale(earlier, text), text), encoding="utf-8")
     return path
+
+
+def without_stale(earlier: str, generated: str) -> str:
+    """An earlier card without the front matter that an earlier run gave it and this one does not give."""
+    given, (head, body), (new, rest) = _given_keys(earlier), split_front_matter(earlier), split_front_matter(generated)
+    if given.issuperset(head) and head.get("tags") == new.get("tags"):  # nothing of a person's
+        return generated.removesuffix(rest) + body
+    left = {key: value for key, value in head.items() if key in new or key not in given}
+    return earlier if left == head else f"---\n{yaml.safe_dump(left, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def _given_keys(card: str) -> set[str]:
+    """The keys of the front matter that are generated, as the card itself lists them."""
+    match = GIVEN.search(card)
+    return set(match[1].split()) if match else set()
+
+
+def adopt_published_card(
+    folder: str | Path, repo_id: str, revision: str | None = None, token: str | bool | None = None
+) -> None:
+    """Takes over into README.md what the card on the Hub says beyond it, so that a push does not undo it."""
+    path, published = Path(folder) / "README.md", published_card(repo_id, revision, token)
+    if published and EMPTY_FORM not in published:
+        local = path.read_text(encoding="utf-8") if is_written(path) else ""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(merge_card(local, published), encoding="utf-8")
 
 
 def model_card(results: dict) -> str:
@@ -51,7 +84,7 @@ def model_card(results: dict) -> str:
     return assembled(
         data,
         _introduction(results),
-        _loading(results),
+        f"{_loading(results)}\n\n<!-- front matter by dualspeed: {' '.join(data.to_dict())} -->",
         _training(results),
         _speed(results),
         _evaluation(results),
@@ -68,7 +101,7 @@ def assembled(data: ModelCardData, *sections: str) -> str:
 
 def is_written(path: Path) -> bool:
     """Whether there is a model card other than the empty form that PEFT leaves beside adapters."""
-    return path.is_file() and "[More Information Needed]" not in path.read_text(encoding="utf-8")
+    return path.is_file() and EMPTY_FORM not in path.read_text(encoding="utf-8")
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:
@@ -80,10 +113,11 @@ def table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines)
 
 
-def settings_rows(results: dict) -> list[tuple[str, str | None]]:
-    """Settings of DualSpeed and of the training, and the seeds, in words."""
+def settings_table(results: dict) -> str:
+    """Settings of DualSpeed and of the training, and the seeds where they are named."""
     parts = (results.get(part, {}) for part in ("settings", "training", "seeds"))
-    return [(key, _text(value)) for part in parts for key, value in part.items()]
+    rows = [(key, _text(value)) for part in parts for key, value in part.items()]
+    return table(("setting", "value"), rows)
 
 
 def environment(results: dict) -> str:
@@ -176,10 +210,12 @@ def _training(results: dict) -> str:
     settings, progress = results.get("settings", {}), results.get("progress")
     parts = [heading("How it was trained")]
     if "pruner" in settings:
-        parts.append(f"Fast steps trained on what the pruner {pruning_words(settings['pruner'])}; slow steps on all.")
+        where = " inside the language model" if results.get("pruned_in_language_model") else ""
+        words = pruning_words(settings["pruner"])
+        parts.append(f"Fast steps trained on what the pruner {words}{where}; slow steps on all.")
     if progress:
         parts.append(f"This card was written after {progress['step']} of at most {progress['of']} optimizer steps.")
-    parts.append(table(("setting", "value"), settings_rows(results)))
+    parts.append(settings_table(results))
     steps, seconds = results.get("steps", {}), results.get("seconds", {})
     rows = [(mode, steps.get(mode), _rounded(seconds.get(mode))) for mode in ("fast", "slow")]
     parts.append(table(("mode", "optimizer steps", "seconds in steps"), rows))
@@ -234,24 +270,28 @@ def _visual_tokens(counted: dict | None) -> str:
 
 
 def _evaluation(results: dict) -> str:
-    parts = []
+    parts, data = [], ""
+    if results.get("eval_dataset"):
+        data = f"`{results['eval_dataset']}`" + (f" ({results['eval_split']})" if "eval_split" in results else "")
     if results.get("accuracy") is not None:
         rows = [("this model, all visual tokens", percent(results["accuracy"]))]
         majority = percent(results.get("majority_accuracy"))
         rows.append(("most frequent answer to each question, without the image", majority))
-        where = f"{results['n']} questions of `{results['eval_dataset']}` ({results['eval_split']})"
-        parts.append(f"Accuracy on {where}:\n\n" + table(("answers of", "accuracy"), rows))
+        parts.append(
+            f"Accuracy on {results['n']} questions{data and f' of {data}'}:\n\n"
+            + table(("answers of", "accuracy"), rows)
+        )
     shown = table(("metric", "value"), [(key, f"{value:.4g}") for key, value in _metrics(results).items()])
     if shown:
-        on = f" on `{results['eval_dataset']}`" if results.get("eval_dataset") else ""
-        parts.append(f"Evaluation during training{on}, with all visual tokens:\n\n{shown}")
+        parts.append(f"Evaluation by the Trainer{data and f' on {data}'}, with all visual tokens:\n\n{shown}")
     return "\n\n".join([heading("Results"), *parts]) if parts else ""
 
 
 def _limits(results: dict) -> str:
     measured = "Its quality has not been measured."
     if results.get("accuracy") is not None:
-        measured = f"Its accuracy was measured on `{results['eval_dataset']}` only, in a single run."
+        where = f"`{results['eval_dataset']}`" if results.get("eval_dataset") else "these questions"
+        measured = f"Its accuracy was measured on {where} only, in a single run."
     elif _metrics(results):
         measured = "Of its quality, no more was measured than the results above, in a single run."
     return (

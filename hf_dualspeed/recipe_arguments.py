@@ -74,7 +74,7 @@ class RecipeArguments:
         default=None, metadata={"help": "Evaluate on the first so many questions only. Unset: on all."}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that the model's repository brings along."}
+        default=False, metadata={"help": "Run Python code that the repositories of model and pruner bring along."}
     )
 
     def __post_init__(self):

@@ -19,8 +19,9 @@ except ModuleNotFoundError as error:
 
 from .adapters import check_adapter
 from .arguments import DualSpeedArguments
+from .checkpoints import interrupts_deferred
 from .pruners import Pruner
-from .trainer import DualSpeedMixin, interrupts_deferred
+from .trainer import DualSpeedMixin
 
 
 @dataclass
@@ -114,7 +115,8 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
         """Adds up, on the device, what TRL's metrics are made of; logits `(M, V)`."""
         targets = self.mode_pass.targets
         right = logits.argmax(-1) == targets
-        seen = inputs.get("attention_mask", inputs["input_ids"] >= 0)
+        # The parts of a split batch are all called with the whole of it.
+        seen = inputs.get("attention_mask", inputs["input_ids"] >= 0) * self.mode_pass.first_part
         self._token_counts += torch.stack([right.sum(), torch.ones_like(targets).sum(), seen.sum()])
 
     def _gather_counts(self) -> tuple[int, int]:

@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--max-steps", type=int, default=6)
+    parser.add_argument("--speedup-rounds", type=int, default=0)
+    parser.add_argument("--pruner", default="divprune")
     parser.add_argument("--slow-mode-splits", default="1")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -52,7 +54,9 @@ def main() -> None:
         gradient_accumulation_steps=2,
         activation_checkpointing=options.checkpointing,
         max_steps=options.max_steps,
+        speedup_rounds=options.speedup_rounds,
         slow_mode_ratio=0.5,
+        pruner=options.pruner,
         pruning_ratio=0.5,
         slow_mode_splits=options.slow_mode_splits,
         seed=1,
@@ -77,6 +81,7 @@ def main() -> None:
         "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "modes": [trainer.mode_at(step) for step in range(options.max_steps)],
         "steps": trainer.summary()["steps"],
+        "record": trainer.record(),
         "history": history(trainer, "loss", "grad_norm", "fast_loss", "slow_loss", "distillation_loss"),
     }
     (options.out / f"rank{rank}.json").write_text(json.dumps(report))

@@ -12,7 +12,7 @@ from families.cases import CASES, ROWS
 from transformers import AttentionInterface, AttentionMaskInterface, PixtralVisionConfig, PixtralVisionModel
 from transformers.masking_utils import eager_mask
 
-from hf_dualspeed.attention_capture import capture_attention, penultimate_layer
+from hf_dualspeed.attention_capture import attention_of, capture_attention, penultimate_layer
 from hf_dualspeed.encoding import encode
 from hf_dualspeed.protocol import unwrap
 
@@ -189,3 +189,23 @@ def test_threads_capture_apart_and_leave_the_lookup_as_it_was():
     assert len(towers) == 2
     assert {name: capture.calls[0].query.shape[0] for name, capture in captures.items()} == {"a": 1, "bb": 2}
     assert AttentionInterface.get_interface is lookup
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_of_single_queries_is_that_of_all(softcap, window, padded):
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]) if padded else None
+    places = torch.tensor([[6, 3], [5, 2]])
+    scores = query @ key.repeat_interleave(2, 1).mT * 8**-0.5
+    scores = scores if softcap is None else (scores / softcap).tanh() * softcap
+    index = torch.arange(7)
+    seen = index <= index[:, None]
+    seen = seen if window is None else seen & (index > index[:, None] - window)
+    seen = seen if mask is None else seen & mask[:, None, None].bool()
+    whole = scores.masked_fill(~seen, float("-inf")).softmax(-1).mean(1)
+    options = {"softcap": softcap, "sliding_window": window, "is_causal": True}
+    found = attention_of(torch.nn.Module(), places, query, key, mask, options)
+    torch.testing.assert_close(found, torch.stack([rows[at] for rows, at in zip(whole, places, strict=True)]))

@@ -18,7 +18,7 @@ from hf_dualspeed.bench_shapes import FIRST_WORD, IMAGE_ID, SHAPES, build_batch,
 # 16 visual tokens: 8 of them stay at a ratio of 0.5.
 TINY = {"image_size": 56, "text_tokens": 12, "hidden_size": 64, "layers": 2}
 FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-FLAGS += ["--shape", "llava-1.5", "--rounds", "2", "--pruning-ratio", "0.5", "--threads", "1"]
+FLAGS += ["--shape", "llava-1.5", "--rounds", "2", "--pruning-ratio", "0.9", "--threads", "1"]
 
 
 def tiny_bench(folder, checkpointing="off", like=None, **options):
@@ -200,7 +200,6 @@ def test_plain_steps_recompute_and_fast_ones_do_not(tmp_path):
     assert flops["plain"]["on"] / flops["plain"]["off"] > 1.15
     assert flops["fast"]["on"] / flops["fast"]["off"] < 1.05
     parts, small = benches["on"].dual._slow_parts(benches["on"].model, benches["on"].batch, benches["on"].items)
-    assert parts > 1
     assert passes["slow_without_distillation"] == {"on": parts * (1 if small else 2), "off": 1}
 
 
@@ -349,7 +348,7 @@ def test_a_model_of_ones_own_is_measured(tmp_path):
     assert own.count_flops("fast") < own.count_flops("plain")
 
 
-@pytest.mark.parametrize("pruner", ["random", "grid", "avg_pool", "cls_attention"])
+@pytest.mark.parametrize("pruner", ["random", "avg_pool", "cls_attention", "cdpruner", "visionzip", "dynamicvit"])
 def test_every_pruner_can_be_measured(tmp_path, pruner):
     own = tiny_bench(tmp_path, pruner=pruner)
     for name in ("fast", "slow", "encoder", "selection", "shortening", "teacher"):
@@ -459,6 +458,7 @@ def test_defaults_follow_the_kind_of_measurement():
         (["--scale", "large"], r"`scale` must be one of 'small', 'full'"),
         (["--model", "own", "--shape", "smolvlm"], r"`model` is 'own', which brings its own sizes.*or --model"),
         (["--growth", "--shape", "llava-next"], r"`growth` is measured on llava-1\.5"),
+        (["--pruner", "fastv"], r"`pruner` is 'fastv', which drops tokens inside the language model"),
         (["--output", "bench.txt"], r"`output` must end in \.json"),
         (["--batch", "many"], r"argument --batch: invalid int value: 'many'"),
         (["--round", "3"], r"Unknown argument `--round`\. Did you mean '--rounds'"),

@@ -38,7 +38,7 @@ def test_debug_raises(monkeypatch):
         cli.main(["train", "--config", "no.yaml"])
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["pruners", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["pruners", "--help"], ["push-pruner", "--help"]])
 def test_help(capsys, words):
     with pytest.raises(SystemExit) as stop:
         cli.main(words)

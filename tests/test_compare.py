@@ -244,6 +244,7 @@ def test_ratios_are_taken_seed_by_seed():
         ({}, ["--seeds", "x"], r"--seeds: invalid int value: 'x'"),
         ({}, ["--learning_rat", "1"], r"`--learning_rat`\. Did you mean '--learning_rate'\?"),
         ({"eval_dataset": None}, [], r"`eval_dataset` is None"),
+        ({}, ["--pruner", "fastv"], "`pruner` is 'fastv', which drops tokens inside the language model"),
     ],
 )
 def test_errors_name_what_is_wrong(tmp_path, keys, words, message):

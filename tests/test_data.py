@@ -454,3 +454,16 @@ def test_unusable_batches_are_refused(keys, message):
     batch = {key: torch.tensor([[7, 1]]) for key in keys}
     with pytest.raises(ValueError, match=message):
         MaskVisualLabels(bad_collator(batch), [7])([{}])
+
+
+def test_samples_without_instruction_are_warned_of_where_the_pruner_goes_by_it(caplog, monkeypatch):
+    ids = torch.tensor([[7, 7, 1, 2, 3], [1, 2, 3, 4, 5]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1)}
+    answers = {**batch, "labels": torch.where(torch.isin(ids, torch.tensor([7, 1])), -100, ids)}
+    everything = {**batch, "labels": torch.where(ids == 7, -100, ids)}
+    for labelled, asks, warned in ((everything, None, 0), (answers, "trim", 0), (everything, "trim", 1)):
+        monkeypatch.setattr(MaskVisualLabels, "_warned_of_instructions", False)
+        caplog.clear()
+        for _ in range(2):
+            MaskVisualLabels(lambda _, labelled=labelled: labelled, [7], asks)([{}])
+        assert caplog.text.count("the pruner 'trim' finds no instruction") == warned

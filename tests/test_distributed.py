@@ -61,6 +61,7 @@ def assert_same_training(one: Path, two: Path, alone: dict, ranks: list[dict]) -
         pytest.param(("--family", "llava"), marks=pytest.mark.slow),
         pytest.param(("--family", "qwen2_5_vl"), marks=pytest.mark.slow),
         pytest.param(("--family", "llava_next"), marks=pytest.mark.slow),
+        pytest.param(("--family", "llava", "--checkpointing", "--pruner", "pyramiddrop"), marks=pytest.mark.slow),
     ],
 )
 def test_ddp_equals_one_process(tmp_path, options):
@@ -68,6 +69,17 @@ def test_ddp_equals_one_process(tmp_path, options):
     one, two = tmp_path / "one", tmp_path / "two"
     (alone,) = run(one, "--batch", "2", *options)
     assert_same_training(one, two, alone, run(two, "--batch", "1", *options, config=DDP))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_fsdp2_with_tokens_dropped_between_layers(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ("--images", "--pruner", "pyramiddrop")
+    (alone,) = run(one, "--batch", "2", *options)
+    ranks = run(two, "--batch", "1", *options, config=FSDP2)
+    assert all(report["sharded"] for report in ranks)
+    assert_same_training(one, two, alone, ranks)
 
 
 @pytest.mark.slow

@@ -78,18 +78,19 @@ def test_text_is_embedded_beside_each_unit(name, side):
     inputs = batch(FAMILIES[name], model, MIXED, side)
     (encoding,) = encode(model, inputs, frozenset({"text"}))
     tokens = encoding.tokens()
-    assert tokens.text.shape[:2] == tokens.text_valid.shape == (len(encoding.lengths), inputs["input_ids"].shape[1])
     visual = torch.isin(inputs["input_ids"], torch.tensor(visual_token_ids(unwrap(model).config)))
+    found = instructions(model, inputs, encoding.token_id, encoding.lengths)
+    longest = int(found.valid.sum(1).max())  # rows are longer: images, answers and what follows them are not held
+    assert tokens.text.shape[:2] == tokens.text_valid.shape == (len(encoding.lengths), longest)
+    assert longest < inputs["input_ids"].shape[1]
     assert not tokens.text.requires_grad
-    for unit in range(len(encoding.lengths)):
-        row = int(instructions(model, inputs, encoding.token_id, encoding.lengths).rows[unit])
-        places = tokens.text_valid[unit].nonzero()[:, 0]
-        assert len(places)  # a beginning of sequence at least
-        assert not visual[row, places].any()
-        assert inputs["attention_mask"][row, places].all()
-        assert (inputs["labels"][row, places] == IGNORED).all()
-        expected = model.get_input_embeddings()(inputs["input_ids"][row, places])
-        torch.testing.assert_close(tokens.text[unit, places], expected)
+    for unit, (row, valid) in enumerate(zip(found.rows, found.valid, strict=True)):
+        assert valid.any()  # a beginning of sequence at least
+        assert not visual[row, valid].any()
+        assert inputs["attention_mask"][row, valid].all()
+        assert (inputs["labels"][row, valid] == IGNORED).all()
+        expected = model.get_input_embeddings()(inputs["input_ids"][row, valid])
+        torch.testing.assert_close(tokens.text[unit, tokens.text_valid[unit]], expected)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

@@ -222,9 +222,10 @@ LAYERS = [
         "batch_parts",
         "mode_pass",
     },
-    {"trainer", "speedup", "sft", "conformance"},
+    {"trainer", "checkpoints", "publishing", "speedup", "sft", "conformance"},
     {
         "recipe",
+        "publish",
         "compare",
         "compare_report",
         "push_pruner",

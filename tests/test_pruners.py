@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,9 +10,19 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES, batch
+from families.base import HIDDEN
 from pruner_cases import build, grid, image, tokens
 
-from hf_dualspeed import AutoPruner, Pruner, PrunerConfig, VisualTokens, available_pruners, register_pruner
+from hf_dualspeed import (
+    AutoPruner,
+    Pruner,
+    PrunerConfig,
+    VisualTokens,
+    available_pruners,
+    prune_inputs,
+    register_pruner,
+)
 from hf_dualspeed.pruners import budget
 from hf_dualspeed.pruners.base import _REGISTRY
 from hf_dualspeed.pruners.divprune import DivPrune
@@ -108,6 +119,16 @@ def test_features_that_are_not_finite_are_named(name, value):
     batch.features[0, 3, 2] = value
     with pytest.raises(ValueError, match="`features` holds NaN or infinite values.* lower the learning rate"):
         build(name, pruning_ratio=0.5)(batch)
+
+
+def test_the_fast_pass_names_such_features_too_where_it_waits_anyway():
+    family = FAMILIES["llava"]
+    model = family.model()
+    inputs = batch(family, model)
+    inputs["pixel_values"][-1, 0, 0, 0] = float("nan")
+    for name in ("divprune", "cdpruner", "tome", "dynamicvit"):
+        with pytest.raises(ValueError, match="`features` holds NaN or infinite values"):
+            prune_inputs(model, inputs, build(name, HIDDEN, pruning_ratio=0.5))
 
 
 @pytest.mark.parametrize("name", available_pruners())
@@ -295,3 +316,51 @@ def test_importing_the_package_is_enough_to_know_all_pruners():
     code = "from hf_dualspeed.pruners import available_pruners; print(*available_pruners())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"avg_pool", "cls_attention", "divprune", "grid", "random"} <= set(shown)
+
+
+def test_settings_that_are_whole_numbers_are_checked():
+    with pytest.raises(ValueError, match="`crops` must be a whole number, got 2.5"):
+        build("holov", crops=2.5)
+    with pytest.raises(ValueError, match="`max_tokens` must be a whole number, got 32.5"):
+        build("token_learner", max_tokens=32.5)
+    with pytest.raises(ValueError, match="`layer` must be a whole number, got True"):
+        build("fastv", layer=True)
+
+
+def test_attention_that_is_not_a_number_is_named():
+    batch = tokens((4, 4))
+    batch.attention[0, 5] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        build("prumerge", pruning_ratio=0.5)(batch)
+    batch.attention[0, 5] = float("-inf")  # what no patch made
+    assert build("prumerge", pruning_ratio=0.5)(batch).features.isfinite().all()
+
+
+def test_settings_change_but_for_sizes_of_learnt_weights():
+    pruner = build("dynamicvit", scorer_size=16)
+    pruner.reconfigure(pruning_ratio=0.25, temperature=2.0)
+    assert (pruner.pruning_ratio, pruner.config.temperature) == (0.25, 2.0)
+    with pytest.raises(ValueError, match="{'scorer_size': 32} do not fit the weights that the pruner 'dynamicvit'"):
+        pruner.reconfigure(scorer_size=32)
+    assert pruner.config.scorer_size == 16
+    with pytest.raises(ValueError, match="unknown key 'scorer'"):
+        pruner.reconfigure(scorer=1)
+
+
+def test_an_auxiliary_loss_is_that_of_the_last_call_and_hinders_no_copy():
+    pruner = build("dynamicvit", scorer_size=16, ratio_weight=1.0, pruning_ratio=0.5).train()
+    pruner(tokens((4, 4)))
+    assert pruner.auxiliary_loss.requires_grad
+    assert copy.deepcopy(pruner).auxiliary_loss is None
+    pruner(tokens((1, 1)))  # nothing is pruned
+    assert pruner.auxiliary_loss is None
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.25])
+def test_too_few_maps_are_named_before_a_schedule_needs_them(initial):
+    settings = {"max_tokens": 8, "pruning_ratio": 0.75, "initial_pruning_ratio": initial}
+    pruner = build("token_learner", pruning_schedule="linear", **settings)
+    assert pruner(tokens((4, 4))).lengths == [4]  # out of training there is no schedule
+    pruner.train().progress = 0.9
+    with pytest.raises(ValueError, match=rf"keeps {budget(16, initial)} at the pruning ratio {initial:g}. Set max_tok"):
+        pruner(tokens((4, 4)))

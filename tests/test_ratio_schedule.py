@@ -66,3 +66,40 @@ def test_a_saved_pruner_takes_further_settings(tmp_path):
         make(tmp_path, pruner=str(tmp_path / "pruner"), pruner_kwargs={"layers": 2})
     with pytest.raises(ValueError, match="`pruner_kwargs` must be a JSON mapping"):
         DualSpeedTrainingArguments(output_dir=str(tmp_path), pruner_kwargs="linear")
+
+
+def test_evaluation_in_between_prunes_by_the_end_of_the_schedule(tmp_path):
+    trainer, _ = run(tmp_path)
+    assert trainer._pruner.progress == 1.0
+
+
+def test_settings_that_do_not_fit_learnt_weights_are_named(tmp_path):
+    AutoPruner.from_name("dynamicvit", hidden_size=32, scorer_size=16).save_pretrained(tmp_path / "pruner")
+    with pytest.raises(ValueError, match="do not fit the weights"):
+        make(tmp_path, pruner=str(tmp_path / "pruner"), pruner_kwargs={"scorer_size": 32})
+
+
+def test_a_second_stage_goes_on_with_the_learnt_pruner_of_the_first(tmp_path):
+    options = {"pruner": "dynamicvit", "pruner_kwargs": {"scorer_size": 16}, "slow_mode_ratio": 0.0}
+    first = make(tmp_path / "one", **options)
+    first.train()
+    first.save_model()
+    base = type(first.model).from_pretrained(tmp_path / "one")
+    second = make(tmp_path / "two", model=base, **options)
+    for name, weight in second._pruner.state_dict().items():
+        assert torch.equal(weight, first._pruner.state_dict()[name])
+    other = make(tmp_path / "three", model=type(first.model).from_pretrained(tmp_path / "one"))
+    assert other._pruner.config.pruner_type == "divprune"
+
+
+def test_draws_differ_between_micro_batches_ranks_and_seeds(tmp_path, monkeypatch):
+    trainer = make(tmp_path, pruner="random")
+
+    def draw(micro=(0, 0), rank=0):
+        monkeypatch.setattr(type(trainer.args), "process_index", rank)
+        trainer._micro = micro
+        return float(torch.rand(1, generator=trainer._step_generator()))
+
+    draws = [draw(), draw((0, 1)), draw((1, 0)), draw(rank=1)]
+    assert len(set(draws)) == 4
+    assert draw() == draws[0]

@@ -12,7 +12,8 @@ import torch
 from tiny_models import FAMILIES, batch, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hf_dualspeed import bench_report, compare_report
+import hf_dualspeed
+from hf_dualspeed import bench_report, cli, compare_report
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +41,7 @@ def tiny_hub(tmp_path, monkeypatch):
 
 def test_examples_run(tiny_hub):
     _, processor = tiny_hub
-    train, infer, peft, trl, own = BLOCKS
+    train, infer, peft, trl, own, _ = BLOCKS
     scope = {}
     train = train.replace('Arguments("out",', 'Arguments("out", use_cpu=True, max_steps=2, report_to="none",')
     exec(compile(train, "README.md", "exec"), scope)
@@ -68,6 +69,15 @@ def test_examples_run(tiny_hub):
         _REGISTRY.pop("largest", None)
 
 
+def test_a_pruner_is_published(hub):
+    hub.user = "user"
+    scope = {}
+    exec(compile(BLOCKS[-1], "README.md", "exec"), scope)
+    assert scope["pruner"].config.pruning_ratio == 0.75
+    assert cli.main(["push-pruner", "divprune", "user/divprune-75", "--pruning_ratio", "0.75"]) == 0
+    assert "dualspeed push-pruner divprune user/divprune-75 --pruning_ratio 0.75" in TEXT
+
+
 TABLES = {"compare": compare_report.readme_table, "bench": bench_report.readme_table}
 
 
@@ -76,6 +86,10 @@ def test_tables_show_the_published_results(name):
     marked = re.search(rf"<!-- {name}-table-start -->(.*?)<!-- {name}-table-end -->", TEXT, re.DOTALL)
     results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     assert marked[1].strip() == TABLES[name](results)
+
+
+def test_every_pruner_is_listed():
+    assert [name for name in hf_dualspeed.available_pruners() if f"`{name}`" not in TEXT] == []
 
 
 def test_the_number_of_families_is_that_of_the_conformance_run():

@@ -316,13 +316,14 @@ def test_bad_settings_are_named():
         AutoPruner.from_name("holov", variance_weight=-1)
 
 
-def of_images(count: int, device: str = "cpu") -> VisualTokens:
+def of_images(count: int, device: str = "cpu", **options) -> VisualTokens:
     return VisualTokens(
         torch.randn(count, 50, 8, device=device),
         grid=grid(5, 10).to(device).expand(count, -1, -1),
         attention=torch.rand(count, 50, device=device),
         text=torch.randn(count, 4, 8, device=device),
         text_valid=torch.ones(count, 4, dtype=torch.bool, device=device),
+        **options,
     )
 
 
@@ -331,8 +332,8 @@ def test_nothing_waits_for_the_device_nor_loops_over_images(name, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # which knows no meta device
     # The meta device has no values: any read of one, any branch on one and any `.item()` raises there.
     pruner = build(name, pruning_ratio=0.8)
-    assert pruner(of_images(3, "meta")).features.shape == (3, 10, 8)
-    ragged = of_images(3, "meta")
+    assert pruner(of_images(3, "meta", checked_later=True)).features.shape == (3, 10, 8)
+    ragged = of_images(3, "meta", checked_later=True)
     ragged.valid, ragged.lengths = torch.ones(3, 50, dtype=torch.bool, device="meta"), [50, 20, 1]
     assert pruner(ragged).positions.shape == (3, 10)
     calls = {}

@@ -562,7 +562,7 @@ def test_labels_on_visual_tokens_are_masked_with_one_warning(tmp_path, caplog, m
         ({"position_ids": "orginal"}, "Did you mean 'original'"),
         (
             {"pruner": "divprun"},
-            "'avg_pool', 'cls_attention', 'divprune', 'grid', 'random'.*Did you mean 'divprune'",
+            "'avg_pool', .*'random'.*Did you mean 'divprune'",
         ),
         ({"fast_only_parameters": ["*nothing*"]}, "matches no trainable parameter"),
         ({"fast_only_parameters": ["lm_head*"], "slow_only_parameters": ["lm_head*"]}, "both match"),

@@ -29,9 +29,11 @@ from .base import (
     pruner_class,
     register_pruner,
 )
+from .layers import LayerPruner
 
 __all__ = [
     "AutoPruner",
+    "LayerPruner",
     "PrunedTokens",
     "Pruner",
     "PrunerConfig",

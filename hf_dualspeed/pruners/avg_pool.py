@@ -10,7 +10,11 @@ from .grid import cells, centres, pool
 
 @register_pruner("avg_pool")
 class AveragePoolPruner(Pruner):
-    """Averages the tokens of each of K equal cells; the cell's centre gives the position. Cost: O(N D)."""
+    """Averages the tokens of each of K equal cells.
+
+    Cells tile the image evenly and are near square; a cell's centre gives the position. A baseline, not a published
+    method. Inputs: the grid; without one, cells are runs in raster order. Cost: O(N D).
+    """
 
     needs = frozenset({"grid"})
     merges = True

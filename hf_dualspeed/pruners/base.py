@@ -8,22 +8,36 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
+import types
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..arguments import check_choice, check_range
+from ..arguments import check_choice, check_keys, check_range
+from ..hub_io import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Source,
+    check_weights,
+    code_file,
+    find_source,
+    load_class,
+    read_json,
+    save_code,
+)
 from ..shortening import check_finite
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "pruner_config.json"
-WEIGHTS_NAME = "pruner.safetensors"
+AUTO_CLASS = "AutoPruner"  # the key of a pruner's code in `auto_map`
+LARGEST_INTEGER = 2**31 - 1
 NEEDS = frozenset({"grid", "attention", "keys", "text"})
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -44,6 +58,7 @@ class VisualTokens:
             image may have none at all.
         generator (`torch.Generator`, *optional*): source of randomness, on the features' device.
         lengths (`list[int]`, *optional*): tokens per image. Given beside `valid`, it spares a host synchronisation.
+        checked_later (`bool`): the caller reads `PrunedTokens.finite` itself, where it waits for the device anyway.
     """
 
     features: torch.Tensor
@@ -55,6 +70,7 @@ class VisualTokens:
     text_valid: torch.Tensor | None = None
     generator: torch.Generator | None = None
     lengths: list[int] | None = None
+    checked_later: bool = False
 
     def __post_init__(self):
         if self.features.dim() != 3:
@@ -85,8 +101,7 @@ class PrunedTokens:
         lengths (`list[int]`): kept tokens per image.
         merge (`Callable`, *optional*): what a merging pruner did to the features, to be done to others of the same
             tokens: `(B, N, D')` to `(B, K, D')`.
-        finite (`torch.BoolTensor` of no dimensions, *optional*): whether the features were, where reading it would
-            have waited for the device; see [`check_finite`].
+        finite (`torch.BoolTensor` of no dimensions, *optional*): whether the features were; None where none was pruned.
     """
 
     features: torch.Tensor
@@ -126,6 +141,10 @@ class PrunerConfig:
     def __post_init__(self):
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
         check_choice("pruning_schedule", self.pruning_schedule, SCHEDULES)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.type in ("int", int) and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"`{setting.name}` must be a whole number, got {value!r}.")
         initial = self.initial_pruning_ratio
         if self.pruning_schedule == "constant" and initial is not None:
             raise ValueError(
@@ -143,6 +162,11 @@ class PrunerConfig:
         done = progress if self.pruning_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return self.initial_pruning_ratio + done * (self.pruning_ratio - self.initial_pruning_ratio)
 
+    @property
+    def lowest_ratio(self) -> float:
+        """The pruning ratio where most tokens are kept."""
+        return self.pruning_ratio if self.initial_pruning_ratio is None else min(self.ratio_at(0), self.pruning_ratio)
+
     def to_dict(self) -> dict:
         settings = asdict(self)
         if self.pruning_schedule == "constant":
@@ -150,32 +174,50 @@ class PrunerConfig:
         return {"pruner_type": self.pruner_type, **settings}
 
     @classmethod
-    def from_dict(cls, values: dict) -> PrunerConfig:
-        """Builds the config, dropping keys of a newer version with a warning."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known - {"pruner_type"})
-        if unknown:
-            logger.warning("%s does not know %s: ignored.", cls.__name__, ", ".join(unknown))
-        return cls(**{key: value for key, value in values.items() if key in known})
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    @staticmethod
-    def from_pretrained(folder: str | Path) -> PrunerConfig:
-        """Reads the config of whichever registered pruner the folder names.
+    def from_dict(cls, values: dict, where: str = CONFIG_NAME) -> PrunerConfig:
+        """Builds the config of what a file holds, dropping keys of a newer version with a warning.
 
         Raises:
-            FileNotFoundError: the folder holds no `pruner_config.json`.
-            ValueError: the file names no registered pruner.
+            ValueError: a value is of the wrong type or outside its range; the message names file, key and value.
         """
-        path = Path(folder) / CONFIG_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"No {CONFIG_NAME} in {str(folder)!r}: save one with `pruner.save_pretrained`.")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return pruner_class(values.get("pruner_type", "")).config_class.from_dict(values)
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known - {"pruner_type", "auto_map"})
+        if unknown:
+            logger.warning("%s does not know %s of %s: ignored.", cls.__name__, ", ".join(unknown), where)
+        hints = get_type_hints(cls)
+        for key in sorted(known & values.keys()):
+            if not fits(values[key], hints[key]):
+                kind = getattr(hints[key], "__name__", str(hints[key]))
+                raise ValueError(f"`{key}` in {where} must be of type {kind}, got {str(values[key])[:100]!r}.")
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known})
+        except ValueError as error:
+            raise ValueError(f"In {where}: {error}") from None
+
+    def save_pretrained(self, folder: str | Path, **extra) -> None:
+        """Writes `pruner_config.json`, with `extra` keys beside the settings."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(json.dumps({**self.to_dict(), **extra}, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def from_pretrained(name: str | Path, *, trust_remote_code: bool = False, **hub) -> PrunerConfig:
+        """Reads the config of whichever pruner the folder or Hub repo names; see [`AutoPruner.from_pretrained`]."""
+        return _load_config(name, trust_remote_code, hub)[1]
+
+
+def fits(value: object, hint: object) -> bool:
+    """Whether a value from JSON is of a setting's type, and a number neither infinite nor beyond 32 bits."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, option) for option in inner)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return type(value) is int and abs(value) <= LARGEST_INTEGER
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value)
+    return isinstance(value, hint) if hint in (str, bool, list, dict, type(None)) else True
 
 
 class Pruner(nn.Module):
@@ -187,7 +229,7 @@ class Pruner(nn.Module):
     Attributes:
         progress (`float`): fraction of training that is done, for a ratio that changes; 1 outside of training.
         auxiliary_loss (`torch.Tensor`, *optional*): what the last call in training mode adds to the loss, a mean over
-            its images, already weighted. Learnt pruners may set it.
+            its images, already weighted. Learnt pruners may set it. The trainer takes the mean over micro-batches.
     """
 
     config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
@@ -207,6 +249,26 @@ class Pruner(nn.Module):
         """The fraction of tokens removed now."""
         return self.config.ratio_at(self.progress)
 
+    def reconfigure(self, **settings) -> None:
+        """Changes settings, but for those that the sizes of learnt weights follow from.
+
+        Raises:
+            ValueError: a setting is unknown, outside its range, or one of those.
+        """
+        check_keys("settings", settings, [f.name for f in fields(self.config)])
+        config = replace(self.config, **settings)
+        with torch.device("meta"):
+            other = type(self)(config).state_dict()
+        if {k: t.shape for k, t in other.items()} != {k: t.shape for k, t in self.state_dict().items()}:
+            raise ValueError(
+                f"The settings {settings} do not fit the weights that the pruner {config.pruner_type!r} has learnt. "
+                "Leave out what changes their sizes, or train a new one by its name."
+            )
+        self.config = config
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "auxiliary_loss": None}  # a part of a graph can't be copied
+
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
         """Source positions in the order in which they are kept, `(B, most)`; padding last. No gradients here."""
         raise NotImplementedError(f"{type(self).__name__} must implement `rank` or override `reduce`.")
@@ -221,9 +283,9 @@ class Pruner(nn.Module):
         """Prunes.
 
         Raises:
-            ValueError: `tokens` lacks a field that the pruner needs, or its features hold NaN or infinity. On an
-                accelerator the latter is left to who waits for it next: [`check_finite`].
+            ValueError: `tokens` lacks a field that the pruner needs, or its features hold NaN or infinity.
         """
+        self.auxiliary_loss = None
         missing = sorted(need for need in self.needs - {"grid"} if getattr(tokens, need) is None)
         if missing:
             raise ValueError(f"The pruner {self.config.pruner_type!r} needs `VisualTokens.{missing[0]}`, got None.")
@@ -233,7 +295,9 @@ class Pruner(nn.Module):
             positions = torch.arange(tokens.features.shape[1], device=device)
             return PrunedTokens(tokens.features, positions.expand(len(lengths), -1), tokens.valid, lengths)
         finite = tokens.features.detach().isfinite().all()
-        if device.type == "cpu":
+        for known in (tokens.attention, tokens.keys):  # rows that no patch made have an attention of -inf
+            finite = finite if known is None else finite & ~known.isnan().any()
+        if not tokens.checked_later:
             check_finite(bool(finite))
         pruned = self.reduce(tokens, lengths)
         pruned.finite = finite
@@ -244,7 +308,9 @@ class Pruner(nn.Module):
 
         `state_dict` stands in for its own weights, where those are sharded.
         """
-        self.config.save_pretrained(folder)
+        own = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(folder, **({} if own else save_code(self, AUTO_CLASS, Path(folder))))
         weights = self.state_dict() if state_dict is None else state_dict
         if weights:
             whole = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -255,7 +321,7 @@ class Pruner(nn.Module):
 
         Raises:
             FileNotFoundError: the pruner is learnt and the folder holds no weights.
-            RuntimeError: they are those of another pruner.
+            ValueError: they are those of another pruner, or the file is damaged.
         """
         if not self.state_dict():
             return
@@ -265,7 +331,37 @@ class Pruner(nn.Module):
                 f"No {WEIGHTS_NAME} in {str(folder)!r}, which the learnt pruner {self.config.pruner_type!r} needs. "
                 "Save it with `pruner.save_pretrained`."
             )
+        check_weights(path, {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()})
         self.load_state_dict(load_file(path))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        results: dict | list[dict] | None = None,
+    ) -> CommitInfo:
+        """Publishes config, weights, code of its own and a card on the Hub, in one commit; sections that a person
+        wrote into the card stay.
+
+        Args:
+            repo_id (`str`): "user/name"; made where it does not exist.
+            private (`bool`, *optional*): whether a new repo is private.
+            token (`str`, *optional*): in place of that of `hf auth login` or HF_TOKEN.
+            commit_message (`str`, *optional*): what the history says.
+            revision (`str`, *optional*): the branch, made where it does not exist.
+            results (`dict` or `list[dict]`, *optional*): measured values for the card: names and values, or rows.
+
+        Raises:
+            ValueError: `repo_id` is no "user/name", or the published card's front matter cannot be read.
+            HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached. Nothing local has changed.
+        """
+        from .card import push_pruner
+
+        return push_pruner(self, repo_id, results, commit_message, private=private, token=token, revision=revision)
 
     def extra_repr(self) -> str:
         return f"pruning_ratio={self.config.pruning_ratio}"
@@ -322,8 +418,10 @@ def register_pruner(name: str) -> Callable[[type[Pruner]], type[Pruner]]:
 
     def register(cls: type[Pruner]) -> type[Pruner]:
         known = _REGISTRY.get(name)
-        # A class of the same qualified name replaces itself, so that a notebook cell can be run twice.
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        # A class of the same qualified name replaces itself, so that a notebook cell can be run twice; code from the
+        # Hub gives way, so that two revisions can be loaded.
+        twin = known is None or (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+        if not twin and not is_fetched(known):
             raise ValueError(f"`name` {name!r} is taken by {known.__qualname__}. Choose another name.")
         unknown = sorted(cls.needs - NEEDS)
         if unknown:
@@ -350,8 +448,13 @@ def pruner_class(name: str) -> type[Pruner]:
     return _REGISTRY[name]
 
 
+def is_fetched(cls: type[Pruner]) -> bool:
+    """Whether the class is code that was loaded beside a config, and not registered by the user's own program."""
+    return cls.__module__.startswith("transformers_modules.")
+
+
 class AutoPruner:
-    """Builds pruners by registered name or from a folder that holds `pruner_config.json`."""
+    """Builds pruners by registered name, from a folder or from the Hub."""
 
     def __init__(self):
         raise TypeError("AutoPruner is not instantiated: use AutoPruner.from_name or AutoPruner.from_pretrained.")
@@ -368,9 +471,65 @@ class AutoPruner:
         return cls(cls.config_class(**settings))
 
     @staticmethod
-    def from_pretrained(folder: str | Path) -> Pruner:
-        """Loads from a local folder; see [`PrunerConfig.from_pretrained`] for the errors."""
-        config = PrunerConfig.from_pretrained(folder)
+    def from_pretrained(name: str | Path, *, trust_remote_code: bool = False, **hub) -> Pruner:
+        """Loads a pruner from a folder or a Hub repo: `AutoPruner.from_pretrained("user/name", revision="v1")`.
+
+        Only registered names are looked up, and weights are read from safetensors alone. A pruner whose class this
+        program has registered never runs other code.
+
+        Args:
+            name (`str` or `Path`): an existing folder, else a Hub repo "user/name".
+            trust_remote_code (`bool`): run the code that the pruner brings along, of the commit its config is from.
+            hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, as everywhere on the Hub.
+
+        Raises:
+            FileNotFoundError, EntryNotFoundError: the folder, or the repo, lacks a file.
+            RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError: the Hub refuses or fails.
+            ConnectionError: it cannot be reached and the cache does not help.
+            ValueError: `name` is neither a folder nor a repo, a file holds what it should not, or the pruner needs
+                `trust_remote_code`.
+        """
+        source, config = _load_config(name, trust_remote_code, hub)
         pruner = pruner_class(config.pruner_type)(config)
-        pruner.load_weights(folder)
+        if pruner.state_dict():
+            pruner.load_weights(source.name if source.local else source.fetch(WEIGHTS_NAME).parent)
         return pruner
+
+
+def _load_config(name: str | Path, trust_remote_code: bool, hub: dict) -> tuple[Source, PrunerConfig]:
+    """The config, its class registered, and where it came from: everything else is read of that very commit."""
+    source = find_source(name, available_pruners(), **hub)
+    path = source.fetch(CONFIG_NAME)
+    source = source.pinned(path)
+    values = read_json(path, source)
+    cls = _class_of(values, source, trust_remote_code)
+    return source, cls.config_class.from_dict(values, f"{CONFIG_NAME} of {source}")
+
+
+def _class_of(values: dict, source: Source, trust_remote_code: bool) -> type[Pruner]:
+    name = values.get("pruner_type")
+    auto_map = values.get("auto_map")
+    reference = auto_map.get(AUTO_CLASS) if isinstance(auto_map, dict) else auto_map
+    known = _REGISTRY.get(name) if isinstance(name, str) else None
+    if reference is None or (known is not None and not is_fetched(known)):
+        return pruner_class(name)
+    file = code_file(reference, source)
+    if not trust_remote_code:
+        if known is not None and getattr(known, "fetched_from", None) == str(source):  # trusted before
+            return known
+        pin = "" if source.local else f" and revision={source.commit!r}"
+        raise ValueError(
+            f"The pruner {name!r} of {source} is code of its own, {file}, which is not run unasked. Read it; to run "
+            f"it, load with trust_remote_code=True{pin}. Or import a module of yours that registers {name!r}."
+        )
+    return _fetched_class(name, reference, source)
+
+
+def _fetched_class(name: object, reference: str, source: Source) -> type[Pruner]:
+    cls = load_class(reference, source)
+    is_pruner = isinstance(cls, type) and issubclass(cls, Pruner)
+    if not is_pruner or cls.config_class.pruner_type != name:
+        raise ValueError(f"{reference} of {source} is no pruner that is registered as {name!r}.")
+    cls.fetched_from = str(source)
+    _REGISTRY[name] = cls
+    return cls

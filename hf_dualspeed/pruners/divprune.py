@@ -16,10 +16,10 @@ FARTHEST = -2.0  # below every cosine
 class DivPrune(Pruner):
     """Keeps the most diverse tokens, by greedy max-min cosine distance.
 
-    The first token is the one whose nearest neighbour is farthest; each next one is the token farthest from those
-    already kept. Cost: one (N, N) product and O(K N) for the choice, batched over images, with no host
-    synchronisation. The official code loops over images in Python and recomputes the minimum over all kept tokens
-    at each step; the running minimum here gives the same choice.
+    DivPrune, arXiv 2503.02175. The first token is the one whose nearest neighbour is farthest; each next one is the
+    token farthest from those already kept. Inputs: features alone. Cost: one (N, N) product and O(K N) for the choice,
+    batched over images, with no host synchronisation. The official code loops over images in Python and recomputes
+    the minimum over all kept tokens at each step; the running minimum here gives the same choice.
     """
 
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..arguments import check_range
-from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, register_pruner, take
+from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, highest, register_pruner, rows_at, take
 from .float32 import Float32Linear, check_width
 
 
@@ -55,16 +55,17 @@ class DynamicViT(Pruner):
 
     - It only masks tokens while it trains, and decides on each by itself. Here the others are really dropped, and
       exactly K stay: the highest of scores plus noise, which draws K without replacement in proportion to exp(score).
-    - What is dropped has no gradient. Kept tokens go on unchanged and take the straight-through gradient of a gate:
-      1 in the value, sigmoid((score + noise - threshold) / temperature) in the derivative, with the threshold in the
-      middle between the last token kept and the first one dropped. A closed gate stands for the image's mean token,
-      not for zero: language models norm their tokens, which makes a gate to zero almost without effect.
-    - The visual tokens are scored without gradients. The gate's gradient is an estimate that serves the scores; the
-      projector serves a model that is deployed without them.
+    - What is dropped cannot be reached by the loss, so the choice is relaxed as a whole, in the backward pass alone
+      (straight-through Gumbel-softmax, as there): each kept token stands for the mean of itself and those dropped,
+      weighted by a softmax of (score + noise) / temperature. So dropped tokens learn what they would have been worth
+      in a kept one's stead. A gate that fades a token to zero teaches next to nothing here: it never sees the
+      dropped ones, and language models norm their tokens.
+    - The visual tokens get no gradient through the choice, which is an estimate that serves the scores; the projector
+      serves a model that is deployed without them.
     - One stage, in front of the language model; `scorer_size` in place of the width of the tokens; no distillation
       losses, which slow steps are for; the ratio loss is off, see [`DynamicViTSettings`].
 
-    Inputs: features. Cost: O(N D s + N s^2) for a scorer of width s, and a sort.
+    Inputs: features. Cost: O(N D s + N s^2) for a scorer of width s, a sort, and O(N D) more in training.
     """
 
     config_class = DynamicViTSettings
@@ -81,20 +82,16 @@ class DynamicViT(Pruner):
             nn.GELU(),
             Float32Linear(width // 4, 1, bias=False),  # no choice depends on it
         )
+        self.eval()  # as models of transformers are: who trains turns the noise on
 
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
         check_width(tokens.features, self.config.hidden_size)
         with torch.autocast(tokens.features.device.type, enabled=False):
             scores = self.scores(tokens)
             noisy = scores + gumbel_like(scores, tokens.generator) if self.training else scores
-            if tokens.valid is not None:
-                noisy = noisy.masked_fill(~tokens.valid, float("-inf"))
-            ranked = noisy.sort(dim=1, descending=True, stable=True)
-            kept = take(tokens, ranked.indices[:, : max(lengths)], lengths)
+            kept = take(tokens, highest(noisy.detach(), tokens.valid, max(lengths)), lengths)
             if self.training:
-                threshold = thresholds(ranked.values, lengths, tokens.lengths)
-                gates = ((noisy.gather(1, kept.positions) - threshold) / self.config.temperature).sigmoid()
-                kept.features = gated(kept.features, gates, masked_mean(tokens.features, tokens))
+                kept.features = relaxed(kept, noisy / self.config.temperature, tokens)
                 self.auxiliary_loss = self.ratio_loss(scores, tokens, lengths)
         return kept
 
@@ -130,16 +127,17 @@ def gumbel_like(scores: torch.Tensor, generator: torch.Generator | None) -> torc
     return -draws.clamp(min=torch.finfo(draws.dtype).tiny).log()
 
 
-def thresholds(ranked: torch.Tensor, lengths: list[int], counts: list[int]) -> torch.Tensor:
-    """The middle between the last score kept and the first one dropped, `(B, 1)`, of descending ones `(B, N)`.
+def relaxed(kept: PrunedTokens, scores: torch.Tensor, tokens: VisualTokens) -> torch.Tensor:
+    """The kept features `(B, K, D)` as they are, with the gradient of the relaxed choice by `scores` `(B, N)`.
 
-    Where an image keeps all its tokens, the last one's score.
+    In place of each kept token, the relaxed choice holds a mean of it and of those dropped, weighted by a softmax.
     """
-    around = [[k - 1, min(k, n - 1)] for k, n in zip(lengths, counts, strict=True)]
-    return ranked.gather(1, torch.tensor(around).to(ranked.device, non_blocking=True)).mean(1, keepdim=True)
-
-
-def gated(features: torch.Tensor, gates: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """`features` `(B, K, D)` as they are, with the gradient of gates `(B, K)` between them and the mean `(B, D)`."""
-    beyond = (features.float() - mean[:, None]).detach()
-    return (features.float() + (gates - gates.detach())[..., None] * beyond).to(features.dtype)
+    features = tokens.features.detach().float()
+    dropped = torch.ones_like(scores, dtype=torch.bool) if tokens.valid is None else tokens.valid.clone()
+    dropped = dropped.scatter(1, kept.positions, False)
+    # A finite floor: where nothing was dropped, the kept token has all the weight, and nothing is NaN.
+    others = scores.masked_fill(~dropped, torch.finfo(scores.dtype).min)
+    instead = (others.softmax(1)[:, None] @ features)[:, 0]
+    own = (scores.gather(1, kept.positions) - others.logsumexp(1, keepdim=True)).sigmoid()[..., None]
+    mixed = own * rows_at(features, kept.positions) + (1 - own) * instead[:, None]
+    return (kept.features.float() + (mixed - mixed.detach())).to(kept.features.dtype)  # the values to the bit

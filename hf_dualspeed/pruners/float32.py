@@ -24,5 +24,6 @@ def check_width(features: torch.Tensor, hidden_size: int) -> None:
     if features.shape[-1] != hidden_size:
         raise ValueError(
             f"`hidden_size` is {hidden_size}, but the visual tokens are {features.shape[-1]} wide. Set "
-            f"hidden_size={features.shape[-1]}, or leave it to the trainer, which takes the model's."
+            f"hidden_size={features.shape[-1]}, or leave it to the trainer, which takes the model's; a pruner that is "
+            "already trained fits models of its own width only."
         )

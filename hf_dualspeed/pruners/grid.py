@@ -74,7 +74,11 @@ def pool(features: torch.Tensor, cell: torch.Tensor, most: int) -> torch.Tensor:
 
 @register_pruner("grid")
 class GridPruner(Pruner):
-    """Keeps evenly spaced tokens: the centres of equal cells of the image. Cost: O(N)."""
+    """Keeps evenly spaced tokens: the centres of equal cells of the image.
+
+    A baseline, not a published method. Inputs: the grid; without one, tokens are evenly spaced in raster order.
+    Cost: O(N).
+    """
 
     needs = frozenset({"grid"})
 

@@ -9,7 +9,11 @@ from .base import Pruner, VisualTokens, highest, register_pruner
 
 @register_pruner("random")
 class RandomPruner(Pruner):
-    """Keeps a uniformly random subset, drawn anew on each call from `tokens.generator`. Cost: O(N log N)."""
+    """Keeps a uniformly random subset, drawn anew on each call.
+
+    A baseline, not a published method. Inputs: `tokens.generator`; the trainer seeds it by step, micro-batch and rank.
+    Cost: O(N log N).
+    """
 
     deterministic = False
 

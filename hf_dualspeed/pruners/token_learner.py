@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..arguments import check_range
-from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, in_source_order, register_pruner
+from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, budget, in_source_order, register_pruner
 from .float32 import Float32Linear, check_width
 
 # Multiples of these, modulo 1, fill a line, a square and a cube evenly from the first one on: powers of the inverse
@@ -66,8 +66,11 @@ class TokenLearner(Pruner):
         self.maps = Float32Linear(config.bottleneck_size, config.max_tokens, bias=False)  # a softmax drops a bias
         self.focus = nn.Parameter(torch.zeros(config.max_tokens))
 
+    def forward(self, tokens: VisualTokens) -> PrunedTokens:
+        self.check(tokens)
+        return super().forward(tokens)
+
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
-        self.check(tokens, lengths)
         device = tokens.features.device
         with torch.autocast(device.type, enabled=False):
             weights = self.weights(tokens, lengths)
@@ -90,15 +93,18 @@ class TokenLearner(Pruner):
             scores = scores.masked_fill(~tokens.valid[:, None], float("-inf"))
         return scores.softmax(-1)
 
-    def check(self, tokens: VisualTokens, lengths: list[int]) -> None:
-        """Raises a `ValueError` for tokens of another width, and for more of them than there are maps."""
+    def check(self, tokens: VisualTokens) -> None:
+        """Raises a `ValueError` for tokens of another width, and for more of them than there are maps, be it later in
+        training. Where nothing is ever pruned, there need be no maps."""
         check_width(tokens.features, self.config.hidden_size)
-        most = max(lengths)
-        if most > self.config.max_tokens:
-            count = tokens.lengths[lengths.index(most)]
+        changes = self.training and self.config.pruning_schedule != "constant"
+        ratio = self.config.lowest_ratio if changes else self.pruning_ratio
+        count = max(tokens.lengths)
+        most = budget(count, ratio)
+        if most > self.config.max_tokens and (changes or most < count):
             raise ValueError(
                 f"`max_tokens` is {self.config.max_tokens}, but an image of {count} tokens keeps {most} at the pruning "
-                f"ratio {self.pruning_ratio:g}. Set max_tokens={most} or more, or prune more (pruning_ratio, and "
+                f"ratio {ratio:g}. Set max_tokens={most} or more, or prune more (pruning_ratio, and "
                 "initial_pruning_ratio of a schedule)."
             )
 
@@ -110,7 +116,9 @@ def distances(tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
     """
     device, most = tokens.features.device, max(lengths)
     at, used = coordinates(tokens)
-    places = (torch.arange(1, most + 1, device=device)[:, None] * torch.tensor(SPREAD, device=device) + 0.5) % 1
+    places = (
+        torch.arange(1, most + 1, device=device)[:, None] * torch.tensor(SPREAD).to(device, non_blocking=True) + 0.5
+    ) % 1
     apart = (at[:, None] - places[:, None]) * used[:, None, None]
     kept = torch.tensor(lengths, dtype=torch.float32).to(device, non_blocking=True)
     share = kept ** (2 / used.sum(-1).clamp(min=1))

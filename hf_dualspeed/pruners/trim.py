@@ -31,8 +31,8 @@ class TrimPruner(Pruner):
         positions, _, valid = in_source_order(ranked, lengths, tokens.features.shape[1])
 
         def merge(features: torch.Tensor) -> torch.Tensor:
-            # Multiplied and summed instead of a matrix product, which autocast would run in low precision.
-            mean = (share[..., None] * features.float()).sum(1, keepdim=True).to(features.dtype)
+            # In float32, since `share` is; a matrix product would follow autocast.
+            mean = (share[..., None] * features).sum(1, keepdim=True).to(features.dtype)
             return torch.where((positions == centre)[..., None], mean, rows_at(features, positions))
 
         return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge)
@@ -74,4 +74,4 @@ def instruction(tokens: VisualTokens) -> torch.Tensor:
         )
     if valid is None:
         return text.mean(1)
-    return text.masked_fill(~valid[..., None], 0).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(valid[..., None], text, 0).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)

@@ -35,10 +35,10 @@ class VisPrunerConfig(PrunerConfig):
 class VisPruner(Pruner):
     """Keeps the tokens that the vision tower attends to most, and of the others those that are no duplicates.
 
-    VisPruner, arXiv 2412.01818 (v2 on; v1 is FasterVLM, our `cls_attention`). `important_share` of the budget goes to
-    the most attended tokens. The others, most attended first, are thinned in rounds: each compares every second
-    token with all those between and drops the ones whose nearest is closest, until the budget is met. Needs the
-    tower's attention. Cost: at most 72 rounds, together about six (N, N) products, batched over images.
+    VisPruner, arXiv 2412.01818, whose first version was FasterVLM, our `cls_attention`. `important_share` of the
+    budget goes to the most attended tokens. The others, most attended first, are thinned in rounds: each compares
+    every second token with all those between and drops the ones whose nearest is closest, until the budget is met.
+    Needs the tower's attention. Cost: at most 72 rounds, together about six (N, N) products, batched over images.
 
     The official code compares tower features, we projected ones. It drops 8 tokens a round of each tile of 576 and
     fails on an odd number of them; we drop the same fraction of larger images, and odd numbers do no harm.

@@ -1,0 +1,351 @@
+"""Published parts in a folder or a Hub repo: found, checked before they are read, pushed, and what fails explained."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+
+from .arguments import nearest
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "pruner_config.json"
+WEIGHTS_NAME = "pruner.safetensors"
+CARD_NAME = "README.md"
+# The only files that are read, and the most bytes they may have. The largest learnt pruners hold some 100 MB.
+LIMITS = {CONFIG_NAME: 2**20, WEIGHTS_NAME: 2**30, CARD_NAME: 2**20}
+CODE_NAME, CODE_LIMIT = re.compile(r"[A-Za-z_]\w*\.py", re.ASCII), 2**20
+REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder, or a Hub repo at a revision; once `commit` is known, every file comes from it.
+
+    Args:
+        name (`str`): the folder, or the repo as "user/name".
+        local (`bool`): whether it is a folder.
+        revision, token, cache_dir, force_download, local_files_only: those of [`~huggingface_hub.hf_hub_download`].
+        commit (`str`, *optional*): the commit's hash.
+    """
+
+    name: str
+    local: bool
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+    commit: str | None = None
+
+    def __str__(self) -> str:
+        if self.local:
+            return f"the folder {self.name!r}"
+        return f"the Hub repo {self.name!r} at revision {self.commit or self.revision or 'main'!r}"
+
+    def fetch(self, filename: str) -> Path:
+        """The path of a file, downloaded where needed; its size is checked first.
+
+        Raises:
+            FileNotFoundError, EntryNotFoundError: the folder, or the repo, has no such file.
+            RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError: the Hub refuses or fails.
+            ConnectionError: the Hub cannot be reached, or breaks off, and the cache has no such file.
+            ValueError: the name is not one of those that are ever read, or the file is too large.
+        """
+        limit = CODE_LIMIT if CODE_NAME.fullmatch(filename) else LIMITS.get(filename)
+        if limit is None:
+            raise ValueError(f"{filename!r} is no file of a pruner: only {', '.join(LIMITS)} and its code are read.")
+        path = self._in_folder(filename) if self.local else self._in_repo(filename, limit)
+        check_size(filename, path.stat().st_size, limit, self)
+        return path
+
+    def pinned(self, path: Path) -> Source:
+        """This source at the commit that the downloaded `path` came from."""
+        return self if self.local else replace(self, commit=path.parent.name)
+
+    def _in_folder(self, filename: str) -> Path:
+        path = Path(self.name) / filename
+        if not path.is_file():
+            raise FileNotFoundError(f"No {filename} in {self.name!r}: save one with `pruner.save_pretrained`.")
+        return path
+
+    def _in_repo(self, filename: str, limit: int) -> Path:
+        revision = self.commit or self.revision
+        cached = try_to_load_from_cache(self.name, filename, cache_dir=self.cache_dir, revision=revision)
+        cached = Path(cached) if isinstance(cached, str) and not self.force_download else None
+        # A commit never changes.
+        if cached is not None and (self.local_files_only or COMMIT.fullmatch(revision or "")):
+            return cached
+        try:
+            with explained("load", str(self), filename):
+                return self._download(filename, limit, hurried=cached is not None)
+        except (RevisionNotFoundError, EntryNotFoundError):
+            raise
+        except OSError as error:
+            if cached is None:
+                raise
+            logger.warning("%s Using the copy of commit %s in the cache.", error, cached.parent.name)
+            return cached
+
+    def _download(self, filename: str, limit: int, hurried: bool) -> Path:
+        options = {"token": self.token, "cache_dir": self.cache_dir, "revision": self.commit or self.revision}
+        if not self.local_files_only:
+            url = hf_hub_url(self.name, filename, revision=options["revision"])
+            size = get_hf_file_metadata(url, token=self.token, retry_on_errors=not hurried).size
+            check_size(filename, size or 0, limit, self)
+            options["force_download"] = self.force_download
+        return Path(hf_hub_download(self.name, filename, local_files_only=self.local_files_only, **options))
+
+
+def find_source(name: str | Path, registered: list[str], **options) -> Source:
+    """Where a pruner's files are: an existing folder, else a Hub repo "user/name".
+
+    Raises:
+        ValueError: it is neither; the message lists what may be given, and the nearest registered name.
+    """
+    if Path(name).is_dir():
+        return Source(str(name), local=True)
+    if isinstance(name, str) and is_repo_id(name):
+        return Source(name, local=False, **options)
+    if name in registered:
+        raise ValueError(f"`pruner` {name!r} is a registered name: build it by AutoPruner.from_name({name!r}).")
+    raise ValueError(
+        f"`pruner` must be one of the registered names {', '.join(map(repr, registered))}, an existing folder with a "
+        f"{CONFIG_NAME}, or a Hub repo 'user/name', got {str(name)!r}.{nearest(str(name), registered)}"
+    )
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether `name` can be a Hub repo "user/name"; never a path out of a folder, nor an absolute one."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def check_size(filename: str, size: int, limit: int, source: Source) -> None:
+    if size > limit:
+        raise ValueError(f"{filename} of {source} has {size} bytes; at most {limit} are read. Is it a pruner's?")
+
+
+def read_json(path: Path, source: Source) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file holds anything else, or a number that is not finite.
+    """
+    problem = "a JSON object"
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        values, problem = None, f"a JSON object: {error}"
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} of {source} is not {problem}. Save it with `save_pretrained`.")
+    return values
+
+
+def _refuse_constant(word: str):
+    raise ValueError(f"{word} is no JSON number")
+
+
+def check_weights(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Reads the header of a safetensors file alone and compares names and shapes.
+
+    Raises:
+        ValueError: the file is no safetensors file, or holds other weights than `expected`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is no whole safetensors file: {error}. Save or download it again.") from None
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{str(path)!r} does not fit its {CONFIG_NAME}: {name!r} is {found.get(name, 'missing')} there and "
+                f"{expected.get(name, 'nothing')} in the pruner. Save both together by `pruner.save_pretrained`."
+            )
+
+
+# --- code ---------------------------------------------------------------------------------------------------------
+
+
+def save_code(part: object, kind: str, folder: Path) -> dict:
+    """Copies the module that defines `part` into `folder`; the `auto_map` for the config, {} where it has no file.
+
+    What is written in `__main__`, in a notebook or in a function cannot be imported by others.
+    """
+    cls = type(part)
+    module, name = sys.modules.get(cls.__module__), cls.__module__.rpartition(".")[2]
+    file = Path(getattr(module, "__file__", None) or "")
+    if name == "__main__" or file.name != f"{name}.py" or getattr(module, cls.__name__, None) is not cls:
+        logger.info("%s lies in no module: whoever loads it from %s must register it first.", cls.__name__, folder)
+        return {}
+    part._auto_class = kind
+    config: dict = {}
+    custom_object_save(part, folder, config)
+    return config
+
+
+def code_file(reference: object, source: Source) -> str:
+    """The Python file of "file.ClassName", which lies beside the config.
+
+    Raises:
+        ValueError: the reference is of another form, such as one that names another repo or a package.
+    """
+    match = REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+    if match is None:
+        raise ValueError(
+            f"`auto_map` in {CONFIG_NAME} of {source} must name 'file.ClassName', a class in a file beside it, got "
+            f"{reference!r}. It is not loaded."
+        )
+    return f"{match[1]}.py"
+
+
+def load_class(reference: str, source: Source) -> type:
+    """Runs the code of "file.ClassName" at the source's commit; only for a source that the user trusts."""
+    file = source.fetch(code_file(reference, source))
+    if source.local:
+        return get_class_from_dynamic_module(reference, str(file.parent.resolve()))
+    with explained("load", str(source), file.name):
+        return get_class_from_dynamic_module(
+            reference,
+            source.name,
+            revision=source.commit,
+            token=source.token,
+            cache_dir=source.cache_dir,
+            local_files_only=source.local_files_only,
+        )
+
+
+# --- pushing ------------------------------------------------------------------------------------------------------
+
+
+def published_card(repo_id: str, revision: str | None, token: str | bool | None) -> str:
+    """The card on the Hub as it is now, that of the main branch for a new one; "" where there is none yet."""
+    source = Source(repo_id, local=False, revision=revision, token=token, force_download=True)
+    try:
+        return source.fetch(CARD_NAME).read_bytes().decode("utf-8")
+    except RevisionNotFoundError:
+        return published_card(repo_id, None, token) if revision is not None else ""
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return ""
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str,
+    delete: list[str] | None = None,
+) -> CommitInfo:
+    """Pushes a folder's files in one commit, making repo and branch where needed.
+
+    A push that fails leaves the folder as it is, and the repo without a part of it; it can be run again.
+
+    Raises:
+        ValueError: `repo_id` is no "user/name".
+        HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
+    """
+    if not is_repo_id(repo_id):
+        raise ValueError(f"`repo_id` must be a Hub repo 'user/name', got {repo_id!r}.")
+    api = HfApi(token=token)
+    with explained("push to", f"the Hub repo {repo_id!r}"):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            delete_patterns=delete,
+        )
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explained(action: str, what: str, filename: str = "") -> Iterator[None]:
+    """Errors of the Hub's client keep their kind and say what failed and what to do; failed connections are a
+    `ConnectionError`. No message holds a token."""
+    try:
+        yield
+    except Exception as error:
+        # The client hides a failed upload in a RuntimeError, and what fails under `force_download` in a ValueError.
+        hidden = type(error) in (RuntimeError, ValueError) and isinstance(error.__cause__, (HTTPError, OSError))
+        told = _told(error.__cause__ if hidden else error, f"Cannot {action} {what}: ", filename)
+        if told is error:
+            raise
+        raise told from None if hidden else error
+
+
+def _told(error: Exception, cannot: str, filename: str) -> Exception:
+    """The error with a message that helps; errors of other kinds as they are."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, HfHubHTTPError):
+        error.args = (cannot + _remedy(error, filename),)
+        return error
+    if isinstance(error, LocalEntryNotFoundError):
+        return ConnectionError(
+            f"{cannot}the Hub was not asked or not reached, and {filename} is not in the cache. Check the connection, "
+            "and unset HF_HUB_OFFLINE and `local_files_only` to download it."
+        )
+    if isinstance(error, (HTTPError, ConnectionError)):
+        return ConnectionError(f"{cannot}the connection failed ({words}). Check it and run this again.")
+    if isinstance(error, OSError) and "Consistency check failed" in words:
+        return ConnectionError(f"{cannot}the download of {filename} was cut short. Run this again.")
+    return error
+
+
+def _remedy(error: HfHubHTTPError, filename: str) -> str:
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):
+        return "it is gated. Ask for access on its page and log in with `hf auth login`."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "it does not exist, or is private and your token has no access. Check its name; for a private repo log in "
+            "with `hf auth login`, set HF_TOKEN, or pass `token`."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return "there is no such revision. Give a branch, a tag or a commit of this repo."
+    if isinstance(error, EntryNotFoundError):
+        return f"it has no {filename}. Is it a pruner's? `pruner.push_to_hub` publishes one."
+    if status == 401:
+        return "the Hub does not accept the token. Log in with `hf auth login`, or correct HF_TOKEN or `token`."
+    if status == 403:
+        return f"it is not allowed (HTTP 403: {error.server_message}). Use a token of its owner with the right to it."
+    if status == 412:
+        return "it changed meanwhile (HTTP 412). Run this again."
+    if status == 429:
+        return "the Hub got too many requests (HTTP 429). Wait a few minutes and run this again."
+    if status >= 500:
+        return f"the Hub failed (HTTP {status}). Nothing local has changed; run this again."
+    return f"the Hub refused (HTTP {status}: {error.server_message})."
