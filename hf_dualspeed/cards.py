@@ -90,7 +90,7 @@ def split_front_matter(card: str) -> tuple[dict, str]:
         return {}, card
     try:
         values = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, and of what is too deep
         values = error
     if not isinstance(values, dict):
         raise ValueError(

@@ -274,11 +274,19 @@ def load_class(reference: str, source: Source) -> type:
 # --- pushing ------------------------------------------------------------------------------------------------------
 
 
+def card_text(path: Path, what: str) -> str:
+    """The text of a card; a `ValueError` names `what` where it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is no text in UTF-8: {error}. Save it as UTF-8 there.") from None
+
+
 def published_card(repo_id: str, revision: str | None, token: str | bool | None) -> str:
     """The card on the Hub as it is now, that of the main branch for a new one; "" where there is none yet."""
     source = Source(repo_id, local=False, revision=revision, token=token, force_download=True)
     try:
-        return source.fetch(CARD_NAME).read_bytes().decode("utf-8")
+        return card_text(source.fetch(CARD_NAME), f"{CARD_NAME} of {source}")
     except RevisionNotFoundError:
         return published_card(repo_id, None, token) if revision is not None else ""
     except (EntryNotFoundError, RepositoryNotFoundError):
