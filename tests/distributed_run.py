@@ -14,7 +14,7 @@ from test_trainer import DATA, SAMPLES, history, make
 from tiny_models import FAMILIES
 from torch.distributed.tensor import DTensor
 
-from hf_dualspeed import DualSpeedTrainer
+from hf_dualspeed import DualSpeedTrainer, speedup
 
 
 class ShardedOnCpu(DualSpeedTrainer):
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--slow-mode-splits", default="1")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    speedup.STEPS_PER_ROUND = 10
     model, _ = FAMILIES[options.family].build()
     # Frozen, as in fine-tuning: torch can't resume the optimizer of a sharded model whose parameters it has not
     # all stepped, and LLaVA never uses its tower's last layer.
