@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_dualspeed.cards import adopt_card, given_keys, heading, merge_card, split_front_matter
-from hf_dualspeed.hub_io import published_card
+from hf_dualspeed.hub_io import card_text, published_card
 from hf_dualspeed.results import percent
 
 PAPER = "https://arxiv.org/abs/2602.03815"
@@ -36,7 +36,7 @@ def write_model_card(folder: str | Path, results: dict) -> Path:
     """
     path = Path(folder) / "README.md"
     earlier, text = read_card(path), model_card(results)
-    path.write_text(merge_card(without_stale(earlier, text), text), encoding="utf-8")
+    path.write_bytes(merge_card(without_stale(earlier, text), text).encode("utf-8"))
     return path
 
 
@@ -61,15 +61,11 @@ def adopt_published_card(
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
     path = Path(folder) / "README.md"
-    local = read_card(path)
-    try:
-        published = published_card(repo_id, revision, token)
-    except UnicodeDecodeError as error:
-        raise ValueError(_no_text(f"README.md of the Hub repo {repo_id!r}", error)) from None
+    local, published = read_card(path), published_card(repo_id, revision, token)
     adopted = adopt_card(local, "" if is_empty_form(published) else published)
     if adopted != local:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(adopted, encoding="utf-8")
+        path.write_bytes(adopted.encode("utf-8"))  # line breaks as they are
 
 
 def model_card(results: dict) -> str:
@@ -111,15 +107,8 @@ def read_card(path: Path) -> str:
     Raises:
         ValueError: it is no text in UTF-8.
     """
-    try:
-        card = path.read_bytes().decode("utf-8") if path.is_file() else ""
-    except UnicodeDecodeError as error:
-        raise ValueError(_no_text(repr(str(path)), error)) from None
+    card = card_text(path, repr(str(path))) if path.is_file() else ""
     return "" if is_empty_form(card) else card
-
-
-def _no_text(what: str, error: UnicodeDecodeError) -> str:
-    return f"{what} is no text in UTF-8 ({error}). Save it as UTF-8, or move it away to have it written anew."
 
 
 def is_written(path: Path) -> bool:

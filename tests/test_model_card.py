@@ -237,9 +237,7 @@ def test_the_empty_form_of_peft_is_no_card_of_a_person(tmp_path):
     assert "[More Information Needed]" in form
     assert "\ntags:\n" in form
     assert write_model_card(tmp_path, RESULTS).read_text() == model_card(RESULTS)
-    quantized = (
-        "\n## Training procedure\n\nThe following `bitsandbytes` quantization config was used during training:\n"
-    )
+    quantized = f"\n## Training procedure\n\n{QUANTIZED}\n"
     assert is_empty_form(form + quantized + "- load_in_4bit: True\n- bnb: [a]\n### Framework versions\n\n- PEFT 0.1\n")
 
 
@@ -272,14 +270,12 @@ def test_an_empty_form_on_the_hub_is_not_taken_over(tmp_path, monkeypatch):
 def test_cards_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     path = tmp_path / "README.md"
     path.write_bytes(b"# caf\xe9")
+    monkeypatch.setattr("hf_dualspeed.model_card.published_card", lambda *_: "")
     for refused in (lambda: write_model_card(tmp_path, RESULTS), lambda: adopt_published_card(tmp_path, "a/b")):
-        with pytest.raises(ValueError, match=r"README\.md' is no text in UTF-8 .* Save it as UTF-8"):
+        with pytest.raises(ValueError, match=r"README\.md' is no text in UTF-8: .* Save it as UTF-8"):
             refused()
     assert path.read_bytes() == b"# caf\xe9"
     path.unlink()
-    monkeypatch.setattr("hf_dualspeed.model_card.published_card", lambda *_: b"\xe9".decode())
-    with pytest.raises(ValueError, match=r"README\.md of the Hub repo 'a/b' is no text in UTF-8"):
-        adopt_published_card(tmp_path, "a/b")
     path.write_text("---\ntags: [{a: b}]\n---\n# Mine\n")
     monkeypatch.setattr("hf_dualspeed.model_card.published_card", lambda *_: "")
     with pytest.raises(ValueError, match="`tags` in the front matter of README.md"):
