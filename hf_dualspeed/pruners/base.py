@@ -456,11 +456,11 @@ def planned_weights(cls: type[Pruner], config: PrunerConfig, where: str) -> dict
     try:
         with torch.device("meta"):
             return cls(config).state_dict()
-    except ValueError:
-        raise
     except Exception as error:
         if not is_own(cls):
             return cls(config).state_dict()
+        if isinstance(error, ValueError):
+            raise
         problem = " ".join(str(error).split())[:200]
         raise ValueError(f"The pruner {config.pruner_type!r} cannot have the sizes of {where}: {problem}.") from None
 
