@@ -269,8 +269,12 @@ def test_a_folder_without_results_keeps_its_card(folder, hub, capsys):
 
 
 def test_what_cannot_be_written_here_is_said_after_the_push(folder, hub, caplog, monkeypatch):
+    write = Path.write_bytes
+
     def refuse(path, data):
-        raise PermissionError(13, "Permission denied", str(path))
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
     commit = push(folder, REPO)
