@@ -111,11 +111,6 @@ def read_card(path: Path) -> str:
     return "" if is_empty_form(card) else card
 
 
-def is_written(path: Path) -> bool:
-    """Whether there is a model card other than the empty form that PEFT leaves beside adapters."""
-    return bool(read_card(path))
-
-
 def is_empty_form(card: str) -> bool:
     """Whether a card is the Hub's form with nothing filled in, as PEFT writes it; one word of a person, and it is none.
 
