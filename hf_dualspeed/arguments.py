@@ -109,7 +109,9 @@ class DualSpeedArguments:
         default=3,
         metadata={
             "help": "Rounds in which the speed-up over plain full-token steps is measured after training, for the "
-            "model card; skipped where fewer than ten optimizer steps per round were run. 0 turns it off."
+            "model card. Each takes four forward and backward passes over one micro-batch, three of them on all "
+            "tokens, and one more round warms up; skipped where fewer than 100 optimizer steps per round were run. "
+            "0 turns it off."
         },
     )
     # Vision-language batches are made by the collator from columns that the model's forward does not name.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import yaml
 
 MARKER = "<!-- dualspeed -->"
+# Which keys of the front matter are not a person's, so that they go when they are no longer true.
+GIVEN = re.compile(r"<!-- front matter by dualspeed: ([\w -]*) -->")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"(#{1,2})[ \t]+(.*)")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
@@ -15,7 +17,11 @@ FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 @dataclass
 class Section:
-    """A heading of level 1 or 2 with what stands below it; `key` is the heading's words, "#" for a title."""
+    """A heading of level 1 or 2 with what stands below it.
+
+    `key` is the heading's words, "#" for the title, "# words" for further headings of level 1 and "" for what stands
+    above all headings. No two sections of a card have the same one.
+    """
 
     key: str
     text: str
@@ -45,29 +51,60 @@ def merge_card(existing: str, generated: str) -> str:
     return _merged_head(existing, old_head, new_head, old_body) + _merged_body(sections(old_body), sections(new_body))
 
 
+def adopt_card(local: str, published: str) -> str:
+    """Takes over into the local card what a person wrote into the published one, which is the newer word.
+
+    Sections without the marker and the front matter's values: where both cards have them, the published ones win;
+    those of one card alone stay, also where they were deleted on the Hub. Generated sections stay the local ones.
+
+    Raises:
+        ValueError: the front matter of either card is no YAML mapping.
+    """
+    ours, our_body = split_front_matter(local)
+    theirs, their_body = split_front_matter(published)
+    if not local.strip() or not published.strip():
+        return local if local.strip() else published
+    if given_keys(local):  # what was generated there is of an earlier run, but its tags may be a person's
+        generated = given_keys(published) - {"tags"}
+        theirs = {key: value for key, value in theirs.items() if key not in generated}
+    found = sections(their_body)
+    newer = {section.key: section for section in found if not section.generated and section.text.strip()}
+    kept = [newer.get(section.key, section) for section in sections(our_body)]
+    return _merged_head(local, ours, theirs, our_body) + _joined(_with_missing(kept, found))
+
+
+def given_keys(card: str) -> set[str]:
+    """The keys of the front matter that are generated, as the card itself lists them."""
+    match = GIVEN.search(card)
+    return set(match[1].split()) if match else set()
+
+
 def split_front_matter(card: str) -> tuple[dict, str]:
     """The front matter's values and the text below it.
 
     Raises:
-        ValueError: the front matter is no YAML mapping.
+        ValueError: the front matter is no YAML mapping, or its tags are no words.
     """
     match = FRONT_MATTER.match(card)
     if match is None:
         return {}, card
     try:
         values = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, and of what is too deep
         values = error
     if not isinstance(values, dict):
         raise ValueError(
             f"The front matter of README.md, between the lines `---`, must be a YAML mapping, got "
             f"{' '.join(str(values).split())[:200]!r}. Correct it, or move README.md away to have it written anew."
         )
+    if any(isinstance(tag, (dict, list)) for tag in _as_list(values.get("tags"))):
+        raise ValueError(f"`tags` in the front matter of README.md must be words, got {values['tags']!r}. Correct it.")
     return values, card[match.end() :]
 
 
 def sections(body: str) -> list[Section]:
-    """The parts of a card; what stands above the first heading has the key ""."""
+    """The parts of a card, that above the first heading among them. The title is the generated heading of level 1, or
+    the first one where none is generated."""
     found, fence = [Section("", "", False)], None
     for line in body.splitlines(keepends=True):
         mark = FENCE.match(line)
@@ -76,8 +113,15 @@ def sections(body: str) -> list[Section]:
         match = HEADING.match(line) if fence is None else None
         if match is not None:
             words = match[2].replace(MARKER, "").strip()
-            found.append(Section("#" if match[1] == "#" else words, "", MARKER in line))
+            found.append(Section(f"# {words}" if match[1] == "#" else words, "", MARKER in line))
         found[-1].text += line
+    titles = [section for section in found if section.key.startswith("# ")]
+    for section in sorted(titles, key=lambda section: not section.generated)[:1]:
+        section.key = "#"
+    seen: dict[str, int] = {}
+    for section in found:
+        seen[section.key] = number = seen.get(section.key, 0) + 1
+        section.key += f" ({number})" if number > 1 else ""
     return found
 
 
@@ -94,19 +138,22 @@ def _merged_head(existing: str, old: dict, new: dict, old_body: str) -> str:
 
 def _merged_body(old: list[Section], new: list[Section]) -> str:
     fresh = {section.key: section for section in new}
-    kept, taken = [], set()
-    for section in old:
-        if section.generated and (section.key not in fresh or section.key in taken):
-            continue
-        taken.add(section.key)
-        kept.append(fresh[section.key] if section.generated else section)
-    end = None  # behind which generated section the next one goes
-    for section in new:
-        if section.key not in taken and section.text.strip():
-            kept.insert(len(kept) if end is None else end, section)
-        if section in kept:
-            end = kept.index(section) + 1
-    return _joined(kept)
+    kept = [fresh.get(section.key) if section.generated else section for section in old]
+    return _joined(_with_missing([section for section in kept if section is not None], new))
+
+
+def _with_missing(kept: list[Section], others: list[Section]) -> list[Section]:
+    """The sections, and those of `others` whose keys they lack, each behind the one that it follows there."""
+    kept, end = list(kept), None  # behind which section the next one goes
+    for section in others:
+        places = [place for place, one in enumerate(kept) if one.key == section.key and one.text.strip()]
+        if not places and section.text.strip():
+            kept = kept if section.key else [one for one in kept if one.key]  # in place of empty lines
+            places = [0 if section.key == "" else len(kept) if end is None else end]
+            kept.insert(places[0], section)
+        if section.key and places and kept[places[0]].generated == section.generated:
+            end = places[0] + 1
+    return kept
 
 
 def _joined(parts: list[Section]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -13,9 +13,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from .adapters import load_adapters
+from .isolator import WEIGHTS_NAME as ISOLATOR_NAME
 from .isolator import save_isolator, saved_length
 from .mode_pass import NAME
 from .model_card import kept_card
+from .pruners.base import WEIGHTS_NAME as PRUNER_NAME
 
 
 class CheckpointMixin:
@@ -28,17 +30,20 @@ class CheckpointMixin:
             state_dict = self.model.state_dict()
         if state_dict is not None:  # PEFT picks weights by pattern, a learnt pruner's biases among them
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith(f"{NAME}.")}
-        with interrupts_deferred(), kept_card(Path(output_dir or self.args.output_dir)):
+        folder = output_dir or self.args.output_dir
+        with interrupts_deferred(), kept_card(Path(folder)) if self.args.should_save else nullcontext():
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = output_dir or self.args.output_dir
             parts = gathered or self.mode_pass.state_dict()
             prefix = "pruner."
-            self._pruner.save_pretrained(
-                folder, {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
-            )
+            learnt = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
+            self._pruner.save_pretrained(folder, learnt)
             if self.args.isolator_length:
                 save_isolator(parts["isolator.prompt"], folder)
+            # What an earlier run with other settings left is no part of this one.
+            for name, belongs in ((PRUNER_NAME, learnt), (ISOLATOR_NAME, self.args.isolator_length)):
+                if not belongs:
+                    (Path(folder) / name).unlink(missing_ok=True)
             if self.state.global_step and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
                 self.write_results(folder)
 

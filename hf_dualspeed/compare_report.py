@@ -40,10 +40,11 @@ def write_report(results: dict, path: Path) -> None:
 
 
 def write_card(results: dict, source: Path, folder: Path) -> None:
-    """Writes the card of the comparison's DualSpeed runs into `folder`, with the plot beside the results `source`."""
+    """Writes the card of the comparison's DualSpeed runs into `folder`, with results and plot beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     path, picture = folder / "README.md", source.with_suffix(".png")
-    shutil.copy(picture, folder / picture.name)
+    for file in (source, picture):
+        shutil.copy(file, folder / file.name)
     earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
     path.write_text(merge_card(earlier, card(results, picture.name)), encoding="utf-8")
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -38,6 +39,17 @@ LIMITS = {CONFIG_NAME: 2**20, WEIGHTS_NAME: 2**30, CARD_NAME: 2**20}
 CODE_NAME, CODE_LIMIT = re.compile(r"[A-Za-z_]\w*\.py", re.ASCII), 2**20
 REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# The words of safetensors for dtypes. A weight may be stored in another precision, but never as another kind of number.
+FLOATS = ("F64", "F32", "F16", "BF16")
+OTHERS = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
 
 
 @dataclass(frozen=True)
@@ -171,23 +183,41 @@ def _refuse_constant(word: str):
     raise ValueError(f"{word} is no JSON number")
 
 
-def check_weights(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Reads the header of a safetensors file alone and compares names and shapes.
+def check_weights(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Reads the header of a safetensors file alone and compares names, shapes and kinds of numbers.
+
+    Args:
+        path (`Path`): the file.
+        expected (`dict[str, torch.Tensor]`): tensors of any device, "meta" too; floating-point ones may be stored in
+            another precision, others in their own dtype alone.
 
     Raises:
         ValueError: the file is no safetensors file, or holds other weights than `expected`.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is no whole safetensors file: {error}. Save or download it again.") from None
+    remedy = "Save both together by `pruner.save_pretrained`."
     for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
+        shape, kind = found.get(name, ("missing", None))
+        wanted = expected.get(name)
+        if wanted is None or shape != tuple(wanted.shape):
             raise ValueError(
-                f"{str(path)!r} does not fit its {CONFIG_NAME}: {name!r} is {found.get(name, 'missing')} there and "
-                f"{expected.get(name, 'nothing')} in the pruner. Save both together by `pruner.save_pretrained`."
+                f"{str(path)!r} does not fit its {CONFIG_NAME}: {name!r} is {shape} there and "
+                f"{'nothing' if wanted is None else tuple(wanted.shape)} in the pruner. {remedy}"
             )
+        if kind not in (FLOATS if wanted.is_floating_point() else [OTHERS.get(wanted.dtype)]):
+            raise ValueError(f"{str(path)!r} holds {name!r} as {kind}, but the pruner's is {wanted.dtype}. {remedy}")
+
+
+def check_numbers(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises a `ValueError` where one of the tensors read from `path` holds NaN."""
+    for name, tensor in tensors.items():
+        if tensor.isnan().any():
+            raise ValueError(f"{name!r} in {str(path)!r} holds NaN: the training that wrote it diverged.")
 
 
 # --- code ---------------------------------------------------------------------------------------------------------
@@ -244,11 +274,19 @@ def load_class(reference: str, source: Source) -> type:
 # --- pushing ------------------------------------------------------------------------------------------------------
 
 
+def card_text(path: Path, what: str) -> str:
+    """The text of a card; a `ValueError` names `what` where it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is no text in UTF-8: {error}. Save it as UTF-8 there.") from None
+
+
 def published_card(repo_id: str, revision: str | None, token: str | bool | None) -> str:
     """The card on the Hub as it is now, that of the main branch for a new one; "" where there is none yet."""
     source = Source(repo_id, local=False, revision=revision, token=token, force_download=True)
     try:
-        return source.fetch(CARD_NAME).read_bytes().decode("utf-8")
+        return card_text(source.fetch(CARD_NAME), f"{CARD_NAME} of {source}")
     except RevisionNotFoundError:
         return published_card(repo_id, None, token) if revision is not None else ""
     except (EntryNotFoundError, RepositoryNotFoundError):
@@ -338,6 +376,8 @@ def _remedy(error: HfHubHTTPError, filename: str) -> str:
         return "there is no such revision. Give a branch, a tag or a commit of this repo."
     if isinstance(error, EntryNotFoundError):
         return f"it has no {filename}. Is it a pruner's? `pruner.push_to_hub` publishes one."
+    if status == 401 and "authorization" not in error.response.request.headers:
+        return "there is no token. Log in with `hf auth login`, set HF_TOKEN, or pass `token`."
     if status == 401:
         return "the Hub does not accept the token. Log in with `hf auth login`, or correct HF_TOKEN or `token`."
     if status == 403:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_dualspeed.cards import heading, merge_card, split_front_matter
-from hf_dualspeed.hub_io import published_card
+from hf_dualspeed.cards import adopt_card, given_keys, heading, merge_card, split_front_matter
+from hf_dualspeed.hub_io import card_text, published_card
 from hf_dualspeed.results import percent
 
-# Which keys of the front matter are not a person's, so that they go when they are no longer true.
-GIVEN = re.compile(r"<!-- front matter by dualspeed: ([\w -]*) -->")
 PAPER = "https://arxiv.org/abs/2602.03815"
-EMPTY_FORM = "[More Information Needed]"  # of PEFT
+# Front matter that PEFT writes beside adapters, and the lines that it adds to the Hub's form.
+PEFT_KEYS = {"base_model", "library_name", "pipeline_tag", "tags"}
+PEFT_LINES = ("### Framework versions", "- PEFT ", "## Training procedure")
+QUANTIZED = "The following `bitsandbytes` quantization config was used during training:"
 HERE = "path/to/this/folder"
 # Keys of `Trainer.evaluate` that say how long it took, not how well it went.
 EVALUATION_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
@@ -31,39 +32,40 @@ def write_model_card(folder: str | Path, results: dict) -> Path:
         results (`dict`): What [`DualSpeedTrainer.record`] returns, and results.json holds.
 
     Raises:
-        ValueError: the front matter of the existing card is no YAML mapping.
+        ValueError: the existing card is no text in UTF-8, or its front matter no YAML mapping.
     """
     path = Path(folder) / "README.md"
-    earlier = path.read_text(encoding="utf-8") if is_written(path) else ""
-    text = model_card(results)
-    path.write_text(merge_card(without_stale(earlier, text), text), encoding="utf-8")
+    earlier, text = read_card(path), model_card(results)
+    path.write_bytes(merge_card(without_stale(earlier, text), text).encode("utf-8"))
     return path
 
 
 def without_stale(earlier: str, generated: str) -> str:
     """An earlier card without the front matter that an earlier run gave it and this one does not give."""
-    given, (head, body), (new, rest) = _given_keys(earlier), split_front_matter(earlier), split_front_matter(generated)
+    given, (head, body), (new, rest) = given_keys(earlier), split_front_matter(earlier), split_front_matter(generated)
     if given.issuperset(head) and head.get("tags") == new.get("tags"):  # nothing of a person's
         return generated.removesuffix(rest) + body
     left = {key: value for key, value in head.items() if key in new or key not in given}
     return earlier if left == head else f"---\n{yaml.safe_dump(left, sort_keys=False, allow_unicode=True)}---\n{body}"
 
 
-def _given_keys(card: str) -> set[str]:
-    """The keys of the front matter that are generated, as the card itself lists them."""
-    match = GIVEN.search(card)
-    return set(match[1].split()) if match else set()
-
-
 def adopt_published_card(
     folder: str | Path, repo_id: str, revision: str | None = None, token: str | bool | None = None
 ) -> None:
-    """Takes over into README.md what the card on the Hub says beyond it, so that a push does not undo it."""
-    path, published = Path(folder) / "README.md", published_card(repo_id, revision, token)
-    if published and EMPTY_FORM not in published:
-        local = path.read_text(encoding="utf-8") if is_written(path) else ""
+    """Takes over into README.md what a person wrote into the card on the Hub, so that a push does not undo it.
+
+    See [`adopt_card`] for what wins. Where there is no card on the Hub, the local one is checked alone.
+
+    Raises:
+        ValueError: either card is no text in UTF-8, or its front matter no YAML mapping.
+        HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
+    """
+    path = Path(folder) / "README.md"
+    local, published = read_card(path), published_card(repo_id, revision, token)
+    adopted = adopt_card(local, "" if is_empty_form(published) else published)
+    if adopted != local:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(merge_card(local, published), encoding="utf-8")
+        path.write_bytes(adopted.encode("utf-8"))  # line breaks as they are
 
 
 def model_card(results: dict) -> str:
@@ -99,9 +101,33 @@ def assembled(data: ModelCardData, *sections: str) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
-def is_written(path: Path) -> bool:
-    """Whether there is a model card other than the empty form that PEFT leaves beside adapters."""
-    return path.is_file() and EMPTY_FORM not in path.read_text(encoding="utf-8")
+def read_card(path: Path) -> str:
+    """The card of a model; "" where there is none, or only the empty form that PEFT leaves beside adapters.
+
+    Raises:
+        ValueError: it is no text in UTF-8.
+    """
+    card = card_text(path, repr(str(path))) if path.is_file() else ""
+    return "" if is_empty_form(card) else card
+
+
+def is_empty_form(card: str) -> bool:
+    """Whether a card is the Hub's form with nothing filled in, as PEFT writes it; one word of a person, and it is none.
+
+    What PEFT says of a quantized model does not count as filled in.
+    """
+    try:
+        head, body = split_front_matter(card)
+    except ValueError:
+        return False
+    form = {line.rstrip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
+    lines = [line.rstrip() for line in body.splitlines()]
+    if QUANTIZED in lines:
+        start = lines.index(QUANTIZED)
+        end = next((n for n in range(start + 1, len(lines)) if not lines[n].startswith("- ")), len(lines))
+        lines[start:end] = []
+    own = [line for line in lines if line not in form and not line.startswith(PEFT_LINES)]
+    return bool(body.strip()) and not own and set(head) <= PEFT_KEYS
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:
@@ -110,7 +136,11 @@ def table(head: tuple[str, ...], rows: list[tuple]) -> str:
     if not rows:
         return ""
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else " ".join(str(value).split()).replace("|", "\\|")
 
 
 def settings_table(results: dict) -> str:
@@ -149,7 +179,7 @@ The method is DualSpeed, [arXiv 2602.03815]({PAPER}).
 
 def _name(results: dict) -> str:
     repo_id = results.get("hub", {}).get("repo_id")
-    return repo_id.split("/")[-1] if repo_id else results.get("name", "model")
+    return repo_id.split("/")[-1] if repo_id else " ".join(results.get("name", "model").split())
 
 
 def _eval_results(results: dict) -> list[EvalResult] | None:
@@ -169,26 +199,28 @@ def _eval_results(results: dict) -> list[EvalResult] | None:
             metric_value=value,
         )
         for key, value in measured.items()
-        if value is not None
+        if value is not None and math.isfinite(value)  # the Hub takes no others
     ] or None
 
 
 def _metrics(results: dict) -> dict[str, float]:
     """The metrics of the Trainer's own evaluation, without its times."""
     found = {key.removeprefix("eval_"): value for key, value in results.get("evaluation", {}).items()}
-    return {key: value for key, value in found.items() if not key.endswith(EVALUATION_TIMES)}
+    return {k: value for k, value in found.items() if not k.endswith(EVALUATION_TIMES) and math.isfinite(value)}
 
 
 def _introduction(results: dict) -> str:
-    base, datasets = results.get("base_model"), results.get("datasets", [])
-    kind, merged = f"A vision-language model {f'fine-tuned from `{base}`' if base else 'trained from scratch'}", ""
+    base, datasets, steps = results.get("base_model"), results.get("datasets", []), results.get("steps", {})
+    how = "trained from scratch" if str(results.get("model")).endswith("from scratch") else "trained"
+    kind, merged = f"A vision-language model {f'fine-tuned from `{base}`' if base else how}", ""
     if results.get("adapter"):
         kind = f"An adapter for {f'`{base}`' if base else 'a vision-language model'}, trained"
         merged = ", once merged into its base model,"
     data = f" on {', '.join(f'`{d}`' for d in datasets)}" if datasets else ""
+    share = f"{steps.get('fast', 0):,} of {sum(steps.values()):,} optimizer steps trained on pruned visual tokens"
     return (
-        f"{heading(_name(results), level=1)}\n\n{kind}{data} with DualSpeed ([arXiv 2602.03815]({PAPER})): most steps "
-        f"trained on pruned visual tokens. At inference it is{merged} a plain model of transformers that sees all "
+        f"{heading(_name(results), level=1)}\n\n{kind}{data} with DualSpeed ([arXiv 2602.03815]({PAPER}))"
+        f"{f': {share}' if steps else ''}. At inference it is{merged} a plain model of transformers that sees all "
         "visual tokens."
     )
 
@@ -240,9 +272,11 @@ def _speed(results: dict) -> str:
     parts = [_speedup(results.get("speedup")), _visual_tokens(results.get("visual_tokens"))]
     memory = results.get("peak_memory")
     if memory:
-        whose = "what PyTorch held on the device" if memory["of"] == "accelerator" else "resident memory of the process"
+        when, whose = "", "resident memory of the process since its start"
+        if memory["of"] == "accelerator":
+            when, whose = " in training", "what PyTorch held on the device"
         several = ", in the process that held most" if results.get("training", {}).get("processes", 1) > 1 else ""
-        parts.append(f"Peak memory in training: {memory['bytes'] / 2**30:.2f} GiB ({whose}{several}).")
+        parts.append(f"Peak memory{when}: {memory['bytes'] / 2**30:.2f} GiB ({whose}{several}).")
     return "\n\n".join([heading("Speed and memory"), *filter(None, parts)]) if any(parts) else ""
 
 
@@ -317,9 +351,13 @@ def _text(value: object) -> str | None:
 
 @contextmanager
 def kept_card(folder: Path) -> Iterator[None]:
-    """Keeps a finished README.md in `folder` as it is; PEFT's saving would take its tags out and add its own."""
-    path = folder / "README.md"
-    before = path.read_bytes() if is_written(path) else None
-    yield
-    if before is not None:
-        path.write_bytes(before)
+    """Puts README.md in `folder` out of the way and back; PEFT's saving would read it, take its tags out and add its
+    own. Nothing in it keeps a model from being saved."""
+    path, aside = folder / "README.md", folder / "_README.md.kept"
+    if path.is_file() and not (aside.is_file() and is_empty_form(path.read_bytes().decode(errors="replace"))):
+        path.replace(aside)  # unless it is what an interrupted process left in place of the one aside
+    try:
+        yield
+    finally:
+        if aside.is_file():
+            aside.replace(path)

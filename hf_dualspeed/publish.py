@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
-from fnmatch import fnmatch
+import logging
+import shutil
+import tempfile
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_SAFE_WEIGHTS_NAME,
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-)
+from rich.text import Text
 
-from hf_dualspeed.hub_io import explained, is_repo_id
-from hf_dualspeed.model_card import adopt_published_card, is_written, write_model_card
+from hf_dualspeed.hub_io import CARD_NAME, WEIGHTS_NAME, explained, is_repo_id
+from hf_dualspeed.isolator import WEIGHTS_NAME as ISOLATOR_NAME
+from hf_dualspeed.model_card import adopt_published_card, read_card, write_model_card
+from hf_dualspeed.published_files import check_checkpoint, check_no_token, left_out, published_files
 from hf_dualspeed.results import RESULTS_NAME, read_results, write_results
 
-# What a published folder may hold. No pickles: neither training_args.bin nor the optimizer's state.
-ENDINGS = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", ".png", ".py")
-LEFT_OUT = (".*", "_*", "trainer_state.json", "optimizer*", "scheduler*")
-TEMPLATES = "additional_chat_templates"
+logger = logging.getLogger(__name__)
 
 
 def push_command(argv: list[str]) -> None:
@@ -47,8 +40,12 @@ def push_command(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     folder = Path(options.folder)
     commit = push(folder, options.repo, options.private or None, options.revision, options.commit_message)
+    errors = Console(stderr=True, soft_wrap=True)
     if not read_results(folder):
-        Console(stderr=True).print(f"No {RESULTS_NAME} in {folder}: the card says nothing of the training.")
+        errors.print(Text(f"No {RESULTS_NAME} in {folder}: the card says nothing of the training."))
+    others = left_out(folder, published_files(folder, read_card(folder / CARD_NAME)))
+    if others:
+        errors.print(Text(f"Left out: {', '.join(map(ascii, others))}. Add what belongs there by `hf upload`."))
     print(commit.commit_url)
 
 
@@ -87,98 +84,58 @@ def push(
 ) -> CommitInfo:
     """Publishes the checkpoint in `folder` with isolator, pruner, results and a card that names the repo.
 
-    Only what a published model may hold is pushed: no pickles, no `checkpoint-*` folders, no optimizer state. A push
-    that fails can be run again; what the card on the Hub says beyond the local one is kept.
+    Only files of names that a published model has are pushed: see [`published_files`]. A push that fails changes
+    nothing in `folder` and can be run again; what the card on the Hub says beyond the local one is kept.
 
     Raises:
-        ValueError: `folder` holds no whole checkpoint, or the user's token; or `repo_id` is no "user/name".
+        ValueError: `folder` holds no whole checkpoint, broken results, or a Hub token; or `repo_id` is no "user/name".
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
     if not is_repo_id(repo_id):
         raise ValueError(f"`repo` must be a Hub repo 'user/name', got {repo_id!r}.")
     check_checkpoint(folder)
+    texts = renewed_texts(folder, repo_id, revision)
+    files = published_files(folder, texts.get(CARD_NAME, b"").decode("utf-8"))
+    # PEFT's empty card is none.
+    contents: dict[str, Path | bytes] = {name: folder / name for name in files if name != CARD_NAME} | texts
+    check_no_token(folder, contents)
     api = HfApi()
     with explained("push to", f"the Hub repo {repo_id!r}"):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    adopt_published_card(folder, repo_id, revision)
-    results = read_results(folder)
-    if results:
-        results["hub"] = {**results.get("hub", {}), "repo_id": repo_id}
-        write_results(folder, results)
-        write_model_card(folder, results)
-    files = published_files(folder)
-    check_no_token(folder, files)
-    with explained("push to", f"the Hub repo {repo_id!r}"):
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+        # An earlier run's isolator or learnt pruner, which this one has not.
+        stale = {WEIGHTS_NAME, ISOLATOR_NAME}.intersection(api.list_repo_files(repo_id, revision=revision)) - set(files)
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in contents.items()]
+            + [CommitOperationDelete(name) for name in sorted(stale)],
             revision=revision,
             commit_message=commit_message or "Upload a model trained with DualSpeed",
-            allow_patterns=files,
         )
+    _write_texts(folder, texts)
+    return commit
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raises a `ValueError` unless the folder holds a config and all of its weights, in safetensors."""
-    if not folder.is_dir():
-        raise ValueError(f"`folder` is {str(folder)!r}, but there is no such folder. Name a run's output folder.")
-    adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
-    if not adapter and not (folder / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"{str(folder)!r} holds no checkpoint: neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} is there. Save the "
-            "model by `trainer.save_model()`, or name one of the run's checkpoint folders."
-        )
-    names = [ADAPTER_SAFE_WEIGHTS_NAME] if adapter else _weights(folder)
-    for name in names:
-        _check_weights(folder / name)
+def renewed_texts(folder: Path, repo_id: str, revision: str | None) -> dict[str, bytes]:
+    """Results and card as they are to be pushed; nothing in `folder` changes."""
+    results = read_results(folder)
+    with tempfile.TemporaryDirectory() as aside:
+        if read_card(folder / CARD_NAME):
+            shutil.copy(folder / CARD_NAME, aside)
+        adopt_published_card(aside, repo_id, revision)
+        if results:
+            results["hub"] = {**results.get("hub", {}), "repo_id": repo_id}
+            write_results(aside, results)
+            write_model_card(aside, results)
+        names = [RESULTS_NAME] if results else []
+        names += [CARD_NAME] if read_card(Path(aside) / CARD_NAME) else []
+        return {name: (Path(aside) / name).read_bytes() for name in names}
 
 
-def _weights(folder: Path) -> list[str]:
-    """The files that hold the weights of a whole model."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
-        return [SAFE_WEIGHTS_NAME]
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{str(index)!r} names no files of weights. Save the model again.") from None
-
-
-def _check_weights(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(
-            f"{str(path.parent)!r} holds no whole checkpoint: {path.name} is missing. Only weights in safetensors are "
-            "pushed; save the model again by `trainer.save_model()`."
-        )
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is no whole safetensors file: {error}. Save the model again.") from None
-
-
-def published_files(folder: Path) -> list[str]:
-    """The files to push, relative to `folder`: its own, those of further adapters, and chat templates."""
-    inner = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(("checkpoint-", "last-"))]
-    parts = [path for path in inner if path.name == TEMPLATES or (path / ADAPTER_CONFIG_NAME).is_file()]
-    files = [path for part in (folder, *parts) for path in sorted(part.iterdir()) if path.is_file()]
-    return [path.relative_to(folder).as_posix() for path in files if is_published(path)]
-
-
-def is_published(path: Path) -> bool:
-    """Whether a file's name is one of those that a model's repo holds; PEFT's empty card is none."""
-    if any(fnmatch(path.name, pattern) for pattern in LEFT_OUT) or path.is_symlink():
-        return False
-    known = path.suffix in ENDINGS or path.name.startswith("LICENSE")
-    return known and (path.name != "README.md" or is_written(path))
-
-
-def check_no_token(folder: Path, files: list[str]) -> None:
-    """Raises a `ValueError` where the user's token stands in a file that is about to be published."""
-    token = get_token()
-    for name in files if token else ():
-        path = folder / name
-        if path.suffix != ".safetensors" and token.encode() in path.read_bytes():
-            raise ValueError(f"{str(path)!r} holds your Hub token and is not pushed. Take it out, and renew the token.")
+def _write_texts(folder: Path, texts: dict[str, bytes]) -> None:
+    for name, data in texts.items():
+        try:
+            (folder / name).write_bytes(data)
+        except OSError as error:
+            logger.warning("Pushed, but the local %s is still the earlier one: %s.", name, error)

@@ -11,7 +11,7 @@ import yaml
 
 from hf_dualspeed.arguments import check_keys
 from hf_dualspeed.cards import split_front_matter
-from hf_dualspeed.hub_io import CARD_NAME
+from hf_dualspeed.hub_io import CARD_NAME, card_text
 from hf_dualspeed.pruners import AutoPruner, Pruner, available_pruners, pruner_class
 from hf_dualspeed.pruners.card import TAGS, push_pruner, usage
 
@@ -85,7 +85,7 @@ def read_results(path: str | None) -> dict | list | None:
         return None
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`--results` {path!r} is no JSON file: {error}.") from None
 
 
@@ -94,6 +94,6 @@ def local_card(folder: Path) -> str:
     path = folder / CARD_NAME
     if not path.is_file():
         return ""
-    card = path.read_bytes().decode("utf-8")
+    card = card_text(path, repr(str(path)))
     is_model = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
     return "" if is_model and TAGS[1] not in (split_front_matter(card)[0].get("tags") or []) else card

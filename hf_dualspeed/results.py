@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path, PurePath
 
@@ -23,6 +24,38 @@ PACKAGES = ("torch", "transformers", "accelerate", "hf-dualspeed")
 OF_WEIGHTS = ("accuracy", "n", "majority_accuracy", "eval_dataset", "eval_split", "evaluation", "progress")
 # Builders of `datasets` that say how data is stored, not what it is.
 STORAGE = ("arrow", "audiofolder", "csv", "generator", "imagefolder", "json", "pandas", "parquet", "text", "webdataset")
+
+# What results.json may hold where a card or a later run reads it: the type of a value, a mapping of such, [type] for a
+# list, and "*" for any other key. Other keys may hold anything.
+NUMBER = (int, float)
+SHAPE = {
+    **dict.fromkeys(("name", "base_model", "date", "license", "eval_dataset", "eval_split", "learning_curve"), str),
+    **dict.fromkeys(("accuracy", "majority_accuracy", "n"), NUMBER),
+    "datasets": [str],
+    "tags": [str],
+    "language": (str, list),
+    "settings": {"pruner": {"pruner_type": str, "pruning_schedule": str, "*ratio": NUMBER}},
+    "training": {"processes": NUMBER},
+    "seeds": {},
+    "versions": {},
+    "machine": {},
+    "steps": {"*": NUMBER},
+    "seconds": {"*": NUMBER},
+    "progress": {"*": NUMBER},
+    "evaluation": {"*": NUMBER},
+    "visual_tokens": {"*": NUMBER},
+    "peak_memory": {"bytes": NUMBER, "of": str},
+    "speedup": {"*": NUMBER},
+    "hub": {"repo_id": str, "base_model": str, "datasets": [str]},
+}
+# Keys without which the one that holds them says nothing.
+NEEDED = {
+    "settings.pruner": ("pruner_type", "pruning_ratio"),
+    "progress": ("step", "of"),
+    "visual_tokens": ("full", "kept"),
+    "peak_memory": ("bytes", "of"),
+    "speedup": ("speedup", "slow_share", "samples", "rounds"),
+}
 
 
 def run_record(args: DualSpeedTrainingArguments, summary: dict, total_seconds: float) -> dict:
@@ -64,8 +97,15 @@ def machine() -> dict[str, str | int | None]:
     }
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets what [`peak_memory`] says of CUDA begin anew; a process's memory cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> dict | None:
-    """The most memory so far: on CUDA what PyTorch held on the device, on a CPU the whole process's; else None."""
+    """The most memory so far: on CUDA what PyTorch held on the device since [`reset_peak_memory`], on a CPU the whole
+    process's since its start; else None."""
     if device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated(device), "of": "accelerator"}
     try:
@@ -102,18 +142,54 @@ def read_results(folder: str | Path) -> dict:
     """What results.json in `folder` holds; nothing where there is none.
 
     Raises:
-        ValueError: it is no JSON mapping.
+        ValueError: it is no JSON mapping, or a key that a card shows holds something else than a run writes there; the
+            message names file and key.
     """
     path = Path(folder) / RESULTS_NAME
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Restore it, or train again.") from None
     if not isinstance(found, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON mapping, got a {type(found).__name__}.")
+    wrong = _misfit(found, SHAPE) or _missing(found)
+    if wrong:
+        raise ValueError(f"{str(path)!r} holds no results of a run: {wrong}. Restore it, or train again.")
     return found
+
+
+def _misfit(value: object, shape: object, place: str = "") -> str:
+    """What of a value does not fit a part of `SHAPE`, in words; "" where all of it does. Single values may be null."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"`{place}` must be a mapping, got {str(value)[:100]!r}"
+        kinds = {key: next((shape[k] for k in shape if fnmatchcase(key, k)), None) for key in value}
+        problems = (_misfit(value[k], kind, f"{place}.{k}".strip(".")) for k, kind in kinds.items() if kind is not None)
+        return next(filter(None, problems), "")
+    if isinstance(shape, list):
+        fits, words = isinstance(value, list) and all(isinstance(item, shape[0]) for item in value), "a list of words"
+    else:
+        fits = value is None or (isinstance(value, shape) and not isinstance(value, bool))
+        words = "a number" if shape is NUMBER else "a word"
+    return "" if fits else f"`{place}` must be {words}, got {str(value)[:100]!r}"
+
+
+def _missing(found: dict) -> str:
+    """Which needed key is missing, in words; "" where none is."""
+    if found.get("accuracy") is not None and found.get("n") is None:
+        return "`n` is missing"
+    for place, keys in NEEDED.items():
+        holder = found
+        for key in place.split("."):
+            holder = holder.get(key, {})
+        if holder.get("pruning_schedule", "constant") != "constant":
+            keys = (*keys, "initial_pruning_ratio")
+        missing = [key for key in keys if holder and holder.get(key) is None]
+        if missing:
+            return f"`{place}.{missing[0]}` is missing"
+    return ""
 
 
 def write_results(output_dir: str | Path, results: dict) -> Path:

@@ -14,7 +14,7 @@ from test_trainer import DATA, SAMPLES, history, make
 from tiny_models import FAMILIES
 from torch.distributed.tensor import DTensor
 
-from hf_dualspeed import DualSpeedTrainer
+from hf_dualspeed import DualSpeedTrainer, speedup
 
 
 class ShardedOnCpu(DualSpeedTrainer):
@@ -38,8 +38,10 @@ def main() -> None:
     parser.add_argument("--speedup-rounds", type=int, default=0)
     parser.add_argument("--pruner", default="divprune")
     parser.add_argument("--slow-mode-splits", default="1")
+    parser.add_argument("--push", help="the Hub repo to push to at each save")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    speedup.STEPS_PER_ROUND = 10
     model, _ = FAMILIES[options.family].build()
     # Frozen, as in fine-tuning: torch can't resume the optimizer of a sharded model whose parameters it has not
     # all stepped, and LLaVA never uses its tower's last layer.
@@ -66,10 +68,15 @@ def main() -> None:
         learning_rate=0.1,
         save_strategy="steps",
         save_steps=3,
+        push_to_hub=options.push is not None,
+        hub_model_id=options.push,
+        hub_always_push=True,
     )
     trainer.processing_class = None  # Qwen's tiny processor lacks a video part, which saving asks for
     trainer.train(resume_from_checkpoint=options.resume or None)
     trainer.save_model()
+    if options.push:
+        trainer.push_to_hub()
     weights = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()

@@ -23,7 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import huggingface_hub
 import pytest
 import yaml
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants, file_download, hf_api
 from huggingface_hub.utils import _http
 
 USER, TOKEN = "tester", "hf_loopbackSecretToken"
@@ -532,7 +532,7 @@ def point_client_to(url: str, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HOME", str(home))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    monkeypatch.setattr(hf_api.api, "endpoint", url)
     hasty = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", hasty)

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from hf_dualspeed.cards import MARKER, heading, merge_card, sections, split_front_matter
+from hf_dualspeed.cards import MARKER, adopt_card, heading, merge_card, sections, split_front_matter
 
 TITLE, USE, RESULTS, END = heading("name", 1), heading("How to use it"), heading("Results"), heading("Citation")
 GENERATED = f"""---
@@ -107,6 +107,64 @@ def test_generated_keys_win_and_an_unchanged_front_matter_keeps_its_comments():
     assert merge_card(existing, GENERATED) == existing
     existing = GENERATED.replace("library_name: hf_dualspeed", "library_name: other")
     assert yaml.safe_load(merge_card(existing, GENERATED).split("---")[1])["library_name"] == "hf_dualspeed"
+
+
+def test_further_headings_of_the_first_level_are_no_title():
+    for place in (TITLE, END):
+        existing = GENERATED.replace(place, f"# Thanks\n\nto all\n\n{place}")
+        merged = merge_card(existing, GENERATED.replace("What it is.", "What it was."))
+        assert merged == existing.replace("What it is.", "What it was.")
+    renamed = GENERATED.replace(TITLE, "# Mine")
+    assert keys(merge_card(renamed, GENERATED)) == ["#", "How to use it", "Citation"]
+
+
+# --- taken over from the Hub --------------------------------------------------------------------------------------
+
+
+def test_what_the_published_card_says_beyond_the_local_one_is_taken_over():
+    banner, thanks, notes = "![banner](b.png)\n\n", "# Thanks\n\nto all\n\n", "## Notes\n\none\n\n"
+    published = GENERATED.replace(TITLE, banner + TITLE).replace(USE, notes + USE) + "\n" + thanks + notes
+    assert adopt_card(GENERATED, published) == published
+    assert adopt_card(published, GENERATED) == published  # what was deleted there returns
+    assert adopt_card(published, published) == published
+    assert adopt_card("", published) == published
+    assert adopt_card(published, "") == published
+    assert merge_card(published, GENERATED) == published
+
+
+def test_the_published_words_are_newer():
+    local = GENERATED.replace("tags:", "license: apache-2.0\ntags:\n- mine") + "\n## Notes\n\none\n\n## Here\n\nmine\n"
+    published = GENERATED.replace("tags:", "license: mit\ntags:\n- theirs").replace(USE, "## How to use it")
+    published = published.replace("Us.", "Us, earlier.") + "\n## Notes\n\ntwo\n\n## Notes\n\nthree\n"
+    adopted = adopt_card(local, published)
+    values = split_front_matter(adopted)[0]
+    assert (values["license"], values["tags"]) == ("mit", ["mine", "dualspeed", "dualspeed-pruner", "theirs"])
+    assert keys(adopted) == ["#", "How to use it", "Citation", "Notes", "Notes (2)", "Here"]
+    for kept in ("\ntwo\n", "\nthree\n", "\nmine\n", "\nUs.\n", "\n## How to use it\n"):
+        assert kept in adopted
+    assert "\none\n" not in adopted
+    assert adopt_card(adopted, published) == adopted
+
+
+def test_generated_front_matter_is_not_taken_over():
+    def card(values: str, given: str) -> str:
+        return f"---\n{values}---\n{TITLE}\n\n<!-- front matter by dualspeed: {given} -->\n"
+
+    published = card("base_model: earlier\nlicense: mit\ntags: [dualspeed, theirs]\n", "base_model tags")
+    local = card("datasets: [now]\ntags: [dualspeed]\n", "datasets tags")
+    values = split_front_matter(adopt_card(local, published))[0]
+    assert values == {"datasets": ["now"], "tags": ["dualspeed", "theirs"], "license": "mit"}
+    assert split_front_matter(adopt_card("# Mine\n", published))[0]["base_model"] == "earlier"  # nothing renders it
+
+
+# --- broken -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tags", ["[{a: b}]", "{a: b}", "[[a]]"])
+def test_tags_are_words(tags):
+    for adopt in (merge_card, adopt_card):
+        with pytest.raises(ValueError, match="`tags` in the front matter of README.md must be words"):
+            adopt(f"---\ntags: {tags}\n---\nwords", GENERATED)
 
 
 @pytest.mark.parametrize("head", ["- a\n- b", "a: [", "words"])

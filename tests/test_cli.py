@@ -38,12 +38,30 @@ def test_debug_raises(monkeypatch):
         cli.main(["train", "--config", "no.yaml"])
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["pruners", "--help"], ["push-pruner", "--help"]])
-def test_help(capsys, words):
+def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(words)
+        cli.main(["--help"])
     assert stop.value.code == 0
-    assert "dualspeed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for name, (what, _) in cli.COMMANDS.items():
+        assert f" {name} {what}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_each_command(capsys, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    captured = capsys.readouterr()
+    usage, _, rest = captured.out.partition("\n\n")
+    assert usage.startswith(f"usage: dualspeed {name} ")
+    assert "options:" in rest
+    description = rest.partition("\n\n")[0]
+    assert description.strip()
+    assert not description.startswith("options:")  # a line of what it does comes first
+    assert not captured.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_command(capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback_hub import USER, hub  # noqa: F401
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).parent
@@ -110,3 +111,17 @@ def test_fsdp2_equals_one_process_saves_and_resumes(tmp_path):
     (two / "checkpoint-6").rename(two / "finished")
     resumed = run(two, "--batch", "1", "--images", "--resume", config=FSDP2)
     assert_same_training(one, two, alone, resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_one_of_two_processes_pushes_at_each_save(tmp_path, hub):  # noqa: F811
+    ranks = run(tmp_path / "run", "--batch", "1", "--push", f"{USER}/thing", config=DDP)
+    assert [rank["steps"] for rank in ranks] == [ranks[0]["steps"]] * 2
+    pushes = [title for title in hub.titles(f"{USER}/thing") if title != "initial commit"]
+    assert pushes[::-1] == ["Training in progress, step 3", "Training in progress, step 6", "Model save"]
+    files = hub.files(f"{USER}/thing")
+    assert files.keys() >= {"model.safetensors", "mode_isolator.safetensors", "results.json", "README.md"}
+    assert files["mode_isolator.safetensors"] == (tmp_path / "run/mode_isolator.safetensors").read_bytes()
+    tokens = ranks[0]["record"]["visual_tokens"]
+    assert f"kept {tokens['kept']:,} of {tokens['full']:,}" in files["README.md"].decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import traceback
@@ -221,7 +222,9 @@ def test_private_repos_need_the_token(hub, monkeypatch):
 
 def test_no_token_cannot_push(hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HfHubHTTPError, match=r"Cannot push to the Hub repo 'tester/pruner'.*hf auth login"):
+    with pytest.raises(
+        HfHubHTTPError, match=r"Cannot push to the Hub repo 'tester/pruner': there is no token.*hf auth login"
+    ):
         divprune().push_to_hub(REPO)
     divprune().push_to_hub(REPO, token=TOKEN)
     assert CONFIG in hub.files(REPO)
@@ -429,6 +432,53 @@ def test_weights_that_are_something_else(tmp_path):
         pruner.load_weights(tmp_path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"No pruner\.safetensors"):
+        AutoPruner.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pruner_type": "token_learner", "hidden_size": 2**20, "bottleneck_size": 2**14},
+        {"pruner_type": "token_learner", "hidden_size": 2**31 - 1, "bottleneck_size": 2**31 - 1},
+        {"pruner_type": "dynamicvit", "hidden_size": 2**20, "scorer_size": 2**20},
+    ],
+)
+def test_sizes_of_a_config_take_no_memory_before_the_weights_fit_them(hub, tmp_path, settings, monkeypatch):
+    empty = torch.empty
+
+    def bounded(*size, **options):
+        numbers = math.prod(size if isinstance(size[0], int) else size[0])
+        assert torch.get_default_device().type == "meta" or numbers < 2**20
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", bounded)  # with which layers make their weights
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(
+        (FileNotFoundError, ValueError), match=r"pruner\.safetensors|cannot have the sizes of pruner_config"
+    ):
+        AutoPruner.from_pretrained(tmp_path)
+    learnt().save_pretrained(tmp_path / "small")
+    files = {CONFIG: json.dumps(settings), WEIGHTS: (tmp_path / "small" / WEIGHTS).read_bytes()}
+    hub.put(REPO, files)
+    with pytest.raises(ValueError, match=r"pruner\.safetensors' does not fit|cannot have the sizes of pruner_config"):
+        AutoPruner.from_pretrained(REPO)
+
+
+def test_weights_of_another_kind_of_number_are_refused(tmp_path):
+    pruner = learnt()
+    pruner.save_pretrained(tmp_path)
+    tensors = pruner.state_dict()
+    for dtype, word in ((torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "C64"), (torch.int64, "I64")):
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, tmp_path / WEIGHTS)
+        with pytest.raises(ValueError, match=rf"pruner\.safetensors' holds '.*' as {word}, .* torch.float32"):
+            AutoPruner.from_pretrained(tmp_path)
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, tmp_path / WEIGHTS)
+    loaded = AutoPruner.from_pretrained(tmp_path).state_dict()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor.bfloat16().float())
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] * float("nan")}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"'{name}' in '.*pruner\.safetensors' holds NaN"):
         AutoPruner.from_pretrained(tmp_path)
 
 

@@ -11,8 +11,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from test_trainer import DATA, make
 
-from hf_dualspeed import cli
-from hf_dualspeed.model_card import model_card, pruning_words, write_model_card
+from hf_dualspeed import cli, speedup
+from hf_dualspeed.model_card import (
+    QUANTIZED,
+    adopt_published_card,
+    is_empty_form,
+    model_card,
+    pruning_words,
+    write_model_card,
+)
 from hf_dualspeed.results import dataset_name, read_results, write_results
 
 RESULTS = {
@@ -45,7 +52,13 @@ RESULTS = {
     "machine": {"cpu": "a CPU", "accelerator": None},
     "date": "2026-01-02 03:04",
 }
+FORM = ModelCard.from_template(ModelCardData()).text
 MEASURED = ("speedup", "visual_tokens", "peak_memory", "accuracy", "steps", "seconds", "versions", "learning_curve")
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(speedup, "STEPS_PER_ROUND", 10)
 
 
 @pytest.fixture
@@ -91,7 +104,9 @@ def test_the_hub_reads_the_results(card):
         "a micro-batch of 16 samples of the training data, forward and backward, no optimizer; median of 3",
         "| plain, all tokens, as `transformers.Trainer` runs it | 0.5 |",
         "Fast steps kept 22,500 of 230,400 visual tokens: 90.2% saved there",
-        "Peak memory in training: 1.50 GiB (resident memory of the process).",
+        "Peak memory: 1.50 GiB (resident memory of the process since its start).",
+        "fine-tuned from `org/base` on `org/data`, `easy-vqa` with DualSpeed",
+        ": 90 of 100 optimizer steps trained on pruned visual tokens. At inference",
     ],
 )
 def test_text(card, line):
@@ -122,10 +137,34 @@ def test_nothing_at_all(card):
         assert absent not in card.text
     bare = ModelCard(model_card({"datasets": ["easy-vqa"]}))
     assert (bare.data.eval_results, bare.data.base_model, bare.data.datasets) == (None, None, None)
-    assert "from scratch" in bare.text
+    for unknown in ("from scratch", "fine-tuned", "steps trained"):
+        assert unknown not in bare.text
     assert "Its quality has not been measured." in bare.text
     for absent in ("## Results", "learning_curve.png", "## Versions", "## Speed", "| setting |", "None"):
         assert absent not in bare.text
+
+
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        ({"model": "tiny LLaVA, from scratch"}, "A vision-language model trained from scratch with DualSpeed"),
+        ({"model": None}, "A vision-language model trained with DualSpeed"),
+        ({"base_model": "a/b"}, "A vision-language model fine-tuned from `a/b` with DualSpeed"),
+        ({"steps": {"fast": 0, "slow": 4}}, "): 0 of 4 optimizer steps trained on pruned visual tokens."),
+        ({"peak_memory": {"bytes": 2**30, "of": "accelerator"}}, "Peak memory in training: 1.00 GiB (what PyTorch"),
+        ({"name": "a\nb"}, "# a b <!--"),
+        ({"settings": {"path": "a|b\nc"}}, "| path | a\\|b c |"),
+    ],
+)
+def test_sentences_say_what_the_results_do(results, words):
+    assert words in model_card(results)
+
+
+def test_what_is_no_number_is_left_out():
+    evaluation = {"eval_loss": float("nan"), "eval_f1": 0.5, "eval_bleu": float("inf")}
+    text = model_card({"eval_dataset": "org/test", "evaluation": evaluation, "accuracy": float("nan"), "n": 4})
+    assert [r.metric_type for r in ModelCard(text).data.eval_results] == ["f1"]
+    assert "| loss |" not in text
 
 
 def test_a_changing_ratio_in_words():
@@ -189,8 +228,58 @@ def test_front_matter_of_a_person_outlives_that_of_an_earlier_run(tmp_path):
 
 
 def test_the_empty_form_of_peft_is_no_card_of_a_person(tmp_path):
-    (tmp_path / "README.md").write_text("# Model Card\n\n## Uses\n\n[More Information Needed]\n")
+    peft = pytest.importorskip("peft")
+    from tiny_models import FAMILIES
+
+    model, _ = FAMILIES["llava"].build()
+    peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    form = (tmp_path / "README.md").read_text()
+    assert "[More Information Needed]" in form
+    assert "\ntags:\n" in form
     assert write_model_card(tmp_path, RESULTS).read_text() == model_card(RESULTS)
+    quantized = f"\n## Training procedure\n\n{QUANTIZED}\n"
+    assert is_empty_form(form + quantized + "- load_in_4bit: True\n- bnb: [a]\n### Framework versions\n\n- PEFT 0.1\n")
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        FORM.replace("[More Information Needed]", "It likes cats.", 1),
+        FORM + "\n## Notes\n\nIt likes cats.\n",
+        "# My model\n\n## Uses\n\nIt likes cats.\n\n## Citation\n\n[More Information Needed]\n",
+        "---\nlicense: mit\nabout: It likes cats.\n---\n" + FORM,
+    ],
+    ids=["filled", "section", "own", "head"],
+)
+def test_a_form_that_is_half_filled_in_is_a_persons(tmp_path, monkeypatch, card):
+    local, adopting = tmp_path / "local", tmp_path / "adopting"
+    local.mkdir()
+    (local / "README.md").write_text(card)
+    assert "It likes cats." in write_model_card(local, RESULTS).read_text()
+    monkeypatch.setattr("hf_dualspeed.model_card.published_card", lambda *_: card)
+    adopt_published_card(adopting, "a/b")
+    assert (adopting / "README.md").read_text() == card
+
+
+def test_an_empty_form_on_the_hub_is_not_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dualspeed.model_card.published_card", lambda *_: "---\nlibrary_name: peft\n---\n" + FORM)
+    adopt_published_card(tmp_path, "a/b")
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_cards_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    path = tmp_path / "README.md"
+    path.write_bytes(b"# caf\xe9")
+    monkeypatch.setattr("hf_dualspeed.model_card.published_card", lambda *_: "")
+    for refused in (lambda: write_model_card(tmp_path, RESULTS), lambda: adopt_published_card(tmp_path, "a/b")):
+        with pytest.raises(ValueError, match=r"README\.md' is no text in UTF-8: .* Save it as UTF-8"):
+            refused()
+    assert path.read_bytes() == b"# caf\xe9"
+    path.unlink()
+    path.write_text("---\ntags: [{a: b}]\n---\n# Mine\n")
+    monkeypatch.setattr("hf_dualspeed.model_card.published_card", lambda *_: "")
+    with pytest.raises(ValueError, match="`tags` in the front matter of README.md"):
+        adopt_published_card(tmp_path, "a/b")
 
 
 def test_dualspeed_card_renders_the_same_from_the_results_alone(tmp_path, capsys):
@@ -261,7 +350,7 @@ def test_a_plain_trainer_has_a_filled_card(tmp_path):
         f"Measured speed-up: {results['speedup']['speedup']:.2f}x",
         "| fast | 5 |",
         "| slow | 5 |",
-        "Peak memory in training:",
+        "Peak memory: ",
         'from_pretrained("someone/thing")',
         "![Loss of fast and slow steps](learning_curve.png)",
         f"| loss | {trainer.evaluate()['eval_loss']:.4g} |",
@@ -326,3 +415,85 @@ def test_resuming_keeps_what_was_measured_before(tmp_path):
     anew.train()
     assert "speedup" not in anew.record()  # another run in the same folder
     assert Path(tmp_path / "results.json").is_file()
+
+
+def test_a_speed_up_of_other_settings_is_not_taken_over(tmp_path):
+    options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 8, "slow_mode_ratio": 0.5}
+    first = make(tmp_path, **options, speedup_rounds=1)
+    first.train()
+    first.create_model_card()
+    assert "speedup" in read_results(tmp_path)
+    other = make(tmp_path, **options, speedup_rounds=0, pruner="grid")
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert "speedup" not in other.record()
+    same = make(tmp_path, **options, speedup_rounds=0)
+    same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert same.record()["speedup"] == read_results(tmp_path)["speedup"]
+
+
+def test_results_name_the_data_set_that_was_evaluated(tmp_path):
+    validation, test = named(DATA, dataset_name="validation"), named(DATA, dataset_name="test")
+    trainer = make(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
+    trainer.eval_dataset = validation
+    trainer.train()
+    assert trainer.record()["eval_dataset"] == "validation"
+    trainer.evaluate(test)
+    assert trainer.record()["eval_dataset"] == "test"
+    trainer.create_model_card()
+    assert {r.dataset_name for r in ModelCard.load(tmp_path / "README.md").data.eval_results} == {"test"}
+    trainer.evaluate({"one": validation, "two": test})
+    found = trainer.record()
+    assert "eval_dataset" not in found  # it is three
+    assert {"eval_one_loss", "eval_two_loss", "eval_loss"} <= found["evaluation"].keys()
+    anew = make(tmp_path / "anew", max_steps=2)
+    anew.eval_dataset = validation
+    anew.train()
+    assert "eval_dataset" not in anew.record()
+    anew.eval_dataset = {"one": validation}
+    anew.evaluate()
+    assert anew.record()["eval_dataset"] == "validation"
+
+
+def test_metrics_that_are_no_numbers_are_not_recorded(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.compute_metrics = lambda predictions: {"nothing": float("nan"), "half": 0.5}
+    trainer.evaluate()
+    trainer.facts["accuracy"] = float("nan")
+    trainer.create_model_card()
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+    assert ".nan" not in (tmp_path / "README.md").read_text()
+    assert trainer.record()["evaluation"]["eval_half"] == 0.5
+
+
+def test_no_card_keeps_a_model_from_being_saved(tmp_path):
+    peft = pytest.importorskip("peft")
+    from tiny_models import FAMILIES
+
+    built = {"plain": FAMILIES["llava"].build()[0]}
+    built["adapter"] = peft.get_peft_model(FAMILIES["llava"].build()[0], peft.LoraConfig(target_modules="all-linear"))
+    for name, model in built.items():
+        for number, card in enumerate((b"# caf\xe9", b"---\na: [\n---\n", b"---\ntags: [{a: b}]\n---\n")):
+            folder = tmp_path / f"{name}{number}"
+            folder.mkdir()
+            (folder / "README.md").write_bytes(card)
+            trainer = make(folder, model=model, max_steps=1)
+            trainer.save_model()
+            assert list(folder.glob("*model.safetensors"))
+            assert (folder / "README.md").read_bytes() == card
+            assert not list(folder.glob("_README*"))
+
+
+def test_a_card_outlives_a_save_that_was_cut_off(tmp_path):
+    (tmp_path / "_README.md.kept").write_text("# Mine\n")  # the process died with the card aside
+    (tmp_path / "README.md").write_text(FORM)
+    make(tmp_path, max_steps=1).save_model()
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+def test_parts_of_an_earlier_run_do_not_stay(tmp_path):
+    make(tmp_path, pruner="token_learner", pruner_kwargs={"max_tokens": 64}).save_model()
+    parts = [tmp_path / name for name in ("pruner.safetensors", "mode_isolator.safetensors")]
+    assert all(path.is_file() for path in parts)
+    make(tmp_path, isolator_length=0).save_model()
+    assert not any(path.exists() for path in parts)

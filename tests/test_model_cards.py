@@ -49,7 +49,8 @@ def test_compare(tmp_path):
     folder = CARDS / "compare"
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert text == compare_report.card(comparison(), "compare.png")
-    assert (folder / "compare.png").read_bytes() == COMPARE.with_suffix(".png").read_bytes()
+    for suffix in (".png", ".json"):
+        assert (folder / f"compare{suffix}").read_bytes() == COMPARE.with_suffix(suffix).read_bytes()
     card = ModelCard(text)
     own = comparison()["summary"]["dualspeed"]
     assert card.data.eval_results[0].metric_value == own["accuracy_full"]["mean"]

@@ -226,6 +226,7 @@ LAYERS = [
     {
         "recipe",
         "publish",
+        "published_files",
         "compare",
         "compare_report",
         "push_pruner",

@@ -97,11 +97,30 @@ def test_what_a_person_wrote_on_the_hub_stays(hub):
     assert own in hub.files(REPO, "new")["README.md"].decode()
 
 
-def test_a_broken_card_is_not_replaced(hub):
-    hub.put(REPO, {"README.md": "---\n[\n---\nwords"})
-    with pytest.raises(ValueError, match="front matter"):
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        (b"---\n[\n---\nwords", "front matter"),
+        (b"---\ntags:\n- {a: 1}\n---\nwords", "`tags` in the front matter"),
+        (b"---\nsince: 2026-99-99\n---\nwords", "front matter"),
+        (b"---\na: " + b"[" * 2000 + b"\n---\nwords", "front matter"),
+        (b"caf\xe9", "README.md of the Hub repo 'tester/pruner' at revision 'main' is no text in UTF-8"),
+    ],
+)
+def test_a_broken_card_is_not_replaced(hub, capsys, tmp_path, card, said):
+    hub.put(REPO, {"README.md": card})
+    with pytest.raises(ValueError, match=said.split("'")[0]):
         build("grid").push_to_hub(REPO)
-    assert hub.files(REPO) == {"README.md": b"---\n[\n---\nwords"}
+    assert cli.main(["push-pruner", "grid", REPO]) == 2
+    assert said in capsys.readouterr().err
+    assert hub.files(REPO) == {"README.md": card}
+    build("grid").save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_bytes(card)
+    assert cli.main(["push-pruner", str(tmp_path), "tester/other"]) == 2
+    error = capsys.readouterr().err
+    assert "README.md" in error
+    assert "UTF-8" in error or "front matter" in error
+    assert "tester/other" not in hub.repos
 
 
 # --- the command --------------------------------------------------------------------------------------------------

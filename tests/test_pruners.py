@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ from hf_dualspeed import (
     prune_inputs,
     register_pruner,
 )
-from hf_dualspeed.pruners import budget
+from hf_dualspeed.pruners import budget, pruner_class
 from hf_dualspeed.pruners.base import _REGISTRY
 from hf_dualspeed.pruners.divprune import DivPrune
 
@@ -310,6 +311,16 @@ def test_outsiders_register_pruners(tmp_path):
     finally:
         _REGISTRY.pop("first", None)
         _REGISTRY.pop("twin", None)
+
+
+@pytest.mark.parametrize("name", available_pruners())
+def test_docstrings_say_source_inputs_and_cost(name):
+    cls = pruner_class(name)
+    words = f"{sys.modules[cls.__module__].__doc__} {cls.__doc__}"
+    assert "Cost:" in words
+    assert re.search(r"arXiv \d{4}\.\d{5}|A baseline, not a published", " ".join(words.split()))
+    assert re.search(r"Inputs:|[Nn]eeds ", words)
+    assert len(cls.__doc__.strip().partition("\n")[0]) < 110  # the line of `dualspeed pruners`
 
 
 def test_importing_the_package_is_enough_to_know_all_pruners():

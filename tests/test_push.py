@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import TOKEN, USER, hub  # noqa: F401
 from safetensors.torch import load_file
 from test_recipe import TINY
@@ -177,7 +179,8 @@ def test_a_push_that_fails_while_training_costs_nothing(tmp_path, hub, secret, p
     assert f"dualspeed push {folder} {REPO}" in caplog.text
     assert "README.md" not in hub.files(REPO)
     assert (folder / "checkpoint-4/model.safetensors").is_file()
-    with pytest.raises(OSError, match=rf"failed \(.*Nothing on this machine is lost.*dualspeed push .* {REPO}"):
+    later = f"Nothing on this machine is lost.*dualspeed push .* {REPO}"
+    with pytest.raises(HfHubHTTPError, match=rf"failed \(.*HTTP 500.*{later}"):
         trainer.push_to_hub()
     assert secret not in caplog.text
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
@@ -198,6 +201,119 @@ def test_what_a_person_wrote_on_the_hub_stays(tmp_path, hub, secret):  # noqa: F
     assert "# My model" in card.text
     assert "## My notes\n\nIt likes cats." in card.text
     assert "| fast | 2 |" in card.text
+
+
+def readme(hub) -> str:  # noqa: F811
+    return hub.files(REPO)["README.md"].decode()
+
+
+def test_what_a_person_writes_on_the_hub_between_pushes_stays(tmp_path, hub, secret):  # noqa: F811
+    trainer = make(**pushing(tmp_path / "run", secret, "every_save", hub_always_push=True))
+    hub.put(REPO, {"README.md": "# Written while training\n\n## My notes\n\nfirst\n"})
+    trainer.train()
+    trainer._finish_current_push()
+    assert "# Written while training\n\n## My notes\n\nfirst\n" in readme(hub)
+    assert "| fast | 2 |" in readme(hub)
+    banner, thanks = "![banner](b.png)\n\n", "\n# Thanks\n\nto all\n"
+    hub.put(REPO, {"README.md": banner + readme(hub).replace("first", "second") + thanks})
+    trainer.push_to_hub()
+    hub.put(REPO, {"README.md": readme(hub).replace("to all", "to some")})
+    trainer.push_to_hub()
+    for kept in (banner, "## My notes\n\nsecond\n", "# Thanks\n\nto some\n"):
+        assert kept in readme(hub)
+
+
+def test_a_push_to_a_branch_keeps_its_card(tmp_path, hub, secret):  # noqa: F811
+    trainer = make(**pushing(tmp_path / "run", secret, "end"))
+    trainer.train()
+    hub.repos[REPO].branches["trial"] = hub.repos[REPO].branches["main"]
+    hub.put(REPO, {"README.md": "## Notes\n\nof the branch\n"}, branch="trial")
+    hub.put(REPO, {"README.md": "## Other\n\nof main\n"})
+    trainer.push_to_hub(revision="trial")
+    card = hub.files(REPO, "trial")["README.md"].decode()
+    assert "of the branch" in card
+    assert "of main" not in card
+
+
+@pytest.mark.parametrize("card", [b"# caf\xe9", b"---\na: [\n---\n", b"---\ntags: [{a: b}]\n---\n"])
+def test_a_card_that_cannot_be_read_is_said_before_training(tmp_path, hub, secret, card, caplog):  # noqa: F811
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "README.md").write_bytes(card)
+    with pytest.raises(ValueError, match="README.md"):
+        make(**pushing(folder, secret, "every_save"))
+    (folder / "README.md").unlink()
+    trainer = make(**pushing(folder, secret, "every_save"))
+    (folder / "README.md").write_bytes(card)  # broken meanwhile
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert "checkpoint-2 is not pushed" in caplog.text
+    assert (folder / "README.md").read_bytes() == card
+    with pytest.raises(ValueError, match="README.md"):
+        trainer.push_to_hub()
+    assert (folder / "model.safetensors").is_file()
+    assert "README.md" not in hub.files(REPO)
+
+
+@pytest.mark.parametrize(("token", "remedy"), [("hf_wrong", "the Hub does not accept the token"), (None, "no token")])
+def test_a_token_that_will_not_do_is_said_before_training(tmp_path, hub, secret, token, remedy):  # noqa: F811
+    with pytest.raises(HfHubHTTPError, match=rf"Cannot push to the Hub repo '{REPO}': .*{remedy}.*hf auth login"):
+        make(**pushing(tmp_path / "run", token, "end"))
+
+
+def test_a_push_that_is_not_allowed_keeps_its_kind(tmp_path, hub):  # noqa: F811
+    trainer = make(tmp_path / "run", max_steps=1, hub_model_id="someone/else")
+    with pytest.raises(HfHubHTTPError, match=r"HTTP 403.*Nothing on this machine is lost") as refused:
+        trainer.push_to_hub()
+    assert refused.value.response.status_code == 403
+
+
+PRUNER = '''
+import torch
+
+from hf_dualspeed import Pruner, register_pruner
+
+
+@register_pruner("pushed_first")
+class PushedFirst(Pruner):
+    """Keeps the first."""
+
+    def rank(self, tokens, most):
+        return torch.arange(tokens.features.shape[1]).expand(len(tokens.lengths), -1)[:, :most]
+'''
+
+
+def test_code_and_further_adapters_are_pushed_at_each_save(tmp_path, hub, secret, monkeypatch):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    from tiny_models import FAMILIES
+
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/pushed_pruner.py").write_text(PRUNER)
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    importlib.import_module("pushed_pruner")
+    config = peft.LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", r=2)
+    model = peft.get_peft_model(FAMILIES["llava"].build()[0], config)
+    model.add_adapter("second", config)
+    trainer = make(**pushing(tmp_path / "run", secret, "every_save", pruner="pushed_first"), model=model)
+    trainer.train()
+    files = hub.files(REPO)
+    assert json.loads(files["pruner_config.json"])["auto_map"] == {"AutoPruner": "pushed_pruner.PushedFirst"}
+    assert files.keys() >= {"pushed_pruner.py", "second/adapter_config.json", "second/adapter_model.safetensors"}
+
+
+def test_parts_of_an_earlier_run_leave_the_repo(tmp_path, hub, secret):  # noqa: F811
+    folder, parts = tmp_path / "run", {"mode_isolator.safetensors", "pruner.safetensors"}
+    learnt = {"pruner": "token_learner", "pruner_kwargs": {"max_tokens": 64}}
+    trainer = make(**pushing(folder, secret, "every_save", **learnt))
+    trainer.train()
+    trainer.push_to_hub()
+    assert hub.files(REPO).keys() >= parts
+    trainer = make(**pushing(folder, secret, "every_save", isolator_length=0))
+    trainer.train()
+    assert not any((folder / name).exists() for name in parts)
+    trainer.push_to_hub()
+    assert not parts & hub.files(REPO).keys()
+    assert hub.files(REPO).keys() >= PLAIN - parts
 
 
 def test_a_trainer_over_trl_pushes(tmp_path, hub):  # noqa: F811

@@ -158,6 +158,41 @@ def test_a_push_between_config_and_code_changes_nothing(hub, published, monkeypa
     assert AutoPruner.from_pretrained(REPO, trust_remote_code=True).version == 1
 
 
+LEARNT = """import torch
+from hf_dualspeed import Pruner, register_pruner
+
+
+@register_pruner("own_first")
+class Learnt(Pruner):
+    \"\"\"Keeps the tokens with the largest sums, times what it has learnt.\"\"\"
+
+    def __init__(self, config):
+        super().__init__(config)
+        start = torch.linspace(0, 1, 3)
+        CHECK  # no number can be read on the device "meta"
+        self.scale = torch.nn.Parameter(start)
+        self.register_buffer("calls", torch.tensor(len(start)))
+
+    def rank(self, tokens, most):
+        return (tokens.features.sum(-1) * self.scale.sum()).argsort(1, descending=True)[:, :most]
+"""
+
+
+@pytest.mark.parametrize("check", ["assert start[1].item() == 0.5", "if start.is_meta: raise ValueError"])
+def test_code_that_only_runs_on_a_real_device_loads_its_weights(hub, tmp_path, check):
+    (tmp_path / "single.py").write_text(LEARNT.replace("CHECK", check))
+    pruner = importlib.import_module("single").Learnt(base.pruner_class("own_first").config_class(pruning_ratio=0.5))
+    with torch.no_grad():
+        pruner.scale.copy_(torch.tensor([3.0, 4.0, 5.0]))
+        pruner.calls.fill_(7)
+    pruner.push_to_hub(REPO)
+    pruner.reconfigure(pruning_ratio=0.25)
+    forget()
+    loaded = AutoPruner.from_pretrained(REPO, trust_remote_code=True)
+    assert (loaded.scale.tolist(), loaded.calls.item(), loaded.pruning_ratio) == ([3.0, 4.0, 5.0], 7, 0.5)
+    assert kept(loaded) == [4, 5, 6, 7]
+
+
 @pytest.mark.parametrize(
     "reference",
     [

@@ -12,15 +12,34 @@ import torch
 from test_distributed import DDP, run
 from test_trainer import make
 
-from hf_dualspeed import DualSpeedTrainingArguments, speedup
+from hf_dualspeed import DualSpeedTrainingArguments, results, speedup
 from hf_dualspeed.speedup import STEPS_PER_ROUND, rotated, set_aside, summary
 
-ENOUGH = {"speedup_rounds": 1, "max_steps": STEPS_PER_ROUND, "slow_mode_ratio": 0.3, "logging_steps": 5}
+ENOUGH = {"speedup_rounds": 1, "max_steps": 10, "slow_mode_ratio": 0.3, "logging_steps": 5}
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(speedup, "STEPS_PER_ROUND", 10)
 
 
 def drawn() -> tuple:
     """The next numbers of all random states."""
     return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_the_help_says_what_it_costs():
+    words = DualSpeedTrainingArguments.__dataclass_fields__["speedup_rounds"].metadata["help"]
+    assert "four forward and backward passes" in words
+    assert f"fewer than {STEPS_PER_ROUND} optimizer steps per round" in words
+
+
+def test_measuring_takes_a_small_part_of_the_time():
+    """With the quickstart's seconds of each pass, and one more round for warming up."""
+    plain, fast, slow = 1.3, 0.4, 1.5
+    for rounds in (1, 3, 10):
+        measuring = (rounds + 1) * (plain + fast + slow) + rounds * plain
+        assert measuring < 0.2 * rounds * STEPS_PER_ROUND * (0.9 * fast + 0.1 * slow)
 
 
 def test_by_hand():
@@ -97,13 +116,48 @@ def test_passes_are_those_of_training_and_of_the_plain_trainer(tmp_path, monkeyp
     trainer.train()
     kinds = {entry[:-2] for entry in map(tuple, seen)}
     assert kinds == {("plain_pass",), ("mode_pass", "fast"), ("mode_pass", "slow")}
-    assert len(seen) == 3 * 2  # one round, and one for warming up
+    assert len(seen) == 3 + 1 + 3  # a round for warming up, and one behind an untimed plain pass
+    assert seen[3][0] == "plain_pass"
     assert all(entry[-1] for entry in seen)
-    for start in (0, 3):  # of one round, on one micro-batch
+    for start in (0, 4):  # of one round, on one micro-batch
         widths = {entry[:-2]: entry[-2] for entry in map(tuple, seen[start : start + 3])}
         (plain,), (fast,) = widths["plain_pass",], widths["mode_pass", "fast"]
         assert fast < plain
         assert widths["mode_pass", "slow"] == [fast, plain]  # the teacher, the student
+
+
+def test_each_micro_batch_runs_plainly_before_it_is_timed(tmp_path, monkeypatch):
+    """And each round times another kind of pass first."""
+    order = []
+
+    def noted(trainer, model, run):
+        ids = run.args[2]["input_ids"]
+        order.append(("plain" if run.func is speedup.plain_pass else run.args[3], ids.data_ptr()))
+        return 0.5
+
+    monkeypatch.setattr(speedup, "timed", noted)
+    trainer = make(tmp_path, **{**ENOUGH, "speedup_rounds": 3, "max_steps": 30})
+    trainer.train()
+    rounds = [order[start : start + 4] for start in range(3, len(order), 4)]
+    assert len(rounds) == 3
+    assert len({ids for (_, ids), *_ in rounds}) == 3
+    for warm, *rest in rounds:
+        assert warm[0] == "plain"
+        assert {kind for kind, _ in rest} == {"plain", "fast", "slow"}
+        assert {ids for _, ids in rest} == {warm[1]}
+    assert {rest[0][0] for _, *rest in rounds} == {"plain", "fast", "slow"}
+
+
+def test_buffers_and_random_states_come_back(tmp_path):
+    """Of a model that draws from each random state, and counts, in every pass."""
+    trainer = make(tmp_path)
+    trainer.model.register_buffer("passes", torch.zeros(()))
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with speedup.untouched(trainer):
+        trainer.model.passes += 1
+        drawn()
+    assert trainer.model.passes == 0
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
 def test_only_modes_that_were_run(tmp_path):
@@ -231,6 +285,21 @@ def test_memory_is_that_of_the_process(tmp_path):
     memory = trainer.record()["peak_memory"]
     assert memory["of"] == "process"
     assert 2**26 < memory["bytes"] < 2**40
+
+
+def test_memory_on_a_device_is_that_of_the_training(tmp_path, monkeypatch):
+    reset = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    results.reset_peak_memory(torch.device("cpu"))
+    assert not reset
+    results.reset_peak_memory(torch.device("cuda:0"))
+    assert reset == [torch.device("cuda:0")]
+    begun = []
+    monkeypatch.setattr("hf_dualspeed.publishing.reset_peak_memory", begun.append)
+    trainer = make(tmp_path)
+    assert not begun
+    trainer.train()
+    assert begun == [trainer.args.device]
 
 
 @pytest.mark.distributed

@@ -25,6 +25,7 @@ from ..hub_io import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Source,
+    check_numbers,
     check_weights,
     code_file,
     find_source,
@@ -257,8 +258,7 @@ class Pruner(nn.Module):
         """
         check_keys("settings", settings, [f.name for f in fields(self.config)])
         config = replace(self.config, **settings)
-        with torch.device("meta"):
-            other = type(self)(config).state_dict()
+        other = planned_weights(type(self), config, f"the settings {settings}")
         if {k: t.shape for k, t in other.items()} != {k: t.shape for k, t in self.state_dict().items()}:
             raise ValueError(
                 f"The settings {settings} do not fit the weights that the pruner {config.pruner_type!r} has learnt. "
@@ -308,9 +308,8 @@ class Pruner(nn.Module):
 
         `state_dict` stands in for its own weights, where those are sharded.
         """
-        own = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(folder, **({} if own else save_code(self, AUTO_CLASS, Path(folder))))
+        self.config.save_pretrained(folder, **({} if is_own(type(self)) else save_code(self, AUTO_CLASS, Path(folder))))
         weights = self.state_dict() if state_dict is None else state_dict
         if weights:
             whole = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -323,16 +322,9 @@ class Pruner(nn.Module):
             FileNotFoundError: the pruner is learnt and the folder holds no weights.
             ValueError: they are those of another pruner, or the file is damaged.
         """
-        if not self.state_dict():
-            return
-        path = Path(folder) / WEIGHTS_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"No {WEIGHTS_NAME} in {str(folder)!r}, which the learnt pruner {self.config.pruner_type!r} needs. "
-                "Save it with `pruner.save_pretrained`."
-            )
-        check_weights(path, {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()})
-        self.load_state_dict(load_file(path))
+        expected = self.state_dict()
+        if expected:
+            self.load_state_dict(load_file(_weights_file(folder, expected, self.config)))
 
     def push_to_hub(
         self,
@@ -448,6 +440,43 @@ def pruner_class(name: str) -> type[Pruner]:
     return _REGISTRY[name]
 
 
+def is_own(cls: type[Pruner]) -> bool:
+    """Whether the class is one of this library."""
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def planned_weights(cls: type[Pruner], config: PrunerConfig, where: str) -> dict[str, torch.Tensor]:
+    """The weights that a pruner of this config has, without memory for them, so that a config can ask for any size.
+
+    A class of a user's own that cannot be built on the device "meta" is built as it is.
+
+    Raises:
+        ValueError: a class of this library asks for sizes that no tensor can have; the message names `where`.
+    """
+    try:
+        with torch.device("meta"):
+            return cls(config).state_dict()
+    except Exception as error:
+        if not is_own(cls):
+            return cls(config).state_dict()
+        if isinstance(error, ValueError):
+            raise
+        problem = " ".join(str(error).split())[:200]
+        raise ValueError(f"The pruner {config.pruner_type!r} cannot have the sizes of {where}: {problem}.") from None
+
+
+def _weights_file(folder: str | Path, expected: dict[str, torch.Tensor], config: PrunerConfig) -> Path:
+    """A learnt pruner's file of weights, of which the header alone has been read: it fits."""
+    path = Path(folder) / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No {WEIGHTS_NAME} in {str(folder)!r}, which the learnt pruner {config.pruner_type!r} needs. "
+            "Save it with `pruner.save_pretrained`."
+        )
+    check_weights(path, expected)
+    return path
+
+
 def is_fetched(cls: type[Pruner]) -> bool:
     """Whether the class is code that was loaded beside a config, and not registered by the user's own program."""
     return cls.__module__.startswith("transformers_modules.")
@@ -490,9 +519,15 @@ class AutoPruner:
                 `trust_remote_code`.
         """
         source, config = _load_config(name, trust_remote_code, hub)
-        pruner = pruner_class(config.pruner_type)(config)
-        if pruner.state_dict():
-            pruner.load_weights(source.name if source.local else source.fetch(WEIGHTS_NAME).parent)
+        cls = pruner_class(config.pruner_type)
+        expected = planned_weights(cls, config, f"{CONFIG_NAME} of {source}")
+        if not expected:
+            return cls(config)
+        # Before the pruner takes any memory: the file bounds what its config may ask for.
+        path = _weights_file(source.name if source.local else source.fetch(WEIGHTS_NAME).parent, expected, config)
+        pruner = cls(config)
+        pruner.load_weights(path.parent)
+        check_numbers(path, pruner.state_dict())
         return pruner
 
 

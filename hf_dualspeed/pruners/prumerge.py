@@ -36,11 +36,11 @@ class PruMergePruner(Pruner):
     """Keeps the outliers of attention and evenly spaced tokens, and adds to each what has similar keys.
 
     Kept are the tokens whose attention lies more than 1.5 interquartile ranges above the third quartile, as many
-    evenly spaced ones as are missing to the budget (the spatial samples of PruMerge+), and, where those are outliers
-    already, the most attended of the others; with more outliers than the budget, the most attended of them. Each kept
-    token absorbs the tokens with the most similar keys (cosine; other kept ones may be among them), weighted by their
-    attention, itself by 1. Cost: the (K, N) similarities, sorted, one product of (K, N) with the features, and the
-    attention of `cls_attention`.
+    evenly spaced ones as are missing to the budget (the spatial samples of PruMerge+), and, where those are
+    outliers already, the most attended of the others; with more outliers than the budget, the most attended of
+    them. Each kept token absorbs the tokens with the most similar keys (cosine; other kept ones may be among them),
+    weighted by their attention, itself by 1. Inputs: the vision tower's attention and keys. Cost: the (K, N)
+    similarities, sorted, one product of (K, N) with the features, and the attention of `cls_attention`.
 
     The original keeps as many tokens as there are outliers, PruMerge+ a multiple of that; here the budget is exact. The
     official code sums without dividing by the weights, so that norms grow, and appends a token that sums up all

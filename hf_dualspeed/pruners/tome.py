@@ -15,9 +15,10 @@ class ToMePruner(ClusteringPruner):
     """Merges the most similar tokens, by rounds of bipartite soft matching.
 
     In each round the tokens are split alternately into A and B, each of A names its most similar one of B (cosine),
-    and the r pairs that are most similar are merged into their mean, weighted by how many tokens each one stands for.
-    r is what is left to remove, but at most half of the tokens, so 90% take four rounds. A merged token lies where the
-    one of B lies. Cost: one (N/2, N/2) product in the first round, a quarter of that or less in each next one.
+    and the r pairs that are most similar are merged into their mean, weighted by how many tokens each one stands
+    for. r is what is left to remove, but at most half of the tokens, so 90% take four rounds. A merged token lies
+    where the one of B lies. Inputs: features alone. Cost: one (N/2, N/2) product in the first round, a quarter of
+    that or less in each next one.
 
     The paper merges a few tokens in every layer of the vision tower, by its keys. Here the tower runs untouched and
     its projected tokens are merged behind it: all models have them, and the mean of a cluster, unlike keys of single

@@ -33,10 +33,10 @@ class VisionZipConfig(PrunerConfig):
 class VisionZipPruner(ClusteringPruner):
     """Keeps the most attended tokens and merges the rest into a few contextual ones by key similarity.
 
-    Dominant tokens receive the most attention in the vision tower's penultimate layer. Evenly spaced ones of the rest
-    are targets; each other token joins the target whose key, mean over heads, is most similar (cosine), and the target
-    becomes the mean of its tokens. Cost: one (N, C) product for C contextual tokens, and the attention of
-    `cls_attention`.
+    Dominant tokens receive the most attention in the vision tower's penultimate layer. Evenly spaced ones of the
+    rest are targets; each other token joins the target whose key, mean over heads, is most similar (cosine), and
+    the target becomes the mean of its tokens. Inputs: the vision tower's attention and keys. Cost: one (N, C)
+    product for C contextual tokens, and the attention of `cls_attention`.
 
     The official code adds the mean of the joining tokens to the target, whose norm grows; here it is the mean of all.
     It counts targets off in whole steps, which leaves the end of the image without one where C does not divide the
