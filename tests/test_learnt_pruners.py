@@ -430,10 +430,9 @@ def test_ratio_loss_is_logged_and_trained(tmp_path):
     assert logs[2.0][0] == pytest.approx(logs[2.0][1] + logs[2.0][2], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("config", "given"), [(DDP, ()), pytest.param(FSDP2, ("--images",), marks=pytest.mark.slow)], ids=["ddp", "fsdp2"]
-)
+@pytest.mark.parametrize(("config", "given"), [(DDP, ()), (FSDP2, ("--images",))], ids=["ddp", "fsdp2"])
 def test_two_processes_equal_one(tmp_path, config, given):
     # Not dynamicvit: as with every pruner that draws, each rank draws its own.
     one, two = tmp_path / "one", tmp_path / "two"

@@ -302,6 +302,7 @@ def test_memory_on_a_device_is_that_of_the_training(tmp_path, monkeypatch):
     assert begun == [trainer.args.device]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_add_up_and_measure_together(tmp_path):
     """Tokens are those of one process, also after resuming; both ranks agree on the speed-up."""
