@@ -305,8 +305,10 @@ class Bench:
         cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         formulas = {
-            cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
-            backward: lambda *shapes, **__: sdpa_backward_flop_count(*shapes[:4]),
+            cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, *with_heads_of(query, key, value)),
+            backward: lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(
+                gradient, query, *with_heads_of(query, key, value)
+            ),
         }
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
             self.variants[name]()
@@ -367,6 +369,12 @@ def _tensors(values) -> list[torch.Tensor]:
     """The tensors among values and lists of them."""
     flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
     return [item for item in flat if isinstance(item, torch.Tensor)]
+
+
+def with_heads_of(query: torch.Size, *shapes: torch.Size) -> list[tuple[int, ...]]:
+    """Shapes of keys and values `(B, H', S, d)` whose heads are shared by groups of the query's, with a head for each:
+    the formulas of torch before 2.11 know no groups."""
+    return [(shape[0], query[1], *shape[2:]) for shape in shapes]
 
 
 def order(names: list[str], number: int) -> list[str]:
