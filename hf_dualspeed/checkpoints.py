@@ -13,11 +13,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from .adapters import load_adapters
+from .hub_io import WEIGHTS_NAME as PRUNER_NAME
 from .isolator import WEIGHTS_NAME as ISOLATOR_NAME
 from .isolator import save_isolator, saved_length
 from .mode_pass import NAME
 from .model_card import kept_card
-from .pruners.base import WEIGHTS_NAME as PRUNER_NAME
 
 
 class CheckpointMixin:

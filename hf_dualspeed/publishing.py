@@ -15,12 +15,12 @@ from transformers import TrainerState
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import ADAPTER_CONFIG_NAME
 
+from .hub_io import CONFIG_NAME as PRUNER_CONFIG_NAME
+from .hub_io import WEIGHTS_NAME as PRUNER_WEIGHTS_NAME
 from .hub_io import explained
 from .isolator import WEIGHTS_NAME
 from .model_card import adopt_published_card, write_model_card
 from .protocol import unwrap
-from .pruners.base import CONFIG_NAME as PRUNER_CONFIG_NAME
-from .pruners.base import WEIGHTS_NAME as PRUNER_WEIGHTS_NAME
 from .results import (
     OF_WEIGHTS,
     dataset_name,

@@ -21,13 +21,13 @@ from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
 from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
+from .hub_io import WEIGHTS_NAME as PRUNER_WEIGHTS_NAME
 from .isolator import WEIGHTS_NAME, ModeIsolator
 from .mode_pass import NAME, ModePass
 from .model_roles import language_parts
 from .parameter_views import ParameterViews
 from .protocol import check_positions, check_protocol, unwrap, visual_token_ids
 from .pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
-from .pruners.base import WEIGHTS_NAME as PRUNER_WEIGHTS_NAME
 from .publishing import PublishingMixin
 from .recomputation import Recomputation
 from .schedule import FAST, ModeSchedule

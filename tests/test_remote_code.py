@@ -11,7 +11,7 @@ import torch
 from transformers import dynamic_module_utils
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments, PrunerConfig, VisualTokens
-from hf_dualspeed.pruners import base
+from hf_dualspeed.pruners import auto, base
 from hf_dualspeed.recipe import check_pruner
 from hf_dualspeed.trainer import resolve_pruner
 
@@ -148,13 +148,13 @@ def test_code_comes_from_the_commit_of_the_config(hub, published):
 
 
 def test_a_push_between_config_and_code_changes_nothing(hub, published, monkeypatch):
-    load = base.load_class
+    load = auto.load_class
 
     def changing(reference, source):
         hub.put(REPO, {"first.py": CODE.replace("version = 1", "version = 2")})
         return load(reference, source)
 
-    monkeypatch.setattr(base, "load_class", changing)
+    monkeypatch.setattr(auto, "load_class", changing)
     assert AutoPruner.from_pretrained(REPO, trust_remote_code=True).version == 1
 
 

@@ -18,17 +18,9 @@ from . import (
     visionzip,
     vispruner,
 )
-from .base import (
-    AutoPruner,
-    PrunedTokens,
-    Pruner,
-    PrunerConfig,
-    VisualTokens,
-    available_pruners,
-    budget,
-    pruner_class,
-    register_pruner,
-)
+from .auto import AutoPruner
+from .base import PrunedTokens, Pruner, VisualTokens, available_pruners, pruner_class, register_pruner
+from .config import PrunerConfig, budget
 from .layers import LayerPruner
 
 __all__ = [

@@ -1,46 +1,34 @@
-"""What every pruner shares: the budget, its inputs and outputs, its published config, and the registry.
+"""What every pruner shares: its inputs and outputs, the choice of tokens, weights, and the registry.
 
 Shapes: B images, N visual tokens, K kept tokens, D hidden, T text tokens.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import sys
-import types
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import ClassVar
 
 import torch
 from huggingface_hub import CommitInfo
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..arguments import check_choice, check_keys, check_range
+from ..arguments import check_choice, check_keys
 from ..hub_io import (
-    CONFIG_NAME,
     WEIGHTS_NAME,
-    Source,
-    check_numbers,
     check_weights,
-    code_file,
-    find_source,
-    load_class,
-    read_json,
     save_code,
 )
 from ..shortening import check_finite
+from .config import PrunerConfig, budget
 
 logger = logging.getLogger(__name__)
 
 AUTO_CLASS = "AutoPruner"  # the key of a pruner's code in `auto_map`
-LARGEST_INTEGER = 2**31 - 1
 NEEDS = frozenset({"grid", "attention", "keys", "text"})
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass
@@ -115,110 +103,6 @@ class PrunedTokens:
     def carry(self, features: torch.Tensor) -> torch.Tensor:
         """Other features of the same tokens, `(B, N, D')`, pruned alike: `(B, K, D')`."""
         return self.merge(features) if self.merge is not None else rows_at(features, self.positions)
-
-
-def budget(tokens: int, pruning_ratio: float) -> int:
-    """Tokens kept of `tokens`: `max(1, floor(tokens * (1 - pruning_ratio)))`, 57 of 576 at 0.9."""
-    # The small term undoes the rounding of 1 - ratio: 10 * (1 - 0.9) is 0.9999999999999998.
-    return max(1, math.floor(tokens * (1 - pruning_ratio) + 1e-6)) if tokens else 0
-
-
-@dataclass
-class PrunerConfig:
-    """What is published of a pruner: its registered name and its settings, as `pruner_config.json`.
-
-    Args:
-        pruning_ratio (`float`): fraction of the tokens removed; where it changes over training, at the end.
-        pruning_schedule (`str`): "constant", or how it gets from `initial_pruning_ratio` there: "linear" or "cosine".
-        initial_pruning_ratio (`float`, *optional*): the ratio at the start of training, where it changes.
-    """
-
-    pruner_type: ClassVar[str] = ""
-
-    pruning_ratio: float = 0.9
-    pruning_schedule: str = "constant"
-    initial_pruning_ratio: float | None = None
-
-    def __post_init__(self):
-        check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
-        check_choice("pruning_schedule", self.pruning_schedule, SCHEDULES)
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if setting.type in ("int", int) and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ValueError(f"`{setting.name}` must be a whole number, got {value!r}.")
-        initial = self.initial_pruning_ratio
-        if self.pruning_schedule == "constant" and initial is not None:
-            raise ValueError(
-                f"`initial_pruning_ratio` is {initial!r}, but with pruning_schedule='constant' the ratio never "
-                "changes. Set pruning_schedule='linear' or 'cosine', or leave it out."
-            )
-        if self.pruning_schedule != "constant":
-            off = f"pruning_schedule={self.pruning_schedule!r} starts from it."
-            check_range("initial_pruning_ratio", initial, 0, 1, right_open=True, off=off)
-
-    def ratio_at(self, progress: float) -> float:
-        """The pruning ratio when the fraction `progress` of training is done."""
-        if self.pruning_schedule == "constant" or progress >= 1:
-            return self.pruning_ratio
-        done = progress if self.pruning_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
-        return self.initial_pruning_ratio + done * (self.pruning_ratio - self.initial_pruning_ratio)
-
-    @property
-    def lowest_ratio(self) -> float:
-        """The pruning ratio where most tokens are kept."""
-        return self.pruning_ratio if self.initial_pruning_ratio is None else min(self.ratio_at(0), self.pruning_ratio)
-
-    def to_dict(self) -> dict:
-        settings = asdict(self)
-        if self.pruning_schedule == "constant":
-            del settings["pruning_schedule"], settings["initial_pruning_ratio"]
-        return {"pruner_type": self.pruner_type, **settings}
-
-    @classmethod
-    def from_dict(cls, values: dict, where: str = CONFIG_NAME) -> PrunerConfig:
-        """Builds the config of what a file holds, dropping keys of a newer version with a warning.
-
-        Raises:
-            ValueError: a value is of the wrong type or outside its range; the message names file, key and value.
-        """
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known - {"pruner_type", "auto_map"})
-        if unknown:
-            logger.warning("%s does not know %s of %s: ignored.", cls.__name__, ", ".join(unknown), where)
-        hints = get_type_hints(cls)
-        for key in sorted(known & values.keys()):
-            if not fits(values[key], hints[key]):
-                kind = getattr(hints[key], "__name__", str(hints[key]))
-                raise ValueError(f"`{key}` in {where} must be of type {kind}, got {str(values[key])[:100]!r}.")
-        try:
-            return cls(**{key: value for key, value in values.items() if key in known})
-        except ValueError as error:
-            raise ValueError(f"In {where}: {error}") from None
-
-    def save_pretrained(self, folder: str | Path, **extra) -> None:
-        """Writes `pruner_config.json`, with `extra` keys beside the settings."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(json.dumps({**self.to_dict(), **extra}, indent=2) + "\n", encoding="utf-8")
-
-    @staticmethod
-    def from_pretrained(name: str | Path, *, trust_remote_code: bool = False, **hub) -> PrunerConfig:
-        """Reads the config of whichever pruner the folder or Hub repo names; see [`AutoPruner.from_pretrained`]."""
-        return _load_config(name, trust_remote_code, hub)[1]
-
-
-def fits(value: object, hint: object) -> bool:
-    """Whether a value from JSON is of a setting's type, and a number neither infinite nor beyond 32 bits."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, option) for option in inner)
-    if hint is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    if hint is int:
-        return type(value) is int and abs(value) <= LARGEST_INTEGER
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value)
-    return isinstance(value, hint) if hint in (str, bool, list, dict, type(None)) else True
 
 
 class Pruner(nn.Module):
@@ -324,7 +208,7 @@ class Pruner(nn.Module):
         """
         expected = self.state_dict()
         if expected:
-            self.load_state_dict(load_file(_weights_file(folder, expected, self.config)))
+            self.load_state_dict(load_file(weights_file(folder, expected, self.config)))
 
     def push_to_hub(
         self,
@@ -440,9 +324,24 @@ def pruner_class(name: str) -> type[Pruner]:
     return _REGISTRY[name]
 
 
+def known_class(name: object) -> type[Pruner] | None:
+    """The class registered under `name`, or None."""
+    return _REGISTRY.get(name) if isinstance(name, str) else None
+
+
+def keep_class(name: str, cls: type[Pruner]) -> None:
+    """Registers a fetched class, in place of an earlier one of that name."""
+    _REGISTRY[name] = cls
+
+
 def is_own(cls: type[Pruner]) -> bool:
     """Whether the class is one of this library."""
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def is_fetched(cls: type[Pruner]) -> bool:
+    """Whether the class is code that was loaded beside a config, and not registered by the user's own program."""
+    return cls.__module__.startswith("transformers_modules.")
 
 
 def planned_weights(cls: type[Pruner], config: PrunerConfig, where: str) -> dict[str, torch.Tensor]:
@@ -465,7 +364,7 @@ def planned_weights(cls: type[Pruner], config: PrunerConfig, where: str) -> dict
         raise ValueError(f"The pruner {config.pruner_type!r} cannot have the sizes of {where}: {problem}.") from None
 
 
-def _weights_file(folder: str | Path, expected: dict[str, torch.Tensor], config: PrunerConfig) -> Path:
+def weights_file(folder: str | Path, expected: dict[str, torch.Tensor], config: PrunerConfig) -> Path:
     """A learnt pruner's file of weights, of which the header alone has been read: it fits."""
     path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
@@ -475,96 +374,3 @@ def _weights_file(folder: str | Path, expected: dict[str, torch.Tensor], config:
         )
     check_weights(path, expected)
     return path
-
-
-def is_fetched(cls: type[Pruner]) -> bool:
-    """Whether the class is code that was loaded beside a config, and not registered by the user's own program."""
-    return cls.__module__.startswith("transformers_modules.")
-
-
-class AutoPruner:
-    """Builds pruners by registered name, from a folder or from the Hub."""
-
-    def __init__(self):
-        raise TypeError("AutoPruner is not instantiated: use AutoPruner.from_name or AutoPruner.from_pretrained.")
-
-    @staticmethod
-    def from_name(name: str, **settings) -> Pruner:
-        """`AutoPruner.from_name("divprune", pruning_ratio=0.9)`.
-
-        Raises:
-            ValueError: unknown name (the message lists the known ones) or a setting outside its range.
-            TypeError: a setting that the pruner does not have.
-        """
-        cls = pruner_class(name)
-        return cls(cls.config_class(**settings))
-
-    @staticmethod
-    def from_pretrained(name: str | Path, *, trust_remote_code: bool = False, **hub) -> Pruner:
-        """Loads a pruner from a folder or a Hub repo: `AutoPruner.from_pretrained("user/name", revision="v1")`.
-
-        Only registered names are looked up, and weights are read from safetensors alone. A pruner whose class this
-        program has registered never runs other code.
-
-        Args:
-            name (`str` or `Path`): an existing folder, else a Hub repo "user/name".
-            trust_remote_code (`bool`): run the code that the pruner brings along, of the commit its config is from.
-            hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, as everywhere on the Hub.
-
-        Raises:
-            FileNotFoundError, EntryNotFoundError: the folder, or the repo, lacks a file.
-            RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError: the Hub refuses or fails.
-            ConnectionError: it cannot be reached and the cache does not help.
-            ValueError: `name` is neither a folder nor a repo, a file holds what it should not, or the pruner needs
-                `trust_remote_code`.
-        """
-        source, config = _load_config(name, trust_remote_code, hub)
-        cls = pruner_class(config.pruner_type)
-        expected = planned_weights(cls, config, f"{CONFIG_NAME} of {source}")
-        if not expected:
-            return cls(config)
-        # Before the pruner takes any memory: the file bounds what its config may ask for.
-        path = _weights_file(source.name if source.local else source.fetch(WEIGHTS_NAME).parent, expected, config)
-        pruner = cls(config)
-        pruner.load_weights(path.parent)
-        check_numbers(path, pruner.state_dict())
-        return pruner
-
-
-def _load_config(name: str | Path, trust_remote_code: bool, hub: dict) -> tuple[Source, PrunerConfig]:
-    """The config, its class registered, and where it came from: everything else is read of that very commit."""
-    source = find_source(name, available_pruners(), **hub)
-    path = source.fetch(CONFIG_NAME)
-    source = source.pinned(path)
-    values = read_json(path, source)
-    cls = _class_of(values, source, trust_remote_code)
-    return source, cls.config_class.from_dict(values, f"{CONFIG_NAME} of {source}")
-
-
-def _class_of(values: dict, source: Source, trust_remote_code: bool) -> type[Pruner]:
-    name = values.get("pruner_type")
-    auto_map = values.get("auto_map")
-    reference = auto_map.get(AUTO_CLASS) if isinstance(auto_map, dict) else auto_map
-    known = _REGISTRY.get(name) if isinstance(name, str) else None
-    if reference is None or (known is not None and not is_fetched(known)):
-        return pruner_class(name)
-    file = code_file(reference, source)
-    if not trust_remote_code:
-        if known is not None and getattr(known, "fetched_from", None) == str(source):  # trusted before
-            return known
-        pin = "" if source.local else f" and revision={source.commit!r}"
-        raise ValueError(
-            f"The pruner {name!r} of {source} is code of its own, {file}, which is not run unasked. Read it; to run "
-            f"it, load with trust_remote_code=True{pin}. Or import a module of yours that registers {name!r}."
-        )
-    return _fetched_class(name, reference, source)
-
-
-def _fetched_class(name: object, reference: str, source: Source) -> type[Pruner]:
-    cls = load_class(reference, source)
-    is_pruner = isinstance(cls, type) and issubclass(cls, Pruner)
-    if not is_pruner or cls.config_class.pruner_type != name:
-        raise ValueError(f"{reference} of {source} is no pruner that is registered as {name!r}.")
-    cls.fetched_from = str(source)
-    _REGISTRY[name] = cls
-    return cls

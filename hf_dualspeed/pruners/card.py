@@ -15,7 +15,8 @@ from huggingface_hub import CommitInfo
 
 from ..cards import heading, merge_card
 from ..hub_io import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, is_repo_id, published_card, push_folder
-from .base import Pruner, budget
+from .base import Pruner
+from .config import budget
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..arguments import check_range
-from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, highest, register_pruner, rows_at, take
+from .base import PrunedTokens, Pruner, VisualTokens, highest, register_pruner, rows_at, take
+from .config import PrunerConfig
 from .float32 import Float32Linear, check_width
 
 

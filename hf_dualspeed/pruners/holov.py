@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ..arguments import check_range
-from .base import Pruner, PrunerConfig, VisualTokens, highest, register_pruner
+from .base import Pruner, VisualTokens, highest, register_pruner
+from .config import PrunerConfig
 from .grid import cells
 
 ROWS_AT_ONCE = 256

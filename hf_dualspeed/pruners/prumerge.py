@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ..arguments import check_range
-from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, highest, kept_mask, register_pruner, rows_at
+from .base import PrunedTokens, Pruner, VisualTokens, highest, kept_mask, register_pruner, rows_at
+from .config import PrunerConfig
 from .merging import first, on_device, patches, real_tokens
 
 WHISKER = 1.5  # interquartile ranges above the third quartile, beyond which a value is an outlier

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..arguments import check_range
-from .base import PrunerConfig, register_pruner
+from .base import register_pruner
+from .config import PrunerConfig
 from .layers import LayerPruner
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..arguments import check_range
-from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, budget, in_source_order, register_pruner
+from .base import PrunedTokens, Pruner, VisualTokens, in_source_order, register_pruner
+from .config import PrunerConfig, budget
 from .float32 import Float32Linear, check_width
 
 # Multiples of these, modulo 1, fill a line, a square and a cube evenly from the first one on: powers of the inverse

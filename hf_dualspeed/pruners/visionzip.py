@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..arguments import check_range
-from .base import PrunerConfig, VisualTokens, highest, register_pruner, rows_at
+from .base import VisualTokens, highest, register_pruner, rows_at
+from .config import PrunerConfig
 from .merging import ClusteringPruner, nearest, on_device, patches, real_tokens
 
 

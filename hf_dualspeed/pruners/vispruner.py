@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..arguments import check_range
-from .base import PrunedTokens, Pruner, PrunerConfig, VisualTokens, highest, register_pruner, rows_at, take
+from .base import PrunedTokens, Pruner, VisualTokens, highest, register_pruner, rows_at, take
+from .config import PrunerConfig
 
 # The official code drops 8 of 576 tokens a round. Larger images drop the same fraction, so that rounds stay as few.
 FEWEST_DROPPED, MOST_ROUNDS = 8, 72
