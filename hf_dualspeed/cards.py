@@ -33,6 +33,15 @@ def heading(words: str, level: int = 2) -> str:
     return f"{'#' * level} {words} {MARKER}"
 
 
+def table(head: tuple | list, rows: list) -> str:
+    """A Markdown table; bars and line breaks in cells are harmless."""
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in (head, ["---"] * len(head), *rows))
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else " ".join(str(value).split()).replace("|", "\\|")
+
+
 def merge_card(existing: str, generated: str) -> str:
     """Renews a card (README.md with YAML front matter) and keeps what a person wrote.
 

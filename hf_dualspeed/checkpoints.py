@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from .adapters import load_adapters
+from .hub_io import CONFIG_NAME as PRUNER_CONFIG_NAME
 from .hub_io import WEIGHTS_NAME as PRUNER_NAME
 from .isolator import WEIGHTS_NAME as ISOLATOR_NAME
 from .isolator import save_isolator, saved_length
@@ -96,7 +97,7 @@ class CheckpointMixin:
 def check_isolator(folder: str | Path, length: int) -> None:
     """Raises a `ValueError` where `folder` holds an isolator of another length than `length`, or none."""
     saved = saved_length(folder)
-    if saved is None and not (Path(folder) / "pruner_config.json").is_file():
+    if saved is None and not (Path(folder) / PRUNER_CONFIG_NAME).is_file():
         return  # not written by `save_model`: sharded, or no checkpoint at all, which the Trainer says
     if (saved or 0) != length:
         raise ValueError(

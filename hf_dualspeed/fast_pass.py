@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ from .isolator import ModeIsolator
 from .layer_pass import LayerPass, check_layers
 from .packing import Packing, one_sample
 from .protocol import RAW_KEYS, check_positions, check_protocol, encoder_owner, raw_keys, unwrap, visual_token_ids
-from .pruners import PrunedTokens, Pruner, VisualTokens
+from .pruners import PrunedTokens, Pruner
+from .pruners.base import unpruned
 from .shortening import FILL, Shortening, plan_shortening
 
 
@@ -198,7 +199,10 @@ def keep_tokens(
 ) -> Kept:
     """Prunes one modality and puts the isolator in front of each unit."""
     tokens, length = encoding.tokens(generator), 0 if prompt is None else len(prompt)
-    pruned = unpruned(tokens) if pruner.in_language_model else pruner(tokens)
+    if pruner.in_language_model:
+        pruned = replace(unpruned(tokens), finite=tokens.features.detach().isfinite().all())
+    else:
+        pruned = pruner(tokens)
     rows, repeats = kept_rows(pruned, encoding.lengths, length)
 
     def carried(level: torch.Tensor) -> torch.Tensor:
@@ -207,14 +211,6 @@ def keep_tokens(
     companions = {name: [carried(level) for level in levels] for name, levels in encoding.companions.items()}
     features = isolated(pruned.features, prompt).index_select(0, rows)
     return Kept(features, companions, [length + keep for keep in pruned.lengths], repeats, pruned.finite)
-
-
-def unpruned(tokens: VisualTokens) -> PrunedTokens:
-    """All tokens, as a pruner would return them."""
-    positions = torch.arange(tokens.features.shape[1], device=tokens.features.device)
-    positions = positions.expand(len(tokens.lengths), -1)
-    finite = tokens.features.detach().isfinite().all()
-    return PrunedTokens(tokens.features, positions, tokens.valid, tokens.lengths, finite=finite)
 
 
 def check_placeholders(model: nn.Module, encodings: list[VisualEncoding]) -> None:

@@ -71,9 +71,14 @@ def instructions(model: nn.Module, inputs: Mapping, token_id: int, lengths: list
 def unit_places(ids: torch.Tensor, token_id: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column of the first placeholder of each unit, `(U,)`."""
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).to(ids.device, non_blocking=True)
-    seen = (ids == token_id).flatten().cumsum(0)
-    first = torch.searchsorted(seen, starts + 1).clamp(max=ids.numel() - 1)  # where a count is off, shortening says so
+    first = flat_places(ids, token_id, starts)
     return first // ids.shape[1], first % ids.shape[1]
+
+
+def flat_places(ids: torch.Tensor, token_id: int, order: torch.Tensor) -> torch.Tensor:
+    """Where in the flattened batch the placeholders of these numbers lie, counted from 0, in the shape of `order`."""
+    seen = (ids == token_id).flatten().cumsum(0)
+    return torch.searchsorted(seen, order + 1).clamp(max=ids.numel() - 1)  # where a count is off, shortening says so
 
 
 def is_visual(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch import nn
 from .attention_capture import attention_of, listening, query_obstacle
 from .encoding import VisualEncoding
 from .families import family_of
+from .instructions import flat_places
 from .packing import VARLEN, is_flash, varlen
 from .protocol import unwrap
 from .pruners import VisualTokens, budget
@@ -317,8 +318,7 @@ def places_of(ids: torch.Tensor, token_id: int, lengths: list[int], isolator_len
     starts = torch.tensor([isolator_length, *(n + isolator_length for n in lengths[:-1])]).cumsum(0)[:, None]
     place = torch.arange(most)
     order = starts + torch.where(place < torch.tensor(lengths)[:, None], place, 0)
-    seen = (ids == token_id).flatten().cumsum(0)
-    return torch.searchsorted(seen, order.to(ids.device, non_blocking=True) + 1).clamp(max=ids.numel() - 1)
+    return flat_places(ids, token_id, order.to(ids.device, non_blocking=True))
 
 
 def last_instruction(inputs: Mapping, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

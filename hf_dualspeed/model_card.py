@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_dualspeed.cards import adopt_card, given_keys, heading, merge_card, split_front_matter
+from hf_dualspeed.cards import table as full_table
 from hf_dualspeed.hub_io import card_text, published_card
 from hf_dualspeed.results import percent
 
@@ -133,14 +134,7 @@ def is_empty_form(card: str) -> bool:
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:
     """A Markdown table of the rows that have a value, or nothing where none has."""
     rows = [row for row in rows if any(cell is not None for cell in row[1:])]
-    if not rows:
-        return ""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else " ".join(str(value).split()).replace("|", "\\|")
+    return full_table(head, rows) if rows else ""
 
 
 def settings_table(results: dict) -> str:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from test_trainer import DATA, SAMPLES, history, make
 from tiny_models import FAMILIES
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from hf_dualspeed import DualSpeedTrainer, speedup
 
@@ -24,6 +25,18 @@ class ShardedOnCpu(DualSpeedTrainer):
         assert self.args.device.type == "cpu"  # sets the process group up
         PartialState().distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
+
+
+class PushFirst(TrainerCallback):
+    """Waits for the push of a save before the next step, whose save would change the files that are being read."""
+
+    def __init__(self, trainer: DualSpeedTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        pushing = getattr(self.trainer, "push_in_progress", None)
+        if pushing is not None:
+            pushing.wait_until_done()
 
 
 def main() -> None:
@@ -72,6 +85,7 @@ def main() -> None:
         hub_model_id=options.push,
         hub_always_push=True,
     )
+    trainer.add_callback(PushFirst(trainer))
     trainer.processing_class = None  # Qwen's tiny processor lacks a video part, which saving asks for
     trainer.train(resume_from_checkpoint=options.resume or None)
     trainer.save_model()

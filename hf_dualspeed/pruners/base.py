@@ -174,10 +174,8 @@ class Pruner(nn.Module):
         if missing:
             raise ValueError(f"The pruner {self.config.pruner_type!r} needs `VisualTokens.{missing[0]}`, got None.")
         lengths = [budget(n, self.pruning_ratio) for n in tokens.lengths]
-        device = tokens.features.device
         if lengths == list(tokens.lengths):
-            positions = torch.arange(tokens.features.shape[1], device=device)
-            return PrunedTokens(tokens.features, positions.expand(len(lengths), -1), tokens.valid, lengths)
+            return unpruned(tokens)
         finite = tokens.features.detach().isfinite().all()
         for known in (tokens.attention, tokens.keys):  # rows that no patch made have an attention of -inf
             finite = finite if known is None else finite & ~known.isnan().any()
@@ -241,6 +239,12 @@ class Pruner(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pruning_ratio={self.config.pruning_ratio}"
+
+
+def unpruned(tokens: VisualTokens) -> PrunedTokens:
+    """All tokens, as a pruner returns them."""
+    positions = torch.arange(tokens.features.shape[1], device=tokens.features.device)
+    return PrunedTokens(tokens.features, positions.expand(len(tokens.lengths), -1), tokens.valid, list(tokens.lengths))
 
 
 def kept_mask(lengths: list[int], device: torch.device) -> torch.Tensor | None:

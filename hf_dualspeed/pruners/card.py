@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import CommitInfo
 
-from ..cards import heading, merge_card
+from ..cards import heading, merge_card, table
 from ..hub_io import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, is_repo_id, published_card, push_folder
 from .base import Pruner
 from .config import budget
@@ -181,10 +181,3 @@ def _citation(pruner: Pruner) -> str:
 
 def arxiv(paper: str) -> str:
     return f"[arXiv {paper}](https://arxiv.org/abs/{paper})"
-
-
-def table(head: tuple | list, rows: list) -> str:
-    """A Markdown table; bars and line breaks in cells are harmless."""
-    lines = [head, ["---"] * len(head), *rows]
-    cell = lambda value: " ".join(("" if value is None else str(value)).replace("|", "\\|").split())  # noqa: E731
-    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .base import PrunedTokens, Pruner, VisualTokens, highest, in_source_order, register_pruner, rows_at
+from .merging import on_device, real_tokens
 
 
 @register_pruner("trim")
@@ -41,7 +42,7 @@ class TrimPruner(Pruner):
         """Kept positions `(B, K)` with the mean's last, the share of each token in the mean `(B, N)`, and the mean's
         position `(B, 1)`."""
         features = tokens.features.detach().float()
-        real = torch.ones_like(features[..., 0], dtype=torch.bool) if tokens.valid is None else tokens.valid
+        real = real_tokens(tokens)
         whole = features.masked_fill(~real[..., None], 0).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
         asked = instruction(tokens)
         direction = torch.where((asked != 0).any(1, keepdim=True), asked, whole)
@@ -49,7 +50,7 @@ class TrimPruner(Pruner):
 
         count = features.shape[1]
         order = highest(similarity, tokens.valid, count)
-        last = torch.tensor(lengths).to(features.device, non_blocking=True)[:, None] - 1
+        last = on_device(lengths, tokens) - 1
         slot = torch.arange(count, device=features.device)
         rest = torch.zeros_like(real).scatter(1, order, slot >= last) & real
         share = rest / rest.sum(1, keepdim=True).clamp(min=1)

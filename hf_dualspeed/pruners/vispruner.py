@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from ..arguments import check_range
 from .base import PrunedTokens, Pruner, VisualTokens, highest, register_pruner, rows_at, take
 from .config import PrunerConfig
+from .merging import nearest
 
 # The official code drops 8 of 576 tokens a round. Larger images drop the same fraction, so that rounds stay as few.
 FEWEST_DROPPED, MOST_ROUNDS = 8, 72
-ROWS_AT_ONCE = 1024
 
 
 @dataclass
@@ -90,16 +90,10 @@ def without_duplicates(
         even, odd = rest[:, ::2], rest[:, 1::2]
         index = torch.arange(even.shape[1], device=rest.device)
         real_even, real_odd = 2 * index < counts, 2 * index[: odd.shape[1]] + 1 < counts
-        nearest = nearest_similarity(rows_at(units, even), rows_at(units, odd), real_odd)
-        order = nearest.masked_fill(~real_even, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+        similarity, _ = nearest(rows_at(units, even), rows_at(units, odd), real_odd)
+        order = similarity.masked_fill(~real_even, float("-inf")).sort(dim=1, descending=True, stable=True).indices
         stays = torch.cat([(index >= dropped) & real_even, real_odd], dim=1)
         most = max(n - d for n, d in zip(left, drop, strict=True))
         front = stays.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
         rest = torch.cat([even.gather(1, order), odd], dim=1).gather(1, front)
     return rest
-
-
-def nearest_similarity(units: torch.Tensor, others: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Similarity of each of `units` `(B, E, D)` to the nearest of `others` `(B, O, D)` that are `real`, `(B, E)`."""
-    parts = units.split(ROWS_AT_ONCE, dim=1)
-    return torch.cat([(part @ others.mT).masked_fill(~real[:, None], -2).amax(-1) for part in parts], dim=1)
