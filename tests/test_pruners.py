@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from families import FAMILIES, batch
 from families.base import HIDDEN
 from pruner_cases import build, grid, image, tokens
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dualspeed import (
     AutoPruner,
@@ -182,9 +183,10 @@ def reference_divprune(features: torch.Tensor, keep: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("matrix", [4096, 8])
-def test_divprune_is_the_papers_rule(seed, matrix, monkeypatch):
+@pytest.mark.parametrize(("matrix", "block"), [(4096, 512), (4096, 5), (8, 5)])
+def test_divprune_is_the_papers_rule(seed, matrix, block, monkeypatch):
     monkeypatch.setattr("hf_dualspeed.pruners.divprune.MATRIX_TOKENS", matrix)
+    monkeypatch.setattr("hf_dualspeed.pruners.divprune.BLOCK", block)
     batch = tokens((6, 7), (4, 4), seed=seed)
     out = AutoPruner.from_name("divprune", pruning_ratio=0.7)(batch)
     for i, n in enumerate(batch.lengths):
@@ -201,6 +203,15 @@ def test_divprune_does_not_wait_for_the_device_nor_loop_over_images():
             DivPrune(DivPrune.config_class(0.9)).rank(VisualTokens(torch.randn(images, 50, 8)), 5)
         calls[images] = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
     assert calls[16] <= calls[1] * 1.1
+
+
+def test_divprune_multiplies_each_pair_once(monkeypatch):
+    monkeypatch.setattr("hf_dualspeed.pruners.divprune.BLOCK", 16)
+    features = torch.randn(2, 160, 8)
+    with FlopCounterMode(display=False) as counter:
+        DivPrune(DivPrune.config_class(0.9)).rank(VisualTokens(features), 16)
+    blocks = 160 // 16
+    assert counter.get_total_flops() == 2 * 2 * 160 * 160 * 8 * (blocks + 1) / (2 * blocks)
 
 
 def test_random_draws_from_its_generator():

@@ -9,6 +9,8 @@ from .base import Pruner, VisualTokens, register_pruner
 
 # Above this many tokens the (N, N) similarities of one image no longer fit in memory beside a model.
 MATRIX_TOKENS = 4096
+# Rows of similarities that are made at a time: few enough that half of the products are left out.
+BLOCK = 512
 FARTHEST = -2.0  # below every cosine
 
 
@@ -17,18 +19,18 @@ class DivPrune(Pruner):
     """Keeps the most diverse tokens, by greedy max-min cosine distance.
 
     DivPrune, arXiv 2503.02175. The first token is the one whose nearest neighbour is farthest; each next one is the
-    token farthest from those already kept. Inputs: features alone. Cost: one (N, N) product and O(K N) for the choice,
-    batched over images, with no host synchronisation. The official code loops over images in Python and recomputes
-    the minimum over all kept tokens at each step; the running minimum here gives the same choice.
+    token farthest from those already kept. Inputs: features alone. Cost: one product of each pair of tokens and O(K N)
+    for the choice, batched over images, with no host synchronisation. The official code loops over images in Python and
+    recomputes the minimum over all kept tokens at each step; the running minimum here gives the same choice.
     """
 
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
         units = F.normalize(tokens.features.detach().float(), dim=-1)
-        similarity = units @ units.mT if units.shape[1] <= MATRIX_TOKENS else None
         images = torch.arange(len(units), device=units.device)
         padding = 0.0 if tokens.valid is None else torch.where(tokens.valid, 0.0, float("inf"))
 
-        pick = (nearest_similarity(units, similarity, tokens.valid) + padding).argmin(dim=1)
+        nearest, similarity = similarities(units, tokens.valid, whole=units.shape[1] <= MATRIX_TOKENS)
+        pick = (nearest + padding).argmin(dim=1)
         if similarity is not None:
             # A kept token is infinitely similar to itself, so that it is never the farthest from the kept ones.
             similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
@@ -46,16 +48,25 @@ class DivPrune(Pruner):
         return torch.stack(chosen, dim=1)
 
 
-def nearest_similarity(
-    units: torch.Tensor, similarity: torch.Tensor | None, valid: torch.Tensor | None, chunk: int = 1024
-) -> torch.Tensor:
-    """Similarity of each token to its nearest other token, `(B, N)`; overwrites `similarity` where it masks."""
-    parts = []
-    for start in range(0, units.shape[1], chunk):
-        rows = slice(start, start + chunk)
-        part = units[:, rows] @ units.mT if similarity is None else similarity[:, rows]
-        part.diagonal(start, 1, 2).fill_(FARTHEST)
+def similarities(
+    units: torch.Tensor, valid: torch.Tensor | None, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Similarity of each token to its nearest other one, `(B, N)`, and, if `whole`, all similarities `(B, N, N)`.
+
+    Each pair is multiplied once: the other half of the symmetric matrix is a copy.
+    """
+    batch, count, _ = units.shape
+    matrix = units.new_empty(batch, count, count) if whole else None
+    nearest = torch.full_like(units[..., 0], FARTHEST)
+    for start in range(0, count, BLOCK):
+        end = min(start + BLOCK, count)
+        part = units[:, start:end] @ units[:, start:].mT
+        if matrix is not None:
+            matrix[:, start:end, start:] = part
+            matrix[:, start:end, :start] = matrix[:, :start, start:end].mT
+        part.diagonal(dim1=1, dim2=2).fill_(FARTHEST)
         if valid is not None:
-            part.masked_fill_(~valid[:, None], FARTHEST)
-        parts.append(part.amax(dim=-1))
-    return torch.cat(parts, dim=1)
+            part.masked_fill_(~(valid[:, start:end, None] & valid[:, None, start:]), FARTHEST)
+        nearest[:, start:end] = torch.maximum(nearest[:, start:end], part.amax(dim=2))
+        nearest[:, end:] = torch.maximum(nearest[:, end:], part[:, :, end - start :].amax(dim=1))
+    return nearest, matrix
