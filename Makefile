@@ -45,6 +45,7 @@ cards: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/dualspeed bench
+	$(BIN)/dualspeed bench --profile
 	$(BIN)/dualspeed bench --growth
 
 conformance: $(STAMP)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -56,10 +57,7 @@ def main(argv: list[str]) -> None:
         argv (`list[str]`): The words after `dualspeed bench`.
     """
     options = parse_arguments(argv)
-    if options.growth:
-        from hf_dualspeed import bench_growth as kind
-    else:
-        from hf_dualspeed import bench as kind
+    kind = import_module("hf_dualspeed.bench" if options.kind == "steps" else f"hf_dualspeed.bench_{options.kind}")
     path = Path(options.output)
     if options.render_only:
         if not path.is_file():

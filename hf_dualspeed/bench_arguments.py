@@ -13,15 +13,21 @@ from hf_dualspeed.pruners import available_pruners, pruner_class
 SCALES = ("small", "full")
 SETTINGS = ("on", "off")  # of activation checkpointing
 GROWTH_TOKENS = (144, 576, 2304, 9216)
-OUTPUTS = {False: "docs/results/bench.json", True: "docs/results/bench_growth.json"}
+# What can be measured, and where it goes.
+OUTPUTS = {
+    "steps": "docs/results/bench.json",
+    "growth": "docs/results/bench_growth.json",
+    "profile": "docs/results/bench_profile.json",
+}
 
 
 HELP = {
-    "shape": f"One or several of {', '.join(SHAPES)}. Unset: llava-1.5 and llava-next; llava-1.5 with --growth.",
+    "shape": f"One or several of {', '.join(SHAPES)}. "
+    "Unset: llava-1.5 and llava-next, or llava-1.5 with --growth and --profile.",
     "model": "In place of shapes: a folder or Hub id with a model and its processor.",
     "scale": "'small': language models of about 25 M parameters; 'full': real sizes, on a GPU.",
     "lora": "Train LoRA adapters (r=128) and the projector in place of the whole language model.",
-    "checkpointing": "Activation checkpointing 'on', 'off' or both. Unset: both; 'on' with --growth.",
+    "checkpointing": "Activation checkpointing 'on', 'off' or both. Unset: both; 'on' with --growth and --profile.",
     "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 'auto' with checkpointing on, 1 with it off.",
     "batch": "Samples, with one image each. Unset: 8 of llava-1.5, 6 of other shapes, 4 of --model, 1 with --growth.",
     "text_tokens": "Text tokens per sample, at most 64 of them supervised.",
@@ -34,7 +40,8 @@ HELP = {
     "slow_ratio": "Slow steps in the expected speed-up, [0, 1].",
     "threads": "CPU threads. Unset: PyTorch's choice.",
     "growth": "Measure llava-1.5 of 144 to 9216 visual tokens instead, one sample per batch.",
-    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth].json.",
+    "profile": "Profile fast steps instead: where their time goes.",
+    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth|_profile].json.",
     "render_only": "Render the JSON of an earlier run anew.",
 }
 
@@ -64,6 +71,7 @@ class BenchArguments:
     slow_ratio: float = 0.1
     threads: int | None = None
     growth: bool = False
+    profile: bool = False
     output: str | None = None
     render_only: bool = False
 
@@ -95,12 +103,20 @@ class BenchArguments:
 
     def _fill(self) -> None:
         if self.shape is None:
-            self.shape = ["llava-1.5"] if self.growth else ["llava-1.5", "llava-next"]
+            self.shape = ["llava-1.5", "llava-next"] if self.kind == "steps" else ["llava-1.5"]
             self._given = False
         else:
             self._given = True
-        self.checkpointing = self.checkpointing or (["on"] if self.growth else list(SETTINGS))
-        self.output = self.output or OUTPUTS[self.growth]
+        self.checkpointing = self.checkpointing or (list(SETTINGS) if self.kind == "steps" else ["on"])
+        self.output = self.output or OUTPUTS[self.kind]
+
+    @property
+    def kind(self) -> str:
+        """What is measured: a key of [`OUTPUTS`]."""
+        chosen = [name for name in ("growth", "profile") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"`{chosen[0]}` and `{chosen[1]}` are measured each by itself. Give one of them.")
+        return chosen[0] if chosen else "steps"
 
     def _check_shapes(self) -> None:
         for name in self.shape:
@@ -151,7 +167,7 @@ class BenchArguments:
 
     def recorded(self) -> dict:
         """What the result file keeps."""
-        left = ("output", "threads", "render_only", "growth", "shape", "checkpointing", "slow_splits", "batch")
+        left = ("output", "threads", "render_only", *OUTPUTS, "shape", "checkpointing", "slow_splits", "batch")
         return {key: value for key, value in asdict(self).items() if key not in left}
 
 

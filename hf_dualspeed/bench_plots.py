@@ -88,6 +88,31 @@ def _stack_parts(axis: Axes, row: int, run: dict) -> None:
         left += width
 
 
+def plot_profile(results: dict, path: Path) -> Path:
+    """Draws what a fast step consists of: its phases, and the operators that compute meanwhile."""
+    from hf_dualspeed.bench_profile import PHASES
+
+    runs = results["runs"]
+    figure, axes = figure_of(10, 0.8 + 2.6 * len(runs), len(runs), 2)
+    for row, run in zip(axes, runs, strict=True):
+        for axis, parts, title in zip(row, ("phases", "operators"), ("by phase", "by kind of operator"), strict=True):
+            names = [PHASES.get(name, name) for name in run[parts]]
+            values = [1000 * value["median"] for value in run[parts].values()]
+            axis.barh(names, values, height=0.65, color=PART_STYLE["encoder"][0])
+            for place, value in enumerate(values):
+                share = value / 1000 / run["seconds"]["median"]
+                axis.annotate(
+                    f"{share:.1%}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=9
+                )
+            axis.invert_yaxis()
+            axis.set_xlim(0, 1.18 * max(values))
+            axis.set_xlabel("milliseconds")
+            axis.set_title(f"{run['shape']}, a fast step {title}", fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return path
+
+
 def plot_growth(results: dict, path: Path) -> Path:
     """Draws time and memory against the number of visual tokens on logarithmic axes."""
     figure, axes = figure_of(9, 4.4, 1, 2)

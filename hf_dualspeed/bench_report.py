@@ -44,7 +44,8 @@ def check_format(results: dict, kind: str = "training steps, forward and backwar
         )
     if results["benchmark"] != kind:
         raise ValueError(
-            f"`output` holds {results['benchmark']!r}, not {kind!r}. Give --growth for the one and not for the other."
+            f"`output` holds {results['benchmark']!r}, not {kind!r}. Give the option that it was measured with, such as "
+            "--growth, or none."
         )
 
 
@@ -198,10 +199,19 @@ def setting_line(results: dict) -> str:
     )
 
 
-def run_line(run: dict) -> str:
-    """Model, batch and splits of a run in words."""
+def model_line(run: dict) -> str:
+    """Model and batch of a run in words."""
     size = run["parameters"]["language_model_without_embeddings"] / 1e6
     tower = run["parameters"]["vision_tower"] / 1e6
+    return (
+        f"Language model of {size:.1f} M parameters without embeddings, vision tower of {tower:.1f} M, batch "
+        f"{run['batch']}, per sample {run['visual_tokens']:.0f} visual and {run['text_tokens']:.0f} text tokens, "
+        f"{run['supervised_tokens']:.0f} of them supervised."
+    )
+
+
+def run_line(run: dict) -> str:
+    """Model, batch and splits of a run in words."""
     parts = "in one part" if run["slow_parts"] == 1 else f"in {run['slow_parts']} parts"
     ratio = ""
     if "encoder_ratio" in run:
@@ -210,9 +220,7 @@ def run_line(run: dict) -> str:
             f"language model's layers; in {run['like']} {run['real_encoder_ratio']:.3g} times."
         )
     return (
-        f"Language model of {size:.1f} M parameters without embeddings, vision tower of {tower:.1f} M, batch "
-        f"{run['batch']}, per sample {run['visual_tokens']:.0f} visual and {run['text_tokens']:.0f} text tokens, "
-        f"{run['supervised_tokens']:.0f} of them supervised. Activation checkpointing {run['checkpointing']}, slow "
+        f"{model_line(run)} Activation checkpointing {run['checkpointing']}, slow "
         f"steps {parts} (slow_mode_splits={run['slow_splits']!r}).{ratio}"
     )
 

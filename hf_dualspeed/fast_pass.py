@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from .arguments import POSITION_IDS, VIDEO_BUDGETS, check_choice
 from .encoding import VisualEncoding, encode
@@ -202,7 +203,8 @@ def keep_tokens(
     if pruner.in_language_model:
         pruned = replace(unpruned(tokens), finite=tokens.features.detach().isfinite().all())
     else:
-        pruned = pruner(tokens)
+        with record_function("dualspeed.select"):
+            pruned = pruner(tokens)
     rows, repeats = kept_rows(pruned, encoding.lengths, length)
 
     def carried(level: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from .batch_parts import BatchParts
 from .data import require
@@ -169,7 +170,8 @@ class ModePass(nn.Module):
             inputs = self._shorten(model, inputs, encodings)
         elif self.distil or self._parts > 1:
             if self.distil:
-                self.teacher_logits = self._teach(model, inputs, encodings)
+                with record_function("dualspeed.teach"):
+                    self.teacher_logits = self._teach(model, inputs, encodings)
             # The student takes the images as they were encoded for the teacher, with gradients.
             with self.autocast():
                 inputs = whole_inputs(model, inputs, encodings)
@@ -182,7 +184,7 @@ class ModePass(nn.Module):
         """A batch, or its next part, and what was encoded of it: for all parts at once, in front of the first."""
         if self._batch is None:
             needs = self.pruner.needs if self.mode == FAST or self.distil else frozenset()
-            with self.autocast():
+            with self.autocast(), record_function("dualspeed.encode"):
                 encodings = encode(model, inputs, needs, self.video_budget)
             if self._parts == 1:
                 return inputs, encodings
@@ -202,9 +204,10 @@ class ModePass(nn.Module):
     def _shorten(self, model: nn.Module, inputs: dict, encodings: list) -> dict:
         """Inputs of the pruned view. A pruner inside the language model then drops tokens until its layers close."""
         layers = self._layers = LayerPass(model, self.pruner) if self.pruner.in_language_model else None
-        short = shorten_inputs(
-            model, inputs, encodings, self.pruner, self.isolator, self.position_ids, self.generator, layers
-        )
+        with record_function("dualspeed.shorten"):
+            short = shorten_inputs(
+                model, inputs, encodings, self.pruner, self.isolator, self.position_ids, self.generator, layers
+            )
         if layers is not None:
             layers.open()
         return short

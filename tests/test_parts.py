@@ -235,6 +235,7 @@ LAYERS = [
         "bench_growth",
         "bench_memory",
         "bench_plots",
+        "bench_profile",
         "bench_report",
         "bench_shapes",
         "assemble",
