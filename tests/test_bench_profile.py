@@ -42,7 +42,9 @@ def test_parts_add_up_to_the_step(measured):
 def test_files_of_another_kind_are_named(measured):
     path, _ = measured
     assert cli.main(["bench", "--profile", "--render-only", "--output", str(path)]) == 0
-    with pytest.raises(ValueError, match="holds 'profile of a fast step', not 'training steps.*such as --growth"):
+    with pytest.raises(
+        ValueError, match="holds 'profile of a fast step', not 'training steps.*Give --growth or the other option"
+    ):
         bench.main(["--render-only", "--output", str(path)])
 
 
