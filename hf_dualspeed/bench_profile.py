@@ -196,18 +196,23 @@ def time_and_share(value: dict, run: dict) -> tuple[str, str]:
     return milliseconds(value["median"]), f"{value['median'] / run['seconds']['median']:.1%}"
 
 
+def readme_table(results: dict) -> str:
+    """The tables of each run, for a page that shows the plot itself."""
+    check_format(results, KIND)
+    parts = [setting_line(results)]
+    for run in results["runs"]:
+        parts += [f"{run['shape']}: {model_line(run)}"]
+        parts += [markdown_table(HEADER, phase_rows(run)), markdown_table(OPERATOR_HEADER, operator_rows(run))]
+    return "\n\n".join(parts)
+
+
 def markdown(results: dict, plot: str) -> str:
     """The Markdown page."""
     parts = [
         "# Where the time of a fast step goes",
-        "A fast step, forward and backward, under `torch.profiler`, which itself slows the host down a little: "
-        f"{setting_line(results)}",
+        "A fast step, forward and backward, under `torch.profiler`, which itself slows the host down a little.",
+        readme_table(results),
         f"![Profile]({plot})",
-    ]
-    for run in results["runs"]:
-        parts += [f"## {run['shape']}", model_line(run)]
-        parts += [markdown_table(HEADER, phase_rows(run)), markdown_table(OPERATOR_HEADER, operator_rows(run))]
-    parts += [
         f"'{IDLE.capitalize()}' is the time in which no operator computes: Python, dispatch, and the profiler itself.",
         f"Measured {results['date']} UTC with `dualspeed bench --profile`.",
     ]
