@@ -58,6 +58,8 @@ def main(argv: list[str]) -> None:
     options = parse_arguments(argv)
     if options.growth:
         from hf_dualspeed import bench_growth as kind
+    elif options.lengths:
+        from hf_dualspeed import bench_lengths as kind
     else:
         from hf_dualspeed import bench as kind
     path = Path(options.output)

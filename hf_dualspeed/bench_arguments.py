@@ -13,7 +13,8 @@ from hf_dualspeed.pruners import available_pruners, pruner_class
 SCALES = ("small", "full")
 SETTINGS = ("on", "off")  # of activation checkpointing
 GROWTH_TOKENS = (144, 576, 2304, 9216)
-OUTPUTS = {False: "docs/results/bench.json", True: "docs/results/bench_growth.json"}
+ROUNDS, ROUNDS_OF_LENGTHS = 8, 2
+TEXT, LONGEST_TEXT = 200, 1024
 
 
 HELP = {
@@ -21,20 +22,23 @@ HELP = {
     "model": "In place of shapes: a folder or Hub id with a model and its processor.",
     "scale": "'small': language models of about 25 M parameters; 'full': real sizes, on a GPU.",
     "lora": "Train LoRA adapters (r=128) and the projector in place of the whole language model.",
-    "checkpointing": "Activation checkpointing 'on', 'off' or both. Unset: both; 'on' with --growth.",
-    "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 'auto' with checkpointing on, 1 with it off.",
+    "checkpointing": "Activation checkpointing 'on', 'off' or both. Unset: both; --growth: 'on'; --lengths: 'off'.",
+    "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 'auto' with checkpointing on; else, or with --lengths, 1.",
     "batch": "Samples, with one image each. Unset: 8 of llava-1.5, 6 of other shapes, 4 of --model, 1 with --growth.",
-    "text_tokens": "Text tokens per sample, at most 64 of them supervised.",
+    "text_tokens": f"Text tokens per sample, at most 64 of them supervised; with --lengths at most so many. Unset: "
+    f"{TEXT}; {LONGEST_TEXT} with --lengths.",
     "image_size": "Edge of the image in pixels, for llava-1.5 and --model. Unset: 336.",
     "hidden_size": "Width of the language model, a multiple of 64. Unset: the shape's.",
     "layers": "Layers of the language model. Unset: the shape's.",
-    "rounds": "Rounds; each measures every variant once.",
+    "rounds": f"Rounds; each measures every variant once. Unset: {ROUNDS}; {ROUNDS_OF_LENGTHS} with --lengths.",
     "pruner": "Registered pruner.",
     "pruning_ratio": "Fraction of visual tokens removed, [0, 1).",
     "slow_ratio": "Slow steps in the expected speed-up, [0, 1].",
     "threads": "CPU threads. Unset: PyTorch's choice.",
     "growth": "Measure llava-1.5 of 144 to 9216 visual tokens instead, one sample per batch.",
-    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth].json.",
+    "lengths": "Measure batches at random against batches of like length instead, with texts of drawn lengths.",
+    "steps": "Steps of --lengths, with each kind of batches.",
+    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth|_lengths].json.",
     "render_only": "Render the JSON of an earlier run anew.",
 }
 
@@ -54,22 +58,24 @@ class BenchArguments:
     checkpointing: list[str] | None = None
     slow_splits: str | None = None
     batch: int | None = None
-    text_tokens: int = 200
+    text_tokens: int | None = None
     image_size: int | None = None
     hidden_size: int | None = None
     layers: int | None = None
-    rounds: int = 8
+    rounds: int | None = None
     pruner: str = "divprune"
     pruning_ratio: float = 0.9
     slow_ratio: float = 0.1
     threads: int | None = None
     growth: bool = False
+    lengths: bool = False
+    steps: int = 24
     output: str | None = None
     render_only: bool = False
 
     def __post_init__(self):
         self._fill()
-        for name, low in {"batch": 1, "layers": 1, "text_tokens": 4, "rounds": 2}.items():
+        for name, low in {"batch": 1, "layers": 1, "text_tokens": 4, "rounds": 2, "steps": 2}.items():
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low, off=f"Use --{name.replace('_', '-')} {low} or more.")
         if self.threads is not None:
@@ -94,13 +100,18 @@ class BenchArguments:
         self._check_shapes()
 
     def _fill(self) -> None:
-        if self.shape is None:
-            self.shape = ["llava-1.5"] if self.growth else ["llava-1.5", "llava-next"]
-            self._given = False
-        else:
-            self._given = True
-        self.checkpointing = self.checkpointing or (["on"] if self.growth else list(SETTINGS))
-        self.output = self.output or OUTPUTS[self.growth]
+        if self.growth and self.lengths:
+            raise ValueError("`growth` and `lengths` are measured one at a time. Give --growth or --lengths.")
+        self._given = self.shape is not None
+        kind = "_growth" if self.growth else "_lengths" if self.lengths else ""
+        self.shape = self.shape or (["llava-1.5"] if kind else ["llava-1.5", "llava-next"])
+        settings = {"_growth": ["on"], "_lengths": ["off"]}
+        self.checkpointing = self.checkpointing or settings.get(kind, list(SETTINGS))
+        self.output = self.output or f"docs/results/bench{kind}.json"
+        if self.text_tokens is None:
+            self.text_tokens = LONGEST_TEXT if self.lengths else TEXT
+        if self.rounds is None:
+            self.rounds = ROUNDS_OF_LENGTHS if self.lengths else ROUNDS
 
     def _check_shapes(self) -> None:
         for name in self.shape:
@@ -110,6 +121,8 @@ class BenchArguments:
                 "`growth` is measured on llava-1.5 with images of several sizes. Leave --shape, --model and "
                 "--image-size out."
             )
+        if self.lengths and (self.shape != ["llava-1.5"] or self.model):
+            raise ValueError("`lengths` is measured on llava-1.5. Leave --shape and --model out.")
         if self.model is not None and (self._given or self.hidden_size or self.layers or self.scale == "full"):
             raise ValueError(
                 f"`model` is {self.model!r}, which brings its own sizes. Leave --shape, --scale, --hidden-size and "
@@ -147,11 +160,22 @@ class BenchArguments:
 
     def splits(self, checkpointing: str) -> int | str:
         """`slow_mode_splits` beside a setting of checkpointing."""
-        return self.slow_splits or ("auto" if checkpointing == "on" else 1)
+        return self.slow_splits or ("auto" if checkpointing == "on" and not self.lengths else 1)
 
     def recorded(self) -> dict:
         """What the result file keeps."""
-        left = ("output", "threads", "render_only", "growth", "shape", "checkpointing", "slow_splits", "batch")
+        left = [
+            "output",
+            "threads",
+            "render_only",
+            "growth",
+            "lengths",
+            "shape",
+            "checkpointing",
+            "slow_splits",
+            "batch",
+        ]
+        left += [] if self.lengths else ["steps"]
         return {key: value for key, value in asdict(self).items() if key not in left}
 
 
@@ -169,7 +193,7 @@ class _Parser(argparse.ArgumentParser):
 
 DESCRIPTION = """Times fast and slow training steps against plain ones, in random weights. On two CPU cores, very
 roughly: a round of llava-1.5 takes half a minute and one of llava-next two minutes, with each setting of checkpointing;
-one of --growth two minutes."""
+one of --growth two minutes, one of --lengths a minute and a half."""
 
 
 def parse_arguments(argv: list[str]) -> BenchArguments:

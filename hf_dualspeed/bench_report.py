@@ -44,7 +44,8 @@ def check_format(results: dict, kind: str = "training steps, forward and backwar
         )
     if results["benchmark"] != kind:
         raise ValueError(
-            f"`output` holds {results['benchmark']!r}, not {kind!r}. Give --growth for the one and not for the other."
+            f"`output` holds {results['benchmark']!r}, not {kind!r}. Give --growth or --lengths for the "
+            "one and not for the other."
         )
 
 

@@ -234,6 +234,7 @@ LAYERS = [
         "bench",
         "bench_arguments",
         "bench_growth",
+        "bench_lengths",
         "bench_memory",
         "bench_plots",
         "bench_report",
