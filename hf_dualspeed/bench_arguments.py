@@ -23,7 +23,7 @@ HELP = {
     "scale": "'small': language models of about 25 M parameters; 'full': real sizes, on a GPU.",
     "lora": "Train LoRA adapters (r=128) and the projector in place of the whole language model.",
     "checkpointing": "Activation checkpointing 'on', 'off' or both. Unset: both; --growth: 'on'; --lengths: 'off'.",
-    "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 'auto' with checkpointing on; else, or with --lengths, 1.",
+    "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 1; 'auto' with checkpointing on and no --lengths.",
     "batch": "Samples, with one image each. Unset: 8 of llava-1.5, 6 of other shapes, 4 of --model, 1 with --growth.",
     "text_tokens": f"Text tokens per sample, at most 64 of them supervised; with --lengths at most so many. Unset: "
     f"{TEXT}; {LONGEST_TEXT} with --lengths.",

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from hf_dualspeed.bench_report import FAST_PARTS, PARTS, REST, STEPS, milliseconds
 
@@ -153,6 +153,8 @@ def plot_lengths(results: dict, path: Path) -> Path:
             axis.bar_label(bars, [form.format(value) for value in values[arm]], padding=2, fontsize=9)
         axis.set_xticks(range(len(names)), list(names.values()))
         axis.set_ylabel(label)
+        if label.startswith("padding"):
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.set_ylim(0, 1.15 * max(max(column) for column in values.values()))
         axis.spines[["top", "right"]].set_visible(False)
     handles, said = axes[0].get_legend_handles_labels()
