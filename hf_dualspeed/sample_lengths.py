@@ -79,6 +79,9 @@ class TokenCounter:
 
     def __call__(self, example: Mapping) -> dict[str, Any]:
         """`{"length": tokens, "visual_length": [visual tokens of each image]}`."""
+        if "input_ids" in example:  # tokenized already
+            visual = sum(token in self.visual_token_ids for token in example["input_ids"])
+            return {LENGTH: len(example["input_ids"]), VISUAL: [visual] if visual else []}
         sample = to_messages(example)
         if sample["videos"]:
             return self._collated(example, len(sample["images"]) + len(sample["videos"]))
