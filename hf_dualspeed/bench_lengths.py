@@ -26,6 +26,7 @@ from hf_dualspeed.schedule import FAST, SLOW, ModeSchedule
 
 KIND = "steps on batches of like length"
 RANDOM, GROUPED = "random", "grouped"
+LEAST_SLOW = 4  # steps
 MEDIAN, SIGMA, SHORTEST, SEED = 60, 0.9, 16, 0
 EPOCH_STEPS = 200  # of which the padding alone is counted; enough to be grouped as those of a long training are
 HEADER = ("steps", "padding, random", "padding, by length", "random, ms", "by length, ms", "gain", "gain by FLOPs")
@@ -67,7 +68,8 @@ class LengthBench(Bench):
         super().__init__(options, shape, options.checkpointing[0], folder)
         self.whole, self.visual = self.batch, shape.visual_tokens
         steps, rows = options.steps, len(self.batch["input_ids"])
-        slow = min(steps - 1, max(1, round(steps * options.slow_ratio)))
+        # Those are few in a short run, and two batches tell little of grouping; costs are weighted by the ratio.
+        slow = min(steps - 1, max(min(LEAST_SLOW, steps // 2), round(steps * options.slow_ratio)))
         self.modes = [SLOW if step < slow else FAST for step in range(steps)]
         self.texts = drawn_lengths(max(steps, EPOCH_STEPS) * rows, options.text_tokens)
         self.lengths = self.lengths_of(self.texts)

@@ -44,7 +44,7 @@ def test_padded_batches_hold_each_text_and_its_end_as_labels():
 
 def test_both_kinds_of_batches_hold_the_same_samples_in_the_same_modes(tmp_path):
     bench = bench_lengths.LengthBench(parse_arguments(FLAGS), str(tmp_path))
-    assert bench.modes == ["slow"] * 2 + ["fast"] * 6
+    assert bench.modes == ["slow"] * 4 + ["fast"] * 4
     for mode in ("fast", "slow"):
         samples = {
             arm: sorted(s for batch, m in zip(plan, bench.modes, strict=True) if m == mode for s in batch)
@@ -63,7 +63,7 @@ def test_both_kinds_of_batches_hold_the_same_samples_in_the_same_modes(tmp_path)
 def test_results_and_page(measured):
     path, results = measured
     run = results["runs"][0]
-    assert run["steps"] == {"fast": 6, "slow": 2}
+    assert run["steps"] == {"fast": 4, "slow": 4}
     assert (len(run["text_lengths"]), results["rounds"]) == (32, 2)
     for mode in ("fast", "slow"):
         real = {arm: p[mode]["tokens"] - p[mode]["padding"] for arm, p in run["padding"].items()}
@@ -73,10 +73,8 @@ def test_results_and_page(measured):
         assert run["epoch_padding"][GROUPED][mode]["padding"] < 0.8 * run["epoch_padding"][RANDOM][mode]["padding"]
         times = [torch.tensor(run["seconds_by_round"][arm][mode]) for arm in (RANDOM, GROUPED)]
         assert run["gains"][mode]["median"] == pytest.approx((times[0] / times[1]).quantile(0.5).item(), rel=1e-4)
-    mixes = [
-        sum(w * run["flops"][arm][m] / n for m, n, w in (("fast", 6, 0.75), ("slow", 2, 0.25)))
-        for arm in (RANDOM, GROUPED)
-    ]
+    work = {arm: {mode: run["flops"][arm][mode] / 4 for mode in ("fast", "slow")} for arm in (RANDOM, GROUPED)}
+    mixes = [0.75 * of["fast"] + 0.25 * of["slow"] for of in work.values()]
     assert run["gains"]["mix"]["by_flops"] == pytest.approx(mixes[0] / mixes[1])
     shares = bench_lengths.shares(results, GROUPED)
     assert min(shares["fast"], shares["slow"]) <= shares["mix"] <= max(shares["fast"], shares["slow"])
