@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
 	@echo "make compare     train with and without DualSpeed and compare them"
 	@echo "make cards       render the cards in model_cards anew, that of the quickstart from its last run"
-	@echo "make bench       time fast and slow training steps, and their growth with the tokens (1 to 2 hours)"
+	@echo "make bench       time training steps, their growth with the tokens, and batches of like length (1 to 2 hours)"
 	@echo "make conformance check every model family and write docs/supported_models.md"
 	@echo "make test        run the tests"
 	@echo "make test-min    run them on the lowest versions that pyproject.toml allows"
@@ -47,6 +47,7 @@ bench: $(STAMP)
 	$(BIN)/dualspeed bench
 	$(BIN)/dualspeed bench --profile
 	$(BIN)/dualspeed bench --growth
+	$(BIN)/dualspeed bench --lengths
 
 conformance: $(STAMP)
 	$(BIN)/python tests/supported_models.py

@@ -13,35 +13,50 @@ from hf_dualspeed.pruners import available_pruners, pruner_class
 SCALES = ("small", "full")
 SETTINGS = ("on", "off")  # of activation checkpointing
 GROWTH_TOKENS = (144, 576, 2304, 9216)
-# What can be measured, and where it goes.
-OUTPUTS = {
-    "steps": "docs/results/bench.json",
-    "growth": "docs/results/bench_growth.json",
-    "profile": "docs/results/bench_profile.json",
+STEPS = {"shape": ["llava-1.5", "llava-next"], "checkpointing": list(SETTINGS), "text_tokens": 200, "rounds": 8}
+# What can be measured, and the options of each that are left unset.
+KINDS = {
+    "steps": STEPS,
+    "growth": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
+    "profile": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
+    "lengths": {"shape": ["llava-1.5"], "checkpointing": ["off"], "text_tokens": 1024, "rounds": 2},
 }
 
 
+def defaults(option: str) -> str:
+    """What an option is by default, in words."""
+
+    def told(value: object) -> str:
+        return " and ".join(value) if isinstance(value, list) else str(value)
+
+    usual = told(KINDS["steps"][option])
+    others = [f"{told(of[option])} with --{kind}" for kind, of in KINDS.items() if told(of[option]) != usual]
+    return f"Unset: {'; '.join([usual, *others])}."
+
+
 HELP = {
-    "shape": f"One or several of {', '.join(SHAPES)}. "
-    "Unset: llava-1.5 and llava-next, or llava-1.5 with --growth and --profile.",
+    "shape": f"One or several of {', '.join(SHAPES)}. {defaults('shape')}",
     "model": "In place of shapes: a folder or Hub id with a model and its processor.",
     "scale": "'small': language models of about 25 M parameters; 'full': real sizes, on a GPU.",
     "lora": "Train LoRA adapters (r=128) and the projector in place of the whole language model.",
-    "checkpointing": "Activation checkpointing 'on', 'off' or both. Unset: both; 'on' with --growth and --profile.",
-    "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 'auto' with checkpointing on, 1 with it off.",
+    "checkpointing": f"Activation checkpointing 'on', 'off' or both. {defaults('checkpointing')}",
+    "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 1; 'auto' with checkpointing on and no --lengths.",
     "batch": "Samples, with one image each. Unset: 8 of llava-1.5, 6 of other shapes, 4 of --model, 1 with --growth.",
-    "text_tokens": "Text tokens per sample, at most 64 of them supervised.",
+    "text_tokens": "Text tokens per sample, at most 64 of them supervised; with --lengths at most so many. "
+    f"{defaults('text_tokens')}",
     "image_size": "Edge of the image in pixels, for llava-1.5 and --model. Unset: 336.",
     "hidden_size": "Width of the language model, a multiple of 64. Unset: the shape's.",
     "layers": "Layers of the language model. Unset: the shape's.",
-    "rounds": "Rounds; each measures every variant once.",
+    "rounds": f"Rounds; each measures every variant once. {defaults('rounds')}",
     "pruner": "Registered pruner.",
     "pruning_ratio": "Fraction of visual tokens removed, [0, 1).",
     "slow_ratio": "Slow steps in the expected speed-up, [0, 1].",
     "threads": "CPU threads. Unset: PyTorch's choice.",
     "growth": "Measure llava-1.5 of 144 to 9216 visual tokens instead, one sample per batch.",
     "profile": "Profile fast steps instead: where their time goes.",
-    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth|_profile].json.",
+    "lengths": "Measure batches at random against batches of like length instead, with texts of drawn lengths.",
+    "steps": "Steps of --lengths, with each kind of batches.",
+    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth|_profile|_lengths].json.",
     "render_only": "Render the JSON of an earlier run anew.",
 }
 
@@ -61,23 +76,25 @@ class BenchArguments:
     checkpointing: list[str] | None = None
     slow_splits: str | None = None
     batch: int | None = None
-    text_tokens: int = 200
+    text_tokens: int | None = None
     image_size: int | None = None
     hidden_size: int | None = None
     layers: int | None = None
-    rounds: int = 8
+    rounds: int | None = None
     pruner: str = "divprune"
     pruning_ratio: float = 0.9
     slow_ratio: float = 0.1
     threads: int | None = None
     growth: bool = False
     profile: bool = False
+    lengths: bool = False
+    steps: int = 24
     output: str | None = None
     render_only: bool = False
 
     def __post_init__(self):
         self._fill()
-        for name, low in {"batch": 1, "layers": 1, "text_tokens": 4, "rounds": 2}.items():
+        for name, low in {"batch": 1, "layers": 1, "text_tokens": 4, "rounds": 2, "steps": 2}.items():
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low, off=f"Use --{name.replace('_', '-')} {low} or more.")
         if self.threads is not None:
@@ -102,20 +119,18 @@ class BenchArguments:
         self._check_shapes()
 
     def _fill(self) -> None:
-        if self.shape is None:
-            self.shape = ["llava-1.5", "llava-next"] if self.kind == "steps" else ["llava-1.5"]
-            self._given = False
-        else:
-            self._given = True
-        self.checkpointing = self.checkpointing or (list(SETTINGS) if self.kind == "steps" else ["on"])
-        self.output = self.output or OUTPUTS[self.kind]
+        self._given = self.shape is not None
+        for option, value in KINDS[self.kind].items():
+            if getattr(self, option) is None:
+                setattr(self, option, value)
+        self.output = self.output or f"docs/results/bench{'' if self.kind == 'steps' else f'_{self.kind}'}.json"
 
     @property
     def kind(self) -> str:
-        """What is measured: a key of [`OUTPUTS`]."""
-        chosen = [name for name in ("growth", "profile") if getattr(self, name)]
+        """What is measured: a key of [`KINDS`]."""
+        chosen = [name for name in list(KINDS)[1:] if getattr(self, name)]
         if len(chosen) > 1:
-            raise ValueError(f"`{chosen[0]}` and `{chosen[1]}` are measured each by itself. Give one of them.")
+            raise ValueError(f"`{chosen[0]}` and `{chosen[1]}` are measured one at a time. Give one of them.")
         return chosen[0] if chosen else "steps"
 
     def _check_shapes(self) -> None:
@@ -126,6 +141,8 @@ class BenchArguments:
                 "`growth` is measured on llava-1.5 with images of several sizes. Leave --shape, --model and "
                 "--image-size out."
             )
+        if self.lengths and (self.shape != ["llava-1.5"] or self.model):
+            raise ValueError("`lengths` is measured on llava-1.5. Leave --shape and --model out.")
         if self.model is not None and (self._given or self.hidden_size or self.layers or self.scale == "full"):
             raise ValueError(
                 f"`model` is {self.model!r}, which brings its own sizes. Leave --shape, --scale, --hidden-size and "
@@ -163,11 +180,13 @@ class BenchArguments:
 
     def splits(self, checkpointing: str) -> int | str:
         """`slow_mode_splits` beside a setting of checkpointing."""
-        return self.slow_splits or ("auto" if checkpointing == "on" else 1)
+        return self.slow_splits or ("auto" if checkpointing == "on" and not self.lengths else 1)
 
     def recorded(self) -> dict:
         """What the result file keeps."""
-        left = ("output", "threads", "render_only", *OUTPUTS, "shape", "checkpointing", "slow_splits", "batch")
+        left = ["output", "threads", "render_only", *KINDS, "shape", "checkpointing", "slow_splits", "batch"]
+        if self.lengths:
+            left.remove("steps")
         return {key: value for key, value in asdict(self).items() if key not in left}
 
 
@@ -185,7 +204,7 @@ class _Parser(argparse.ArgumentParser):
 
 DESCRIPTION = """Times fast and slow training steps against plain ones, in random weights. On two CPU cores, very
 roughly: a round of llava-1.5 takes half a minute and one of llava-next two minutes, with each setting of checkpointing;
-one of --growth two minutes."""
+one of --growth two minutes, one of --lengths a minute and a half."""
 
 
 def parse_arguments(argv: list[str]) -> BenchArguments:

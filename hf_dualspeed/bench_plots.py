@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from hf_dualspeed.bench_report import FAST_PARTS, PARTS, REST, STEPS, milliseconds
 
@@ -19,6 +19,7 @@ PART_STYLE = {
     "rest": ("#56B4E9", ""),
 }
 FULL_STEP, MARK = "#999999", "#CC79A7"
+ARMS = {"random": ("#999999", "", "batches at random"), "grouped": ("#0072B2", "//", "batches of like length")}
 LINES = {"plain": ("#999999", "s"), "fast": ("#56B4E9", "o"), "mix": ("#0072B2", "^"), "slow": ("#D55E00", "v")}
 
 
@@ -152,3 +153,42 @@ def _draw_line(axis: Axes, name: str, line: dict, unit: float, results: dict) ->
     values = [point["median"] / unit for point in line["points"]]
     label = f"{label_of(name, results)}: {line['exponent']:.2f}"
     axis.plot(tokens, values, color=colour, marker=marker, markersize=6, linewidth=1.8, label=label)
+
+
+def plot_lengths(results: dict, path: Path) -> Path:
+    """Draws the share of padding, and the time of a step over one of random batches, by kind of steps."""
+    from hf_dualspeed.bench_lengths import GROUPED, RANDOM, labels, shares
+
+    figure, (axes,) = figure_of(9, 3.6, 1, 2)
+    run, names = results["runs"][0], labels(results)
+    seconds = {arm: run["seconds"][arm] for arm in (RANDOM, GROUPED)}
+    panels = {
+        "padding, share of tokens": {arm: list(shares(results, arm).values()) for arm in seconds},
+        "time of a step, random batches = 1": {
+            RANDOM: [1.0] * len(names),
+            GROUPED: [1 / run["gains"][name]["median"] for name in names],
+        },
+    }
+    for axis, (label, values) in zip(axes, panels.items(), strict=True):
+        form = "{:.0%}" if label.startswith("padding") else "{:.2f}"
+        for offset, (arm, (colour, hatch, said)) in zip((-0.2, 0.2), ARMS.items(), strict=True):
+            places = [place + offset for place in range(len(names))]
+            style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0, "label": said}
+            bars = axis.bar(places, values[arm], 0.38, **style)
+            axis.bar_label(bars, [form.format(value) for value in values[arm]], padding=2, fontsize=9)
+        axis.set_xticks(range(len(names)), list(names.values()))
+        axis.set_ylabel(label)
+        if label.startswith("padding"):
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_ylim(0, 1.15 * max(max(column) for column in values.values()))
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, said = axes[0].get_legend_handles_labels()
+    figure.legend(handles, said, frameon=False, loc="outside lower center", ncols=2)
+    settings = results["settings"]
+    figure.suptitle(
+        f"{run['shape']}, batch {run['batch']}, texts of drawn lengths, {settings['pruner']} removing "
+        f"{settings['pruning_ratio']:.0%} ({results['device']}, {results['dtype']})",
+        fontsize=11,
+    )
+    figure.savefig(path)
+    return path

@@ -44,8 +44,8 @@ def check_format(results: dict, kind: str = "training steps, forward and backwar
         )
     if results["benchmark"] != kind:
         raise ValueError(
-            f"`output` holds {results['benchmark']!r}, not {kind!r}. Give --growth or the "
-            "other option that it was measured with, or none."
+            f"`output` holds {results['benchmark']!r}, not {kind!r}. Give --growth or --lengths or "
+            "--profile, or none of them, as it was measured."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import ProcessorMixin
 from transformers.image_utils import load_image
 
@@ -31,6 +31,20 @@ IGNORED = -100
 
 def open_image(image: Any, folder: str | None = None) -> Image.Image:
     """Reads a PIL image, a path, or a `{"bytes", "path"}` record of `datasets` as an upright RGB image."""
+    return load_image(opened(image, folder))
+
+
+def image_size(image: Any, folder: str | None = None) -> tuple[int, int]:
+    """Height and width of the image that [`open_image`] would read, from its header alone."""
+    image = opened(image, folder)
+    width, height = image.size
+    # Asked for its EXIF data, a PNG without any is decoded.
+    turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (width, height) if turned else (height, width)
+
+
+def opened(image: Any, folder: str | None = None) -> Image.Image:
+    """The image as Pillow opens it, not decoded yet."""
     if isinstance(image, dict):
         image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
     if isinstance(image, (str, os.PathLike)):
@@ -39,10 +53,10 @@ def open_image(image: Any, folder: str | None = None) -> Image.Image:
         raise ValueError("it is None")
     if not isinstance(image, (Image.Image, str, io.BytesIO)):
         raise TypeError(f"An image must be a PIL image, a path or a dict with 'bytes' or 'path', got {type(image)}.")
-    opened = image if isinstance(image, Image.Image) else Image.open(image)
-    if 0 in opened.size:
-        raise ValueError(f"its size is {opened.size}")
-    return load_image(opened)
+    image = image if isinstance(image, Image.Image) else Image.open(image)
+    if 0 in image.size:
+        raise ValueError(f"its size is {image.size}")
+    return image
 
 
 def open_video(frames: Any, folder: str | None = None) -> np.ndarray:

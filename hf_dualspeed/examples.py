@@ -145,7 +145,7 @@ def load_examples(path_or_name: str, split: str = "train", image_folder: str | N
     if isinstance(dataset, DatasetDict):
         check_choice("split", split, list(dataset))
         dataset = dataset[split]
-    return _with_paths(_undecoded(dataset), image_folder or (path.parent if is_file else None))
+    return _with_paths(undecoded(dataset), image_folder or (path.parent if is_file else None))
 
 
 def _load_json(path: Path, image_folder: str | Path) -> Dataset:
@@ -173,7 +173,7 @@ def _load_json(path: Path, image_folder: str | Path) -> Dataset:
     return Dataset.from_dict(columns, features=features)
 
 
-def _undecoded(dataset: Dataset) -> Dataset:
+def undecoded(dataset: Dataset) -> Dataset:
     """Turns decoding off, so that an unreadable image meets the collator's policy, not the loader."""
     for column, feature in dataset.features.items():
         if isinstance(feature, Image):

@@ -23,6 +23,7 @@ from .data import MaskVisualLabels
 from .distillation import self_distillation_loss, supervised_cross_entropy
 from .hub_io import WEIGHTS_NAME as PRUNER_WEIGHTS_NAME
 from .isolator import WEIGHTS_NAME, ModeIsolator
+from .length_batches import LengthBatchesMixin
 from .mode_pass import NAME, ModePass
 from .model_roles import language_parts
 from .parameter_views import ParameterViews
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 SMALL = 1.25
 
 
-class DualSpeedMixin(PublishingMixin, CheckpointMixin):
+class DualSpeedMixin(PublishingMixin, CheckpointMixin, LengthBatchesMixin):
     """What DualSpeed adds to a `Trainer`; put it in front of any subclass of [`~transformers.Trainer`].
 
     Fast steps train on pruned visual tokens behind the mode isolator; slow steps on all of them, with the pruned
@@ -106,6 +107,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin):
         self._recomputation = Recomputation(args.fast_mode_checkpointing)
         for callback in (self._losses, self._recomputation):
             self.add_callback(callback)
+        self._begin_length_batches()
         self._micro = (-1, 0)
 
     # --- set-up ---------------------------------------------------------------------------------------------------

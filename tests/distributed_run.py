@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--family", default="llava")
     parser.add_argument("--images", action="store_true", help="leave samples without images out")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--by-length", action="store_true", help="group samples by lengths that the data set has")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--max-steps", type=int, default=6)
     parser.add_argument("--speedup-rounds", type=int, default=0)
@@ -59,12 +60,19 @@ def main() -> None:
     # Frozen, as in fine-tuning: torch can't resume the optimizer of a sharded model whose parameters it has not
     # all stepped, and LLaVA never uses its tower's last layer.
     model.get_encoder(modality="image").requires_grad_(False)
+    # Sharded layers are gathered by all ranks at once, so each rank's batch must reach the vision tower.
+    data = [DATA[0], *(e for e in DATA[1:] if SAMPLES[e["index"]][1]), DATA[0]] if options.images else DATA
+    if options.by_length:
+        pictures = [[16] * len(SAMPLES[example["index"]][1]) for example in data]
+        texts = [len(SAMPLES[example["index"]][0]) for example in data]
+        lengths = zip(data, texts, pictures, strict=True)
+        data = [{**e, "length": text + sum(visual), "visual_length": visual} for e, text, visual in lengths]
     trainer = make(
         options.out,
         options.family,
         ShardedOnCpu if os.environ.get("ACCELERATE_USE_FSDP") == "true" else DualSpeedTrainer,
-        # Sharded layers are gathered by all ranks at once, so each rank's batch must reach the vision tower.
-        data=[DATA[0], *(e for e in DATA[1:] if SAMPLES[e["index"]][1]), DATA[0]] if options.images else DATA,
+        data=data,
+        train_sampling_strategy="group_by_length" if options.by_length else "random",
         per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=2,
         activation_checkpointing=options.checkpointing,

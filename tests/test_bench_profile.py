@@ -42,9 +42,7 @@ def test_parts_add_up_to_the_step(measured):
 def test_files_of_another_kind_are_named(measured):
     path, _ = measured
     assert cli.main(["bench", "--profile", "--render-only", "--output", str(path)]) == 0
-    with pytest.raises(
-        ValueError, match="holds 'profile of a fast step', not 'training steps.*Give --growth or the other option"
-    ):
+    with pytest.raises(ValueError, match="holds 'profile of a fast step', not 'training steps.*Give .*--profile"):
         bench.main(["--render-only", "--output", str(path)])
 
 
@@ -86,6 +84,6 @@ def test_kinds_of_operators():
 
 
 def test_one_kind_at_a_time():
-    with pytest.raises(ValueError, match="`growth` and `profile` are measured each by itself"):
+    with pytest.raises(ValueError, match="`growth` and `profile` are measured one at a time"):
         BenchArguments(growth=True, profile=True)
     assert BenchArguments(profile=True).output.endswith("bench_profile.json")

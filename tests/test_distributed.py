@@ -72,6 +72,17 @@ def test_ddp_equals_one_process(tmp_path, options):
     assert_same_training(one, two, alone, run(two, "--batch", "1", *options, config=DDP))
 
 
+@pytest.mark.distributed
+def test_ddp_by_length_equals_one_process_and_resumes_within_an_epoch(tmp_path):
+    # Of 8 samples, 4 to a step: the save at step 3 lies within the second epoch.
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ("--by-length", "--checkpointing")
+    (alone,) = run(one, "--batch", "2", *options)
+    assert_same_training(one, two, alone, run(two, "--batch", "1", *options, config=DDP))
+    (two / "checkpoint-6").rename(two / "finished")
+    assert_same_training(one, two, alone, run(two, "--batch", "1", *options, "--resume", config=DDP))
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_fsdp2_with_tokens_dropped_between_layers(tmp_path):

@@ -209,6 +209,7 @@ LAYERS = [
         "recomputation",
         "recipe_arguments",
         "results",
+        "sample_lengths",
     },
     {
         "families",
@@ -222,7 +223,7 @@ LAYERS = [
         "batch_parts",
         "mode_pass",
     },
-    {"trainer", "checkpoints", "publishing", "speedup", "sft", "conformance"},
+    {"trainer", "checkpoints", "publishing", "speedup", "sft", "length_batches", "conformance"},
     {
         "recipe",
         "publish",
@@ -233,6 +234,7 @@ LAYERS = [
         "bench",
         "bench_arguments",
         "bench_growth",
+        "bench_lengths",
         "bench_memory",
         "bench_plots",
         "bench_profile",

@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 import hf_dualspeed
 from hf_dualspeed import DualSpeedSFTConfig, DualSpeedSFTTrainer, DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.arguments import DualSpeedArguments
+from hf_dualspeed.length_batches import ModeLengthSampler
 from hf_dualspeed.protocol import unwrap
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "save_strategy": "no"}
@@ -207,6 +208,27 @@ def test_text_alone(tmp_path):
     trainer.train()
     losses = history(trainer, "loss")
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("layout", DATA)
+def test_batches_of_like_length(tmp_path, layout):
+    trainer = make(tmp_path, DATA[layout](), train_sampling_strategy="group_by_length", slow_mode_ratio=0.5)
+    lengths = trainer._sample_lengths(trainer.train_dataset)
+    collated = [trainer.data_collator([trainer.train_dataset[i]])["attention_mask"].sum() for i in range(8)]
+    # TRL's collator writes no BOS here, ours would: one token in every sample, which changes no order.
+    assert set((lengths.full - torch.stack(collated)).tolist()) == {1}
+    assert list(lengths.visual) == [[16]] * 8
+    assert isinstance(trainer.get_train_dataloader().batch_sampler.sampler, ModeLengthSampler)
+    trainer.train()
+    assert trainer.state.global_step == 8
+
+
+def test_lengths_of_a_tokenized_data_set(tmp_path):
+    data = Dataset.from_list([{"text": "word " * (i + 1)} for i in range(8)])
+    trainer = make(tmp_path, data, train_sampling_strategy="group_by_length", max_steps=1)
+    lengths = trainer._sample_lengths(trainer.train_dataset)
+    assert lengths.full.tolist() == [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    assert lengths.full.tolist() == sorted(set(lengths.full.tolist()))
 
 
 # --- what the trainer is given ------------------------------------------------------------------------------------
