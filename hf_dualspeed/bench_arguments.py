@@ -130,7 +130,9 @@ class BenchArguments:
         """What is measured: a key of [`KINDS`]."""
         chosen = [name for name in list(KINDS)[1:] if getattr(self, name)]
         if len(chosen) > 1:
-            raise ValueError(f"`{chosen[0]}` and `{chosen[1]}` are measured one at a time. Give one of them.")
+            raise ValueError(
+                f"`{chosen[0]}` and `{chosen[1]}` are measured one at a time. Give --{chosen[0]} or --{chosen[1]}."
+            )
         return chosen[0] if chosen else "steps"
 
     def _check_shapes(self) -> None:
