@@ -138,7 +138,8 @@ def why_not(head: nn.Module | None, device: torch.device) -> str | None:
     if device.type not in DEVICES:
         return f"its kernels run on {' and '.join(DEVICES)}, and the model is trained on {device.type}"
     if type(head) is not nn.Linear:
-        return f"the model's head is {type(head).__name__}, not a plain nn.Linear: adapted, quantized or its own"
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        return f"the model's head is {kind}, not a plain nn.Linear: adapted, quantized or its own"
     if type(head.weight) is not nn.Parameter:
         return f"the weight of the model's head is a {type(head.weight).__name__}: sharded or quantized"
     if "forward" in vars(head):
