@@ -100,7 +100,11 @@ def handed_on(hidden: torch.Tensor) -> torch.Tensor:
 def fused_loss(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, label_smoothing: float
 ) -> torch.Tensor:
-    """Liger's cross-entropy of `hidden @ weight.T + bias`, summed; `(M, D)`, `(V, D)`, `(M,)`, `(V,)`."""
+    """Liger's cross-entropy of `hidden @ weight.T + bias`, summed; `(M, D)`, `(V, D)`, `(V,)`.
+
+    It waits for the device twice, once to count the targets and once in backward, and keeps the weight's gradient
+    `(V, D)` from forward on.
+    """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(

@@ -16,13 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES as SUPPORTED
+from families.cases import CASES, batch_of
 from peft import LoraConfig, get_peft_model
 from test_trainer import DATA, Collator, history, make
 from tiny_models import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
-from hf_dualspeed import DualSpeedTrainingArguments, head
+from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments, head
+from hf_dualspeed.mode_pass import EVALUATION, ModePass
+from hf_dualspeed.plain_evaluation import has_plain_loss
+from hf_dualspeed.recipe_arguments import parse_recipe
 
 # Not Adam: it would blow the rounding noise of gradients that should be zero (key biases) up to full steps.
 STEPS = {"optim": "sgd", "slow_mode_ratio": 0.5, "pruning_ratio": 0.5, "seed": 1}
@@ -411,8 +416,13 @@ def test_without_liger_or_a_gpu(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "meant"), [(True, "on"), ("true", "on"), ("False", "off"), (False, "off"), ("auto", "auto"), ("on", "on")]
 )
-def test_the_option_is_read_from_yaml_and_the_command_line(given, meant):
+def test_the_option_is_read_from_yaml_and_the_command_line(tmp_path, given, meant):
     assert DualSpeedTrainingArguments("out", use_cpu=True, fused_head_loss=given).fused_head_loss == meant
+    recipe = tmp_path / "recipe.yaml"
+    needed = "model_name_or_path: org/model\ndataset: easy-vqa\noutput_dir: out\nuse_cpu: true\n"
+    recipe.write_text(f"{needed}fused_head_loss: {given}\n")
+    assert parse_recipe(["--config", str(recipe)])[1].fused_head_loss == meant
+    assert parse_recipe(["--config", str(recipe), "--fused_head_loss", "off"])[1].fused_head_loss == "off"
     with pytest.raises(ValueError, match="`fused_head_loss` must be one of 'auto', 'on', 'off', got 'liger'"):
         DualSpeedTrainingArguments("out", use_cpu=True, fused_head_loss="liger")
 
@@ -421,6 +431,25 @@ def test_ligers_own_forward_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`use_liger_kernel`=True puts Liger's forward .* Set fused_head_loss='on'"):
         make(tmp_path, use_liger_kernel=True)
     make(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": False})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "modality"), CASES)
+@torch.no_grad()
+def test_evaluation_gives_each_familys_own_loss(name, modality, fused):
+    model = SUPPORTED[name].model().eval()
+    batch = batch_of(SUPPORTED[name], model, modality, "right")
+    expected = model(**batch.inputs).loss
+    mode_pass = ModePass(AutoPruner.from_name("grid"), None, batch.position_ids, batch.video_budget)
+    mode_pass.attach(model)
+    if not mode_pass.slices_logits or not has_plain_loss(model, batch.inputs):
+        pytest.skip("evaluated as ever")
+    mode_pass.fused_head = head.fused_head(model, "auto", torch.device("cpu"))
+    for _ in range(2):  # watched, and fused if it may be
+        mode_pass.begin(EVALUATION, False, None)
+        mean = mode_pass.cross_entropy(model(**batch.inputs).logits) / len(mode_pass.targets)
+        mode_pass.end()
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs liger-kernel and triton")
