@@ -84,12 +84,11 @@ class FusedHead:
 
     def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
         """Summed cross-entropy of the head's logits of `hidden` `(M, D)` against `targets` `(M,)`."""
-        weight, bias = self.head.weight, self.head.bias
         # Liger's takes its gradients in forward, by whether those of the hidden states are asked for, and knows no M=0.
-        head_alone = torch.is_grad_enabled() and weight.requires_grad and not hidden.requires_grad
+        head_alone = torch.is_grad_enabled() and not hidden.requires_grad and any(True for _ in self.parameters())
         if head_alone or not len(hidden):
             return supervised_cross_entropy(self.head(hidden), targets, 1, label_smoothing)
-        return fused_loss(hidden, weight, targets, bias, label_smoothing)
+        return fused_loss(hidden, self.head.weight, targets, self.head.bias, label_smoothing)
 
 
 def handed_on(hidden: torch.Tensor) -> torch.Tensor:

@@ -41,12 +41,12 @@ class ModePass(nn.Module):
     It hangs on the model as `model.dualspeed`, so that optimizer, gradient clipping and sharding see its parameters;
     `save_pretrained` leaves them out of the checkpoint. With no mode set, the model runs as it always does.
 
-    After a call in a mode, `targets` `(M,)` holds the labels of the returned logits `(M, V)`, or hidden states `(M, D)`
-    where `fused_head` left them so, of which `cross_entropy` makes a loss either way; `teacher_logits`
-    `(M, V)` those of the pruned view (slow mode with distillation; in training mode, dropout included, as the
-    paper's), `auxiliary_loss` what a learnt pruner adds in fast mode, `visual_tokens` how many there were before and
-    after pruning (fast mode; no wait for the device), and the output's `loss` a zero that touches the
-    trainable parameters that this pass did not use, so that DDP finds each of them in every step.
+    After a call in a mode, `targets` `(M,)` holds the labels of the returned logits `(M, V)` (hidden states `(M, D)`
+    where `fused_head` leaves them so; `cross_entropy` takes either), `teacher_logits` `(M, V)` those of the pruned view
+    (slow mode with distillation; in training mode, dropout included, as the paper's), `auxiliary_loss` what a learnt
+    pruner adds in fast mode, `visual_tokens` how many there were before and after pruning (fast mode; no wait for the
+    device), and the output's `loss` a zero that touches the trainable parameters that this pass did not use, so that
+    DDP finds each of them in every step.
     """
 
     def __init__(
@@ -88,17 +88,8 @@ class ModePass(nn.Module):
 
     def __getstate__(self) -> dict:
         """For copies and pickles, which are not in the middle of a pass."""
-        passing = (
-            "autocast",
-            "fused_head",
-            "mode",
-            "distil",
-            "generator",
-            "targets",
-            "teacher_logits",
-            "auxiliary_loss",
-        )
-        passing += ("_keep", "_layers", "_batch", "_seen", "_model")
+        passing = ("autocast", "mode", "distil", "generator", "targets", "teacher_logits", "auxiliary_loss")
+        passing += ("fused_head", "_keep", "_layers", "_batch", "_seen", "_model")
         return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     def __setstate__(self, state: dict) -> None:

@@ -154,7 +154,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin):
         """Gives a pass the precision and the head of training, known once the accelerator is."""
         self.mode_pass.autocast = self.accelerator.autocast
         reasons = {
-            "DualSpeedSFTTrainer counts right answers by their logits": self.reads_logits,
+            "this trainer reads more off the logits than the loss": self.reads_logits,
             "the model is sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1,
             "`torch_compile` would compile the head": self.args.torch_compile,
         }
