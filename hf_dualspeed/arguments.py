@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 MODE_SCHEDULES = ("random", "periodic")
 POSITION_IDS = ("original", "compact")
 VIDEO_BUDGETS = ("clip", "frame")
+FUSED_HEAD_LOSSES = ("auto", "on", "off")
 
 
 class Default(float):
@@ -98,6 +99,20 @@ class DualSpeedArguments:
             "steps are faster and fall back to it where memory runs short."
         },
     )
+    supervised_logits_only: bool = field(
+        default=True,
+        metadata={
+            "help": "Run the head at supervised positions only, in training and where evaluation asks for the loss "
+            "alone. False: at all positions."
+        },
+    )
+    fused_head_loss: str = field(  # or true and false, which YAML makes of on and off
+        default="auto",
+        metadata={
+            "help": "Compute head and cross-entropy by Liger's fused kernel, without logits, wherever there is no "
+            "distillation: 'auto' where it applies, 'on' or an error that says why not, 'off'."
+        },
+    )
     fast_only_parameters: list[str] = field(
         default_factory=list,
         metadata={"help": "Glob patterns of parameters that only fast steps update (e.g. '*lora_*.fast.*')."},
@@ -134,6 +149,9 @@ class DualSpeedArguments:
         check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
         check_choice("position_ids", self.position_ids, POSITION_IDS)
         check_choice("video_budget", self.video_budget, VIDEO_BUDGETS)
+        spoken = {"true": "on", "false": "off"}
+        self.fused_head_loss = spoken.get(str(self.fused_head_loss).lower(), self.fused_head_loss)
+        check_choice("fused_head_loss", self.fused_head_loss, FUSED_HEAD_LOSSES)
         if self.accelerator_config is None:
             # accelerate would collate streamed data on one rank and cut every tensor to the batch size, though a
             # batch of B samples holds another number of images.

@@ -19,9 +19,11 @@ from torch.profiler import record_function
 
 from .batch_parts import BatchParts
 from .data import require
+from .distillation import supervised_cross_entropy
 from .encoding import VisualEncoding, encode
 from .families import family_of
 from .fast_pass import check_inputs, check_pruner, shorten_inputs, whole_inputs
+from .head import FusedHead
 from .isolator import ModeIsolator
 from .layer_pass import LayerPass
 from .model_roles import language_parts
@@ -30,6 +32,8 @@ from .pruners import PrunedTokens, Pruner
 from .schedule import FAST, SLOW
 
 NAME = "dualspeed"
+# The model as it is, on all tokens, but for its head at supervised positions alone.
+EVALUATION = "evaluation"
 
 
 class ModePass(nn.Module):
@@ -38,19 +42,28 @@ class ModePass(nn.Module):
     It hangs on the model as `model.dualspeed`, so that optimizer, gradient clipping and sharding see its parameters;
     `save_pretrained` leaves them out of the checkpoint. With no mode set, the model runs as it always does.
 
-    After a call in a mode, `targets` `(M,)` holds the labels of the returned logits `(M, V)`, `teacher_logits`
-    `(M, V)` those of the pruned view (slow mode with distillation; in training mode, dropout included, as the
-    paper's), `auxiliary_loss` what a learnt pruner adds in fast mode, `visual_tokens` how many there were before and
-    after pruning (fast mode; no wait for the device), and the output's `loss` a zero that touches the
-    trainable parameters that this pass did not use, so that DDP finds each of them in every step.
+    After a call in a mode, `targets` `(M,)` holds the labels of the returned logits `(M, V)` (hidden states `(M, D)`
+    where `fused_head` leaves them so; `cross_entropy` takes either), `teacher_logits` `(M, V)` those of the pruned view
+    (slow mode with distillation; in training mode, dropout included, as the paper's), `auxiliary_loss` what a learnt
+    pruner adds in fast mode, `visual_tokens` how many there were before and after pruning (fast mode; no wait for the
+    device), and the output's `loss` a zero that touches the trainable parameters that this pass did not use, so that
+    DDP finds each of them in every step.
     """
 
-    def __init__(self, pruner: Pruner, isolator: ModeIsolator | None, position_ids: str, video_budget: str = "clip"):
+    def __init__(
+        self,
+        pruner: Pruner,
+        isolator: ModeIsolator | None,
+        position_ids: str,
+        video_budget: str = "clip",
+        supervised_logits_only: bool = True,
+    ):
         super().__init__()
         self.pruner = pruner
         self.isolator = isolator
         self.position_ids = position_ids
         self.video_budget = video_budget
+        self.supervised_logits_only = supervised_logits_only
         self.last_mode: str | None = None
         self.visual_tokens = (0, 0)
         self.tokens = 0  # that the language model ran on in the last pass, padding included
@@ -61,6 +74,7 @@ class ModePass(nn.Module):
     def _forget(self) -> None:
         """No mode, nothing kept of a pass."""
         self.autocast: Callable[[], AbstractContextManager] = nullcontext
+        self.fused_head: FusedHead | None = None
         self.mode: str | None = None
         self.distil = False
         self.generator: torch.Generator | None = None
@@ -76,7 +90,7 @@ class ModePass(nn.Module):
     def __getstate__(self) -> dict:
         """For copies and pickles, which are not in the middle of a pass."""
         passing = ("autocast", "mode", "distil", "generator", "targets", "teacher_logits", "auxiliary_loss")
-        passing += ("_keep", "_layers", "_batch", "_seen", "_model")
+        passing += ("fused_head", "_keep", "_layers", "_batch", "_seen", "_model")
         return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     def __setstate__(self, state: dict) -> None:
@@ -96,7 +110,8 @@ class ModePass(nn.Module):
         model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *ours}
         outer = unwrap(model)
         parameters = inspect.signature(outer.forward).parameters
-        self._slices_logits = "logits_to_keep" in parameters and family_of(outer.config).slices_logits
+        slices_logits = "logits_to_keep" in parameters and family_of(outer.config).slices_logits
+        self.slices_logits = slices_logits and self.supervised_logits_only
         tower_of = {name: id(tower) for name, tower in towers(outer).items()}
         self._sharing = [{n for n, tower in tower_of.items() if tower == own} for own in set(tower_of.values())]
         self._caches = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -134,7 +149,9 @@ class ModePass(nn.Module):
 
     def begin(self, mode: str, distil: bool, generator: torch.Generator | None, parts: int = 1) -> None:
         """The next calls of the model run in `mode`; with several `parts`, each call runs the next part of a batch."""
-        self.mode = self.last_mode = mode
+        self.mode = mode
+        if mode != EVALUATION:
+            self.last_mode = mode
         self._parts, self._part, self._batch = parts, 0, None
         self.visual_tokens = (0, 0)
         self.distil, self.generator = distil and mode == SLOW, generator
@@ -150,12 +167,23 @@ class ModePass(nn.Module):
         self._batch = None
         self.pruner.auxiliary_loss = None  # and the graph behind it
         self._close_layers()
+        if self.fused_head is not None:
+            self.fused_head.close()
         if self._model is not None:
             self._activate(self._model(), SLOW)
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict):
         if self.mode is None:
             return None
+        inputs = dict(kwargs) if self.mode == EVALUATION else self._inputs_in_mode(model, kwargs)
+        inputs, shifted = self._supervise(inputs)
+        self.targets, self.tokens = shifted[self._keep], shifted.numel()
+        if self.fused_head is not None:
+            self.fused_head.open(not self.distil)
+        return (), inputs
+
+    def _inputs_in_mode(self, model: nn.Module, kwargs: dict) -> dict:
+        """The inputs of a training pass, encoded and shortened as its mode asks for; sets `teacher_logits`."""
         check_inputs(kwargs)
         require(kwargs, "labels")
         self._model, self.teacher_logits = weakref.ref(model), None
@@ -176,9 +204,7 @@ class ModePass(nn.Module):
             with self.autocast():
                 inputs = whole_inputs(model, inputs, encodings)
         self._activate(model, self.mode)
-        inputs, shifted = self._supervise(inputs)
-        self.targets, self.tokens = shifted[self._keep], shifted.numel()
-        return (), inputs
+        return inputs
 
     def _encode(self, model: nn.Module, inputs: dict) -> tuple[dict, list[VisualEncoding]]:
         """A batch, or its next part, and what was encoded of it: for all parts at once, in front of the first."""
@@ -224,14 +250,14 @@ class ModePass(nn.Module):
         inputs, _ = self._supervise(inputs)
         logits = model.forward(**inputs).logits
         self._close_layers()
-        return logits if self._slices_logits else logits[self._keep]
+        return logits if self.slices_logits else logits[self._keep]
 
     def _supervise(self, inputs: dict) -> tuple[dict, torch.Tensor]:
         """Takes the labels out, so that the head runs at supervised positions only: inputs, shifted labels `(B, S)`."""
         inputs = dict(inputs)
         shifted = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
         self._keep = shifted != -100
-        if self._slices_logits:
+        if self.slices_logits:
             inputs["logits_to_keep"] = self._keep
         if self._caches:  # a cache costs memory, and hides the boundaries of packed samples from transformers
             inputs["use_cache"] = False
@@ -240,8 +266,12 @@ class ModePass(nn.Module):
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output):
         if self.mode is None:
             return None
-        if not self._slices_logits:
+        if self.fused_head is not None:
+            self.fused_head.after(output.logits)
+        if not self.slices_logits:
             output["logits"] = output.logits[self._keep]
+        if self.mode == EVALUATION:
+            return output
         zero = output.logits.new_zeros(())
         if self._batch is not None:  # the last part goes on to the encoder, be there an image in it or not
             zero = sum((end.flatten()[:0].sum() for end in self._batch.ends), zero)
@@ -249,11 +279,20 @@ class ModePass(nn.Module):
         output["loss"] = sum((p.flatten()[:0].sum() for p in self._untouched(model)), zero)
         return output
 
+    def cross_entropy(self, logits: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Summed cross-entropy of what the last call returned as logits, `(M, V)` or `(M, D)`."""
+        if self.fused_head is None or not self.fused_head.fuses:
+            return supervised_cross_entropy(logits, self.targets, 1, label_smoothing)
+        with self.autocast():  # which the model's own call has left
+            return self.fused_head.cross_entropy(logits, self.targets, label_smoothing)
+
     def _untouched(self, model: nn.Module) -> Iterator[torch.Tensor]:
         """Trainable parameters that a pass in this mode, on this batch, leaves out of the graph."""
         if self.isolator is not None:
             yield self.isolator()  # by its call, which gathers shards
         yield from (p for p in self.pruner.parameters() if p.requires_grad)
+        if self.fused_head is not None and self.fused_head.fuses:
+            yield from self.fused_head.parameters()
         if self._adapters and self.mode == SLOW:
             reserved = set(self._adapters[FAST]) - set(self._adapters[SLOW])
             names = tuple(f".{adapter}." for adapter in reserved)

@@ -64,6 +64,7 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
     """
 
     _tag_names = ["trl", "sft", "dualspeed"]
+    reads_logits = True  # TRL's metrics are made of them
 
     def __init__(
         self,

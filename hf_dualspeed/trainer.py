@@ -20,13 +20,15 @@ from .batch_parts import can_be_split
 from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
 from .data import MaskVisualLabels
-from .distillation import self_distillation_loss, supervised_cross_entropy
+from .distillation import divisor, self_distillation_loss
+from .head import check_liger_kernel, fused_head
 from .hub_io import WEIGHTS_NAME as PRUNER_WEIGHTS_NAME
 from .isolator import WEIGHTS_NAME, ModeIsolator
 from .length_batches import LengthBatchesMixin
-from .mode_pass import NAME, ModePass
+from .mode_pass import EVALUATION, NAME, ModePass
 from .model_roles import language_parts
 from .parameter_views import ParameterViews
+from .plain_evaluation import PlainEvaluationMixin
 from .protocol import check_positions, check_protocol, unwrap, visual_token_ids
 from .pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
 from .publishing import PublishingMixin
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 SMALL = 1.25
 
 
-class DualSpeedMixin(PublishingMixin, CheckpointMixin, LengthBatchesMixin):
+class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, LengthBatchesMixin):
     """What DualSpeed adds to a `Trainer`; put it in front of any subclass of [`~transformers.Trainer`].
 
     Fast steps train on pruned visual tokens behind the mode isolator; slow steps on all of them, with the pruned
@@ -74,6 +76,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, LengthBatchesMixin):
                 "`compute_loss_func` is not supported: DualSpeed computes cross-entropy and distillation at the "
                 "supervised positions itself. Leave it out; `label_smoothing_factor` works."
             )
+        check_liger_kernel(args)
         self._given_pruner = pruner
         # What the card says beyond what the trainer knows: keys of results.json, set by who has measured them.
         self.facts: dict = {}
@@ -94,7 +97,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, LengthBatchesMixin):
             )
         if self.is_fsdp_enabled:
             wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.model)
-        self.mode_pass.autocast = self.accelerator.autocast
+        self._run_as_trained(self.model)
         asks = "text" in self._pruner.needs or self._pruner.in_language_model
         visual = visual_token_ids(unwrap(self.model).config)
         name = self._pruner.config.pruner_type
@@ -132,7 +135,9 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, LengthBatchesMixin):
             self._pruner.load_weights(base)
             logger.info("Weights of the pruner %r taken from %s.", args.pruner, base)
         self._schedule: ModeSchedule | None = None
-        self.mode_pass = ModePass(self._pruner, isolator, args.position_ids, args.video_budget)
+        self.mode_pass = ModePass(
+            self._pruner, isolator, args.position_ids, args.video_budget, args.supervised_logits_only
+        )
         self.mode_pass.attach(model)
         fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.mode_pass.parameters()) else []
         self.views = ParameterViews(model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters)
@@ -144,8 +149,19 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, LengthBatchesMixin):
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
         self._attach(model, self.args)
-        self.mode_pass.autocast = self.accelerator.autocast
+        self._run_as_trained(model)
         return model
+
+    def _run_as_trained(self, model: nn.Module) -> None:
+        """Gives a pass the precision and the head of training, known once the accelerator is."""
+        self.mode_pass.autocast = self.accelerator.autocast
+        reasons = {
+            "this trainer reads more off the logits than the loss": self.reads_logits,
+            "the model is sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1,
+            "`torch_compile` would compile the head": self.args.torch_compile,
+        }
+        otherwise = next((reason for reason, holds in reasons.items() if holds), None)
+        self.mode_pass.fused_head = fused_head(model, self.args.fused_head_loss, self.args.device, otherwise)
 
     @property
     def clock(self) -> ModeClock:
@@ -249,16 +265,11 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, LengthBatchesMixin):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy, and in slow steps the distillation; plain outside of training."""
         mode_pass = self.mode_pass
-        if mode_pass.mode is None:
-            if self.label_smoother is None or "labels" not in inputs:
-                return super().compute_loss(model, inputs, return_outputs)
-            # The Trainer shifts smoothed labels for the names of plain causal models only.
-            outputs = model(**inputs)
-            loss = self.label_smoother(outputs, inputs["labels"], shift_labels=True)
-            return (loss, outputs) if return_outputs else loss
+        if mode_pass.mode in (None, EVALUATION):
+            return self.plain_loss(model, inputs, return_outputs)
         outputs = model(**inputs)
-        smoothing = self.args.label_smoothing_factor
-        entropy = supervised_cross_entropy(outputs.logits, mode_pass.targets, num_items_in_batch, smoothing)
+        entropy = mode_pass.cross_entropy(outputs.logits, self.args.label_smoothing_factor)
+        entropy = entropy / divisor(num_items_in_batch, outputs.logits)
         self._losses.add(f"{mode_pass.mode}_loss", entropy)
         loss = entropy + outputs.loss
         if mode_pass.teacher_logits is not None:

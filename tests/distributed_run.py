@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType, PartialState
 from safetensors.torch import save_file
+from test_head import StandIn
 from test_trainer import DATA, SAMPLES, history, make
 from tiny_models import FAMILIES
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from hf_dualspeed import DualSpeedTrainer, speedup
+from hf_dualspeed import DualSpeedTrainer, head, speedup
 
 
 class ShardedOnCpu(DualSpeedTrainer):
@@ -52,10 +53,14 @@ def main() -> None:
     parser.add_argument("--speedup-rounds", type=int, default=0)
     parser.add_argument("--pruner", default="divprune")
     parser.add_argument("--slow-mode-splits", default="1")
+    parser.add_argument("--evaluate", action="store_true", help="on the training samples, after training")
+    parser.add_argument("--fused", action="store_true", help="the loss of fast steps by a stand-in for Liger's")
     parser.add_argument("--push", help="the Hub repo to push to at each save")
     options = parser.parse_args()
     torch.set_num_threads(1)
     speedup.STEPS_PER_ROUND = 10
+    if options.fused:
+        head.DEVICES, head.find_spec, head.fused_loss = ("cpu",), str, StandIn.apply
     model, _ = FAMILIES[options.family].build()
     # Frozen, as in fine-tuning: torch can't resume the optimizer of a sharded model whose parameters it has not
     # all stepped, and LLaVA never uses its tower's last layer.
@@ -74,6 +79,8 @@ def main() -> None:
         data=data,
         train_sampling_strategy="group_by_length" if options.by_length else "random",
         per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=1,
+        fused_head_loss="on" if options.fused else "auto",
         gradient_accumulation_steps=2,
         activation_checkpointing=options.checkpointing,
         max_steps=options.max_steps,
@@ -103,6 +110,8 @@ def main() -> None:
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
     }
+    # A mean over batches, here of one sample each.
+    evaluated = trainer.evaluate(trainer.train_dataset)["eval_loss"] if options.evaluate else 0.0
     rank = trainer.args.process_index
     save_file(weights, options.out / f"rank{rank}.safetensors")
     report = {
@@ -111,6 +120,7 @@ def main() -> None:
         "modes": [trainer.mode_at(step) for step in range(options.max_steps)],
         "steps": trainer.summary()["steps"],
         "record": trainer.record(),
+        "eval_loss": evaluated,
         "history": history(trainer, "loss", "grad_norm", "fast_loss", "slow_loss", "distillation_loss"),
     }
     (options.out / f"rank{rank}.json").write_text(json.dumps(report))

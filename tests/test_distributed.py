@@ -46,6 +46,7 @@ def assert_same_training(one: Path, two: Path, alone: dict, ranks: list[dict]) -
     for rank, report in enumerate(ranks):
         assert report["modes"] == alone["modes"]
         assert report["steps"] == alone["steps"]
+        assert report["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4)
         torch.testing.assert_close(numbers(report), numbers(alone), rtol=1e-4, atol=1e-5)
         expected, weights = (load_file(f / f"rank{r}.safetensors") for f, r in ((one, 0), (two, rank)))
         assert expected.keys() == weights.keys()
@@ -58,7 +59,7 @@ def assert_same_training(one: Path, two: Path, alone: dict, ranks: list[dict]) -
     "options",
     [
         # Checkpointing turns DDP's search for unused parameters off.
-        ("--family", "llava", "--checkpointing"),
+        ("--family", "llava", "--checkpointing", "--evaluate"),
         pytest.param(("--family", "llava"), marks=pytest.mark.slow),
         pytest.param(("--family", "qwen2_5_vl"), marks=pytest.mark.slow),
         pytest.param(("--family", "llava_next"), marks=pytest.mark.slow),
@@ -85,6 +86,15 @@ def test_ddp_by_length_equals_one_process_and_resumes_within_an_epoch(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_ddp_with_the_head_in_the_loss(tmp_path):
+    # DDP looks for the head's weight behind what forward returns, where it is not.
+    one, two = tmp_path / "one", tmp_path / "two"
+    (alone,) = run(one, "--batch", "2", "--evaluate")
+    assert_same_training(one, two, alone, run(two, "--batch", "1", "--evaluate", "--fused", config=DDP))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_fsdp2_with_tokens_dropped_between_layers(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     options = ("--images", "--pruner", "pyramiddrop")
@@ -106,8 +116,8 @@ def test_ddp_with_slow_steps_in_parts(tmp_path):
 @pytest.mark.distributed
 def test_fsdp2_equals_one_process_saves_and_resumes(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    (alone,) = run(one, "--batch", "2", "--images")
-    ranks = run(two, "--batch", "1", "--images", config=FSDP2)
+    (alone,) = run(one, "--batch", "2", "--images", "--evaluate")
+    ranks = run(two, "--batch", "1", "--images", "--evaluate", config=FSDP2)
     assert all(report["sharded"] for report in ranks)
     assert_same_training(one, two, alone, ranks)
     saved, trained = load_file(two / "mode_isolator.safetensors"), load_file(two / "rank0.safetensors")
@@ -120,7 +130,7 @@ def test_fsdp2_equals_one_process_saves_and_resumes(tmp_path):
     assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
 
     (two / "checkpoint-6").rename(two / "finished")
-    resumed = run(two, "--batch", "1", "--images", "--resume", config=FSDP2)
+    resumed = run(two, "--batch", "1", "--images", "--evaluate", "--resume", config=FSDP2)
     assert_same_training(one, two, alone, resumed)
 
 

@@ -118,22 +118,54 @@ def test_distillation_in_slices_is_that_of_the_whole(monkeypatch, temperature, d
     torch.testing.assert_close(student.grad, again.grad)
 
 
+class Float32Sizes(TorchDispatchMode):
+    """Notes the elements of each float32 tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out._base is None:
+            self.made.append(out.numel())
+        return out
+
+
 def test_distillation_keeps_no_further_copy_of_the_logits(monkeypatch):
     monkeypatch.setattr("hf_dualspeed.distillation.VOCABULARY_SLICE", 8)
     student, teacher = torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(4, 64)
-    kept, made = [], []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out._base is None:
-                made.append(out.numel())
-            return out
-
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), Sizes():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), Float32Sizes() as sizes:
         self_distillation_loss(student, teacher.bfloat16()).backward()
-    assert max(made) < student.numel()
+    assert max(sizes.made) < student.numel()
     assert sum(t.numel() for t in kept) == 2 * student.numel() + 2 * len(student)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 50])
+def test_cross_entropy_in_slices_is_that_of_the_whole(smoothing, dtype, rows):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(rows, 37)).to(dtype).requires_grad_()
+    targets = torch.randint(37, (rows,))
+    sliced = supervised_cross_entropy(logits, targets, 4, smoothing)
+    sliced.mul(3).backward()
+    again = logits.detach().clone().requires_grad_()
+    expected = F.cross_entropy(again.double(), targets, reduction="sum", label_smoothing=smoothing) / 4
+    expected.mul(3).backward()
+    torch.testing.assert_close(sliced.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits.grad, again.grad)
+    assert logits.grad.dtype == dtype
+
+
+def test_cross_entropy_keeps_no_further_copy_of_the_logits():
+    logits, targets = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True), torch.randint(32, (64,))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), Float32Sizes() as sizes:
+        supervised_cross_entropy(logits, targets, label_smoothing=0.1).backward()
+    assert max(sizes.made) < logits.numel() / 8
+    assert sum(t.numel() for t in kept) == logits.numel() + len(targets)
 
 
 def test_losses_of_nothing_are_zero_and_reach_the_graph():
@@ -221,9 +253,10 @@ LAYERS = [
         "layer_pass",
         "fast_pass",
         "batch_parts",
+        "head",
         "mode_pass",
     },
-    {"trainer", "checkpoints", "publishing", "speedup", "sft", "length_batches", "conformance"},
+    {"trainer", "checkpoints", "plain_evaluation", "publishing", "speedup", "sft", "length_batches", "conformance"},
     {
         "recipe",
         "publish",

@@ -367,6 +367,7 @@ def test_saved_model_and_card(tmp_path):
         ({"packing": True}, "`packing`=True is not supported"),
         ({"padding_free": True}, "`padding_free`=True is not supported"),
         ({"use_liger_kernel": True}, "`use_liger_kernel`=True is not supported"),
+        ({"fused_head_loss": "on"}, "`fused_head_loss` is 'on', but this trainer reads more off the logits"),
         ({"loss_type": "dft"}, "`loss_type`='dft' is not supported"),
         ({"compute_loss_func": lambda *args, **kwargs: 0}, "`compute_loss_func` is not supported"),
         (
