@@ -209,6 +209,8 @@ LAYERS = [
         "recomputation",
         "recipe_arguments",
         "results",
+        "feature_store",
+        "tower_outputs",
     },
     {
         "families",
@@ -216,6 +218,7 @@ LAYERS = [
         "layout",
         "instructions",
         "encoding",
+        "feature_cache",
         "packing",
         "layer_pass",
         "fast_pass",
