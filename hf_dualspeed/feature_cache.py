@@ -139,8 +139,9 @@ class FeatureCache(TrainerCallback):
             if own is not None:
                 tower.forward = own
         names = call.end()
-        if names is None:
-            return  # units and what the tower was given do not match: it ran as always
+        if names is None:  # units and what the tower was given do not match: it ran as always
+            self._asked += len(units.keys)
+            return
         if not self._alike and len(call.missing) > 1:
             call.check_alone(names)
             self._alike = True
@@ -214,7 +215,8 @@ class TowerCall:
     """
 
     def __init__(self, tower: nn.Module, units: ImageUnits, names: tuple[str, ...]):
-        self.tower, self.forward, self.units, self.names = tower, tower.forward, units, names
+        self.tower, self.forward, self.names = tower, tower.forward, names
+        self.units = units.to(next(tower.parameters()).device, non_blocking=True)
         self.keys, self.sizes = units.keys, units.sizes
         self.missing: list[int] = []  # indices of the units that were encoded
         self.called = self.plain = False

@@ -24,6 +24,7 @@ UNITS = "image_units"  # the batch's key; the trainer takes it out before the mo
 PIXELS = ("pixel_values", "pixel_values_images")
 BESIDE = ("pixel_", "image_", "spatial_")  # tensors that tell the tower more of each image begin with these
 REMEDY = "Set vision_feature_cache=None to train without the cache."
+SHARE = 256  # a process takes this part of the bound at once, so that processes seldom wait for the lock
 ABANDONED = 3600.0  # seconds after which a half-written file is nobody's
 
 
@@ -43,6 +44,7 @@ class FeatureStore:
     def __init__(self, root: str, tower: str, bound: int):
         self.root, self.folder, self.bound = Path(root), Path(root) / tower, bound
         self.full = False
+        self._spare = 0  # bytes that are counted as used, but not yet used by this process
 
     def open(self) -> None:
         """Makes the folder and marks it as used; counts what is there, which a killed run may have left uncounted."""
@@ -85,15 +87,27 @@ class FeatureStore:
 
     def _reserve(self, size: int) -> bool:
         """Adds `size` to the sum of all files if that keeps to the bound, perhaps once other towers' are removed."""
+        if size <= self._spare:
+            self._spare -= size
+            return True
         with WeakFileLock(self.root / "lock"):
-            used = self._used()
-            others = [tower for tower in self._towers() if tower != self.folder]
-            while used + size > self.bound and others:
-                shutil.rmtree(others.pop(0), ignore_errors=True)  # a run may be writing there
-                used = sum(size_of(tower) for tower in self._towers())
-            self.full = used + size > self.bound
-            self._note(used if self.full else used + size)
+            used, taken = self._used(), max(size, self.bound // SHARE)
+            if used + taken > self.bound:
+                taken, used = size, self._make_room(size, used)
+            self.full = used + taken > self.bound
+            if not self.full:
+                self._note(used + taken)
+                self._spare = taken - size
             return not self.full
+
+    def _make_room(self, size: int, used: int) -> int:
+        """Removes other towers until `size` more bytes fit; the bytes that are left."""
+        others = [tower for tower in self._towers() if tower != self.folder]
+        while used + size > self.bound and others:
+            shutil.rmtree(others.pop(0), ignore_errors=True)  # a run may be writing there
+            used = sum(size_of(tower) for tower in self._towers())
+            self._note(used)
+        return used
 
     def _used(self) -> int:
         try:
