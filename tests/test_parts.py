@@ -235,6 +235,7 @@ LAYERS = [
         "push_pruner",
         "bench",
         "bench_arguments",
+        "bench_cached",
         "bench_growth",
         "bench_memory",
         "bench_plots",
