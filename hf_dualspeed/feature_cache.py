@@ -77,14 +77,14 @@ class FeatureCache(TrainerCallback):
             )
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.begin(model)
+        self.begin(model, count=args.local_process_index == 0)
 
-    def begin(self, model: nn.Module) -> None:
-        """Looks for what was stored of this model's tower."""
+    def begin(self, model: nn.Module, count: bool = True) -> None:
+        """Looks for what was stored of this model's tower; one process of several counts its bytes."""
         self.check(model)
         outer = unwrap(model)
         self.store = FeatureStore(self.root, fingerprint(outer, self.precision), self.bound)
-        self.store.open()
+        self.store.open(count)
         self._layout, self._hits, self._asked = None, 0, 0
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -168,8 +168,7 @@ class FeatureCache(TrainerCallback):
             copied.synchronize()
         parts = {name: tensor.split(lengths) for name, (tensor, lengths) in rows.items()}
         try:
-            for index, key in enumerate(keys):
-                self.store.write(key, {name: units[index] for name, units in parts.items()})
+            self.store.write({key: {name: units[i] for name, units in parts.items()} for i, key in enumerate(keys)})
         except OSError as error:
             self.store.full = self._said = True
             logger.warning("Vision features are no longer stored: %s.", error)
@@ -336,7 +335,7 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the host, on its way there."""
     tensor = tensor.detach()
     host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    return host.copy_(tensor, non_blocking=True)
+    return host.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 # --- towers -------------------------------------------------------------------------------------------------------
@@ -357,9 +356,9 @@ def obstacle(outer: nn.Module, pruner: Pruner) -> str | None:
     trained = next((name for name, p in tower.named_parameters() if p.requires_grad), None)
     if trained is not None:
         return (
-            f"`{trained}` of the vision tower is trained, so that its outputs change with each step. Freeze the tower "
-            f"(`model.get_encoder(modality='image').requires_grad_(False)`, or train_vision_tower: false in a recipe). "
-            f"{REMEDY}"
+            f"`{trained}` of the vision tower is trained, so that its outputs change with each step. Freeze the tower: "
+            "model.get_encoder(modality='image').requires_grad_(False), or in a recipe train_vision_tower: false, and "
+            f"train_projector: false where the projector is a part of it, as in Qwen-VL. {REMEDY}"
         )
     if any(rate > 0 for module in tower.modules() for rate in dropout_rates(module)):
         return f"{kind} drops at random in training. Set its dropout to 0. {REMEDY}"

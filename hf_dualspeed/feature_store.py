@@ -24,7 +24,6 @@ UNITS = "image_units"  # the batch's key; the trainer takes it out before the mo
 PIXELS = ("pixel_values", "pixel_values_images")
 BESIDE = ("pixel_", "image_", "spatial_")  # tensors that tell the tower more of each image begin with these
 REMEDY = "Set vision_feature_cache=None to train without the cache."
-SHARE = 256  # a process takes this part of the bound at once, so that processes seldom wait for the lock
 ABANDONED = 3600.0  # seconds after which a half-written file is nobody's
 
 
@@ -32,8 +31,8 @@ class FeatureStore:
     """A folder of files, one for each unit, beside those of other towers; together they never exceed a bound.
 
     A file is written under another name and then moved, so that readers, of any process, see it whole or not at all.
-    What can't be read counts as missing. Sizes are added up in a file, under a lock. Only paths and numbers are kept
-    here, so that it can go to workers.
+    What can't be read counts as missing. A lock is held while files are written and their sizes added up in another, so
+    that the bound holds for all processes together. Only paths and numbers are kept here, so that it can go to workers.
 
     Args:
         root (`str`): the folder of all towers.
@@ -44,14 +43,15 @@ class FeatureStore:
     def __init__(self, root: str, tower: str, bound: int):
         self.root, self.folder, self.bound = Path(root), Path(root) / tower, bound
         self.full = False
-        self._spare = 0  # bytes that are counted as used, but not yet used by this process
 
-    def open(self) -> None:
-        """Makes the folder and marks it as used; counts what is there, which a killed run may have left uncounted."""
+    def open(self, count: bool = True) -> None:
+        """Makes the folder and marks it as used. With `count`, adds up what there is, for files may have been removed
+        by hand, or been written by a run that was killed before it could note them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         os.utime(self.folder)
-        with WeakFileLock(self.root / "lock"):
-            self._note(sum(size_of(tower) for tower in self._towers()))
+        if count:
+            with WeakFileLock(self.root / "lock"):
+                self._note(sum(size_of(tower) for tower in self._towers()))
 
     def path(self, key: str) -> Path:
         """The file of a unit."""
@@ -65,49 +65,41 @@ class FeatureStore:
         except (OSError, SafetensorError):
             return None
 
-    def write(self, key: str, tensors: dict[str, torch.Tensor]) -> bool:
-        """Stores a unit where there is room, at the cost of towers used longest ago but never of this one's."""
-        path, data = self.path(key), save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        if self.read(key) is not None:
-            return True
-        # A damaged file's bytes are counted already, and a few too many are no harm.
-        if not self._reserve(len(data)):
-            return False
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(data)
-            partial.replace(path)
-        except FileNotFoundError:  # another run has just removed this tower
-            return False
-        return True
-
-    def _towers(self) -> list[Path]:
-        return sorted((p for p in self.root.iterdir() if p.is_dir()), key=lambda folder: folder.stat().st_mtime)
-
-    def _reserve(self, size: int) -> bool:
-        """Adds `size` to the sum of all files if that keeps to the bound, perhaps once other towers' are removed."""
-        if size <= self._spare:
-            self._spare -= size
-            return True
+    def write(self, units: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Stores units by their keys as far as there is room, which other towers' make, the longest unused first."""
         with WeakFileLock(self.root / "lock"):
-            used, taken = self._used(), max(size, self.bound // SHARE)
-            if used + taken > self.bound:
-                taken, used = size, self._make_room(size, used)
-            self.full = used + taken > self.bound
-            if not self.full:
-                self._note(used + taken)
-                self._spare = taken - size
-            return not self.full
+            used = self._used()
+            try:
+                for key, tensors in units.items():
+                    if self.read(key) is not None:
+                        continue
+                    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+                    used = self._make_room(len(data), used)
+                    self.full = used + len(data) > self.bound
+                    if self.full:
+                        break
+                    used += len(data)
+                    self._put(self.path(key), data)
+            finally:
+                self._note(used)
+
+    def _put(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_bytes(data)
+        partial.replace(path)
 
     def _make_room(self, size: int, used: int) -> int:
         """Removes other towers until `size` more bytes fit; the bytes that are left."""
-        others = [tower for tower in self._towers() if tower != self.folder]
-        while used + size > self.bound and others:
-            shutil.rmtree(others.pop(0), ignore_errors=True)  # a run may be writing there
-            used = sum(size_of(tower) for tower in self._towers())
-            self._note(used)
+        others = self._towers() if used + size > self.bound else []
+        for tower in others:
+            if tower != self.folder and used + size > self.bound:
+                used -= size_of(tower)
+                shutil.rmtree(tower)
         return used
+
+    def _towers(self) -> list[Path]:
+        return sorted((p for p in self.root.iterdir() if p.is_dir()), key=lambda folder: folder.stat().st_mtime)
 
     def _used(self) -> int:
         try:

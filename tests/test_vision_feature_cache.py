@@ -22,7 +22,7 @@ from tiny_models import FAMILIES
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.encoding import encode
 from hf_dualspeed.feature_cache import FeatureCache, fingerprint, obstacle
-from hf_dualspeed.feature_store import UNITS, FeatureStore, WithImageUnits, size_of, units_of
+from hf_dualspeed.feature_store import UNITS, FeatureStore, WithImageUnits, units_of
 from hf_dualspeed.tower_outputs import assembled
 
 ONCE = [*DATA[:4], *DATA[5:]]  # without the one sample whose picture another has too
@@ -62,18 +62,26 @@ def assert_same(ours, expected):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"distillation_weight": 0.0}, {"slow_mode_splits": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {}) for family in FAMILIES),
+        ("llava", {"distillation_weight": 0.0}),
+        ("qwen2_5_vl", {"slow_mode_splits": 2, "activation_checkpointing": True}),
+        ("llava_next", {"pruner": "cdpruner", "gradient_accumulation_steps": 2, "max_steps": 4}),
+    ],
+)
 def test_training_is_the_same_and_the_tower_rests(tmp_path, family, options):
     expected, plain = cached(tmp_path / "plain", family, **options)
     expected.train()
     trainer, calls = cached(tmp_path / "cached", family, tmp_path / "cache", **options)
     trainer.train()
     assert_same(trainer, expected)
-    assert {step for step, _ in plain} >= {4, 5, 6, 7}
-    assert not [step for step, _ in calls if step >= 4]  # of the second epoch
+    second = trainer.state.max_steps // 2  # the step that begins the second epoch
+    assert {step for step, _ in plain} == {*range(trainer.state.max_steps)}
+    assert not [step for step, _ in calls if step >= second]
     rates = [entry["vision_cache_hit_rate"] for entry in trainer.state.log_history if "loss" in entry]
-    assert rates[4:] == [1.0] * 4
+    assert rates[second:] == [1.0] * second
     assert rates[0] == 0.0
     assert not any("vision_cache_hit_rate" in entry for entry in expected.state.log_history)
 
@@ -103,8 +111,7 @@ def test_a_second_run_hits_from_the_first_step(tmp_path):
 def test_workers_read_the_cache(tmp_path):
     expected, _ = cached(tmp_path / "plain")
     expected.train()
-    options = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
-    trainer, calls = cached(tmp_path / "cached", cache=tmp_path / "cache", **options)
+    trainer, calls = cached(tmp_path / "cached", cache=tmp_path / "cache", dataloader_num_workers=2)
     trainer.train()
     assert {step for step, _ in calls} == {0, 1, 2, 3}
     assert_same(trainer, expected)
@@ -400,66 +407,81 @@ def opened(folder: Path, tower: str = "tower", bound: int = 10_000) -> FeatureSt
     return store
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda p: p.write_bytes(p.read_bytes()[:-5]), lambda p: p.write_bytes(b""), Path.unlink]
-)
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
 def test_damaged_files_are_misses_and_are_repaired(tmp_path, damage):
     store = opened(tmp_path)
     assert store.read("ab") is None
-    assert store.write("ab", unit())
-    damage(store.path("ab"))
+    store.write({"ab": unit()})
+    path = store.path("ab")
+    kept = {"cut": path.read_bytes()[:-5], "empty": b"", "gone": None}[damage]
+    path.unlink() if kept is None else path.write_bytes(kept)
     assert store.read("ab") is None
-    assert store.write("ab", unit())
+    store.write({"ab": unit()})
     assert torch.equal(store.read("ab")["last_hidden_state"], unit()["last_hidden_state"])
+
+
+def numbered(*numbers: int) -> dict:
+    return {f"{n:02x}": unit(n) for n in numbers}
+
+
+def stored(folder: Path) -> int:
+    """Bytes of all files, as the ledger has them."""
+    total = sum(path.stat().st_size for path in files(folder))
+    assert int((folder / "bytes").read_text()) == total
+    return total
 
 
 def test_the_bound_holds_and_nothing_of_its_own_is_removed(tmp_path):
     store = opened(tmp_path)
-    kept = [store.write(f"{i:02x}", unit(i)) for i in range(16)]
-    assert kept == [True] * 9 + [False] * 7 or kept == [True] * 8 + [False] * 8
-    assert sum(p.stat().st_size for p in files(tmp_path)) <= 10_000
+    store.write(numbered(*range(5)))
+    size = stored(tmp_path) // 5
+    assert not store.full
+    store.write(numbered(*range(16)))
     assert store.full
-    assert store.read("00") is not None
-    again = opened(tmp_path)  # counts anew
+    assert stored(tmp_path) == 10_000 // size * size
+    assert [path.stem for path in files(tmp_path)] == [*numbered(*range(10_000 // size))]
     (tmp_path / "bytes").write_text("")  # cut short by a crash
-    assert not again.write("ff", unit())
+    again = FeatureStore(str(tmp_path), "tower", 10_000)
+    again.write(numbered(255))
+    assert again.full
+    assert stored(tmp_path) <= 10_000
 
 
-def test_what_a_process_took_and_did_not_use_is_counted_anew(tmp_path):
-    store = opened(tmp_path, bound=2**20)
-    assert store.write("aa", unit())
-    assert int((tmp_path / "bytes").read_text()) == 2**20 // 256
+def test_what_was_removed_by_hand_or_left_by_a_killed_run_is_counted_anew(tmp_path):
+    store = opened(tmp_path)
+    store.write(numbered(1, 2))
+    store.path("01").unlink()
+    left = store.path("02").with_suffix(".123.tmp")
+    left.write_bytes(b"half")
+    os.utime(left, (1e9, 1e9))
     opened(tmp_path)
-    assert int((tmp_path / "bytes").read_text()) == size_of(tmp_path / "tower") == store.path("aa").stat().st_size
+    assert not left.exists()
+    assert stored(tmp_path) == store.path("02").stat().st_size
 
 
 def test_towers_unused_for_longest_make_room(tmp_path):
     for age, tower in enumerate(("old", "older", "oldest")):
         store = opened(tmp_path, tower)
-        assert all(store.write(key, unit()) for key in ("aa", "bb"))
+        store.write(numbered(1, 2))
         os.utime(store.folder, (1e9 - age, 1e9 - age))
+    size = stored(tmp_path) // 6
     store = opened(tmp_path)
-    used = size_of(tmp_path / "old")
-    left = (10_000 - 3 * used) // (used // 2)
-    for i in range(left):
-        assert store.write(f"{i:02x}", unit())
-    assert (tmp_path / "oldest").is_dir()
-    assert store.write("ee", unit())
-    assert not (tmp_path / "oldest").exists()
-    assert (tmp_path / "older").is_dir()
+    store.write(numbered(*range(10_000 // size - 6)))
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"old", "older", "oldest", "tower"}
+    store.write(numbered(100))
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"old", "older", "tower"}
     opened(tmp_path, "older")  # used again
-    for i in range(100, 102):
-        assert store.write(f"{i:02x}", unit())
-    assert not (tmp_path / "old").exists()
-    assert (tmp_path / "older").is_dir()
-    assert sum(p.stat().st_size for p in files(tmp_path)) <= 10_000
+    store.write(numbered(101, 102))
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"older", "tower"}
+    assert not store.full
+    assert stored(tmp_path) <= 10_000
 
 
 def _fill(folder: str, first: int) -> None:
-    store = opened(Path(folder), bound=40_000)
     torch.set_num_threads(1)
-    for i in range(first, first + 40):
-        store.write(f"{i % 60:02x}", unit(i % 60))
+    store = opened(Path(folder), bound=40_000)
+    for number in range(first, first + 40, 4):
+        store.write(numbered(*(n % 60 for n in range(number, number + 4))))
 
 
 @pytest.mark.distributed
@@ -471,10 +493,9 @@ def test_processes_write_to_one_folder(tmp_path):
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    found = files(tmp_path)
-    assert 20 < len(found)
-    assert sum(p.stat().st_size for p in found) <= 40_000
-    for path in found:
+    size = files(tmp_path)[0].stat().st_size
+    assert stored(tmp_path) == 40_000 // size * size
+    for path in files(tmp_path):
         assert torch.equal(load_file(path)["last_hidden_state"], unit(int(path.stem, 16))["last_hidden_state"])
     assert not list(tmp_path.rglob("*.tmp"))
 
