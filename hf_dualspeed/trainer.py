@@ -186,9 +186,8 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin):
         if self.args.speedup_rounds and self.is_in_train and len(self._aside) <= self.args.speedup_rounds:
             self._aside.append(set_aside(inputs))
         mode = self.mode_at(step)
-        loss = self.step_in_mode(
-            mode, step / max(1, self.state.max_steps - 1), model, inputs, num_items_in_batch, served
-        )
+        progress = step / max(1, self.state.max_steps - 1)
+        loss = self.step_in_mode(mode, progress, model, inputs, num_items_in_batch, served)
         self.clock.count_tokens(mode, self.mode_pass.tokens, *self.mode_pass.visual_tokens)
         if self.accelerator.sync_gradients:
             self.views.drop_gradients(mode)

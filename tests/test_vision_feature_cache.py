@@ -19,10 +19,11 @@ from test_distributed import DDP, run
 from test_trainer import DATA, SAMPLES, history, make
 from tiny_models import FAMILIES
 
-from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments
+from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments
 from hf_dualspeed.encoding import encode
-from hf_dualspeed.feature_cache import FeatureCache, fingerprint, obstacle
+from hf_dualspeed.feature_cache import FeatureCache, feature_cache_of, fingerprint, obstacle
 from hf_dualspeed.feature_store import UNITS, FeatureStore, WithImageUnits, units_of
+from hf_dualspeed.host_waits import host_waits
 from hf_dualspeed.tower_outputs import assembled
 
 ONCE = [*DATA[:4], *DATA[5:]]  # without the one sample whose picture another has too
@@ -166,10 +167,12 @@ def test_evaluation_and_checkpoints_know_nothing_of_it(tmp_path):
     copy.deepcopy(trainer.model)
 
 
-def test_batches_aside_for_the_speedup_hold_no_features(tmp_path):
+def test_batches_aside_for_the_speedup_hold_no_features(tmp_path, monkeypatch):
+    aside = []
+    monkeypatch.setattr("hf_dualspeed.trainer.set_aside", lambda inputs: aside.append(dict(inputs)) or {})
     trainer, _ = cached(tmp_path, cache=tmp_path / "cache", speedup_rounds=1)
     trainer.train()
-    assert trainer._aside == [] or not any(UNITS in inputs for inputs in trainer._aside)
+    assert [UNITS in inputs for inputs in aside] == [False, False]
 
 
 @pytest.mark.distributed
@@ -315,6 +318,24 @@ def test_only_what_is_read_is_stored(tmp_path):
         output.hidden_states[-1]
     with pytest.raises(AttributeError, match="last_hidden_state"):
         _ = output.last_hidden_state
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "smolvlm", "qwen2_5_vl"])
+def test_the_step_waits_for_the_device_no_more_than_without(tmp_path, name):
+    model = frozen(name)
+    one = mixed_batch(TINY[name], model, MIXED)
+    two = mixed_batch(TINY[name], model, [MIXED[2], MIXED[0], [4, "image"]], seeds=[2, 0, 7])
+    cache, counts = cache_for(tmp_path, model), []
+    served(cache, model, one)
+    for inputs, rate in ((one, 1.0), (two, None)):
+        units = units_of(inputs, cache.store)
+        for serve in (None, partial(cache.serving, units)):
+            with host_waits() as waits:
+                encode(model, inputs, served=serve)
+            counts.append(len(waits))
+        assert rate is None or cache.window()["vision_cache_hit_rate"] == rate
+    assert counts[1] <= counts[0]  # of hits
+    assert counts[3] <= counts[2]  # of hits and misses
 
 
 def test_gradients_reach_the_projector(tmp_path):
@@ -575,16 +596,9 @@ def test_folders_and_bounds_that_cannot_be(tmp_path):
 
 @pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_sharded_training_is_refused(tmp_path, name):
-    class Sharded(DualSpeedTrainer):
-        def get_tp_size(self):
-            setattr(self, name, False)
-            return 1
-
-    trainer, _ = cached(tmp_path, cache=None)
+    trainer, _ = cached(tmp_path)
     trainer.args.vision_feature_cache = str(tmp_path / "cache")
     setattr(trainer, name, True)
-    from hf_dualspeed.feature_cache import feature_cache_of
-
     with pytest.raises(ValueError, match="a sharded tower has to run in all processes.*vision_feature_cache=None"):
         feature_cache_of(trainer)
 
