@@ -210,6 +210,7 @@ LAYERS = [
         "recipe_arguments",
         "results",
         "feature_store",
+        "tower_call",
         "tower_outputs",
     },
     {
