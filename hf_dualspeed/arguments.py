@@ -120,6 +120,20 @@ class DualSpeedArguments:
     slow_only_parameters: list[str] = field(
         default_factory=list, metadata={"help": "Glob patterns of parameters that only slow steps update."}
     )
+    vision_feature_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which a frozen vision tower's outputs are stored for later epochs and runs, so that "
+            "each image is encoded once; several processes may share it. None turns it off."
+        },
+    )
+    vision_feature_cache_gib: float = field(
+        default=20.0,
+        metadata={
+            "help": "The most that the files in vision_feature_cache may take, in GiB. Those of other towers make "
+            "room, the longest unused first; what finds none is encoded in each epoch."
+        },
+    )
     speedup_rounds: int = field(
         default=3,
         metadata={
@@ -143,6 +157,8 @@ class DualSpeedArguments:
         check_range("isolator_length", self.isolator_length, 0, off="Use 0 to train without an isolator.")
         check_range("distillation_weight", self.distillation_weight, 0, off="Use 0.0 to turn distillation off.")
         check_range("distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual.")
+        off = "Use vision_feature_cache=None to train without the cache."
+        check_range("vision_feature_cache_gib", self.vision_feature_cache_gib, 0, left_open=True, off=off)
         check_range("speedup_rounds", self.speedup_rounds, 0, off="Use 0 not to measure the speed-up.")
         if self.slow_mode_splits != "auto":
             self.slow_mode_splits = as_count("slow_mode_splits", self.slow_mode_splits, "or 'auto'")

@@ -29,11 +29,13 @@ from transformers import Trainer, TrainingArguments
 
 from hf_dualspeed.arguments import DualSpeedTrainingArguments
 from hf_dualspeed.bench_arguments import BenchArguments, parse_arguments
+from hf_dualspeed.bench_cached import cached_batch
 from hf_dualspeed.bench_memory import MEMORY_COUNTING, peak_memory
 from hf_dualspeed.bench_report import PARTS, STEPS, check_format, derive, print_report, write_report
 from hf_dualspeed.bench_shapes import Shape, build_batch, build_model, encoder_ratio, given_batch, given_model
 from hf_dualspeed.encoding import encode
 from hf_dualspeed.fast_pass import shorten_inputs
+from hf_dualspeed.feature_store import UNITS
 from hf_dualspeed.host_waits import host_waits
 from hf_dualspeed.model_roles import parameter_roles
 from hf_dualspeed.protocol import unwrap, visual_token_ids
@@ -235,7 +237,9 @@ class Bench:
         self.losses: dict[str, float] = {}
         self.step("fast")  # whose size tells slow steps their parts
         self._clean("fast")
-        self.variants = {**{name: partial(self.step, name) for name in STEPS}, **self._parts()}
+        self.cached = cached_batch(self.dual, self.batch, f"{folder}/features")
+        self.steps = [name for name in STEPS if name != "fast_cached" or self.cached is not None]
+        self.variants = {**{name: partial(self.step, name) for name in self.steps}, **self._parts()}
 
     def _begin(self) -> None:
         """What `train` does in front of the first step."""
@@ -247,10 +251,11 @@ class Bench:
 
     def step(self, name: str) -> None:
         """Forward and backward of one micro-batch, through the trainer's own `training_step`."""
-        self.dual.mode = FAST if name == "fast" else SLOW
+        self.dual.mode = FAST if name.startswith("fast") else SLOW
         self.dual.args.distillation_weight = 0.0 if name == "slow_without_distillation" else 1.0
         trainer = self.plain if name == "plain" else self.dual
-        self.loss = trainer.training_step(self.model, self.batch, self.items)
+        batch = self.cached if name == "fast_cached" else self.batch
+        self.loss = trainer.training_step(self.model, batch, self.items)
 
     def _parts(self) -> dict[str, Callable]:
         """The fast step's parts alone: encoding, the pruner, and what else shortens the batch; and the teacher."""
@@ -269,6 +274,7 @@ class Bench:
             mode_pass.end()
 
         self.encoded = [tensor for encoding in encodings for tensor in _tensors(vars(encoding).values())]
+        self.encoded += _tensors(self.cached[UNITS].features.values() if self.cached else [])
         self.encoded += [*_tensors(vars(pruned).values()), *_tensors(vars(tokens).values())]
         return {
             "teacher": teach,
@@ -278,7 +284,8 @@ class Bench:
         }
 
     def run(self, names: list[str]) -> dict:
-        """Counts and measures the variants `names`."""
+        """Counts and measures those of the variants `names` that there are."""
+        names = [name for name in names if name in self.variants]
         parts, _ = self.dual._slow_parts(self.model, self.batch, self.items)
         counts = {
             "flops": {name: self.count_flops(name) for name in names},

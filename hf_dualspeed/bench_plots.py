@@ -37,9 +37,10 @@ def plot_steps(results: dict, path: Path) -> Path:
     rows = -(-len(runs) // columns)
     figure, axes = figure_of(5 * columns if columns > 1 else 8, 0.8 + 2.1 * rows, rows, columns)
     panels = [axis for row in axes for axis in row]
+    steps = {name: label for name, label in STEPS.items() if any(name in run["seconds"] for run in runs)}
     for number, (axis, run) in enumerate(zip(panels, runs, strict=False)):
-        _draw_run(axis, run)
-        axis.set_yticks(range(len(STEPS)), list(STEPS.values()) if number % columns == 0 else [""] * len(STEPS))
+        _draw_run(axis, run, list(steps))
+        axis.set_yticks(range(len(steps)), list(steps.values()) if number % columns == 0 else [""] * len(steps))
     for axis in panels[len(runs) :]:
         axis.set_axis_off()
     for axis in panels[max(0, len(runs) - columns) : len(runs)]:
@@ -56,10 +57,11 @@ def plot_steps(results: dict, path: Path) -> Path:
     return path
 
 
-def _draw_run(axis: Axes, run: dict) -> None:
+def _draw_run(axis: Axes, run: dict, steps: list[str]) -> None:
     seconds, flops = run["seconds"], run["flops"]
-    by_flops = [seconds["plain"]["median"] * flops[name] / flops["plain"] for name in STEPS]
-    for row, (name, mark) in enumerate(zip(STEPS, by_flops, strict=True)):
+    places = {row: name for row, name in enumerate(steps) if name in seconds}
+    by_flops = [seconds["plain"]["median"] * flops[name] / flops["plain"] for name in places.values()]
+    for (row, name), mark in zip(places.items(), by_flops, strict=True):
         low, middle, high = (seconds[name][key] for key in ("q1", "median", "q3"))
         if name == "fast":
             _stack_parts(axis, row, run)
@@ -69,10 +71,10 @@ def _draw_run(axis: Axes, run: dict) -> None:
         place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
         axis.annotate(f"{milliseconds(middle)} ms", (max(high, mark), row), **place)
     style = {"linestyle": "none", "marker": "|", "markersize": 20, "markeredgewidth": 2, "color": MARK}
-    axis.plot(by_flops, range(len(STEPS)), label="if time went with FLOPs", **style)
-    axis.invert_yaxis()
+    axis.plot(by_flops, list(places), label="if time went with FLOPs", **style)
+    axis.set_ylim(len(steps) - 0.5, -0.5)
     axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.set_xlim(0, 1.22 * max([seconds[name]["q3"] for name in STEPS] + by_flops))
+    axis.set_xlim(0, 1.22 * max([seconds[name]["q3"] for name in places.values()] + by_flops))
     speedup = run["ratios"]["expected_speedup"]["median"]
     axis.set_title(f"{run['shape']}, checkpointing {run['checkpointing']}: {speedup:.2f} x", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)

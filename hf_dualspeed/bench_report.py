@@ -15,6 +15,7 @@ STEPS = {
     "slow_without_distillation": "slow, no distillation",
     "slow": "slow",
     "fast": "fast",
+    "fast_cached": "fast, cached features",
 }
 PARTS = {
     "encoder": "vision encoder",
@@ -55,25 +56,27 @@ def check_format(results: dict, kind: str = "training steps, forward and backwar
 def derive(run: dict, slow_ratio: float) -> dict:
     """Medians and quartiles of the times and of the ratios within each round, the FLOP limit, and the targets."""
     times = {name: torch.tensor(values, dtype=torch.float64) for name, values in run["seconds_by_round"].items()}
-    plain, fast, slow = times["plain"], times["fast"], times["slow"]
+    fast = times["fast"]
     limit = expected_speedup(run["flops"], slow_ratio, "plain")
     speedup = expected_speedup(times, slow_ratio, "plain")
+    steps = [name for name in steps_of(run) if name != "plain"]
     ratios = {
-        "fast_over_plain": fast / plain,
-        "slow_without_distillation_over_plain": times["slow_without_distillation"] / plain,
-        "slow_over_plain": slow / plain,
+        **{f"{name}_over_plain": times[name] / times["plain"] for name in steps},
         **{f"{part}_share": times[part] / fast for part in FAST_PARTS},
         "rest_share": 1 - sum(times[part] for part in FAST_PARTS) / fast,
         "expected_speedup": speedup,
         "share_of_limit": speedup / limit,
         "expected_speedup_by_pruning": expected_speedup(times, slow_ratio, "slow_without_distillation"),
     }
+    if "fast_cached" in times:  # its slow steps are given no cache
+        cached = {**times, "fast": times["fast_cached"]}
+        ratios["expected_speedup_cached"] = expected_speedup(cached, slow_ratio, "plain")
     flops, memory = run["flops"], run["memory"]
     derived = {
         "seconds": {name: quartiles(values) for name, values in times.items()},
         "ratios": {name: quartiles(values) for name, values in ratios.items()},
         "flop_ratios": {
-            **{f"{name}_over_plain": flops[name] / flops["plain"] for name in STEPS if name != "plain"},
+            **{f"{name}_over_plain": flops[name] / flops["plain"] for name in steps},
             "expected_speedup": limit,
             "expected_speedup_by_pruning": expected_speedup(flops, slow_ratio, "slow_without_distillation"),
         },
@@ -83,6 +86,11 @@ def derive(run: dict, slow_ratio: float) -> dict:
         },
     }
     return {**derived, "targets": targets({**run, **derived})}
+
+
+def steps_of(run: dict) -> dict[str, str]:
+    """The steps of a run and their labels: where features cannot be cached, there is none with a cache."""
+    return {name: label for name, label in STEPS.items() if name in run["flops"]}
 
 
 def expected_speedup(costs: dict, slow_ratio: float, over: str):
@@ -175,7 +183,7 @@ def step_rows(run: dict) -> list[tuple[str, ...]]:
     """Each step's time, FLOPs and memory; below them parts of steps."""
     seconds, flops, ratios = run["seconds"], run["flops"], run["ratios"]
     rows = []
-    for name, label in STEPS.items():
+    for name, label in steps_of(run).items():
         ratio = "1" if name == "plain" else spread(ratios[f"{name}_over_plain"], 3)
         work = (f"{flops[name] / 1e9:.2f}", f"{flops[name] / flops['plain']:.3f}")
         rows.append((label, times_of(seconds[name]), ratio, *work, megabytes(run["memory"][name])))
@@ -219,9 +227,12 @@ def run_line(run: dict) -> str:
             f" Encoding a visual token takes {run['encoder_ratio']:.3g} times the FLOPs of its forward pass in the "
             f"language model's layers; in {run['like']} {run['real_encoder_ratio']:.3g} times."
         )
+    cached = ""
+    if "expected_speedup_cached" in run["ratios"]:
+        cached = f" With cached features in fast steps: {spread(run['ratios']['expected_speedup_cached'], 2)} x."
     return (
         f"{model_line(run)} Activation checkpointing {run['checkpointing']}, slow "
-        f"steps {parts} (slow_mode_splits={run['slow_splits']!r}).{ratio}"
+        f"steps {parts} (slow_mode_splits={run['slow_splits']!r}).{ratio}{cached}"
     )
 
 
@@ -295,7 +306,8 @@ def markdown(results: dict, plot: str) -> str:
         "variant once; speed-ups and other ratios are taken within a round, over a Trainer with the same setting of "
         "activation checkpointing. The FLOP limit is what the speed-up would be if time went with the FLOPs of these "
         "very steps. Trainer computes logits at all positions, DualSpeedTrainer at supervised ones only: 'slow, no "
-        "distillation' shows how much of the gain that is. 'Teacher' is the pruned forward pass in a slow step.",
+        "distillation' shows how much of the gain that is. 'Teacher' is the pruned forward pass in a slow step. 'Fast, "
+        "cached features' is a fast step of a later epoch with `vision_feature_cache`.",
         readme_table(results),
         f"![Step times]({plot})",
         "What is aimed at, and whether it is reached:",

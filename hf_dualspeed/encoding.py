@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -131,21 +131,32 @@ def pad(rows: list[torch.Tensor] | None, device: torch.device) -> torch.Tensor |
 
 
 def encode(
-    model: nn.Module, inputs: Mapping, needs: frozenset[str] = frozenset(), video_budget: str = "clip"
+    model: nn.Module,
+    inputs: Mapping,
+    needs: frozenset[str] = frozenset(),
+    video_budget: str = "clip",
+    served: Callable[[nn.Module], AbstractContextManager] | None = None,
 ) -> list[VisualEncoding]:
     """Encodes each modality whose raw inputs are in `inputs`; an empty list for a text-only batch.
 
     `needs` names what the pruner wants beside the features ("grid", "attention", "keys", "text"); `video_budget` says
-    whether the tokens of a video are a unit by "clip" or by "frame".
+    whether the tokens of a video are a unit by "clip" or by "frame". Images are encoded inside `served(tower)`.
     """
     outer = unwrap(model)
     present, config = modalities_in(inputs), outer.config
     present = [m for m in MODALITIES if m.name in present and not family_of(config, m.name).whole]
-    return [encode_modality(outer, inputs, modality, needs, video_budget) for modality in present]
+    return [
+        encode_modality(outer, inputs, m, needs, video_budget, served if m.name == "image" else None) for m in present
+    ]
 
 
 def encode_modality(
-    outer: nn.Module, inputs: Mapping, modality: Modality, needs: frozenset[str], video_budget: str
+    outer: nn.Module,
+    inputs: Mapping,
+    modality: Modality,
+    needs: frozenset[str],
+    video_budget: str,
+    served: Callable[[nn.Module], AbstractContextManager] | None = None,
 ) -> VisualEncoding:
     family, token_id = family_of(outer.config, modality.name), placeholder_id(outer.config, modality)
     owner, encoder = encoder_of(outer, modality)
@@ -155,10 +166,14 @@ def encode_modality(
         )
     check_pixels(inputs, modality)
     arguments, consumed = encoder_arguments(owner, encoder, inputs, modality)
-    tower = outer.get_encoder(modality=modality.name) if needs & IN_TOWER else None
-    with capture_attention(tower) if tower is not None else nullcontext() as capture, frozen_tower(outer, modality):
+    tower = outer.get_encoder(modality=modality.name) if needs & IN_TOWER or served is not None else None
+    with ExitStack() as around:
+        capture = around.enter_context(capture_attention(tower)) if needs & IN_TOWER else None
+        around.enter_context(frozen_tower(outer, modality))
+        if served is not None:
+            around.enter_context(served(tower))
         output = encoder(**arguments, return_dict=True)
-    container = tokens_of(output, family, type(outer).__name__)
+        container, companions = tokens_of(output, family, type(outer).__name__), companions_of(output, family)
     rows, parts = flat_rows(container), parts_of(container, family, inputs, token_id)
     if modality.name == "video":
         parts = clips(owner, parts, inputs, video_budget)
@@ -172,7 +187,7 @@ def encode_modality(
     lengths = [n for n in lengths if n]  # a sample without images may be an empty unit
     check_count(token_id, sum(lengths), len(rows))
     encoding = VisualEncoding(modality.name, token_id, output, family, rows, lengths, consumed)
-    encoding.companions = companions_of(output, family)
+    encoding.companions = companions
     if family.project is not None:
         encoding.features = family.project(owner, rows)
     if needs & {"grid", *IN_TOWER}:

@@ -15,6 +15,8 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
+from .data import MaskVisualLabels
+from .feature_store import WithImageUnits
 from .protocol import unwrap, visual_token_ids
 from .sample_lengths import REMEDY, SampleLengths, TokenCounter, given_lengths, measured_lengths, visual_name
 from .schedule import FAST, SLOW
@@ -211,7 +213,9 @@ class LengthBatchesMixin:
         return lengths
 
     def _count_lengths(self, dataset) -> SampleLengths:
-        collator = self.data_collator.collator
+        collator = self.data_collator
+        while isinstance(collator, (MaskVisualLabels, WithImageUnits)):  # the user's own tells how it counts
+            collator = collator.collator
         processor = getattr(self, "processing_class", None)
         counter = TokenCounter(collator, processor, visual_token_ids(unwrap(self.model).config))
         with self.args.main_process_first(desc="counting tokens"):

@@ -78,6 +78,7 @@ class ModePass(nn.Module):
         self.mode: str | None = None
         self.distil = False
         self.generator: torch.Generator | None = None
+        self.served: Callable[[nn.Module], AbstractContextManager] | None = None
         self.targets: torch.Tensor | None = None
         self.teacher_logits: torch.Tensor | None = None
         self.auxiliary_loss: torch.Tensor | None = None
@@ -89,7 +90,7 @@ class ModePass(nn.Module):
 
     def __getstate__(self) -> dict:
         """For copies and pickles, which are not in the middle of a pass."""
-        passing = ("autocast", "mode", "distil", "generator", "targets", "teacher_logits", "auxiliary_loss")
+        passing = ("autocast", "mode", "distil", "generator", "served", "targets", "teacher_logits", "auxiliary_loss")
         passing += ("fused_head", "_keep", "_layers", "_batch", "_seen", "_model")
         return {key: value for key, value in self.__dict__.items() if key not in passing}
 
@@ -147,14 +148,22 @@ class ModePass(nn.Module):
 
     # --- a pass ---------------------------------------------------------------------------------------------------
 
-    def begin(self, mode: str, distil: bool, generator: torch.Generator | None, parts: int = 1) -> None:
-        """The next calls of the model run in `mode`; with several `parts`, each call runs the next part of a batch."""
+    def begin(
+        self,
+        mode: str,
+        distil: bool,
+        generator: torch.Generator | None,
+        parts: int = 1,
+        served: Callable[[nn.Module], AbstractContextManager] | None = None,
+    ) -> None:
+        """The next calls of the model run in `mode`; with several `parts`, each call runs the next part of a batch.
+        Images are encoded inside `served(tower)`."""
         self.mode = mode
         if mode != EVALUATION:
             self.last_mode = mode
         self._parts, self._part, self._batch = parts, 0, None
         self.visual_tokens = (0, 0)
-        self.distil, self.generator = distil and mode == SLOW, generator
+        self.distil, self.generator, self.served = distil and mode == SLOW, generator, served
 
     @property
     def first_part(self) -> bool:
@@ -163,7 +172,9 @@ class ModePass(nn.Module):
 
     def end(self) -> None:
         """The next calls of the model run as if this were not there. Only after backward, which may recompute."""
-        self.mode = self.generator = self.targets = self.teacher_logits = self.auxiliary_loss = self._keep = None
+        self.mode = self.generator = self.served = self.targets = self.teacher_logits = self.auxiliary_loss = (
+            self._keep
+        ) = None
         self._batch = None
         self.pruner.auxiliary_loss = None  # and the graph behind it
         self._close_layers()
@@ -191,12 +202,13 @@ class ModePass(nn.Module):
         self._close_layers()
         self._seen = modalities_in(kwargs)
         inputs = kwargs
-        if self.mode == FAST or self.distil or self._parts > 1:
+        apart = self.distil or self._parts > 1 or self.served is not None  # slow, and yet encoded here
+        if self.mode == FAST or apart:
             inputs, encodings = self._encode(model, kwargs)
         self._activate(model, FAST)
         if self.mode == FAST:
             inputs = self._shorten(model, inputs, encodings)
-        elif self.distil or self._parts > 1:
+        elif apart:
             if self.distil:
                 with record_function("dualspeed.teach"):
                     self.teacher_logits = self._teach(model, inputs, encodings)
@@ -211,7 +223,7 @@ class ModePass(nn.Module):
         if self._batch is None:
             needs = self.pruner.needs if self.mode == FAST or self.distil else frozenset()
             with self.autocast(), record_function("dualspeed.encode"):
-                encodings = encode(model, inputs, needs, self.video_budget)
+                encodings = encode(model, inputs, needs, self.video_budget, self.served)
             if self._parts == 1:
                 return inputs, encodings
             self._batch = BatchParts(model, inputs, encodings, self._parts)

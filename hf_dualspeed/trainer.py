@@ -21,6 +21,7 @@ from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
 from .data import MaskVisualLabels
 from .distillation import divisor, self_distillation_loss
+from .feature_cache import feature_cache_of
 from .head import check_liger_kernel, fused_head
 from .hub_io import WEIGHTS_NAME as PRUNER_WEIGHTS_NAME
 from .isolator import WEIGHTS_NAME, ModeIsolator
@@ -112,6 +113,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
             self.add_callback(callback)
         self._begin_length_batches()
         self._micro = (-1, 0)
+        self.feature_cache = feature_cache_of(self)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
 
@@ -168,6 +170,10 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         """Steps and seconds by mode; looked up, for the Trainer may put a restored one in its place."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, ModeClock))
 
+    def get_train_dataloader(self):
+        with nullcontext() if self.feature_cache is None else self.feature_cache.collating(self):
+            return super().get_train_dataloader()
+
     # --- modes ----------------------------------------------------------------------------------------------------
 
     def mode_at(self, step: int) -> str:
@@ -194,21 +200,24 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         """One micro-batch in the mode of the current optimizer step; gradients of the other mode are dropped."""
         step = self.state.global_step
         self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
+        inputs, served = (inputs, None) if self.feature_cache is None else self.feature_cache.taken(inputs)
         if self.args.speedup_rounds and self.is_in_train and len(self._aside) <= self.args.speedup_rounds:
             self._aside.append(set_aside(inputs))
         mode = self.mode_at(step)
-        loss = self.step_in_mode(mode, step / max(1, self.state.max_steps - 1), model, inputs, num_items_in_batch)
+        progress = step / max(1, self.state.max_steps - 1)
+        loss = self.step_in_mode(mode, progress, model, inputs, num_items_in_batch, served)
         self.clock.count_tokens(mode, self.mode_pass.tokens, *self.mode_pass.visual_tokens)
         if self.accelerator.sync_gradients:
             self.views.drop_gradients(mode)
         return loss
 
-    def step_in_mode(self, mode: str, progress: float, model, inputs, num_items_in_batch=None):
-        """Forward and backward of a micro-batch in `mode`, when the fraction `progress` of training is done."""
+    def step_in_mode(self, mode: str, progress: float, model, inputs, num_items_in_batch=None, served=None):
+        """Forward and backward of a micro-batch in `mode`, when the fraction `progress` of training is done.
+        `served`, if there is one, gives the context in which the tower's outputs come from the cache."""
         self._pruner.progress = progress
         parts, small = (1, True) if mode == FAST else self._slow_parts(model, inputs, num_items_in_batch)
         run = partial(super().training_step, model, inputs, num_items_in_batch)
-        self.mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator(), parts)
+        self.mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator(), parts, served)
         try:
             with self._recomputation.left_out(small):
                 return self._accumulated(run, model, parts)
@@ -297,6 +306,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         if "loss" in logs:  # a training log, written on every rank at the same step
             shares = "sum" if self.args.average_tokens_across_devices else "mean"
             logs.update(self._losses.pop(self.accelerator, self.clock.window(), shares))
+            logs.update(self.feature_cache.window() if self.feature_cache is not None else {})
         super().log(logs, start_time)
 
     def summary(self) -> dict:

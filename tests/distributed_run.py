@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--slow-mode-splits", default="1")
     parser.add_argument("--evaluate", action="store_true", help="on the training samples, after training")
     parser.add_argument("--fused", action="store_true", help="the loss of fast steps by a stand-in for Liger's")
+    parser.add_argument("--cache", help="the folder of vision features")
     parser.add_argument("--push", help="the Hub repo to push to at each save")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,6 +90,7 @@ def main() -> None:
         pruner=options.pruner,
         pruning_ratio=0.5,
         slow_mode_splits=options.slow_mode_splits,
+        vision_feature_cache=options.cache,
         seed=1,
         model=model,
         # With an epsilon this large Adam has a state to save, yet does not blow rounding noise up to full steps.
@@ -121,6 +123,7 @@ def main() -> None:
         "steps": trainer.summary()["steps"],
         "record": trainer.record(),
         "eval_loss": evaluated,
+        "hit_rates": [rate for (rate,) in history(trainer, "vision_cache_hit_rate")],
         "history": history(trainer, "loss", "grad_norm", "fast_loss", "slow_loss", "distillation_loss"),
     }
     (options.out / f"rank{rank}.json").write_text(json.dumps(report))

@@ -71,6 +71,7 @@ def test_slow_steps_without_distillation_compute_the_plain_loss(measured):
         tolerance = 1e-2 if torch.cuda.is_available() else 1e-5
         assert losses["slow_without_distillation"] == pytest.approx(losses["plain"], rel=tolerance)
         assert losses["slow"] > losses["slow_without_distillation"]
+        assert losses["fast_cached"] == pytest.approx(losses["fast"], rel=tolerance)
 
 
 def test_shares_and_speed_ups_are_taken_within_rounds(measured):
@@ -80,6 +81,7 @@ def test_shares_and_speed_ups_are_taken_within_rounds(measured):
         expected = {f"{part}_share": share for part, share in shares.items()}
         expected["rest_share"] = 1 - sum(shares.values())
         expected["expected_speedup"] = rounds["plain"] / (0.9 * rounds["fast"] + 0.1 * rounds["slow"])
+        expected["expected_speedup_cached"] = rounds["plain"] / (0.9 * rounds["fast_cached"] + 0.1 * rounds["slow"])
         limit = run["flops"]["plain"] / (0.9 * run["flops"]["fast"] + 0.1 * run["flops"]["slow"])
         assert run["flop_ratios"]["expected_speedup"] == pytest.approx(limit)
         expected["share_of_limit"] = expected["expected_speedup"] / limit
@@ -179,6 +181,23 @@ def test_steps_compare_as_their_tokens_do(tiny):
     flops = {name: tiny.count_flops(name) for name in (*bench.STEPS, "teacher")}
     assert flops["fast"] < flops["slow_without_distillation"] < flops["plain"]
     assert flops["slow"] == pytest.approx(flops["slow_without_distillation"] + flops["teacher"], rel=0.01)
+    assert flops["fast_cached"] < flops["fast"]
+    tower = flops["fast"] - flops["fast_cached"]
+    assert 0 < tower < tiny.count_flops("encoder")  # the projector is in there, too
+
+
+def test_runs_that_cannot_cache_leave_that_step_out(measured, tmp_path):
+    assert "fast_cached" not in tiny_bench(tmp_path, pruner="cls_attention").steps
+    results = json.loads(measured[0].read_text())
+    run = results["runs"][0]
+    for group in ("seconds_by_round", "flops", "memory", "losses"):
+        del run[group]["fast_cached"]
+    run |= bench_report.derive(run, 0.1)
+    path = tmp_path / "bench.json"
+    bench.report(results, path)
+    page = path.with_suffix(".md").read_text()
+    assert page.count("| fast, cached features |") == 1
+    assert page.count("With cached features in fast steps") == 1
 
 
 def test_plain_steps_recompute_and_fast_ones_do_not(tmp_path):
@@ -264,11 +283,13 @@ def test_every_shape_trains(tmp_path, name):
     own = tiny_bench(tmp_path, "on", shape, **options)
     assert own.subject.said["visual_tokens"] == visual == shape.visual_tokens
     assert own.subject.said["text_tokens"] == 24
-    for step in bench.STEPS:
+    for step in own.steps:
         own.variants[step]()
         own._clean(step)
     assert own.losses["slow_without_distillation"] == pytest.approx(own.losses["plain"], rel=1e-3)
     assert own.count_flops("fast") < own.count_flops("plain")
+    # Qwen's projector is trained, and is a part of its tower.
+    assert ("fast_cached" in own.steps) == (name != "qwen2.5-vl")
     if name == "qwen2.5-vl":
         tower = own.model.model.visual
         assert own.model.config.text_config.rope_parameters["mrope_section"] == [8, 12, 12]

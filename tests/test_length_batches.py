@@ -144,6 +144,24 @@ def test_lengths_end_where_the_collator_cuts():
     assert counter_of(model, processor)(talk(0, 30))["length"] > 40
 
 
+def test_the_users_own_collator_counts_whatever_is_wrapped_around_it(tmp_path):
+    runs = []
+    for cache in (None, str(tmp_path / "features")):
+        model, processor = FAMILIES["llava"].build()
+        model.get_encoder(modality="image").requires_grad_(False)
+        options = {"output_dir": str(tmp_path), "vision_feature_cache": cache, "max_steps": 4, "speedup_rounds": 0}
+        trainer = DualSpeedTrainer(
+            model,
+            DualSpeedTrainingArguments(per_device_train_batch_size=2, **options, **QUIET, **GROUPED),
+            train_dataset=[talk(index, 10 * index, images=1) for index in range(6)],
+            data_collator=VisionLanguageCollator(processor, max_length=40),
+        )
+        trainer.train()
+        assert max(trainer._lengths[1].full) == 40
+        runs.append(history(trainer, "loss"))
+    assert runs[0] == runs[1]
+
+
 def test_where_a_processor_tells_no_sizes_images_count_as_the_first(monkeypatch):
     model, processor = FAMILIES["llava"].build()
     expected = counter_of(model, processor)(talk(3, 5))

@@ -98,6 +98,18 @@ def moved(model, before):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
+def test_vision_features_are_cached(tmp_path):
+    found = []
+    for cache in (None, str(tmp_path / "cache")):
+        options = {"peft_config": LoraConfig(**LORA), "slow_mode_ratio": 0.5, "vision_feature_cache": cache, **SGD}
+        torch.manual_seed(0)
+        trainer = make(tmp_path / str(bool(cache)), messages(), **options)
+        trainer.train()
+        found.append(history(trainer, "loss", "grad_norm", "mean_token_accuracy"))
+    torch.testing.assert_close(*found)
+    assert history(trainer, "vision_cache_hit_rate").flatten().tolist() == [0.0] * 4 + [1.0] * 4
+
+
 @pytest.mark.parametrize("layout", DATA)
 def test_trains_in_both_modes(tmp_path, layout):
     trainer = make(tmp_path, DATA[layout](), slow_mode_ratio=0.5)

@@ -261,10 +261,10 @@ def test_visual_tokens_are_counted_and_resumed(tmp_path):
     trainer = make(tmp_path, **options)
     seen = trainer.step_in_mode
 
-    def watched(mode, progress, model, inputs, items=None):
+    def watched(mode, progress, model, inputs, *more):
         if mode == "fast":
             batches.append((inputs["input_ids"] == model.config.image_token_id).sum().item())
-        return seen(mode, progress, model, inputs, items)
+        return seen(mode, progress, model, inputs, *more)
 
     trainer.step_in_mode = watched
     trainer.train()

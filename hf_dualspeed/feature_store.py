@@ -1,0 +1,235 @@
+"""Features of the vision tower on disk, and the collator's side of them: which of a batch's images are there.
+
+Nothing here waits for a device: keys are hashed and files are read where the batch is made, in a data loader's workers
+where there are some. Shapes: U units (images or tiles), P patches of the batch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import WeakFileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+UNITS = "image_units"  # the batch's key; the trainer takes it out before the model sees the batch
+PIXELS = ("pixel_values", "pixel_values_images")
+BESIDE = ("pixel_", "image_", "spatial_")  # tensors that tell the tower more of each image begin with these
+REMEDY = "Set vision_feature_cache=None to train without the cache."
+ABANDONED = 3600.0  # seconds after which a half-written file is nobody's
+
+
+class FeatureStore:
+    """A folder of files, one for each unit, beside those of other towers; together they never exceed a bound.
+
+    A file is written under another name and then moved, so that readers, of any process, see it whole or not at all.
+    What can't be read counts as missing. A lock is held while files are written and their sizes added up in another, so
+    that the bound holds for all processes together. Only paths and numbers are kept here, so that it can go to workers.
+
+    Args:
+        root (`str`): the folder of all towers.
+        tower (`str`): the fingerprint of this one.
+        bound (`int`): the most bytes that the files of all towers may take.
+    """
+
+    def __init__(self, root: str, tower: str, bound: int):
+        self.root, self.folder, self.bound = Path(root), Path(root) / tower, bound
+        self.full = False
+
+    def open(self, count: bool = True) -> None:
+        """Makes the folder and marks it as used. With `count`, adds up what there is, for files may have been removed
+        by hand, or been written by a run that was killed before it could note them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        os.utime(self.folder)
+        if count:
+            with WeakFileLock(self.root / "lock"):
+                self._note(sum(size_of(tower) for tower in self._towers()))
+
+    def path(self, key: str) -> Path:
+        """The file of a unit."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def read(self, key: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a unit, mapped from disk; None where there are none, or no whole ones."""
+        try:
+            with safe_open(self.path(key), framework="pt") as file:
+                return {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except (OSError, SafetensorError):
+            return None
+
+    def write(self, units: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Stores units by their keys as far as there is room, which other towers' make, the longest unused first."""
+        with WeakFileLock(self.root / "lock"):
+            used = self._used()
+            try:
+                for key, tensors in units.items():
+                    if self.read(key) is not None:
+                        continue
+                    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+                    used = self._make_room(len(data), used)
+                    self.full = used + len(data) > self.bound
+                    if self.full:
+                        break
+                    used += len(data)
+                    self._put(self.path(key), data)
+            finally:
+                self._note(used)
+
+    def _put(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_bytes(data)
+        partial.replace(path)
+
+    def _make_room(self, size: int, used: int) -> int:
+        """Removes other towers until `size` more bytes fit; the bytes that are left."""
+        others = self._towers() if used + size > self.bound else []
+        for tower in others:
+            if tower != self.folder and used + size > self.bound:
+                used -= size_of(tower)
+                shutil.rmtree(tower)
+        return used
+
+    def _towers(self) -> list[Path]:
+        return sorted((p for p in self.root.iterdir() if p.is_dir()), key=lambda folder: folder.stat().st_mtime)
+
+    def _used(self) -> int:
+        try:
+            return int((self.root / "bytes").read_text())
+        except (OSError, ValueError):  # gone, or cut short by a crash
+            return sum(size_of(tower) for tower in self._towers())
+
+    def _note(self, used: int) -> None:
+        (self.root / "bytes").write_text(str(used))
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files below `folder`, but for half-written ones of dead processes, which are removed."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            status = path.stat()
+            if path.suffix == ".tmp" and time.time() - status.st_mtime > ABANDONED:
+                path.unlink()
+            elif path.is_file():
+                total += status.st_size
+        except FileNotFoundError:  # moved or removed by another process meanwhile
+            continue
+    return total
+
+
+# --- units of a batch ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageUnits:
+    """The units of a batch that the tower encodes each by itself, and what is stored of them.
+
+    Args:
+        keys (`list[str]`): a hash of each unit's pixels and of what else the tower is told of it.
+        padding (`list[bool]`): whether a unit is all zeros, as tiles are that fill a batch up.
+        sizes (`list[int]`): rows of the tower's pixels that each unit takes: 1, or its patches.
+        found (`list[str]`): keys of the units that were found, each once.
+        lengths (`dict[str, list[int]]`): rows of each of them in each tensor.
+        features (`dict[str, torch.Tensor]`): their tensors, one behind the other.
+    """
+
+    keys: list[str]
+    padding: list[bool]
+    sizes: list[int]
+    found: list[str]
+    lengths: dict[str, list[int]]
+    features: dict[str, torch.Tensor]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageUnits:
+        """The same with features on `device`, as accelerate moves a batch."""
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.features.items()}
+        return replace(self, features=moved)
+
+    def pin_memory(self) -> ImageUnits:
+        """The same in pinned memory, as a data loader wants it."""
+        return replace(self, features={name: tensor.pin_memory() for name, tensor in self.features.items()})
+
+
+class WithImageUnits:
+    """Wraps a collator: adds the batch's [`ImageUnits`], with what `cache.store` holds of them.
+
+    Args:
+        collator (`Callable`): makes a batch.
+        cache: has the `store`, from when training starts.
+    """
+
+    def __init__(self, collator: Callable[[list], dict[str, Any]], cache: Any):
+        self.collator, self.cache = collator, cache
+
+    def __call__(self, examples: list) -> dict[str, Any]:
+        batch = self.collator(examples)
+        units = None if self.cache.store is None else units_of(batch, self.cache.store)
+        return batch if units is None else {**batch, UNITS: units}
+
+
+def units_of(batch: dict[str, Any], store: FeatureStore) -> ImageUnits | None:
+    """The units of a batch's images, or None where it has none.
+
+    Raises:
+        ValueError: its pixels are of no known form.
+    """
+    name = next((key for key in PIXELS if batch.get(key) is not None), None)
+    if name is None:
+        return None
+    keys, padding, sizes = keyed(batch, name)
+    read = {key: store.read(key) for key in dict.fromkeys(keys)}
+    stored = {key: tensors for key, tensors in read.items() if tensors is not None}
+    names = [*next(iter(stored.values()), {})]
+    stored = {key: tensors for key, tensors in stored.items() if [*tensors] == names}
+    lengths = {name: [len(tensors[name]) for tensors in stored.values()] for name in names}
+    features = {name: torch.cat([tensors[name] for tensors in stored.values()]) for name in names}
+    return ImageUnits(keys, padding, sizes, [*stored], lengths, features)
+
+
+def keyed(batch: dict[str, Any], name: str) -> tuple[list[str], list[bool], list[int]]:
+    """Keys of the units of `batch[name]`, whether each is padding, and the rows of each."""
+    pixels, grid = batch[name], batch.get("image_grid_thw")
+    beside = {
+        key: value
+        for key, value in batch.items()
+        if key.startswith(BESIDE) and key not in PIXELS and isinstance(value, torch.Tensor) and value.dim()
+    }
+    if grid is not None and isinstance(pixels, torch.Tensor) and grid.prod(-1).sum() == len(pixels):
+        sizes = grid.prod(-1).tolist()
+        units = pixels.split(sizes)
+        told = [[value[i] for value in beside.values() if len(value) == len(grid)] for i in range(len(grid))]
+    elif grid is None and isinstance(pixels, torch.Tensor) and pixels.dim() in (3, 4, 5):
+        shape = pixels.shape[:2] if pixels.dim() == 5 else pixels.shape[:1]
+        units, sizes = pixels.flatten(0, len(shape) - 1), [1] * shape.numel()
+        told = [[] for _ in sizes]
+        for value in beside.values():
+            if len(value) == shape[0]:  # one for each unit, or for all units of a sample
+                rows = value.flatten(0, 1) if value.shape[: len(shape)] == shape and len(shape) == 2 else value
+                for i, own in enumerate(told):
+                    own.append(rows[i * len(rows) // len(told)])
+    else:
+        form = tuple(pixels.shape) if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+        raise ValueError(
+            f"`vision_feature_cache` is set, but the batch's `{name}` ({form}) is neither images or tiles in rows nor "
+            f"patches with `image_grid_thw`, so single images cannot be told apart. {REMEDY}"
+        )
+    keys = [digest([unit, *more]) for unit, more in zip(units, told, strict=True)]
+    return keys, [not unit.any() for unit in units], sizes
+
+
+def digest(tensors: list[torch.Tensor]) -> str:
+    """A hash of the values, shapes and types of tensors, which lie on the host or are copied there."""
+    found = blake2b(digest_size=16)
+    for tensor in tensors:
+        found.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
