@@ -86,6 +86,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "push-pruner": ("publish a pruner on the Hub", _module("push_pruner")),
     "push": ("publish a finished run on the Hub", _module("publish", "push_command")),
     "card": ("write a run's model card anew", _module("publish", "card_command")),
+    "evaluate": ("answer a data set's questions and score the answers", _module("evaluate_command")),
     "compare": ("compare training with and without DualSpeed", _module("compare")),
     "check": ("check whether a model works with DualSpeed", _module("check")),
     "assemble": ("join two small pretrained models to a LLaVA", _module("assemble")),
