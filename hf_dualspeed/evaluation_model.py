@@ -11,11 +11,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
 
 from hf_dualspeed.hub_io import CONFIG_NAME as PRUNER_CONFIG_NAME
 from hf_dualspeed.hub_io import WEIGHTS_NAME as PRUNER_NAME
-from hf_dualspeed.hub_io import explained
+from hf_dualspeed.hub_io import explained, is_repo_id
 from hf_dualspeed.isolator import WEIGHTS_NAME as ISOLATOR_NAME
 from hf_dualspeed.isolator import ModeIsolator, saved_length
 from hf_dualspeed.results import RESULTS_NAME, read_results
@@ -33,6 +33,7 @@ class Checkpoint:
         dtype (`str`): Type of the loaded weights, or "auto".
         trust_remote_code (`bool`): Run the code that the checkpoint brings along.
         base (`str`, *optional*): The model below, where the checkpoint is a PEFT adapter.
+        commit (`str`, *optional*): That of a Hub repo.
         weights (`str`): Changes when the weights do: a hash of the files' sizes and times, or the Hub's commit.
         beside (`Path`, *optional*): The folder of isolator, pruner and results of the run, where it has any.
     """
@@ -41,6 +42,7 @@ class Checkpoint:
     dtype: str
     trust_remote_code: bool
     base: str | None
+    commit: str | None
     weights: str
     beside: Path | None
 
@@ -52,10 +54,10 @@ class Checkpoint:
 
     def processor(self) -> ProcessorMixin:
         """The processor; a `ValueError` where it has no chat template."""
-        name = self.name
-        if self.base is not None and not (Path(name) / "processor_config.json").is_file():
-            name = self.base
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+        name, revision = self.name, self.commit
+        if self.base is not None and _file(name, PROCESSOR_NAME, revision) is None:
+            name, revision = self.base, None
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=self.trust_remote_code)
         if not isinstance(processor, ProcessorMixin):
             kind = type(processor).__name__
             raise ValueError(
@@ -68,11 +70,12 @@ class Checkpoint:
     def model(self) -> PreTrainedModel:
         """The model, on the accelerator where there is one."""
         options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        options |= {"revision": None if self.base else self.commit}
         model = AutoModelForImageTextToText.from_pretrained(self.base or self.name, **options)
         if self.base is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, self.name)
+            model = PeftModel.from_pretrained(model, self.name, revision=self.commit)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         return model.to(device).eval()
 
@@ -102,26 +105,47 @@ def find_checkpoint(
 
     Raises:
         ValueError: it is no vision-language model.
-        OSError: there is none.
+        OSError: there is none, or the Hub refuses, fails or cannot be reached.
     """
-    folder = Path(name)
-    base = None
-    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
-        if not (folder / ADAPTER_CONFIG_NAME).is_file():
+    folder = Path(name) if Path(name).is_dir() else None
+    if folder is None and not is_repo_id(name):
+        raise FileNotFoundError(f"`checkpoint` is {name!r}, which is neither a folder nor a Hub repo 'user/name'.")
+    found, base = _file(name, CONFIG_NAME), None
+    if found is None:
+        found = _file(name, ADAPTER_CONFIG_NAME)
+        if found is None:
             raise ValueError(f"{name!r} holds no checkpoint: neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} is there.")
-        base = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    config = AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code)
+        base = json.loads(found.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    commit = None if folder is not None else found.parent.name  # as the Hub's cache is laid out
+    _check_kind(name, base or name, None if base else commit, trust_remote_code)
+    weights = _files(folder) if folder is not None else f"{name}@{commit}"
+    beside = folder
+    if folder is None and pruned:
+        paths = [path for path in (_file(name, file, commit) for file in BESIDE) if path is not None]
+        beside = paths[0].parent if paths else None
+    return Checkpoint(name, dtype, trust_remote_code, base, commit, weights, beside)
+
+
+def _check_kind(name: str, model: str, revision: str | None, trust_remote_code: bool) -> None:
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     known = type(config) in AutoModelForImageTextToText._model_mapping
     if not known and "AutoModelForImageTextToText" not in (getattr(config, "auto_map", None) or {}):
         raise ValueError(
             f"`checkpoint` {name!r} is no vision-language model: transformers has no model of images and texts for "
             f"its type, {config.model_type!r}. Name one that AutoModelForImageTextToText loads."
         )
-    if folder.is_dir():
-        return Checkpoint(name, dtype, trust_remote_code, base, _files(folder), folder)
-    commit = getattr(config, "_commit_hash", None)
-    beside = _fetched(name, commit) if pruned else None
-    return Checkpoint(name, dtype, trust_remote_code, base, f"{name}@{commit}", beside)
+
+
+def _file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a folder or of a Hub repo, where there is one."""
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    try:
+        with explained("read", f"the Hub repo {name!r}", file):
+            return Path(hf_hub_download(name, file, revision=revision))
+    except EntryNotFoundError:
+        return None
 
 
 def _files(folder: Path) -> str:
@@ -129,15 +153,3 @@ def _files(folder: Path) -> str:
     paths = sorted({path for name in names for path in folder.glob(name)})
     facts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def _fetched(name: str, commit: str | None) -> Path | None:
-    """Fetches what a run left beside its model on the Hub; the folder in the cache, None where there is nothing."""
-    folder = None
-    for file in BESIDE:
-        try:
-            with explained("read", f"the Hub repo {name!r}", file):
-                folder = Path(hf_hub_download(name, file, revision=commit)).parent
-        except EntryNotFoundError:
-            continue
-    return folder

@@ -39,7 +39,8 @@ class PrunedPrompts:
     batch: int = 0
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        generator = torch.Generator(self.model.device).manual_seed((self.seed << 32) + self.batch)
+        # Generators of CPUs go by the lower 32 bits alone.
+        generator = torch.Generator(self.model.device).manual_seed((self.seed * 1_000_003 + self.batch) % 2**32)
         self.batch += 1
         return prune_inputs(
             self.model, inputs, self.pruner, self.isolator, self.position_ids, generator, self.video_budget
