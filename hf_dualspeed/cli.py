@@ -84,6 +84,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "train": ("train a model from a recipe", _train),
     "pruners": ("list the pruners", _pruners),
     "push-pruner": ("publish a pruner on the Hub", _module("push_pruner")),
+    "push-metric": ("publish a metric on the Hub", _module("push_metric")),
     "push": ("publish a finished run on the Hub", _module("publish", "push_command")),
     "card": ("write a run's model card anew", _module("publish", "card_command")),
     "evaluate": ("answer a data set's questions and score the answers", _module("evaluate_command")),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -503,3 +505,12 @@ def test_an_image_that_breaks_off_is_named_and_what_was_answered_stays(folder, a
     with pytest.raises(ValueError, match=r"An image or a video cannot be read \(id '3'\)"):
         evaluate()
     assert Path("run/evaluations/data.json/full.jsonl").read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+def test_the_commands_of_the_documents_are_understood(page):
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^dualspeed evaluate (.*)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        assert evaluate_command.parse(shlex.split(command)).dataset

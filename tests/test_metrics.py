@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 
 import evaluate
 import pytest
+from datasets import DownloadConfig
+from huggingface_hub import RepoCard
 
+from hf_dualspeed import cli
 from hf_dualspeed.metrics import CLASSES, load_metric, metric_folder
 from hf_dualspeed.metrics.anls.anls import edit_distance
 from hf_dualspeed.metrics.multiple_choice.multiple_choice import LETTERS, chosen
@@ -260,3 +264,55 @@ def test_a_module_stands_alone(name):
 def test_unknown_metrics_are_named():
     with pytest.raises(ValueError, match=r"`metric` must be one of 'exact_match', .* Did you mean 'anls'"):
         load_metric("anl")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_cards_example_gives_what_it_says(name, cache):
+    card = (metric_folder(name) / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    *_, said = code.strip().splitlines()
+    *lines, _ = code.replace("path/to/this/folder", str(metric_folder(name))).strip().splitlines()
+    head, call = "\n".join(lines).split("metric.compute", 1)
+    scope: dict = {}
+    exec(f"{head}result = metric.compute{call}", scope)
+    expected = ast.literal_eval(said.removeprefix("# "))
+    assert scope["result"] == {key: pytest.approx(value) for key, value in expected.items()}
+    assert RepoCard(card).data.to_dict()["tags"] == ["evaluate", "metric"]
+
+
+# --- on the Hub ---------------------------------------------------------------------------------------------------
+
+
+def test_a_metric_is_pushed_and_stands_alone(hub, cache, tmp_path, monkeypatch, capsys):
+    hub.put("tester/our_vqa", {"README.md": "---\ntitle: Old\n---\n\n## Mine\n\nMy words.\n"})
+    assert cli.main(["push-metric", "vqa_accuracy", "tester/our_vqa"]) == 0
+    assert 'evaluate.load("tester/our_vqa")' in capsys.readouterr().out
+    files = {name: data.decode() for name, data in hub.files("tester/our_vqa").items()}
+    assert files.keys() == {"our_vqa.py", "README.md", "app.py", "requirements.txt"}
+    assert 'evaluate.load("tester/our_vqa")' in files["app.py"]
+    assert 'evaluate.load("tester/our_vqa")' in files["README.md"]
+    assert "My words." in files["README.md"]
+    assert "title: VQA Accuracy" in files["README.md"]
+    monkeypatch.setattr(evaluate.config, "HUB_EVALUATE_URL", hub.url + "/spaces/{path}/resolve/{revision}/{name}")
+    monkeypatch.setattr(evaluate.loading, "increase_load_count", lambda *args, **options: None)
+    download = DownloadConfig(cache_dir=tmp_path, token=hub.token)
+    metric = evaluate.load("tester/our_vqa", revision="main", cache_dir=cache, download_config=download)
+    assert metric.compute(predictions=["two"], references=[["2"]]) == {"vqa_accuracy": 1.0}
+
+
+def test_a_new_space_is_made(hub):
+    assert cli.main(["push-metric", "anls", "tester/anls", "--private"]) == 0
+    assert hub.repos["tester/anls"].private
+    assert hub.asked("POST /api/spaces/tester/anls/commit") == 1
+
+
+def test_a_space_that_python_cannot_import(hub, capsys):
+    assert cli.main(["push-metric", "anls", "tester/our-anls"]) == 2
+    assert "without hyphens, got 'tester/our-anls'" in " ".join(capsys.readouterr().err.split())
+    assert not hub.repos
+
+
+def test_a_space_that_refuses(hub, capsys):
+    hub.fail(403, path="/commit/")
+    assert cli.main(["push-metric", "anls", "tester/anls"]) == 2
+    assert "Cannot push to the Space 'tester/anls'" in capsys.readouterr().err

@@ -232,6 +232,7 @@ LAYERS = [
         "compare",
         "compare_report",
         "push_pruner",
+        "push_metric",
         "evaluate_command",
         "evaluation_data",
         "evaluation_model",
