@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +17,13 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hf_dualspeed.arguments import check_range
+from hf_dualspeed.cards import split_front_matter
 from hf_dualspeed.evaluation import answers_in_batches, prompts, question_and_answers
 from hf_dualspeed.evaluation_data import Questions, check_options, load_questions
 from hf_dualspeed.evaluation_model import Checkpoint, find_checkpoint
+from hf_dualspeed.hub_io import CARD_NAME
 from hf_dualspeed.metrics import CLASSES, load_metric, needs_options
+from hf_dualspeed.model_card import read_card
 from hf_dualspeed.predictions import Predictions
 from hf_dualspeed.pruned_prompts import PrunedPrompts, prompt_pruner
 from hf_dualspeed.pruners import Pruner
@@ -73,46 +77,48 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    words = argparse.ArgumentParser(
         prog="dualspeed evaluate",
         description=__doc__,
         epilog="Interrupted, the same command goes on where it stopped. docs/evaluation.md has examples.",
     )
-    parser.add_argument("checkpoint", help="a run's folder, any checkpoint's, or a Hub repo")
-    parser.add_argument(
-        "--dataset", required=True, help="a JSON, JSONL, CSV or Parquet file, a folder, a Hub repo, easy-vqa"
-    )
-    parser.add_argument("--split", default="test", help="split of a data set that has splits (default: test)")
-    parser.add_argument("--image_folder", help="where relative image paths start")
-    parser.add_argument("--limit", type=int, help="the first so many questions only")
-    parser.add_argument(
-        "--metric",
-        nargs="+",
-        default=["exact_match"],
-        choices=CLASSES,
-        metavar="METRIC",
-        help=f"of {', '.join(CLASSES)}",
-    )
-    parser.add_argument(
-        "--pruner", nargs="+", help="pruners to answer with besides; default: the run's own, given a ratio"
-    )
-    parser.add_argument(
-        "--pruning_ratio", type=float, nargs="+", help="fractions of the visual tokens removed, in [0, 1)"
-    )
-    parser.add_argument("--no_isolator", action="store_true", help="leave out the run's isolator")
-    parser.add_argument("--batch_size", type=int, default=16, help="questions answered at a time (default: 16)")
-    parser.add_argument("--max_new_tokens", type=int, default=16, help="longest answer, in tokens (default: 16)")
-    parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="type of the loaded weights (default: the checkpoint's)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="for pruners that draw")
-    parser.add_argument(
-        "--output", help="where the answers go (default: evaluations in the checkpoint's folder, or in runs)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever lies there")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the checkpoint brings along")
-    options = parser.parse_args(argv)
+    words.add_argument("checkpoint", help="a run's folder, any checkpoint's, or a Hub repo")
+    add_questions(words.add_argument_group("what is asked"))
+    add_views(words.add_argument_group("what the model sees"))
+    words.add_argument("--batch_size", type=int, default=16, help="questions answered at a time (default: 16)")
+    words.add_argument("--max_new_tokens", type=int, default=16, help="longest answer, in tokens (default: 16)")
+    types = "type of the loaded weights (default: the checkpoint's)"
+    words.add_argument("--dtype", default="auto", choices=DTYPES, help=types)
+    places = "where the answers go (default: evaluations in the checkpoint's folder, or in runs)"
+    words.add_argument("--output", help=places)
+    words.add_argument("--overwrite", action="store_true", help="begin anew, whatever lies there")
+    words.add_argument("--trust_remote_code", action="store_true", help="run code that the checkpoint brings along")
+    return words
+
+
+def add_questions(group) -> None:
+    data = "a JSON, JSONL, CSV or Parquet file, a folder, a Hub repo, easy-vqa"
+    group.add_argument("--dataset", required=True, help=data)
+    group.add_argument("--split", default="test", help="split of a data set that has splits (default: test)")
+    group.add_argument("--image_folder", help="where relative image paths start")
+    group.add_argument("--limit", type=int, help="the first so many questions only")
+    names = {"choices": CLASSES, "metavar": "METRIC", "help": f"of {', '.join(CLASSES)}"}
+    group.add_argument("--metric", nargs="+", default=["exact_match"], **names)
+
+
+def add_views(group) -> None:
+    own = "pruners to answer with, all tokens besides; default: the run's own, given a ratio"
+    group.add_argument("--pruner", nargs="+", help=own)
+    shares = "fractions of the visual tokens removed, in [0, 1)"
+    group.add_argument("--pruning_ratio", type=float, nargs="+", help=shares)
+    group.add_argument("--no_isolator", action="store_true", help="leave out the run's isolator")
+    group.add_argument("--seed", type=int, default=0, help="for pruners that draw")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options, each in its range."""
+    options = parser().parse_args(argv)
     for name in ("batch_size", "max_new_tokens"):
         check_range(name, getattr(options, name), 1)
     check_range("seed", options.seed, 0, 2**32 - 1)
@@ -130,7 +136,9 @@ def prepare(options: argparse.Namespace) -> Evaluation:
     pruned = bool(options.pruner or options.pruning_ratio)
     checkpoint = find_checkpoint(options.checkpoint, options.dtype, options.trust_remote_code, pruned)
     if checkpoint.run is not None:
-        read_results(checkpoint.run)  # the results go there
+        # The results go there: what is wrong with them, or with the card, is said before.
+        read_results(checkpoint.run)
+        split_front_matter(read_card(checkpoint.run / CARD_NAME))
     views = [View(FULL), *(pruned_views(options, checkpoint.beside) if pruned else [])]
     questions = load_questions(options.dataset, options.split, options.image_folder, options.limit)
     for metric in options.metric:
@@ -230,7 +238,7 @@ def prompts_of(evaluation: Evaluation, view: View, model: PreTrainedModel) -> Pr
     return PrunedPrompts(model, view.pruner.to(model.device), isolator, seed=evaluation.options.seed, **settings)
 
 
-def keep(store: Predictions, table: list[dict[str, Any]], batches) -> None:
+def keep(store: Predictions, table: list[dict[str, Any]], batches: Iterator[list[str]]) -> None:
     """Stores each batch of answers as it comes, with the seconds that an answer took."""
     began = time.perf_counter()
     for texts in batches:

@@ -147,6 +147,8 @@ def question_and_answers(row: dict[str, Any]) -> tuple[dict[str, list], list[str
     if messages[-1]["role"] == "assistant":
         *messages, last = messages
         right = ["".join(part.get("text", "") for part in last["content"])]
+    if not messages:
+        raise ValueError(f"The sample ({sample_name(row)}) asks nothing: the assistant's message is its only one.")
     for column in ("answer", "answers"):
         right = right if row.get(column) is None else texts_of(row[column])
     right = [text for text in right if text.strip()]

@@ -96,9 +96,9 @@ def _image_mark(image: Any) -> list:
 
 def check_options(questions: Questions, metric: str) -> None:
     """Raises a `ValueError` where a row has no options to choose from, which `metric` needs."""
-    for row, entry in zip(questions.dataset, questions.table, strict=True):
+    for entry in questions.table:
         if not entry["options"]:
             raise ValueError(
                 f"`metric` {metric!r} needs the options of each question, in a column `options` (a list of texts), but "
-                f"row {entry['index']} of {questions.name!r} ({sample_name(row)}) has none."
+                f"row {entry['index']} of {questions.name!r} ({sample_name(entry)}) has none."
             )

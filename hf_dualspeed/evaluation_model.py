@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
 
 from hf_dualspeed.hub_io import CONFIG_NAME as PRUNER_CONFIG_NAME
@@ -128,7 +135,7 @@ def find_checkpoint(
 
 def _check_kind(name: str, model: str, revision: str | None, trust_remote_code: bool) -> None:
     config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    known = type(config) in AutoModelForImageTextToText._model_mapping
+    known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not known and "AutoModelForImageTextToText" not in (getattr(config, "auto_map", None) or {}):
         raise ValueError(
             f"`checkpoint` {name!r} is no vision-language model: transformers has no model of images and texts for "

@@ -487,6 +487,12 @@ def test_broken_results_are_named_before_a_model_is_loaded(folder, unloaded):
     Path("run/results.json").write_text('{"evaluations": [3]}')
     with pytest.raises(ValueError, match=r"`evaluations\[0\]` must be a mapping, got '3'"):
         evaluate()
+    Path("run/results.json").write_text('{"name": "run"}')
+    Path("run/README.md").write_text("---\n- no mapping\n---\n")
+    with pytest.raises(
+        ValueError, match=r"front matter of README\.md, between the lines `---`, must be a YAML mapping"
+    ):
+        evaluate()
 
 
 def test_a_pruner_that_fails_is_known_before_the_first_answer(folder, asked, monkeypatch):

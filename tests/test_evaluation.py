@@ -156,6 +156,8 @@ def test_where_the_question_and_what_is_right_stand(trained):
     assert right == ["3"]
     with pytest.raises(ValueError, match="says nothing of what is right"):
         question_and_answers({"messages": [user, assistant], "answers": []})
+    with pytest.raises(ValueError, match=r"\(id 7\) asks nothing"):
+        question_and_answers({"id": 7, "messages": [assistant]})
 
 
 def test_several_answers_may_be_right(trained):
