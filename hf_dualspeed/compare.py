@@ -8,9 +8,8 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -26,8 +25,7 @@ from hf_dualspeed.data import VisionLanguageCollator, load_examples
 from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
 from hf_dualspeed.evaluation import answer_accuracy
-from hf_dualspeed.fast_pass import prune_inputs
-from hf_dualspeed.pruners import available_pruners, pruner_class
+from hf_dualspeed.pruned_prompts import PrunedPrompts, check_prompt_pruner
 from hf_dualspeed.recipe import load_model, prepare_model
 from hf_dualspeed.recipe_arguments import RecipeArguments, parse_recipe
 from hf_dualspeed.results import machine, run_record, versions, without_paths
@@ -211,7 +209,7 @@ def build_trainer(run: Run) -> Trainer:
     )
 
 
-def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> Callable[[dict], dict] | None:
+def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> PrunedPrompts | None:
     """Prunes prompts as the recipe's fast steps do, behind the trained isolator where there is one; None where the
     pruner is learnt, and this training has not taught it."""
     trained = trainer.mode_pass if isinstance(trainer, DualSpeedTrainer) else None
@@ -219,17 +217,11 @@ def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> Callab
     pruner = trained.pruner if trained else resolve_pruner(None, args, model).to(args.device)
     if trained is None and pruner.state_dict():
         return None
-    return partial(
-        prune_inputs,
-        model,
-        pruner=pruner,
-        isolator=trained.isolator if trained else None,
-        position_ids=args.position_ids,
-        generator=torch.Generator(args.device).manual_seed(args.seed),
-    )
+    isolator = trained.isolator if trained else None
+    return PrunedPrompts(model, pruner, isolator, args.position_ids, args.video_budget, args.seed)
 
 
-def _accuracy(trainer: Trainer, run: Run, prepare: Callable | None, tokens: str) -> dict:
+def _accuracy(trainer: Trainer, run: Run, prepare: PrunedPrompts | None, tokens: str) -> dict:
     return answer_accuracy(
         trainer.accelerator.unwrap_model(trainer.model),
         trainer.processing_class,
@@ -314,11 +306,7 @@ def _check(recipe: RecipeArguments, args: DualSpeedTrainingArguments, seeds: lis
         check_range("seeds", seed, 0, off="Use --seeds 0 1 2.")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must differ from each other, got {seeds}. Use --seeds 0 1 2.")
-    if args.pruner in available_pruners() and pruner_class(args.pruner).in_language_model:
-        raise ValueError(
-            f"`pruner` is {args.pruner!r}, which drops tokens inside the language model: it shortens no prompt to "
-            "answer from. Compare with one that works in front of it, such as 'divprune'."
-        )
+    check_prompt_pruner(args.pruner)
     if recipe.eval_dataset is None:
         raise ValueError("`eval_dataset` is None, but accuracy needs questions. Set it to easy-vqa, say.")
     devices = args.world_size * max(1, args.n_gpu)

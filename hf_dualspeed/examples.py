@@ -17,6 +17,8 @@ PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 FILE_TYPES = (".json", ".jsonl", ".parquet", ".csv")
 EXTRA_COLUMNS = ("id", "question", "answer")
+# What people answered, and what there is to choose from.
+LIST_COLUMNS = ("answers", "options")
 
 
 def to_messages(example: dict[str, Any]) -> dict[str, list]:
@@ -170,7 +172,17 @@ def _load_json(path: Path, image_folder: str | Path) -> Dataset:
         if any(key in row for row in rows):
             columns[key] = [None if row.get(key) is None else str(row[key]) for row in rows]
             features[key] = Value("string")
+    for key in LIST_COLUMNS:
+        if any(key in row for row in rows):
+            columns[key] = [None if row.get(key) is None else texts_of(row[key]) for row in rows]
+            features[key] = List(Value("string"))
     return Dataset.from_dict(columns, features=features)
+
+
+def texts_of(value: Any) -> list[str]:
+    """One or several texts as a list; VQAv2's records of an answer are its text."""
+    values = [item.get("answer") if isinstance(item, dict) else item for item in _as_list(value)]
+    return [str(item) for item in values if item is not None]
 
 
 def undecoded(dataset: Dataset) -> Dataset:

@@ -178,23 +178,43 @@ def _name(results: dict) -> str:
 
 def _eval_results(results: dict) -> list[EvalResult] | None:
     """What the Hub shows: results on a data set whose name is known."""
-    if results.get("eval_dataset") is None:
-        return None
-    measured = {**_metrics(results), "accuracy": results.get("accuracy")}
+    measured = {**_metrics(results), "accuracy": results.get("accuracy")} if results.get("eval_dataset") else {}
     names = {"accuracy": "Accuracy with all visual tokens"}
+    rows = [
+        (
+            results["eval_dataset"],
+            results.get("eval_split"),
+            key,
+            names.get(key, f"{key} with all visual tokens"),
+            value,
+        )
+        for key, value in measured.items()
+    ]
+    rows += [
+        (one["dataset"], one.get("split"), one["metric"], f"{one['metric']} with {_seen(one)}", one["value"])
+        for one in results.get("evaluations", [])
+    ]
     return [
         EvalResult(
             task_type="image-text-to-text",
-            dataset_type=results["eval_dataset"],
-            dataset_name=results["eval_dataset"],
-            dataset_split=results.get("eval_split"),
-            metric_type=key,
-            metric_name=names.get(key, f"{key} with all visual tokens"),
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=name,
             metric_value=value,
         )
-        for key, value in measured.items()
+        for dataset, split, metric, name, value in rows
         if value is not None and math.isfinite(value)  # the Hub takes no others
     ] or None
+
+
+def _seen(evaluation: dict) -> str:
+    """Which visual tokens the model saw in an evaluation, in words."""
+    if evaluation.get("pruner") is None:
+        return "all visual tokens"
+    behind = ", behind the isolator" if evaluation.get("isolator_length") else ""
+    return f"{evaluation.get('pruning_ratio', 0):.4g} of the visual tokens removed by {evaluation['pruner']}{behind}"
 
 
 def _metrics(results: dict) -> dict[str, float]:
@@ -312,6 +332,13 @@ def _evaluation(results: dict) -> str:
     shown = table(("metric", "value"), [(key, f"{value:.4g}") for key, value in _metrics(results).items()])
     if shown:
         parts.append(f"Evaluation by the Trainer{data and f' on {data}'}, with all visual tokens:\n\n{shown}")
+    rows = [
+        (one["dataset"], one.get("split"), one["metric"], _seen(one), f"{one['value']:.4f}", one["n"])
+        for one in results.get("evaluations", [])
+    ]
+    if rows:
+        head = ("data set", "split", "metric", "seen at inference", "value", "questions")
+        parts.append(f"Evaluation by `dualspeed evaluate`, greedy:\n\n{table(head, rows)}")
     return "\n\n".join([heading("Results"), *parts]) if parts else ""
 
 
@@ -320,7 +347,7 @@ def _limits(results: dict) -> str:
     if results.get("accuracy") is not None:
         where = f"`{results['eval_dataset']}`" if results.get("eval_dataset") else "these questions"
         measured = f"Its accuracy was measured on {where} only, in a single run."
-    elif _metrics(results):
+    elif _metrics(results) or results.get("evaluations"):
         measured = "Of its quality, no more was measured than the results above, in a single run."
     return (
         f"{heading('Limits')}\n\n{measured} It may answer wrongly and with confidence, and it inherits the biases of "

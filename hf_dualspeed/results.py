@@ -21,12 +21,21 @@ from hf_dualspeed.arguments import DualSpeedTrainingArguments
 RESULTS_NAME = "results.json"
 PACKAGES = ("torch", "transformers", "accelerate", "hf-dualspeed")
 # What weights answered, or how far they were: no longer true of weights that have been trained on.
-OF_WEIGHTS = ("accuracy", "n", "majority_accuracy", "eval_dataset", "eval_split", "evaluation", "progress")
+OF_WEIGHTS = (
+    "accuracy",
+    "n",
+    "majority_accuracy",
+    "eval_dataset",
+    "eval_split",
+    "evaluation",
+    "evaluations",
+    "progress",
+)
 # Builders of `datasets` that say how data is stored, not what it is.
 STORAGE = ("arrow", "audiofolder", "csv", "generator", "imagefolder", "json", "pandas", "parquet", "text", "webdataset")
 
-# What results.json may hold where a card or a later run reads it: the type of a value, a mapping of such, [type] for a
-# list, and "*" for any other key. Other keys may hold anything.
+# What results.json may hold where a card or a later run reads it: the type of a value, a mapping of such, [...] for a
+# list of either, and "*" for any other key. Other keys may hold anything.
 NUMBER = (int, float)
 SHAPE = {
     **dict.fromkeys(("name", "base_model", "date", "license", "eval_dataset", "eval_split", "learning_curve"), str),
@@ -43,6 +52,12 @@ SHAPE = {
     "seconds": {"*": NUMBER},
     "progress": {"*": NUMBER},
     "evaluation": {"*": NUMBER},
+    "evaluations": [
+        {
+            **dict.fromkeys(("dataset", "split", "metric", "view", "pruner", "date"), str),
+            **dict.fromkeys(("pruning_ratio", "isolator_length", "value", "n", "seconds"), NUMBER),
+        }
+    ],
     "visual_tokens": {"*": NUMBER},
     "peak_memory": {"bytes": NUMBER, "of": str},
     "speedup": {"*": NUMBER},
@@ -168,8 +183,13 @@ def _misfit(value: object, shape: object, place: str = "") -> str:
         kinds = {key: next((shape[k] for k in shape if fnmatchcase(key, k)), None) for key in value}
         problems = (_misfit(value[k], kind, f"{place}.{k}".strip(".")) for k, kind in kinds.items() if kind is not None)
         return next(filter(None, problems), "")
+    if isinstance(shape, list) and isinstance(shape[0], dict) and isinstance(value, list):
+        problems = (_misfit(item, shape[0], f"{place}[{number}]") for number, item in enumerate(value))
+        return next(filter(None, problems), "")
     if isinstance(shape, list):
-        fits, words = isinstance(value, list) and all(isinstance(item, shape[0]) for item in value), "a list of words"
+        of_words = shape[0] is str
+        fits = of_words and isinstance(value, list) and all(isinstance(item, str) for item in value)
+        words = "a list of words" if of_words else "a list of mappings"
     else:
         fits = value is None or (isinstance(value, shape) and not isinstance(value, bool))
         words = "a number" if shape is NUMBER else "a word"
@@ -189,6 +209,10 @@ def _missing(found: dict) -> str:
         missing = [key for key in keys if holder and holder.get(key) is None]
         if missing:
             return f"`{place}.{missing[0]}` is missing"
+    for number, entry in enumerate(found.get("evaluations", [])):
+        missing = [key for key in ("dataset", "metric", "view", "value", "n") if entry.get(key) is None]
+        if missing:
+            return f"`evaluations[{number}].{missing[0]}` is missing"
     return ""
 
 
@@ -200,6 +224,16 @@ def write_results(output_dir: str | Path, results: dict) -> Path:
     part.write_text(json.dumps(without_paths(results), indent=2) + "\n", encoding="utf-8")
     part.replace(path)
     return path
+
+
+def merged_evaluations(earlier: list[dict], new: list[dict]) -> list[dict]:
+    """Results of evaluations, of which new ones replace those of the same data, metric and visual tokens."""
+
+    def key(entry: dict) -> tuple:
+        return tuple(entry.get(name) for name in ("dataset", "split", "metric", "view"))
+
+    replaced = {key(entry) for entry in new}
+    return [entry for entry in earlier if key(entry) not in replaced] + new
 
 
 def without_paths(value: object) -> object:

@@ -1,6 +1,7 @@
 """A stand-in for the Hugging Face Hub on 127.0.0.1, for the unmodified `huggingface_hub` client without Xet.
 
-It knows model repos with their commits, branches and tags, files in git and in LFS, tokens, and failures on demand.
+It knows model repos, and Spaces under the same names, with their commits, branches and tags, files in git and in LFS,
+tokens, and failures on demand.
 Tests take the fixture `hub`; `hub.fail`, `hub.cut` and `hub.stop` make it misbehave.
 """
 
@@ -206,7 +207,7 @@ def route(methods: str, pattern: str) -> Callable:
     return add
 
 
-REPO = r"/api/models/([^/]+/[^/]+)"
+REPO = r"/api/(?:models|spaces)/([^/]+/[^/]+)"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -444,7 +445,7 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- routes: reading ------------------------------------------------------------------------------------------
 
-    @route("GET HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+    @route("GET HEAD", r"(?:/spaces)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
     def resolve(self, repo_id, revision, name):
         repo = self.repo(repo_id)
         oid = repo.resolve(revision)

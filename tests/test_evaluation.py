@@ -8,10 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from tiny_models import FAMILIES, picture
 
 from hf_dualspeed.data import VisionLanguageCollator
 from hf_dualspeed.easy_vqa import FEATURES
-from hf_dualspeed.evaluation import answer_accuracy
+from hf_dualspeed.evaluation import answer_accuracy, answers, answers_in_batches, prompts, question_and_answers
+from hf_dualspeed.pruned_prompts import PrunedPrompts
+from hf_dualspeed.pruners import AutoPruner
 from hf_dualspeed.tiny_llava import build_tiny_llava
 
 ANSWERS = {"one?": "red", "which of the two?": "a circle", "and then what?": "blue", "so?": "green"}
@@ -128,7 +131,66 @@ def test_arguments(trained):
         answer_accuracy(*trained, rows(ANSWERS), limit=0)
     with pytest.raises(ValueError, match="`batch_size` must be"):
         answer_accuracy(*trained, rows(ANSWERS), batch_size=0)
-    unanswered = rows(ANSWERS).to_list()
+    unanswered = rows(ANSWERS, column=False).to_list()
     unanswered[0]["messages"].pop()
-    with pytest.raises(ValueError, match="must end with the assistant's answer, got a last message of 'user'"):
-        answer_accuracy(*trained, Dataset.from_list(unanswered, features=FEATURES))
+    with pytest.raises(ValueError, match="says nothing of what is right. It must end with the assistant's answer"):
+        answer_accuracy(*trained, Dataset.from_list(unanswered))
+
+
+def test_where_the_question_and_what_is_right_stand(trained):
+    user, assistant = rows(ANSWERS)[0]["messages"]
+    for row in (
+        {"messages": [user, assistant]},
+        {"messages": [user], "answer": "red"},
+        {"messages": [user, assistant], "answer": "red"},
+        {"question": "one?", "answers": ["red"]},
+        {"question": "one?", "answer": "no", "answers": [{"answer": "red", "answer_confidence": "yes"}]},
+        {"prompt": "one?", "completion": "red"},
+    ):
+        asked, right = question_and_answers(row)
+        assert right == ["red"], row
+        assert [message["role"] for message in asked["messages"]] == ["user"]
+        assert answers(*trained, [row], 8) == ["red"]
+    asked, right = question_and_answers({"question": "one?", "image": Image.new("RGB", (9, 8)), "answer": 3})
+    assert [part["type"] for part in asked["messages"][0]["content"]] == ["image", "text"]
+    assert right == ["3"]
+    with pytest.raises(ValueError, match="says nothing of what is right"):
+        question_and_answers({"messages": [user, assistant], "answers": []})
+    with pytest.raises(ValueError, match=r"\(id 7\) asks nothing"):
+        question_and_answers({"id": 7, "messages": [assistant]})
+
+
+def test_several_answers_may_be_right(trained):
+    table = [{"question": question, "answers": ["no", answer.upper()]} for question, answer in ANSWERS.items()]
+    assert answer_accuracy(*trained, Dataset.from_list(table))["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("start", [0, 2, 3])
+def test_batches_begin_where_they_are_told(trained, start):
+    batches = list(answers_in_batches(*trained, rows(ANSWERS), batch_size=2, max_new_tokens=8, start=start))
+    assert [answer for batch in batches for answer in batch] == list(ANSWERS.values())[start:]
+    assert [len(batch) for batch in batches] == {0: [2, 2], 2: [2], 3: [1]}[start]
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
+def test_other_families_answer_the_same_alone_and_in_a_batch(name):
+    model, processor = FAMILIES[name].build()
+    pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
+    table = [
+        {"question": text, "image": picture(30 + 9 * n, 30), "answer": "x"} for n, text in enumerate(("a?", "bcd?"))
+    ]
+    for prepare in (None, PrunedPrompts(model, pruner)):
+        together = answers(model, processor, table, 3, prepare)
+        assert together == [answers(model, processor, [row], 3, prepare)[0] for row in table]
+
+
+def test_draws_depend_on_the_batch_alone():
+    model, processor = FAMILIES["llava"].build()
+    pruner = AutoPruner.from_name("random", pruning_ratio=0.5)
+    inputs = prompts(model, processor, [{"question": "a?", "image": picture(16, 16), "answer": "x"}])
+    first = PrunedPrompts(model, pruner, seed=3)
+    draws = [first(inputs)["position_ids"] for _ in range(3)]
+    again = PrunedPrompts(model, pruner, seed=3, batch=2)(inputs)["position_ids"]
+    assert torch.equal(again, draws[2])
+    assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], PrunedPrompts(model, pruner, seed=4)(inputs)["position_ids"])

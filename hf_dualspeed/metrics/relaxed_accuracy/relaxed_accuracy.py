@@ -1,0 +1,76 @@
+"""Relaxed accuracy: numbers may be 5 % off, all else has to be the same."""
+
+import re
+
+import datasets
+import evaluate
+
+DESCRIPTION = (
+    "The accuracy of ChartQA: a number is right if it lies within 5 % of the reference, any other answer if it equals "
+    "the reference but for case. 12 % is the number 0.12, and 1,200 the number 1200."
+)
+CITATION = """
+@inproceedings{masry2022chartqa,
+  title = {ChartQA: A Benchmark for Question Answering about Charts with Visual and Logical Reasoning},
+  author = {Masry, Ahmed and Long, Do Xuan and Tan, Jia Qing and Joty, Shafiq and Hoque, Enamul},
+  booktitle = {Findings of ACL},
+  year = {2022}
+}
+"""
+INPUTS = """
+Args:
+    predictions (`list` of `str`): The answers.
+    references (`list` of `list` of `str`, or of `str`): What is right, for each answer one or several texts.
+    tolerance (`float`, *optional*, defaults to 0.05): How far off a number may be, as a fraction of the reference.
+
+Returns:
+    `dict` with `relaxed_accuracy` (`float`), between 0 and 1.
+"""
+
+NUMBER = re.compile(r"([+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:e[+-]?\d+)?)\s*(%?)", re.IGNORECASE)
+
+
+@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
+class RelaxedAccuracy(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=[
+                datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
+                datasets.Features({"predictions": text, "references": text}),
+            ],
+        )
+
+    def _compute(self, predictions, references, tolerance=0.05):
+        hits = [
+            any(fits(prediction, one, tolerance) for one in ([accepted] if isinstance(accepted, str) else accepted))
+            for prediction, accepted in zip(predictions, references, strict=True)
+        ]
+        return {"relaxed_accuracy": sum(hits) / len(hits)}
+
+
+def fits(prediction, reference, tolerance):
+    given, right = number(prediction), number(reference)
+    if given is None or right is None:
+        return normalized(prediction) == normalized(reference)
+    # The last digits of binary fractions may not decide: 0.95 is 5 % off 1, and not more.
+    return abs(given - right) <= tolerance * abs(right) * (1 + 1e-9)
+
+
+def number(text):
+    """The number that a text is; None where it is anything else."""
+    match = NUMBER.fullmatch(text.strip())
+    if match is None:
+        return None
+    try:
+        value = float(match[1].replace(",", ""))
+    except ValueError:  # no digits
+        return None
+    return value / 100 if match[2] else value
+
+
+def normalized(text):
+    return " ".join(text.lower().split())
