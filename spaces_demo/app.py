@@ -1,0 +1,162 @@
+"""The page: three checkpoints, one image and question, side by side. What answers is in inference.py."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+from inference import MAX_QUESTION, MAX_RATIO, InputError, check_question, pruner_names, read_image
+from overlay import write_examples
+from slots import HERE, ROLES, Slot, ask, chosen_names, load_slots, loaded
+from views import ABOUT, HEADER, cards, comparison, learning_curves, runs_table
+
+MAX_FILE = "10mb"
+QUEUE = 20
+PRUNER, RATIO = "divprune", 0.9
+# Fonts of the visitor's own system, so that none is fetched.
+SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+
+def build(slots: list[Slot], webcam: bool = False) -> gr.Blocks:
+    """The page around loaded checkpoints.
+
+    Args:
+        slots (`list[Slot]`): the checkpoints.
+        webcam (`bool`): whether visitors may take a picture.
+    """
+    with gr.Blocks(title="DualSpeed", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.HTML(HEADER)
+        with gr.Tab("Ask"):
+            _ask_tab(slots, webcam)
+        with gr.Tab("Results"):
+            _results_tab(slots)
+        with gr.Tab("How to read it"):
+            gr.Markdown(ABOUT)
+    # One at a time, for all share the models; those who wait are few enough to be served.
+    return page.queue(max_size=QUEUE, default_concurrency_limit=1)
+
+
+def _ask_tab(slots: list[Slot], webcam: bool) -> None:
+    with gr.Row():
+        with gr.Column(scale=4, min_width=300):
+            sources = ["upload", "clipboard", *(["webcam"] if webcam else [])]
+            image = gr.Image(type="filepath", sources=sources, label="Image", height=300, buttons=[], elem_id="image")
+            # gradio would open the file, and fail without a word of what is wrong with it. It has checked before that
+            # the path is that of an upload.
+            image.preprocess = lambda payload: payload and payload.path
+        with gr.Column(scale=6, min_width=300):
+            question = gr.Textbox(
+                label="Question",
+                placeholder="what color is the shape?",
+                max_length=MAX_QUESTION,
+                lines=1,
+                elem_id="question",
+            )
+            with gr.Row():
+                names = pruner_names(loaded(slots))
+                pruner = gr.Dropdown(names, value=PRUNER, label="Pruner", elem_id="pruner", min_width=140)
+                ratio = gr.Slider(
+                    0, MAX_RATIO, RATIO, step=0.05, label="Share of tokens removed", elem_id="ratio", min_width=180
+                )
+            button = gr.Button("Ask all", variant="primary", elem_id="ask")
+            folder = Path(tempfile.mkdtemp(prefix="dualspeed-examples-"))
+            gr.Examples(write_examples(folder), [image, question], label="Examples", cache_examples=False)
+    shown = gr.HTML(cards(slots), elem_id="cards")
+    inputs = [image, question, pruner, ratio]
+    answer, renew = handlers(slots)
+    # Named once, so that one limit holds for both.
+    limits = {"concurrency_id": "models", "concurrency_limit": 1}
+    gr.on([button.click, question.submit], answer, inputs, shown, api_name="ask", **limits)
+    gr.on([pruner.input, ratio.release], renew, inputs, shown, api_visibility="private", **limits)
+    image.upload(checked_upload, image, image, api_visibility="private", show_progress="hidden", queue=False)
+
+
+def handlers(slots: list[Slot]) -> tuple[Callable, Callable]:
+    """What the button does, and what a new pruner or ratio does: the same, once there is something to answer."""
+
+    def answer(path: str | None, question: str, pruner: str, ratio: float) -> str:
+        """Answers of all checkpoints to a question about an image, as HTML."""
+        try:
+            image, words = read_image(path), check_question(question)
+            return cards(slots, ask(slots, image, words, pruner, min(max(float(ratio), 0.0), MAX_RATIO)), pruner)
+        except InputError as error:
+            raise told(error) from None
+
+    def renew(path: str | None, question: str, pruner: str, ratio: float) -> str:
+        return answer(path, question, pruner, ratio) if path and (question or "").strip() else cards(slots)
+
+    return answer, renew
+
+
+def checked_upload(path: str | None) -> str | None:
+    """Takes an upload that is no image away again, and says why."""
+    try:
+        read_image(path)
+    except InputError as error:
+        gr.Warning(html.escape(str(error)), title="Not this file")
+        return None
+    return path
+
+
+def told(error: InputError) -> gr.Error:
+    # gradio shows messages as HTML.
+    return gr.Error(html.escape(str(error)), title="Please check", print_exception=False)
+
+
+def _results_tab(slots: list[Slot]) -> None:
+    gr.Markdown("### The checkpoints above")
+    gr.Markdown(runs_table(slots), elem_classes="wide")
+    curves = learning_curves(slots)
+    if curves:
+        with gr.Row():
+            for title, path in curves:
+                gr.Image(str(path), label=f"Losses: {title}", interactive=False, buttons=["fullscreen"], min_width=300)
+    compared = comparison()
+    if compared is not None:
+        text, picture = compared
+        gr.Markdown("### The same model trained four ways")
+        gr.Markdown(text, elem_classes="wide")
+        if picture is not None:
+            gr.Image(str(picture), label="Accuracy against training time", interactive=False, buttons=["fullscreen"])
+
+
+def launch(page: gr.Blocks, **options) -> object:
+    """Serves the page within the limits of a public Space."""
+    theme = gr.themes.Soft(primary_hue="emerald", neutral_hue="slate", font=SANS, font_mono=MONO)
+    return page.launch(
+        theme=theme,
+        css_paths=HERE / "style.css",
+        max_file_size=MAX_FILE,
+        ssr_mode=False,
+        footer_links=[],
+        **options,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Loads the checkpoints and serves the page until it is stopped."""
+    parser = argparse.ArgumentParser(
+        prog="dualspeed demo", description="Asks up to three checkpoints the same question, in the browser."
+    )
+    for key, role in ROLES.items():
+        parser.add_argument(f"--{key}", metavar="NAME", help=f"folder or Hub id of: {role.title} ({role.default})")
+    parser.add_argument("--webcam", action="store_true", help="let visitors use their webcam")
+    parser.add_argument("--port", type=int, help="the port (default: 7860 or the next that is free)")
+    options = parser.parse_args(argv)
+    slots = load_slots(chosen_names({key: getattr(options, key) for key in ROLES}))
+    for slot in slots:
+        print(f"{slot.role.title}: {slot.name or '-'} {slot.problem}".rstrip())
+    page = build(slots, options.webcam or os.environ.get("DEMO_WEBCAM") == "1")
+    launch(page, server_port=options.port)
+
+
+if __name__ == "__main__":
+    main()
