@@ -33,7 +33,7 @@ def build(slots: list[Slot], webcam: bool = False) -> gr.Blocks:
         webcam (`bool`): whether visitors may take a picture.
     """
     with gr.Blocks(title="DualSpeed", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.HTML(HEADER)
+        gr.HTML(HEADER, elem_id="masthead")
         with gr.Tab("Ask"):
             _ask_tab(slots, webcam)
         with gr.Tab("Results"):
@@ -64,11 +64,11 @@ def _ask_tab(slots: list[Slot], webcam: bool) -> None:
                 names = pruner_names(loaded(slots))
                 pruner = gr.Dropdown(names, value=PRUNER, label="Pruner", elem_id="pruner", min_width=140)
                 ratio = gr.Slider(
-                    0, MAX_RATIO, RATIO, step=0.05, label="Share of tokens removed", elem_id="ratio", min_width=180
+                    0, MAX_RATIO, RATIO, step=0.05, label="Tokens removed", elem_id="ratio", min_width=180
                 )
             button = gr.Button("Ask all", variant="primary", elem_id="ask")
             folder = Path(tempfile.mkdtemp(prefix="dualspeed-examples-"))
-            gr.Examples(write_examples(folder), [image, question], label="Examples", cache_examples=False)
+            gr.Examples(write_examples(folder), [image, question], label="Examples", elem_id="examples", cache_examples=False)
     shown = gr.HTML(cards(slots), elem_id="cards")
     inputs = [image, question, pruner, ratio]
     answer, renew = handlers(slots)
@@ -112,25 +112,37 @@ def told(error: InputError) -> gr.Error:
 
 
 def _results_tab(slots: list[Slot]) -> None:
-    gr.Markdown("### The checkpoints above")
-    gr.Markdown(runs_table(slots), elem_classes="wide")
+    gr.Markdown("### The checkpoints of this page")
+    gr.HTML(runs_table(slots), elem_classes="results")
     curves = learning_curves(slots)
     if curves:
         with gr.Row():
             for title, path in curves:
-                gr.Image(str(path), label=f"Losses: {title}", interactive=False, buttons=["fullscreen"], min_width=300)
+                show_picture(path, f"Losses: {title}")
     compared = comparison()
     if compared is not None:
         text, picture = compared
         gr.Markdown("### The same model trained four ways")
-        gr.Markdown(text, elem_classes="wide")
+        gr.HTML(text, elem_classes="results")
         if picture is not None:
-            gr.Image(str(picture), label="Accuracy against training time", interactive=False, buttons=["fullscreen"])
+            show_picture(picture, "Accuracy against training time")
+
+
+def show_picture(path: Path, label: str) -> None:
+    gr.Image(str(path), label=label, height=380, interactive=False, buttons=["fullscreen"], min_width=280)
 
 
 def launch(page: gr.Blocks, **options) -> object:
     """Serves the page within the limits of a public Space."""
-    theme = gr.themes.Soft(primary_hue="emerald", neutral_hue="slate", font=SANS, font_mono=MONO)
+    theme = gr.themes.Default(primary_hue="emerald", neutral_hue="slate", radius_size="lg", font=SANS, font_mono=MONO)
+    theme = theme.set(
+        body_text_color_subdued="*neutral_500",
+        button_primary_background_fill="#007a5a",  # on which white text can be read
+        button_primary_background_fill_hover="#00654a",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+        button_primary_background_fill_dark="#007a5a",
+    )
     return page.launch(
         theme=theme,
         css_paths=HERE / "style.css",

@@ -96,7 +96,7 @@ def read_image(path: str | None) -> Image.Image:
 
 def on_white(image: Image.Image) -> Image.Image:
     """An RGB image; what is transparent becomes white."""
-    if not image.has_transparency_data:
+    if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")

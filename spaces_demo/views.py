@@ -1,4 +1,4 @@
-"""What the page shows, as HTML and Markdown."""
+"""What the page shows, as HTML."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from inference import Answer, merges
 from overlay import View, data_url, draw
 from slots import HERE, Pair, Slot
 
-from hf_dualspeed.compare_report import caption, readme_table
+from hf_dualspeed.compare_report import caption, table_rows
 from hf_dualspeed.plots import CURVE_NAME
-from hf_dualspeed.results import markdown_table, percent
+from hf_dualspeed.results import percent
 
 COMPARE = (HERE / "compare.json", Path("docs/results/compare.json"))
 HEADER = """
@@ -62,10 +62,9 @@ def answer(title: str, kind: str, given: Answer | str) -> str:
         inner = f'<p class="problem">{escape(given)}</p>'
     else:
         share = given.used / max(1, given.total)
-        extra = f" + {given.isolator} learnt" if given.isolator else ""
         rows = (
             ("Latency", f'<span class="latency">{duration(given.seconds)}</span>'),
-            ("Visual tokens", f'<span class="tokens">{given.used} of {given.total}</span>{extra}{bar(share)}'),
+            ("Visual tokens", f'<span class="tokens">{given.used} of {given.total}</span>{bar(share)}'),
             ("Probability", f"{probability(given.probability)}{bar(given.probability)}"),
         )
         facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
@@ -84,7 +83,8 @@ def figure(given: Answer | str, pruner: str) -> str:
 
 
 def figure_caption(given: Answer, view: View, pruner: str) -> str:
-    words = f"{given.used} of {given.total} visual tokens kept by {pruner}."
+    words = f"{given.used} of {given.total} visual tokens kept by {pruner}"
+    words += f", behind {given.isolator} learnt ones." if given.isolator else "."
     if merges(pruner):
         words += " They are means that stand for others too; shown is where each has its place."
     if view.elsewhere:
@@ -108,12 +108,14 @@ def probability(value: float) -> str:
 
 
 def runs_table(slots: list[Slot]) -> str:
-    """What the loaded checkpoints' results.json say, as Markdown."""
+    """What the loaded checkpoints' results.json say, as HTML."""
     found = [slot for slot in slots if slot.checkpoint is not None and slot.checkpoint.results]
     if not found:
-        return "None of the loaded checkpoints brings a `results.json`; `trainer.save_model()` writes one."
-    header = ("run", "trained as", "accuracy", "majority", "steps fast / slow", "seconds", "speed-up")
-    return markdown_table(header, [run_row(slot) for slot in found])
+        return '<p class="note">None of the loaded checkpoints brings a results.json, which training writes.</p>'
+    header = ("run", "trained as", "accuracy", "guessing", "fast steps", "slow steps", "training", "speed-up")
+    note = "Accuracy with all visual tokens; guessing is the most frequent answer, without the image. "
+    note += "Speed-up: a training step on average, over a plain one on all tokens."
+    return f'{table(header, [run_row(slot) for slot in found])}<p class="note">{note}</p>'
 
 
 def run_row(slot: Slot) -> tuple[str, ...]:
@@ -121,14 +123,22 @@ def run_row(slot: Slot) -> tuple[str, ...]:
     steps, seconds = results.get("steps", {}), results.get("seconds", {}).get("total")
     speedup = results.get("speedup", {}).get("speedup")
     return (
-        escape(str(slot.name)).replace("|", "&#124;"),
+        str(slot.name),
         slot.role.title,
         percent(results.get("accuracy")) or "n/a",
         percent(results.get("majority_accuracy")) or "n/a",
-        f"{steps.get('fast', 'n/a')} / {steps.get('slow', 'n/a')}",
-        "n/a" if seconds is None else f"{seconds:.0f}",
+        str(steps.get("fast", "n/a")),
+        str(steps.get("slow", "n/a")),
+        "n/a" if seconds is None else f"{seconds:.0f} s",
         "n/a" if speedup is None else f"{speedup:.2f}x",
     )
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """An HTML table that scrolls by itself where it is wider than the page."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def learning_curves(slots: list[Slot]) -> list[tuple[str, Path]]:
@@ -144,4 +154,5 @@ def comparison() -> tuple[str, Path | None] | None:
         return None
     results = json.loads(path.read_text(encoding="utf-8"))
     picture = path.with_suffix(".png")
-    return f"{readme_table(results)}\n\n{caption(results)}", picture if picture.is_file() else None
+    header, *rows = table_rows(results)
+    return f'{table(header, rows)}<p class="note">{escape(caption(results).replace("`", ""))}</p>', picture if picture.is_file() else None

@@ -240,6 +240,7 @@ LAYERS = [
         "bench_shapes",
         "assemble",
         "check",
+        "space",
         "cli",
         "__init__",
     },
