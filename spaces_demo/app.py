@@ -48,7 +48,7 @@ def _ask_tab(slots: list[Slot], webcam: bool) -> None:
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             sources = ["upload", "clipboard", *(["webcam"] if webcam else [])]
-            image = gr.Image(type="filepath", sources=sources, label="Image", height=300, buttons=[], elem_id="image")
+            image = gr.Image(type="filepath", sources=sources, label="Image", height=380, buttons=[], elem_id="image")
             # gradio would open the file, and fail without a word of what is wrong with it. It has checked before that
             # the path is that of an upload.
             image.preprocess = lambda payload: payload and payload.path
@@ -129,7 +129,9 @@ def _results_tab(slots: list[Slot]) -> None:
 
 
 def show_picture(path: Path, label: str) -> None:
-    gr.Image(str(path), label=label, height=380, interactive=False, buttons=["fullscreen"], min_width=280)
+    gr.Image(
+        str(path), label=label, interactive=False, buttons=["fullscreen"], min_width=280, elem_classes="picture"
+    )
 
 
 def launch(page: gr.Blocks, **options) -> object:

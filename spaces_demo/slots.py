@@ -25,9 +25,9 @@ class Role:
 
 
 ROLES = {
-    "baseline": Role("Full-token baseline", "Trained on all visual tokens.", "runs/quickstart_full"),
-    "dualspeed": Role("DualSpeed", "Trained on few visual tokens, now and then on all.", "runs/quickstart"),
-    "pruned": Role("Pruned-trained", "Trained on few visual tokens alone.", "runs/quickstart_pruned"),
+    "baseline": Role("Full-token baseline", "Trained on all tokens.", "runs/quickstart_full"),
+    "dualspeed": Role("DualSpeed", "Trained on few tokens, now and then on all.", "runs/quickstart"),
+    "pruned": Role("Pruned-trained", "Trained on few tokens alone.", "runs/quickstart_pruned"),
 }
 
 

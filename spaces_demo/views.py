@@ -83,8 +83,8 @@ def figure(given: Answer | str, pruner: str) -> str:
 
 
 def figure_caption(given: Answer, view: View, pruner: str) -> str:
-    words = f"{given.used} of {given.total} visual tokens kept by {pruner}"
-    words += f", behind {given.isolator} learnt ones." if given.isolator else "."
+    words = f"{given.used} of {given.total} tokens kept by {pruner}"
+    words += f", + {given.isolator} learnt." if given.isolator else "."
     if merges(pruner):
         words += " They are means that stand for others too; shown is where each has its place."
     if view.elsewhere:
@@ -112,7 +112,7 @@ def runs_table(slots: list[Slot]) -> str:
     found = [slot for slot in slots if slot.checkpoint is not None and slot.checkpoint.results]
     if not found:
         return '<p class="note">None of the loaded checkpoints brings a results.json, which training writes.</p>'
-    header = ("run", "trained as", "accuracy", "guessing", "fast steps", "slow steps", "training", "speed-up")
+    header = ("checkpoint", "accuracy", "guessing", "fast steps", "slow steps", "training", "speed-up")
     note = "Accuracy with all visual tokens; guessing is the most frequent answer, without the image. "
     note += "Speed-up: a training step on average, over a plain one on all tokens."
     return f'{table(header, [run_row(slot) for slot in found])}<p class="note">{note}</p>'
@@ -123,8 +123,7 @@ def run_row(slot: Slot) -> tuple[str, ...]:
     steps, seconds = results.get("steps", {}), results.get("seconds", {}).get("total")
     speedup = results.get("speedup", {}).get("speedup")
     return (
-        str(slot.name),
-        slot.role.title,
+        f"{slot.role.title} ({slot.name})",
         percent(results.get("accuracy")) or "n/a",
         percent(results.get("majority_accuracy")) or "n/a",
         str(steps.get("fast", "n/a")),

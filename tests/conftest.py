@@ -6,3 +6,4 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from loopback_hub import hub  # noqa: F401
+from tiny_runs import slots, tiny_runs  # noqa: F401
