@@ -38,10 +38,19 @@ def demo_command(argv: list[str]) -> None:
     Raises:
         ImportError: gradio is not installed.
     """
+    parser = argparse.ArgumentParser(
+        prog="dualspeed demo", description="Asks up to three checkpoints the same question, in the browser."
+    )
+    for key, run in RUNS.items():
+        parser.add_argument(f"--{key}", metavar="NAME", help=f"folder or Hub id of a checkpoint (default: {run})")
+    parser.add_argument("--webcam", action="store_true", help="let visitors use their webcam")
+    parser.add_argument("--port", type=int, help="the port (default: 7860, or the next that is free)")
+    options = parser.parse_args(argv)
     if find_spec("gradio") is None:
         raise ImportError('The demo needs gradio. Run `pip install "hf-dualspeed[demo]"`.')
     sys.path.insert(0, str(source_folder()))  # on a Space, app.py is a script that finds its parts beside it
-    importlib.import_module("app").main(argv)
+    names = {key: getattr(options, key) for key in RUNS}
+    importlib.import_module("app").main(names, options.webcam, options.port)
 
 
 def space_command(argv: list[str]) -> None:

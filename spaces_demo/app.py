@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import html
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -14,7 +13,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 from inference import MAX_QUESTION, MAX_RATIO, InputError, check_question, pruner_names, read_image
 from overlay import write_examples
-from slots import HERE, ROLES, Slot, ask, chosen_names, load_slots, loaded
+from slots import HERE, Slot, ask, chosen_names, load_slots, loaded
 from views import ABOUT, HEADER, cards, comparison, learning_curves, runs_table
 
 MAX_FILE = "10mb"
@@ -76,7 +75,8 @@ def _ask_tab(slots: list[Slot], webcam: bool) -> None:
     limits = {"concurrency_id": "models", "concurrency_limit": 1}
     gr.on([button.click, question.submit], answer, inputs, shown, api_name="ask", **limits)
     gr.on([pruner.input, ratio.release], renew, inputs, shown, api_visibility="private", **limits)
-    image.upload(checked_upload, image, image, api_visibility="private", show_progress="hidden", queue=False)
+    checks = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 4}
+    image.upload(checked_upload, image, image, **checks)
 
 
 def handlers(slots: list[Slot]) -> tuple[Callable, Callable]:
@@ -155,21 +155,19 @@ def launch(page: gr.Blocks, **options) -> object:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Loads the checkpoints and serves the page until it is stopped."""
-    parser = argparse.ArgumentParser(
-        prog="dualspeed demo", description="Asks up to three checkpoints the same question, in the browser."
-    )
-    for key, role in ROLES.items():
-        parser.add_argument(f"--{key}", metavar="NAME", help=f"folder or Hub id of: {role.title} ({role.default})")
-    parser.add_argument("--webcam", action="store_true", help="let visitors use their webcam")
-    parser.add_argument("--port", type=int, help="the port (default: 7860 or the next that is free)")
-    options = parser.parse_args(argv)
-    slots = load_slots(chosen_names({key: getattr(options, key) for key in ROLES}))
+def main(names: Mapping[str, str | None] | None = None, webcam: bool = False, port: int | None = None) -> None:
+    """Loads the checkpoints and serves the page until it is stopped.
+
+    Args:
+        names (`Mapping[str, str | None]`, *optional*): folder or Hub id by role; by default as in `chosen_names`.
+        webcam (`bool`): let visitors use their webcam, as the variable DEMO_WEBCAM=1 does.
+        port (`int`, *optional*): by default 7860, or the next that is free.
+    """
+    slots = load_slots(chosen_names(names or {}))
     for slot in slots:
-        print(f"{slot.role.title}: {slot.name or '-'} {slot.problem}".rstrip())
-    page = build(slots, options.webcam or os.environ.get("DEMO_WEBCAM") == "1")
-    launch(page, server_port=options.port)
+        print(f"{slot.role.title}: {slot.name or '-'} {slot.problem}".rstrip(), flush=True)
+    page = build(slots, webcam or os.environ.get("DEMO_WEBCAM") == "1")
+    launch(page, server_port=port)
 
 
 if __name__ == "__main__":

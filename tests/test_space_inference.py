@@ -326,6 +326,7 @@ def test_results_of_the_runs(slots, tmp_path, monkeypatch):
     for slot in slots:
         assert slot.role.title in table
     assert [title for title, _ in views.learning_curves(slots)] == [slot.role.title for slot in slots]
+    monkeypatch.chdir(SPACE.parent)
     text, plot = views.comparison()
     assert "pruned only (NaivePrune)" in text
     assert plot.is_file()
