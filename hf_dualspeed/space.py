@@ -64,11 +64,11 @@ def space_command(argv: list[str]) -> None:
         description="Publishes the demo as a Space on the Hub, with published checkpoints.",
         epilog="The token is that of `hf auth login` or of the environment variable HF_TOKEN.",
     )
-    parser.add_argument("--push", metavar="REPO", required=True, help="the Space, user/name; made where it is not there")
+    parser.add_argument("--push", metavar="REPO", required=True, help="the Space, user/name; made if need be")
     parser.add_argument("--private", action="store_true", help="make a new Space private")
     for key, run in RUNS.items():
         parser.add_argument(f"--{key}", metavar="REPO", help=f"Hub id of a model (default: where {run} was pushed to)")
-    parser.add_argument("--compare", metavar="FILE", help=f"results of `dualspeed compare` to show (default: {COMPARE})")
+    parser.add_argument("--compare", metavar="FILE", help=f"results of `dualspeed compare` (default: {COMPARE})")
     options = parser.parse_args(argv)
     names = published_names({key: getattr(options, key) for key in RUNS})
     print(push_space(options.push, names, options.private or None, compare_file(options.compare)))

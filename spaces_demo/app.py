@@ -67,7 +67,9 @@ def _ask_tab(slots: list[Slot], webcam: bool) -> None:
                 )
             button = gr.Button("Ask all", variant="primary", elem_id="ask")
             folder = Path(tempfile.mkdtemp(prefix="dualspeed-examples-"))
-            gr.Examples(write_examples(folder), [image, question], label="Examples", elem_id="examples", cache_examples=False)
+            gr.Examples(
+                write_examples(folder), [image, question], label="Examples", elem_id="examples", cache_examples=False
+            )
     shown = gr.HTML(cards(slots), elem_id="cards")
     inputs = [image, question, pruner, ratio]
     answer, renew = handlers(slots)
@@ -101,7 +103,7 @@ def checked_upload(path: str | None) -> str | None:
     try:
         read_image(path)
     except InputError as error:
-        gr.Warning(html.escape(str(error)), title="Not this file")
+        gr.Warning(html.escape(str(error)))
         return None
     return path
 
@@ -118,7 +120,7 @@ def _results_tab(slots: list[Slot]) -> None:
     if curves:
         with gr.Row():
             for title, path in curves:
-                show_picture(path, f"Losses: {title}")
+                show_picture(path, f"Losses of {title}")
     compared = comparison()
     if compared is not None:
         text, picture = compared
@@ -128,10 +130,10 @@ def _results_tab(slots: list[Slot]) -> None:
             show_picture(picture, "Accuracy against training time")
 
 
-def show_picture(path: Path, label: str) -> None:
-    gr.Image(
-        str(path), label=label, interactive=False, buttons=["fullscreen"], min_width=280, elem_classes="picture"
-    )
+def show_picture(path: Path, words: str) -> None:
+    """A plot, without a label, which would hide its title."""
+    look = {"show_label": False, "buttons": [], "min_width": 280, "elem_classes": "picture"}
+    gr.Image(str(path), alt_text=words, interactive=False, **look)
 
 
 def launch(page: gr.Blocks, **options) -> object:

@@ -20,7 +20,7 @@ EXAMPLES = (
     ("rectangle", "red", "what is the color of the rectangle?"),
     ("triangle", "green", "what color is the triangle?"),
 )
-COLOURS = {"blue": (20, 60, 210), "red": (205, 30, 35), "green": (25, 150, 50)}
+COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0), "green": (0, 255, 0)}
 
 
 @dataclass

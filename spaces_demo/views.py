@@ -136,8 +136,14 @@ def run_row(slot: Slot) -> tuple[str, ...]:
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """An HTML table that scrolls by itself where it is wider than the page."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def cell(words: str) -> str:
+    """A cell; what stands in brackets breaks as a whole."""
+    before, bracket, inside = words.partition(" (")
+    return f"<td>{escape(before)}{f' <span>({escape(inside)}</span>' if bracket else ''}</td>"
 
 
 def learning_curves(slots: list[Slot]) -> list[tuple[str, Path]]:
@@ -154,4 +160,5 @@ def comparison() -> tuple[str, Path | None] | None:
     results = json.loads(path.read_text(encoding="utf-8"))
     picture = path.with_suffix(".png")
     header, *rows = table_rows(results)
-    return f'{table(header, rows)}<p class="note">{escape(caption(results).replace("`", ""))}</p>', picture if picture.is_file() else None
+    note = escape(caption(results).replace("`", ""))
+    return f'{table(header, rows)}<p class="note">{note}</p>', picture if picture.is_file() else None

@@ -109,7 +109,10 @@ def test_a_space_can_be_pushed_again_and_without_models(hub, capsys):
     ("words", "message"),
     [
         (["--push", "demo"], "`push` must be a Space 'user/name', got 'demo'"),
-        (["--push", REPO, "--pruned", "runs/mine"], "`pruned` must be a model on the Hub, 'user/name', got 'runs/mine'"),
+        (
+            ["--push", REPO, "--pruned", "runs/mine"],
+            "`pruned` must be a model on the Hub, 'user/name', got 'runs/mine'",
+        ),
         (["--push", REPO, "--compare", "gone.json"], "`compare` is 'gone.json', but there is no such file"),
         (["--push", "somebody/demo"], "it is not allowed (HTTP 403"),
     ],
