@@ -76,7 +76,8 @@ def _ask_tab(slots: list[Slot], webcam: bool) -> None:
     # Named once, so that one limit holds for both.
     limits = {"concurrency_id": "models", "concurrency_limit": 1}
     gr.on([button.click, question.submit], answer, inputs, shown, api_name="ask", **limits)
-    gr.on([pruner.input, ratio.release], renew, inputs, shown, api_visibility="private", **limits)
+    changes = [pruner.input, ratio.release]  # of which the last counts, should they come too fast
+    gr.on(changes, renew, inputs, shown, api_visibility="private", trigger_mode="always_last", **limits)
     checks = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 4}
     image.upload(checked_upload, image, image, **checks)
 

@@ -40,7 +40,7 @@ def test_all_three_answer(client, image):
     assert page.count('class="answer full"') == page.count('class="answer pruned"') == 3
     assert page.count(f">{TOKENS} of {TOKENS}<") == 3
     assert page.count(f">16 of {TOKENS}<") == 3
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/jpeg;base64,") == 3
 
 
 def test_ratio_and_pruner_change_the_picture(client, image):

@@ -328,7 +328,7 @@ def test_results_of_the_runs(slots, tmp_path, monkeypatch):
     assert [title for title, _ in views.learning_curves(slots)] == [slot.role.title for slot in slots]
     monkeypatch.chdir(SPACE.parent)
     text, plot = views.comparison()
-    assert "pruned only (NaivePrune)" in text
+    assert "pruned only <span>(NaivePrune)</span>" in text
     assert plot.is_file()
     monkeypatch.setattr(views, "COMPARE", (tmp_path / "none.json",))
     assert views.comparison() is None
