@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -86,6 +87,17 @@ def test_the_isolator_is_the_trained_one_and_counts(checkpoints, monkeypatch):
     before = checkpoint.answer(IMAGE, QUESTION, checkpoint.pruner("grid", 0.9)).probability
     monkeypatch.setattr(checkpoint.isolator.prompt, "data", 5 * checkpoint.isolator.prompt.data)
     assert checkpoint.answer(IMAGE, QUESTION, checkpoint.pruner("grid", 0.9)).probability != before
+
+
+def test_positions_are_those_of_the_training(tiny_runs, tmp_path, checkpoints):
+    folder = tmp_path / "compact"
+    shutil.copytree(tiny_runs["dualspeed"], folder)
+    results = json.loads((folder / "results.json").read_text())
+    results["settings"]["position_ids"] = "compact"
+    (folder / "results.json").write_text(json.dumps(results))
+    both = (checkpoints["dualspeed"], Checkpoint(str(folder)))
+    asked = [checkpoint.answer(IMAGE, QUESTION, checkpoint.pruner("grid", 0.9)) for checkpoint in both]
+    assert asked[0].probability != asked[1].probability
 
 
 def test_kept_tokens_are_those_of_the_pruner(checkpoints):
