@@ -9,10 +9,11 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart compare cards bench conformance test test-min lint
+.PHONY: help quickstart demo chromium compare cards bench conformance test test-min lint
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
+	@echo "make demo        ask the quickstart, and two runs of it without fast or slow steps, in the browser"
 	@echo "make compare     train with and without DualSpeed and compare them"
 	@echo "make cards       render the cards in model_cards anew, that of the quickstart from its last run"
 	@echo "make bench       time training steps, their growth with the tokens, and batches of like length (1 to 2 hours)"
@@ -31,6 +32,18 @@ $(STAMP) $(MIN_STAMP): pyproject.toml
 
 quickstart: $(STAMP)
 	$(LAUNCH) train.py --config trainer_configs/quickstart.yaml
+
+# What the demo shows beside the quickstart: the same from all tokens alone, and from pruned ones alone.
+PLAIN := --isolator_length 0 --distillation_weight 0
+runs/quickstart/results.json: | $(STAMP)
+	$(MAKE) quickstart
+runs/quickstart_full/results.json: | $(STAMP)
+	$(LAUNCH) train.py --config trainer_configs/quickstart.yaml --output_dir $(@D) --slow_mode_ratio 1 $(PLAIN)
+runs/quickstart_pruned/results.json: | $(STAMP)
+	$(LAUNCH) train.py --config trainer_configs/quickstart.yaml --output_dir $(@D) --slow_mode_ratio 0 $(PLAIN)
+
+demo: $(STAMP) $(patsubst %,runs/quickstart%/results.json,_full _pruned) runs/quickstart/results.json
+	$(BIN)/dualspeed demo
 
 compare: $(STAMP)
 	$(BIN)/dualspeed compare --config trainer_configs/compare.yaml
@@ -52,10 +65,16 @@ bench: $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/python tests/supported_models.py
 
-test: $(STAMP)
+# For the browser tests, which are skipped without it.
+chromium:
+	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core; } || \
+	echo "No Chromium for the browser tests, which are skipped. Install it: apt-get install chromium"
+
+test: $(STAMP) chromium
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-min: $(MIN_STAMP)
+test-min: $(MIN_STAMP) chromium
 	.venv-min/bin/python -m pytest -m "not slow and not gpu"
 
 lint: $(STAMP)

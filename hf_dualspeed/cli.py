@@ -91,6 +91,8 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "compare": ("compare training with and without DualSpeed", _module("compare")),
     "check": ("check whether a model works with DualSpeed", _module("check")),
     "assemble": ("join two small pretrained models to a LLaVA", _module("assemble")),
+    "demo": ("ask models side by side in the browser", _module("space", "demo_command")),
+    "space": ("publish the demo as a Space on the Hub", _module("space", "space_command")),
     "bench": ("time fast and slow training steps", _module("bench")),
 }
 

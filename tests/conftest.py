@@ -6,3 +6,5 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from loopback_hub import hub  # noqa: F401
+from space_server import server  # noqa: F401
+from tiny_runs import slots, tiny_runs  # noqa: F401

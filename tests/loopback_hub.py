@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face Hub on 127.0.0.1, for the unmodified `huggingface_hub` client without Xet.
 
-It knows model repos, and Spaces under the same names, with their commits, branches and tags, files in git and in LFS,
-tokens, and failures on demand.
-Tests take the fixture `hub`; `hub.fail`, `hub.cut` and `hub.stop` make it misbehave.
+It knows model repos and Spaces ("spaces/user/name") with their commits, branches and tags, files in git and in LFS,
+tokens, and failures on demand. Tests take the fixture `hub`; `hub.fail`, `hub.cut` and `hub.stop` make it
+misbehave.
 """
 
 from __future__ import annotations
@@ -207,7 +207,8 @@ def route(methods: str, pattern: str) -> Callable:
     return add
 
 
-REPO = r"/api/(?:models|spaces)/([^/]+/[^/]+)"
+NAME = r"((?:spaces/)?[^/]+/[^/]+)"
+REPO = r"/api/(?:models/|(?=spaces/))" + NAME
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -256,8 +257,9 @@ class Handler(BaseHTTPRequestHandler):
     def writable(self, repo_id: str) -> None:
         if not self.known:
             raise RefusedError(401, "Invalid username or password.")
-        if repo_id.split("/")[0] != self.hub.user:
-            raise RefusedError(403, f"You don't have the rights to create a model under {repo_id.split('/')[0]!r}")
+        owner = repo_id.split("/")[-2]
+        if owner != self.hub.user:
+            raise RefusedError(403, f"You don't have the rights to create a model under {owner!r}")
 
     def repo(self, repo_id: str, write: bool = False) -> Repo:
         """A repo that exists and that the token may see; the Hub tells neither from the other."""
@@ -327,6 +329,10 @@ class Handler(BaseHTTPRequestHandler):
     def create_repo(self):
         asked = json.loads(self.raw)
         repo_id = f"{asked.get('organization') or self.hub.user}/{asked['name']}"
+        if asked.get("type") == "space":
+            repo_id = f"spaces/{repo_id}"
+            if asked.get("sdk") != "gradio":
+                raise RefusedError(400, "a Space here is one of gradio")
         self.writable(repo_id)
         url = f"{self.hub.url}/{repo_id}"
         if repo_id in self.hub.repos:
@@ -398,7 +404,7 @@ class Handler(BaseHTTPRequestHandler):
             answers.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": known})
         self.send({"files": answers, "commitOid": oid})
 
-    @route("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+    @route("POST", rf"/{NAME}\.git/info/lfs/objects/batch")
     def lfs_batch(self, repo_id):
         self.repo(repo_id, write=True)
         objects = [{"oid": o["oid"], "size": o["size"]} for o in json.loads(self.raw)["objects"]]
@@ -445,7 +451,7 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- routes: reading ------------------------------------------------------------------------------------------
 
-    @route("GET HEAD", r"(?:/spaces)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+    @route("GET HEAD", rf"/{NAME}/resolve/([^/]+)/(.+)")
     def resolve(self, repo_id, revision, name):
         repo = self.repo(repo_id)
         oid = repo.resolve(revision)

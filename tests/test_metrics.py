@@ -284,10 +284,10 @@ def test_a_cards_example_gives_what_it_says(name, cache):
 
 
 def test_a_metric_is_pushed_and_stands_alone(hub, cache, tmp_path, monkeypatch, capsys):
-    hub.put("tester/our_vqa", {"README.md": "---\ntitle: Old\n---\n\n## Mine\n\nMy words.\n"})
+    hub.put("spaces/tester/our_vqa", {"README.md": "---\ntitle: Old\n---\n\n## Mine\n\nMy words.\n"})
     assert cli.main(["push-metric", "vqa_accuracy", "tester/our_vqa"]) == 0
     assert 'evaluate.load("tester/our_vqa")' in capsys.readouterr().out
-    files = {name: data.decode() for name, data in hub.files("tester/our_vqa").items()}
+    files = {name: data.decode() for name, data in hub.files("spaces/tester/our_vqa").items()}
     assert files.keys() == {"our_vqa.py", "README.md", "app.py", "requirements.txt"}
     assert 'evaluate.load("tester/our_vqa")' in files["app.py"]
     assert 'evaluate.load("tester/our_vqa")' in files["README.md"]
@@ -302,7 +302,7 @@ def test_a_metric_is_pushed_and_stands_alone(hub, cache, tmp_path, monkeypatch, 
 
 def test_a_new_space_is_made(hub):
     assert cli.main(["push-metric", "anls", "tester/anls", "--private"]) == 0
-    assert hub.repos["tester/anls"].private
+    assert hub.repos["spaces/tester/anls"].private
     assert hub.asked("POST /api/spaces/tester/anls/commit") == 1
 
 

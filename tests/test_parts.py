@@ -287,6 +287,7 @@ LAYERS = [
         "bench_shapes",
         "assemble",
         "check",
+        "space",
         "cli",
         "__init__",
     },

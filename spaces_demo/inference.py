@@ -1,0 +1,281 @@
+"""Checkpoints and their answers, from all visual tokens or from those that a pruner keeps. Nothing of gradio here."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from overlay import View, view_of
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from hf_dualspeed import AutoPruner, ModeIsolator, Pruner, available_pruners, prune_inputs
+from hf_dualspeed.cli import kind_of
+from hf_dualspeed.data import IMAGE_ERRORS, encode
+from hf_dualspeed.hub_io import CONFIG_NAME as PRUNER_NAME
+from hf_dualspeed.hub_io import explained, is_repo_id
+from hf_dualspeed.isolator import saved_length
+from hf_dualspeed.protocol import visual_token_ids
+from hf_dualspeed.pruners.base import pruner_class
+from hf_dualspeed.results import read_results
+
+MAX_PIXELS = 40_000_000
+MAX_EDGE = 2048  # larger images are made smaller before anything else sees them
+MAX_QUESTION = 300
+MAX_NEW_TOKENS = 32
+MAX_RATIO = 0.95
+# What a snapshot of a model may bring along; never code, nor weights in pickles.
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "learning_curve.png")
+LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+# Pruning hooks into the model while it runs, so that two answers at once would mix.
+LOCK = threading.Lock()
+
+
+class InputError(ValueError):
+    """What a visitor can put right; the message says how."""
+
+
+@dataclass
+class Answer:
+    """What a model answered.
+
+    Args:
+        text (`str`): the greedy answer.
+        seconds (`float`): from the preprocessed input to the last token: encoding, pruning and generation.
+        probability (`float`): of exactly this answer, its end included: the product over its tokens.
+        used, total (`int`): visual tokens in front of the language model, and those of the whole image.
+        isolator (`int`): learnt tokens in front of them.
+        view (`View`, *optional*): where the used tokens lie; None where all are used or their places are unknown.
+    """
+
+    text: str
+    seconds: float
+    probability: float
+    used: int
+    total: int
+    isolator: int = 0
+    view: View | None = None
+
+
+# --- what visitors give -------------------------------------------------------------------------------------------
+
+
+def read_image(path: str | None) -> Image.Image:
+    """An upload as an upright RGB image of at most `MAX_EDGE` pixels a side.
+
+    Raises:
+        InputError: there is none, it is too large, or it is no image; the message is for the visitor.
+    """
+    if not path:
+        raise InputError("Please choose an image first: upload one, paste one, or take one of the examples.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(too_large()) from None
+    except IMAGE_ERRORS:
+        raise InputError(unreadable()) from None
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise InputError(too_large(f"{image.width} x {image.height} pixels"))
+        try:
+            image.draft("RGB", (MAX_EDGE, MAX_EDGE))  # JPEGs are then decoded at less than their full size
+            image.thumbnail((MAX_EDGE, MAX_EDGE))
+            return on_white(ImageOps.exif_transpose(image))
+        except (*IMAGE_ERRORS, MemoryError):
+            raise InputError(unreadable()) from None
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGB image; what is transparent becomes white."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def too_large(size: str = "more pixels than this demo reads") -> str:
+    return f"The image has {size}. Please use one of at most {MAX_PIXELS // 1_000_000} megapixels."
+
+
+def unreadable() -> str:
+    return "The file is damaged, or no image. Please upload a JPEG, PNG or WebP."
+
+
+def check_question(question: str | None) -> str:
+    """The question without outer spaces.
+
+    Raises:
+        InputError: it is empty or too long.
+    """
+    question = (question or "").strip()
+    if not question:
+        raise InputError("Please type a question about the image.")
+    if len(question) > MAX_QUESTION:
+        raise InputError(f"The question has {len(question)} characters. Please ask in at most {MAX_QUESTION}.")
+    return question
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """A model, its processor, and what it was trained with: isolator, pruner, positions.
+
+    Args:
+        name (`str`): a folder, else a Hub id.
+
+    Raises:
+        Exception: one of `LOAD_ERRORS`, where it cannot be loaded or does not answer.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.folder = local_folder(name)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto")
+        self.model: PreTrainedModel = model.to(device).eval()
+        self.processor: ProcessorMixin = AutoProcessor.from_pretrained(self.folder)
+        self.results = read_results(self.folder)
+        self.position_ids = self.results.get("settings", {}).get("position_ids", "original")
+        self.isolator = self._isolator()
+        self.own_pruner = self._pruner()
+        self._warm_up()
+
+    def _isolator(self) -> ModeIsolator | None:
+        length = saved_length(self.folder)
+        if not length:
+            return None
+        isolator = ModeIsolator(length, self.model.config.get_text_config().hidden_size)
+        isolator.load_pretrained(self.folder)
+        return isolator.to(self.model.device, self.model.dtype)
+
+    def _pruner(self) -> Pruner | None:
+        """The pruner that it was trained with; None where there is none, or one that is code of its own."""
+        if not (self.folder / PRUNER_NAME).is_file():
+            return None
+        try:
+            return AutoPruner.from_pretrained(self.folder).to(self.model.device)
+        except ValueError:
+            return None
+
+    def _warm_up(self) -> None:
+        """The first answer pays for set-up that later ones find done."""
+        blank = Image.new("RGB", (64, 64), "white")
+        self.answer(blank, "what?")
+        self.answer(blank, "what?", self.pruner("grid", 0.5))
+
+    def pruner(self, name: str, ratio: float) -> Pruner:
+        """A pruner of this name that removes the fraction `ratio` of the tokens, the checkpoint's own where it fits.
+
+        Raises:
+            InputError: it is learnt, and this checkpoint was not trained with it.
+        """
+        own = self.own_pruner
+        if own is not None and own.config.pruner_type == name:
+            pruner = copy.deepcopy(own)
+            pruner.reconfigure(pruning_ratio=ratio, pruning_schedule="constant", initial_pruning_ratio=None)
+            return pruner.eval()
+        if is_learnt(name):
+            raise InputError(f"This model was not trained with the learnt pruner {name}. Choose another pruner.")
+        return AutoPruner.from_name(name, pruning_ratio=ratio).eval()
+
+    def answer(self, image: Image.Image, question: str, pruner: Pruner | None = None) -> Answer:
+        """Answers from all visual tokens, or from those that `pruner` keeps, behind the isolator.
+
+        Raises:
+            InputError: the question holds the model's placeholder of images.
+            ValueError: the pruner does not work with this model.
+        """
+        inputs = self._inputs(image, question)
+        ids = torch.tensor(visual_token_ids(self.model.config), device=self.model.device)
+        total = int(torch.isin(inputs["input_ids"], ids).sum())
+        if pruner is None:
+            text, probability, seconds = self._generate(inputs)
+            return Answer(text, seconds, probability, total, total)
+        calls = watched(pruner)
+        text, probability, seconds = self._generate(inputs, pruner)
+        used = sum(sum(pruned.lengths) for _, pruned in calls)
+        isolator = self.isolator.length if self.isolator else 0
+        view = view_of(calls, inputs, image, self.processor)
+        return Answer(text, seconds, probability, used, total, isolator, view)
+
+    def _inputs(self, image: Image.Image, question: str) -> dict:
+        placeholder = getattr(self.processor, "image_token", None)
+        if placeholder and placeholder in question:
+            raise InputError(f"The question may not contain {placeholder}, which stands for the image.")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        inputs = encode(self.processor, [text], [[image]], padding_side="left")
+        return dict(inputs.to(self.model.device, self.model.dtype))
+
+    @torch.inference_mode()
+    def _generate(self, inputs: dict, pruner: Pruner | None = None) -> tuple[str, float, float]:
+        """The greedy answer, its probability, and the seconds it took."""
+        with LOCK:
+            started = time.perf_counter()
+            if pruner is not None:
+                isolator, positions = self.isolator, self.position_ids
+                inputs = prune_inputs(self.model, inputs, pruner, isolator, position_ids=positions)
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                num_beams=1,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            new = output.sequences[:, -len(output.logits) :]
+            text = self.processor.batch_decode(new, skip_special_tokens=True)[0]  # waits for the device
+            seconds = time.perf_counter() - started
+        logs = torch.stack(output.logits, dim=1).float().log_softmax(-1)
+        return text.strip(), logs.gather(-1, new[..., None]).sum().exp().item(), seconds
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a checkpoint; one of the Hub is downloaded, but for code and pickles."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_repo_id(name):
+        raise ValueError(f"{name!r} is neither a folder nor a Hub id 'user/name'.")
+    with explained("load", f"the Hub repo {name!r}"):
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+
+
+def watched(pruner: Pruner) -> list[tuple]:
+    """A list to which each call of the pruner adds the tokens it got and those it gave, grids included."""
+    calls: list[tuple] = []
+    pruner.needs = pruner.needs | {"grid"}
+    pruner.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+    return calls
+
+
+# --- pruners ------------------------------------------------------------------------------------------------------
+
+
+def is_learnt(name: str) -> bool:
+    return "learnt" in kind_of(pruner_class(name))
+
+
+def merges(name: str) -> bool:
+    """Whether the tokens that are left stand for others, too."""
+    return pruner_class(name).merges
+
+
+def pruner_names(checkpoints: list[Checkpoint]) -> list[str]:
+    """What can shorten a prompt: pruners in front of the language model, learnt ones only where one of the checkpoints
+    brings its weights."""
+    own = {c.own_pruner.config.pruner_type for c in checkpoints if c.own_pruner is not None}
+    front = [name for name in available_pruners() if not pruner_class(name).in_language_model]
+    return [name for name in front if name in own or not is_learnt(name)]

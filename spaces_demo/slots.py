@@ -1,0 +1,101 @@
+"""The three places for checkpoints: what fills them, and what all of them answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference import LOAD_ERRORS, Answer, Checkpoint, InputError
+from PIL import Image
+
+HERE = Path(__file__).parent
+CHECKPOINTS = HERE / "checkpoints.json"  # written by `dualspeed space`
+
+
+@dataclass(frozen=True)
+class Role:
+    """How a checkpoint was trained: its title, that in a sentence, and the run that is taken where none is named."""
+
+    title: str
+    how: str
+    default: str
+
+
+ROLES = {
+    "baseline": Role("Full-token baseline", "Trained on all tokens.", "runs/quickstart_full"),
+    "dualspeed": Role("DualSpeed", "Trained on few tokens, now and then on all.", "runs/quickstart"),
+    "pruned": Role("Pruned-trained", "Trained on few tokens alone.", "runs/quickstart_pruned"),
+}
+
+
+@dataclass
+class Slot:
+    """A role, and the checkpoint in it or the reason why there is none."""
+
+    key: str
+    name: str | None = None
+    checkpoint: Checkpoint | None = None
+    problem: str = ""
+
+    @property
+    def role(self) -> Role:
+        return ROLES[self.key]
+
+
+@dataclass
+class Pair:
+    """A checkpoint's answers from all tokens and from pruned ones, or why there is none."""
+
+    full: Answer | str
+    pruned: Answer | str
+
+
+def chosen_names(given: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The checkpoint of each role: as given, else by environment, by checkpoints.json, or the quickstart's run."""
+    listed = json.loads(CHECKPOINTS.read_text(encoding="utf-8")) if CHECKPOINTS.is_file() else {}
+    names = {}
+    for key, role in ROLES.items():
+        default = role.default if Path(role.default).is_dir() else None
+        names[key] = given.get(key) or os.environ.get(f"DEMO_{key.upper()}") or listed.get(key) or default
+    return names
+
+
+def load_slots(names: Mapping[str, str | None]) -> list[Slot]:
+    """Loads what can be loaded; the rest says why not."""
+    return [load_slot(key, names.get(key)) for key in ROLES]
+
+
+def load_slot(key: str, name: str | None) -> Slot:
+    if name is None:
+        return Slot(key, problem=f"No checkpoint. Start with --{key} FOLDER or a Hub id.")
+    try:
+        return Slot(key, name, Checkpoint(name))
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        return Slot(key, name, problem=f"Could not be loaded: {reason}")
+
+
+def loaded(slots: Iterable[Slot]) -> list[Checkpoint]:
+    return [slot.checkpoint for slot in slots if slot.checkpoint is not None]
+
+
+def ask(slots: list[Slot], image: Image.Image, question: str, pruner: str, ratio: float) -> dict[str, Pair]:
+    """The answers of all checkpoints, by role.
+
+    Raises:
+        InputError: no checkpoint is loaded.
+    """
+    if not loaded(slots):
+        raise InputError("No checkpoint is loaded, so nobody can answer. The cards below say why.")
+    return {slot.key: pair(slot.checkpoint, image, question, pruner, ratio) for slot in slots if slot.checkpoint}
+
+
+def pair(checkpoint: Checkpoint, image: Image.Image, question: str, pruner: str, ratio: float) -> Pair:
+    full = checkpoint.answer(image, question)
+    try:
+        return Pair(full, checkpoint.answer(image, question, checkpoint.pruner(pruner, ratio)))
+    except ValueError as error:  # a pruner that this model does not let in
+        return Pair(full, " ".join(str(error).split())[:300])

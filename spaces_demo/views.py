@@ -1,0 +1,164 @@
+"""What the page shows, as HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+from inference import Answer, merges
+from overlay import View, data_url, draw
+from slots import HERE, Pair, Slot
+
+from hf_dualspeed.compare_report import caption, table_rows
+from hf_dualspeed.plots import CURVE_NAME
+from hf_dualspeed.results import percent
+
+COMPARE = (HERE / "compare.json", Path("docs/results/compare.json"))
+HEADER = """
+<div class="masthead"><h1>DualSpeed</h1>
+<p>Train vision-language models on a tenth of the visual tokens, answer with all of them. Ask three of them the same
+question, and see what is left of the image when a pruner has been over it.</p></div>
+"""
+ABOUT = """
+- **All tokens** is the model as it is deployed. **Pruned tokens** is the same model on what the chosen pruner keeps of
+  the image; DualSpeed's isolator, a few learnt tokens, stands in front of them where the checkpoint has one.
+- **Latency** is one measurement on this machine, from the preprocessed image to the last token. The first answer after
+  the start has been thrown away.
+- **Probability** is that of exactly this answer: the product of the probabilities of its tokens, its end included.
+- **The picture** is what the model saw, as its processor cut and scaled it. Kept tokens are in colour. Where a pruner
+  merges, they stand for others too, and the picture shows only where each group has its place. Of models that cut an
+  image into tiles, it shows the whole image's own tokens.
+- Pruners inside the language model (fastv, pyramiddrop) shorten no prompt and are not offered; learnt ones only where a
+  checkpoint was trained with them.
+"""
+
+
+def cards(slots: list[Slot], answers: Mapping[str, Pair] | None = None, pruner: str = "") -> str:
+    """A card for each checkpoint, with its answers where there are any."""
+    inner = "".join(card(slot, (answers or {}).get(slot.key), pruner) for slot in slots)
+    return f'<div class="cards">{inner}</div>'
+
+
+def card(slot: Slot, pair: Pair | None, pruner: str) -> str:
+    if slot.checkpoint is None:
+        name = f'<p class="name">{escape(slot.name)}</p>' if slot.name else ""
+        body = f'{name}<p class="problem">{escape(slot.problem)}</p>'
+    else:
+        body = f'<p class="name">{escape(slot.name)}</p>'
+        body += '<p class="wait">Its answers appear here.</p>' if pair is None else answers(pair, pruner)
+    head = f'<h3>{slot.role.title}</h3><p class="how">{slot.role.how}</p>'
+    return f'<article class="card {slot.key}" data-role="{slot.key}">{head}{body}</article>'
+
+
+def answers(pair: Pair, pruner: str) -> str:
+    both = answer("All tokens", "full", pair.full) + answer("Pruned tokens", "pruned", pair.pruned)
+    return f'<div class="answers">{both}</div>{figure(pair.pruned, pruner)}'
+
+
+def answer(title: str, kind: str, given: Answer | str) -> str:
+    if isinstance(given, str):
+        inner = f'<p class="problem">{escape(given)}</p>'
+    else:
+        share = given.used / max(1, given.total)
+        rows = (
+            ("Latency", f'<span class="latency">{duration(given.seconds)}</span>'),
+            ("Visual tokens", f'<span class="tokens">{given.used} of {given.total}</span>{bar(share)}'),
+            ("Probability", f"{probability(given.probability)}{bar(given.probability)}"),
+        )
+        facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
+        inner = f'<p class="text">{escape(given.text) or "<i>no words</i>"}</p><dl>{facts}</dl>'
+    return f'<div class="answer {kind}"><h4>{title}</h4>{inner}</div>'
+
+
+def figure(given: Answer | str, pruner: str) -> str:
+    if isinstance(given, str):
+        return ""
+    if given.view is None:
+        return '<p class="wait">No picture: this model prunes the tiles of an image each by itself.</p>'
+    words = figure_caption(given, given.view, pruner)
+    picture = f'<img src="{data_url(draw(given.view))}" alt="{escape(words)}">'
+    return f"<figure>{picture}<figcaption>{escape(words)}</figcaption></figure>"
+
+
+def figure_caption(given: Answer, view: View, pruner: str) -> str:
+    words = f"{given.used} of {given.total} tokens kept by {pruner}"
+    words += f", + {given.isolator} learnt." if given.isolator else "."
+    if merges(pruner):
+        words += " They are means that stand for others too; shown is where each has its place."
+    if view.elsewhere:
+        words += f" Shown are the {len(view.kept)} of the whole image; {view.elsewhere} lie in tiles."
+    return words
+
+
+def bar(share: float) -> str:
+    return f'<span class="bar"><span style="width:{100 * min(1, max(0, share)):.1f}%"></span></span>'
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def probability(value: float) -> str:
+    return "below 0.1%" if value < 0.001 else f"{value:.1%}"
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def runs_table(slots: list[Slot]) -> str:
+    """What the loaded checkpoints' results.json say, as HTML."""
+    found = [slot for slot in slots if slot.checkpoint is not None and slot.checkpoint.results]
+    if not found:
+        return '<p class="note">None of the loaded checkpoints brings a results.json, which training writes.</p>'
+    header = ("checkpoint", "accuracy", "guessing", "fast steps", "slow steps", "training", "speed-up")
+    note = "Accuracy with all visual tokens; guessing is the most frequent answer, without the image. "
+    note += "Speed-up: a training step on average, over a plain one on all tokens."
+    return f'{table(header, [run_row(slot) for slot in found])}<p class="note">{note}</p>'
+
+
+def run_row(slot: Slot) -> tuple[str, ...]:
+    results = slot.checkpoint.results
+    steps, seconds = results.get("steps", {}), results.get("seconds", {}).get("total")
+    speedup = results.get("speedup", {}).get("speedup")
+    return (
+        f"{slot.role.title} ({slot.name})",
+        percent(results.get("accuracy")) or "n/a",
+        percent(results.get("majority_accuracy")) or "n/a",
+        str(steps.get("fast", "n/a")),
+        str(steps.get("slow", "n/a")),
+        "n/a" if seconds is None else f"{seconds:.0f} s",
+        "n/a" if speedup is None else f"{speedup:.2f}x",
+    )
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """An HTML table that scrolls by itself where it is wider than the page."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def cell(words: str) -> str:
+    """A cell; what stands in brackets breaks as a whole."""
+    before, bracket, inside = words.partition(" (")
+    return f"<td>{escape(before)}{f' <span>({escape(inside)}</span>' if bracket else ''}</td>"
+
+
+def learning_curves(slots: list[Slot]) -> list[tuple[str, Path]]:
+    """Title and picture of each loaded run that has a learning curve."""
+    folders = [(slot.role.title, slot.checkpoint.folder) for slot in slots if slot.checkpoint is not None]
+    return [(title, folder / CURVE_NAME) for title, folder in folders if (folder / CURVE_NAME).is_file()]
+
+
+def comparison() -> tuple[str, Path | None] | None:
+    """Text and plot of `dualspeed compare`'s results, where they are at hand."""
+    path = next((path for path in COMPARE if path.is_file()), None)
+    if path is None:
+        return None
+    results = json.loads(path.read_text(encoding="utf-8"))
+    picture = path.with_suffix(".png")
+    header, *rows = table_rows(results)
+    note = escape(caption(results).replace("`", ""))
+    return f'{table(header, rows)}<p class="note">{note}</p>', picture if picture.is_file() else None
