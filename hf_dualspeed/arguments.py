@@ -113,6 +113,15 @@ class DualSpeedArguments:
             "distillation: 'auto' where it applies, 'on' or an error that says why not, 'off'."
         },
     )
+    plain_path: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the plain path in place of all that makes a step fast beside pruning, to find out whether "
+            "that is to blame for something: fast steps recompute activations as slow ones do, slow batches run whole, "
+            "logits are made at all positions, losses in float32 at once, teacher and student each encode the images, "
+            "and a frozen tower keeps its graph."
+        },
+    )
     fast_only_parameters: list[str] = field(
         default_factory=list,
         metadata={"help": "Glob patterns of parameters that only fast steps update (e.g. '*lora_*.fast.*')."},
@@ -165,6 +174,9 @@ class DualSpeedArguments:
         check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
         check_choice("position_ids", self.position_ids, POSITION_IDS)
         check_choice("video_budget", self.video_budget, VIDEO_BUDGETS)
+        if self.plain_path:
+            self.fast_mode_checkpointing, self.supervised_logits_only = True, False
+            self.fused_head_loss, self.slow_mode_splits = "off", 1
         spoken = {"true": "on", "false": "off"}
         self.fused_head_loss = spoken.get(str(self.fused_head_loss).lower(), self.fused_head_loss)
         check_choice("fused_head_loss", self.fused_head_loss, FUSED_HEAD_LOSSES)

@@ -3,9 +3,6 @@
 One model in random weights, one batch, and the trainers' own `training_step` (forward and backward; the optimizer's
 update, alike for all, is not in it). Every round measures every variant once, in changing order, so that noise meets
 all of them alike; ratios are taken within a round. Activation checkpointing is the trainers' own option, for both.
-
-FLOPs are those of `torch.utils.flop_counter.FlopCounterMode` over the same call, with a formula added for the
-CPU's flash attention, which it would leave out. It counts attention without regard to the causal mask.
 """
 
 from __future__ import annotations
@@ -24,12 +21,12 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import Trainer, TrainingArguments
 
 from hf_dualspeed.arguments import DualSpeedTrainingArguments
 from hf_dualspeed.bench_arguments import BenchArguments, parse_arguments
 from hf_dualspeed.bench_cached import cached_batch
+from hf_dualspeed.bench_flops import FLOP_COUNTING, flops_of
 from hf_dualspeed.bench_memory import MEMORY_COUNTING, peak_memory
 from hf_dualspeed.bench_report import PARTS, STEPS, check_format, derive, print_report, write_report
 from hf_dualspeed.bench_shapes import Shape, build_batch, build_model, encoder_ratio, given_batch, given_model
@@ -46,10 +43,6 @@ from hf_dualspeed.trainer import DualSpeedTrainer
 
 SEEDS = {"weights": 0, "batch": 0, "training": 0}
 WARM_UP_ROUNDS = 1
-FLOP_COUNTING = (
-    "torch.utils.flop_counter.FlopCounterMode over one training_step with SDPA; CPU flash attention by "
-    "torch's own attention formulas, registered through custom_mapping; causal masks not deducted"
-)
 
 
 def main(argv: list[str]) -> None:
@@ -86,8 +79,13 @@ def measure(options: BenchArguments) -> dict:
     return measured(options, list(STEPS) + list(PARTS), derive)
 
 
-def measured(options: BenchArguments, names: list[str], evaluate: Callable[[dict, float], dict]) -> dict:
-    """Measures the variants `names` of each shape and setting, and adds to each run what `evaluate` makes of it."""
+def measured(
+    options: BenchArguments,
+    names: list[str],
+    evaluate: Callable[[dict, float], dict],
+    run_of: Callable[[Bench, list[str]], dict] = lambda bench, names: bench.run(names),
+) -> dict:
+    """Measures the variants `names` of each shape and setting by `run_of`, and adds what `evaluate` makes of a run."""
     threads, runs = torch.get_num_threads(), []
     try:
         if options.threads is not None:
@@ -96,17 +94,19 @@ def measured(options: BenchArguments, names: list[str], evaluate: Callable[[dict
             for checkpointing in options.checkpointing:
                 gc.collect()  # the last run's model
                 with tempfile.TemporaryDirectory() as folder:
-                    run = run_or_say(options, shape, checkpointing, folder, names)
+                    run = run_or_say(options, shape, checkpointing, folder, partial(run_of, names=names))
                 runs.append({**run, **evaluate(run, options.slow_ratio)})
         return {**surroundings(options), "runs": runs}
     finally:
         torch.set_num_threads(threads)
 
 
-def run_or_say(options: BenchArguments, shape: Shape | None, checkpointing: str, folder: str, names: list[str]) -> dict:
+def run_or_say(
+    options: BenchArguments, shape: Shape | None, checkpointing: str, folder: str, run: Callable[[Bench], dict]
+) -> dict:
     """One run; where memory runs out, an error that says which, and the remedy."""
     try:
-        return Bench(options, shape, checkpointing, folder).run(names)
+        return run(Bench(options, shape, checkpointing, folder))
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{options.model or shape.name} with a batch of {options.rows(shape)} and checkpointing {checkpointing} "
@@ -307,18 +307,9 @@ class Bench:
 
     def count_flops(self, name: str) -> int:
         """Floating-point operations of one variant."""
-        cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        formulas = {
-            cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, *with_heads_of(query, key, value)),
-            backward: lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(
-                gradient, query, *with_heads_of(query, key, value)
-            ),
-        }
-        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            self.variants[name]()
+        flops = flops_of(self.variants[name])
         self._clean(name)
-        return counter.get_total_flops()
+        return flops
 
     def count_memory(self, name: str) -> int:
         """The most bytes that a variant holds beside weights and gradients."""
@@ -374,12 +365,6 @@ def _tensors(values) -> list[torch.Tensor]:
     """The tensors among values and lists of them."""
     flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
     return [item for item in flat if isinstance(item, torch.Tensor)]
-
-
-def with_heads_of(query: torch.Size, *shapes: torch.Size) -> list[tuple[int, ...]]:
-    """Shapes of keys and values `(B, H', S, d)` whose heads are shared by groups of the query's, with a head for each:
-    the formulas of torch before 2.11 know no groups."""
-    return [(shape[0], query[1], *shape[2:]) for shape in shapes]
 
 
 def order(names: list[str], number: int) -> list[str]:

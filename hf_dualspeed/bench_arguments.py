@@ -19,7 +19,7 @@ KINDS = {
     "steps": STEPS,
     "growth": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
     "profile": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
-    "lengths": {"shape": ["llava-1.5"], "checkpointing": ["off"], "text_tokens": 1024, "rounds": 2},
+    "lengths": {"shape": ["llava-1.5"], "checkpointing": ["off"], "text_tokens": 1024, "rounds": 2, "steps": 24},
 }
 
 
@@ -55,7 +55,7 @@ HELP = {
     "growth": "Measure llava-1.5 of 144 to 9216 visual tokens instead, one sample per batch.",
     "profile": "Profile fast steps instead: where their time goes.",
     "lengths": "Measure batches at random against batches of like length instead, with texts of drawn lengths.",
-    "steps": "Steps of --lengths, with each kind of batches.",
+    "steps": "Steps of --lengths, with each kind of batches. Unset: 24.",
     "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth|_profile|_lengths].json.",
     "render_only": "Render the JSON of an earlier run anew.",
 }
@@ -88,7 +88,7 @@ class BenchArguments:
     growth: bool = False
     profile: bool = False
     lengths: bool = False
-    steps: int = 24
+    steps: int | None = None
     output: str | None = None
     render_only: bool = False
 
@@ -116,6 +116,8 @@ class BenchArguments:
             check_multiple("hidden_size", self.hidden_size, HEAD)
         if Path(self.output).suffix != ".json":
             raise ValueError(f"`output` must end in .json, got {self.output!r}. Use bench.json, for example.")
+        if self.steps is not None and not self.lengths:
+            raise ValueError(f"`steps` is {self.steps}, but only --lengths has a number of steps. Leave it out.")
         self._check_shapes()
 
     def _fill(self) -> None:

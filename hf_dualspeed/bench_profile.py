@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hf_dualspeed.bench_arguments import BenchArguments
@@ -47,24 +47,22 @@ OPERATOR_HEADER = ("operators", "ms", "share", "calls")
 
 def measure(options: BenchArguments) -> dict:
     """A profile of each shape, with the first setting of checkpointing, which fast steps leave out."""
-    from hf_dualspeed.bench import Bench, surroundings
+    from hf_dualspeed.bench import measured
 
-    runs = []
-    for shape in options.shapes() or [None]:
-        with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(options, shape, options.checkpointing[0], folder)
-            runs.append({**bench.subject.said, **profiled(bench, options.rounds)})
-    return {**surroundings(options), "benchmark": KIND, "runs": runs}
+    results = measured(options, [], lambda run, slow_ratio: {}, profiled)
+    return {**results, "benchmark": KIND}
 
 
-def profiled(bench, rounds: int) -> dict:
+def profiled(bench, names: list[str]) -> dict:
     """Seconds by phase and by kind of operator of `rounds` fast steps, after one that warms up."""
+    rounds = bench.options.rounds
     with marked(bench):
         steps = [profiled_step(bench) for _ in range(rounds + 1)][1:]
     phases = {name: [step["phases"][name] for step in steps] for name in steps[0]["phases"]}
     operators = {name: [step["operators"][name] for step in steps] for name in steps[0]["operators"]}
     seconds = [step["seconds"] for step in steps]
     return {
+        **bench.subject.said,
         "seconds": spread_of(seconds),
         "phases": {name: spread_of(values) for name, values in phases.items()},
         "operators": {name: spread_of(values) for name, values in operators.items()},
@@ -94,7 +92,8 @@ def told(profiler: profile, on_device: bool) -> dict:
     the time on the device that computes.
     """
     events = profiler.key_averages()
-    wall = {event.key: event.cpu_time_total / 1e6 for event in events}
+    # On an accelerator each range appears twice, the second time on the device.
+    wall = {event.key: event.cpu_time_total / 1e6 for event in events if event.device_type == DeviceType.CPU}
     phases = {name: wall.get(name, 0.0) for name in PHASES}
     for name, inner in INSIDE.items():
         phases[name] -= sum(phases[key] for key in inner)
@@ -210,7 +209,9 @@ def markdown(results: dict, plot: str) -> str:
     """The Markdown page."""
     parts = [
         "# Where the time of a fast step goes",
-        "A fast step, forward and backward, under `torch.profiler`, which itself slows the host down a little.",
+        "A fast step, forward and backward, under `torch.profiler`, which itself slows the host down a little. On an "
+        "accelerator, phases are the time in which the host hands out their work, operators that in which the device "
+        "computes.",
         readme_table(results),
         f"![Profile]({plot})",
         f"'{IDLE.capitalize()}' is the time in which no operator computes: Python, dispatch, and the profiler itself.",

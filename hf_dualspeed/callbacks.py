@@ -100,6 +100,15 @@ class ModeLosses(TrainerCallback):
         loss = loss.detach().float()
         self._sums[name] = self._sums[name] + loss if name in self._sums else loss
 
+    def kept(self) -> Callable[[], None]:
+        """Puts back, when called, the sums of now."""
+        sums = dict(self._sums)
+
+        def restore() -> None:
+            self._sums = sums
+
+        return restore
+
     def pop(self, accelerator, window: dict, reduction: str) -> dict:
         """Mean loss per optimizer step of each kind, over all ranks, beside the window's step counts.
 

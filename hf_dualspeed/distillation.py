@@ -18,6 +18,7 @@ def self_distillation_loss(
     teacher_logits: torch.Tensor,
     temperature: float = 1.0,
     num_items_in_batch: torch.Tensor | int | None = None,
+    sliced: bool = True,
 ) -> torch.Tensor:
     """Forward KL of the student (all tokens) from the teacher (pruned view), eq. 6 of arXiv 2602.03815.
 
@@ -28,6 +29,7 @@ def self_distillation_loss(
         teacher_logits (`torch.Tensor` of shape `(M, V)`): taken without gradients.
         temperature (`float`): T.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): divisor; M where None.
+        sliced (`bool`): over slices of the vocabulary, in less memory; else by PyTorch's own functions at once.
 
     Raises:
         ValueError: the two differ in shape, so the two views do not supervise the same tokens.
@@ -38,7 +40,11 @@ def self_distillation_loss(
             "must agree in shape: the full and the pruned view supervise different tokens. "
             "Set the labels of visual tokens and of each row's first token to -100."
         )
-    divergence = ForwardKL.apply(student_logits, teacher_logits.detach(), temperature)
+    if sliced:
+        divergence = ForwardKL.apply(student_logits, teacher_logits.detach(), temperature)
+    else:
+        logs = [F.log_softmax(t.float() / temperature, dim=-1) for t in (student_logits, teacher_logits.detach())]
+        divergence = F.kl_div(*logs, log_target=True, reduction="sum") * temperature**2
     return divergence / divisor(num_items_in_batch, student_logits)
 
 
@@ -86,12 +92,17 @@ def supervised_cross_entropy(
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
+    sliced: bool = True,
 ) -> torch.Tensor:
     """Cross-entropy of `logits` `(M, V)` against `targets` `(M,)`, summed over M and divided as above.
 
     Computed in float32. A batch without supervised positions (M = 0) gives a finite zero that still reaches the graph.
     """
-    return CrossEntropy.apply(logits, targets, label_smoothing) / divisor(num_items_in_batch, logits)
+    if sliced:
+        loss = CrossEntropy.apply(logits, targets, label_smoothing)
+    else:
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+    return loss / divisor(num_items_in_batch, logits)
 
 
 class CrossEntropy(torch.autograd.Function):

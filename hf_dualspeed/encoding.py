@@ -136,17 +136,20 @@ def encode(
     needs: frozenset[str] = frozenset(),
     video_budget: str = "clip",
     served: Callable[[nn.Module], AbstractContextManager] | None = None,
+    graphs: bool = False,
 ) -> list[VisualEncoding]:
     """Encodes each modality whose raw inputs are in `inputs`; an empty list for a text-only batch.
 
     `needs` names what the pruner wants beside the features ("grid", "attention", "keys", "text"); `video_budget` says
     whether the tokens of a video are a unit by "clip" or by "frame". Images are encoded inside `served(tower)`.
+    A frozen tower makes no graph, unless `graphs` says that it should as in the model's own `forward`.
     """
     outer = unwrap(model)
     present, config = modalities_in(inputs), outer.config
     present = [m for m in MODALITIES if m.name in present and not family_of(config, m.name).whole]
     return [
-        encode_modality(outer, inputs, m, needs, video_budget, served if m.name == "image" else None) for m in present
+        encode_modality(outer, inputs, m, needs, video_budget, served if m.name == "image" else None, graphs)
+        for m in present
     ]
 
 
@@ -157,6 +160,7 @@ def encode_modality(
     needs: frozenset[str],
     video_budget: str,
     served: Callable[[nn.Module], AbstractContextManager] | None = None,
+    graphs: bool = False,
 ) -> VisualEncoding:
     family, token_id = family_of(outer.config, modality.name), placeholder_id(outer.config, modality)
     owner, encoder = encoder_of(outer, modality)
@@ -169,7 +173,8 @@ def encode_modality(
     tower = outer.get_encoder(modality=modality.name) if needs & IN_TOWER or served is not None else None
     with ExitStack() as around:
         capture = around.enter_context(capture_attention(tower)) if needs & IN_TOWER else None
-        around.enter_context(frozen_tower(outer, modality))
+        if not graphs:
+            around.enter_context(frozen_tower(outer, modality))
         if served is not None:
             around.enter_context(served(tower))
         output = encoder(**arguments, return_dict=True)

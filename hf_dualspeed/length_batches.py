@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
@@ -33,7 +34,7 @@ class ModeLengthSampler(Sampler[int]):
     steps the others, each sorted by the length that counts there; which step of its mode a batch goes to is random
     again. Each sample comes once per epoch. Within a step, samples lie longest first, so that the rows of a
     micro-batch, and the micro-batches that ranks run at the same time, are neighbours. Where training begins, the
-    longest batch of each mode comes first, so that memory runs out at once or not at all.
+    epoch's longest batch of each mode comes first, so that memory runs out early if it does.
 
     The order is a function of the seed and of the step that an epoch begins with: the same on every rank, and after
     resuming.
@@ -185,6 +186,16 @@ class LengthBatchesMixin:
             return super()._get_eval_sampler(eval_dataset)
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
+    def _check_images(self, lengths: SampleLengths) -> None:
+        """Raises a `ValueError` where grouping would put samples without images together, and the model is sharded."""
+        without = 0 if lengths.visual is None else sum(not any(units) for units in lengths.visual)
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and 0 < without < len(lengths):
+            raise ValueError(
+                f"`train_sampling_strategy` is 'group_by_length', which puts the {without} samples without an image "
+                "together, but in sharded training each micro-batch needs one, since all ranks gather the vision tower "
+                "together. Leave these samples out, or set train_sampling_strategy='random'."
+            )
+
     def _lengths_by_mode(self, lengths: SampleLengths) -> dict[str, torch.Tensor]:
         # What acts inside the language model drops nothing in front of it.
         ratio = 0.0 if self._pruner.in_language_model else self._pruner.config.pruning_ratio
@@ -201,16 +212,26 @@ class LengthBatchesMixin:
         column = self.args.length_column_name
         lengths = given_lengths(dataset, column)
         if lengths is None:
-            try:
-                lengths = self._count_lengths(dataset)
-            except (ValueError, TypeError) as error:
-                remedy = REMEDY.format(column=column, visual=visual_name(column))
-                raise ValueError(
-                    "`train_sampling_strategy` is 'group_by_length', but the lengths of the samples cannot be counted: "
-                    f"{error} {remedy}"
-                ) from error
+            lengths = self._counted_once(dataset)
+        if isinstance(lengths, Exception):
+            remedy = REMEDY.format(column=column, visual=visual_name(column))
+            raise ValueError(
+                "`train_sampling_strategy` is 'group_by_length', but the lengths of the samples cannot be counted: "
+                f"{lengths} {remedy}"
+            ) from lengths
+        self._check_images(lengths)
         self._lengths = (dataset, lengths)
         return lengths
+
+    def _counted_once(self, dataset) -> SampleLengths | Exception:
+        """The lengths that the first process counts, or what keeps it from it, on all of them."""
+        found: list[SampleLengths | Exception | None] = [None]
+        if self.args.process_index == 0:
+            try:
+                found = [self._count_lengths(dataset)]
+            except (ValueError, TypeError) as error:
+                found = [error]
+        return broadcast_object_list(found)[0]
 
     def _count_lengths(self, dataset) -> SampleLengths:
         collator = self.data_collator
@@ -218,5 +239,4 @@ class LengthBatchesMixin:
             collator = collator.collator
         processor = getattr(self, "processing_class", None)
         counter = TokenCounter(collator, processor, visual_token_ids(unwrap(self.model).config))
-        with self.args.main_process_first(desc="counting tokens"):
-            return measured_lengths(dataset, counter, self.args.dataloader_num_workers or None)
+        return measured_lengths(dataset, counter, self.args.dataloader_num_workers or None)

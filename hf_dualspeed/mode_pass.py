@@ -57,6 +57,7 @@ class ModePass(nn.Module):
         position_ids: str,
         video_budget: str = "clip",
         supervised_logits_only: bool = True,
+        plain: bool = False,
     ):
         super().__init__()
         self.pruner = pruner
@@ -64,6 +65,7 @@ class ModePass(nn.Module):
         self.position_ids = position_ids
         self.video_budget = video_budget
         self.supervised_logits_only = supervised_logits_only
+        self.plain = plain  # as `DualSpeedArguments.plain_path` says
         self.last_mode: str | None = None
         self.visual_tokens = (0, 0)
         self.tokens = 0  # that the language model ran on in the last pass, padding included
@@ -212,9 +214,9 @@ class ModePass(nn.Module):
             if self.distil:
                 with record_function("dualspeed.teach"):
                     self.teacher_logits = self._teach(model, inputs, encodings)
-            # The student takes the images as they were encoded for the teacher, with gradients.
-            with self.autocast():
-                inputs = whole_inputs(model, inputs, encodings)
+            if not self.plain:  # the student takes the images as they were encoded for the teacher, with gradients
+                with self.autocast():
+                    inputs = whole_inputs(model, inputs, encodings)
         self._activate(model, self.mode)
         return inputs
 
@@ -223,7 +225,7 @@ class ModePass(nn.Module):
         if self._batch is None:
             needs = self.pruner.needs if self.mode == FAST or self.distil else frozenset()
             with self.autocast(), record_function("dualspeed.encode"):
-                encodings = encode(model, inputs, needs, self.video_budget, self.served)
+                encodings = encode(model, inputs, needs, self.video_budget, self.served, self.plain)
             if self._parts == 1:
                 return inputs, encodings
             self._batch = BatchParts(model, inputs, encodings, self._parts)
@@ -294,7 +296,7 @@ class ModePass(nn.Module):
     def cross_entropy(self, logits: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Summed cross-entropy of what the last call returned as logits, `(M, V)` or `(M, D)`."""
         if self.fused_head is None or not self.fused_head.fuses:
-            return supervised_cross_entropy(logits, self.targets, 1, label_smoothing)
+            return supervised_cross_entropy(logits, self.targets, 1, label_smoothing, sliced=not self.plain)
         with self.autocast():  # which the model's own call has left
             return self.fused_head.cross_entropy(logits, self.targets, label_smoothing)
 

@@ -7,9 +7,11 @@ with recomputation, which is a fourth of its time, and far less than a whole slo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -47,6 +49,43 @@ class Recomputation(TrainerCallback):
             yield
         finally:
             self._switch(True)
+
+    def guarded(
+        self,
+        attempt: Callable[[], torch.Tensor],
+        small: bool,
+        alone: bool,
+        restore: Callable[[], None],
+        model: nn.Module,
+    ) -> torch.Tensor:
+        """A micro-batch; where memory runs short without recomputation, once more with it, as all later ones.
+
+        Args:
+            attempt: runs it forward and backward.
+            small (`bool`): whether it goes without recomputation.
+            alone (`bool`): whether it can be run again: no other gradients are there, and no other rank waits.
+            restore: puts back what a failed attempt has counted.
+            model (`nn.Module`): has the gradients that a failed attempt leaves.
+        """
+        again = small and self.skips
+        try:
+            return attempt()
+        except torch.OutOfMemoryError as error:
+            if not again:
+                raise
+            if not alone:
+                raise torch.OutOfMemoryError(
+                    f"{error} A step ran out of memory without activation checkpointing: set "
+                    "fast_mode_checkpointing=True, or a smaller per_device_train_batch_size."
+                ) from error
+            traceback.clear_frames(error.__traceback__)  # which hold the activations of the failed attempt
+        # Not in `except`, where the error is still alive.
+        restore()
+        self.fall_back("ran out of memory")
+        model.zero_grad()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return attempt()
 
     def fall_back(self, reason: str) -> None:
         """All steps recompute from now on."""

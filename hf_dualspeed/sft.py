@@ -118,7 +118,17 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
         right = logits.argmax(-1) == targets
         # The parts of a split batch are all called with the whole of it.
         seen = inputs.get("attention_mask", inputs["input_ids"] >= 0) * self.mode_pass.first_part
-        self._token_counts += torch.stack([right.sum(), torch.ones_like(targets).sum(), seen.sum()])
+        new = torch.stack([right.sum(), torch.ones_like(targets).sum(), seen.sum()])
+        self._token_counts = self._token_counts + new
+
+    def _counted(self):
+        restore, counts = super()._counted(), self._token_counts
+
+        def restore_all() -> None:
+            restore()
+            self._token_counts = counts
+
+        return restore_all
 
     def _gather_counts(self) -> tuple[int, int]:
         """Right and supervised tokens so far, over all ranks; sets `_total_train_tokens`. Call it on every rank."""

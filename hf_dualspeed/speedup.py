@@ -28,6 +28,17 @@ PLAIN = "plain"
 STEPS_PER_ROUND = 100
 
 
+def is_due(trainer) -> bool:
+    """Whether the micro-batch that begins is to be set aside: some from all over the training, for the first ones may
+    be the longest, and each from another place in its step, for so may those of a step."""
+    wanted, kept = trainer.args.speedup_rounds + 1, len(trainer._aside)
+    step, micro = trainer._micro
+    if wanted == 1 or kept == wanted:
+        return False
+    due = step >= int((kept + 0.5) * trainer.state.max_steps / wanted)
+    return due and micro == kept % trainer.current_gradient_accumulation_steps
+
+
 def set_aside(inputs: dict) -> dict:
     """A micro-batch for later, on the host; copied there without waiting for the device."""
     return recursively_apply(_on_host, dict(inputs))

@@ -35,7 +35,7 @@ from .pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner
 from .publishing import PublishingMixin
 from .recomputation import Recomputation
 from .schedule import FAST, ModeSchedule
-from .speedup import set_aside
+from .speedup import is_due, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,12 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
             logger.info("Weights of the pruner %r taken from %s.", args.pruner, base)
         self._schedule: ModeSchedule | None = None
         self.mode_pass = ModePass(
-            self._pruner, isolator, args.position_ids, args.video_budget, args.supervised_logits_only
+            self._pruner,
+            isolator,
+            args.position_ids,
+            args.video_budget,
+            args.supervised_logits_only,
+            args.plain_path,
         )
         self.mode_pass.attach(model)
         fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.mode_pass.parameters()) else []
@@ -201,7 +206,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         step = self.state.global_step
         self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
         inputs, served = (inputs, None) if self.feature_cache is None else self.feature_cache.taken(inputs)
-        if self.args.speedup_rounds and self.is_in_train and len(self._aside) <= self.args.speedup_rounds:
+        if self.is_in_train and is_due(self):
             self._aside.append(set_aside(inputs))
         mode = self.mode_at(step)
         progress = step / max(1, self.state.max_steps - 1)
@@ -217,17 +222,25 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         self._pruner.progress = progress
         parts, small = (1, True) if mode == FAST else self._slow_parts(model, inputs, num_items_in_batch)
         run = partial(super().training_step, model, inputs, num_items_in_batch)
-        self.mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator(), parts, served)
+
+        def attempt() -> torch.Tensor:
+            self.mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator(), parts, served)
+            try:
+                with self._recomputation.left_out(small):
+                    return self._accumulated(run, model, parts)
+            finally:
+                self.mode_pass.end()
+
         try:
-            with self._recomputation.left_out(small):
-                return self._accumulated(run, model, parts)
-        except torch.OutOfMemoryError as error:
-            if mode != FAST or not self._recomputation.skips:
-                raise
-            return self._recomputed(run, model, error)
+            # Gradients of earlier micro-batches would be lost by another attempt, and other ranks be out of step.
+            alone = self.accelerator.num_processes == 1 and not self._micro[1]
+            return self._recomputation.guarded(attempt, small, alone, self._counted(), model)
         finally:
-            self.mode_pass.end()
             self._pruner.progress = 1.0
+
+    def _counted(self) -> Callable[[], None]:
+        """Puts back, when called, what passes have added up by now; one that runs out of memory may have, too."""
+        return self._losses.kept()
 
     def _slow_parts(self, model, inputs, num_items_in_batch) -> tuple[int, bool]:
         """In how many parts a slow step runs a micro-batch, and whether each is about as small as a fast step's."""
@@ -248,22 +261,6 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
             losses += [run() for _ in range(parts - 1)]
         return sum(losses, run())
 
-    def _recomputed(self, run: Callable[[], torch.Tensor], model: nn.Module, error: Exception) -> torch.Tensor:
-        """A fast micro-batch that ran out of memory once more, with activation checkpointing.
-
-        Gradients of earlier micro-batches would be lost, and other ranks be out of step: then the error stands.
-        """
-        if self.accelerator.num_processes > 1 or self._micro[1]:
-            raise torch.OutOfMemoryError(
-                f"{error} A fast step ran out of memory without activation checkpointing: set "
-                "fast_mode_checkpointing=True, or a smaller per_device_train_batch_size."
-            ) from error
-        self._recomputation.fall_back("ran out of memory")
-        model.zero_grad()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-        return run()
-
     def _step_generator(self) -> torch.Generator | None:
         """Randomness of pruners: a function of seed, step, micro-batch and rank, so a resumed run draws the same."""
         if self._pruner.deterministic:
@@ -283,9 +280,8 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         loss = entropy + outputs.loss
         if mode_pass.teacher_logits is not None:
             temperature = self.args.distillation_temperature
-            divergence = self_distillation_loss(
-                outputs.logits, mode_pass.teacher_logits, temperature, num_items_in_batch
-            )
+            both = outputs.logits, mode_pass.teacher_logits
+            divergence = self_distillation_loss(*both, temperature, num_items_in_batch, sliced=not mode_pass.plain)
             self._losses.add("distillation_loss", divergence)
             loss = loss + self.args.distillation_weight * divergence
         self.loss_is_scaled_for_ga = num_items_in_batch is not None

@@ -104,3 +104,5 @@ def test_files_of_another_kind_and_options_that_do_not_go_together_are_named(mea
     ):
         with pytest.raises(ValueError, match=message):
             parse_arguments(["--lengths", *flags])
+    with pytest.raises(ValueError, match="`steps` is 5, but only --lengths has a number of steps"):
+        parse_arguments(["--steps", "5"])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from test_bench import FLAGS, tiny_bench
+from torch.autograd import DeviceType
 
 from hf_dualspeed import bench, cli
 from hf_dualspeed.bench_arguments import BenchArguments
-from hf_dualspeed.bench_profile import IDLE, OPERATORS, PHASES, REST, kind_of, marked, profiled_step
+from hf_dualspeed.bench_profile import IDLE, OPERATORS, PHASES, REST, kind_of, marked, profiled_step, told
 
 PAUSE = 0.2
 
@@ -69,6 +71,20 @@ def test_time_is_found_where_it_goes(tmp_path, phase):
     assert sum(step["phases"].values()) - step["phases"][phase] < PAUSE
     assert step["operators"][IDLE] >= PAUSE
     assert "backward" not in vars(tiny.dual.accelerator)
+
+
+def test_ranges_that_an_accelerator_shows_twice_count_on_the_host():
+    def event(key, kind, host, device=0.0):
+        times = {"cpu_time_total": host, "self_cpu_time_total": host, "self_device_time_total": device}
+        return SimpleNamespace(key=key, device_type=kind, count=1, **times)
+
+    host, device = DeviceType.CPU, DeviceType.CUDA
+    events = [event("bench.step", host, 5e6), event("bench.step", device, 0.0)]
+    events += [event("bench.backward", host, 3e6), event("bench.backward", device, 0.0)]
+    events += [event("aten::mm", host, 1e5, 4e6)]
+    found = told(SimpleNamespace(key_averages=lambda: events), on_device=True)
+    assert (found["seconds"], found["phases"]["bench.backward"], found["phases"][REST]) == (5.0, 3.0, 2.0)
+    assert (found["operators"]["matrix products"], found["operators"][IDLE]) == (4.0, 1.0)
 
 
 def test_kinds_of_operators():

@@ -450,6 +450,17 @@ def test_samples_that_cannot_be_read_are_named_with_the_remedy(tmp_path):
         trainer.get_train_dataloader()
 
 
+@pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_samples_without_an_image_are_not_put_together_where_each_batch_needs_one(tmp_path, sharded):
+    trainer = make(tmp_path, talks(8))
+    setattr(trainer, sharded, True)
+    with pytest.raises(ValueError, match="puts the [0-9]+ samples without an image together.*'random'"):
+        trainer._get_train_sampler()
+    images = make(tmp_path, talks(8, images=1))
+    setattr(images, sharded, True)
+    assert len(images._get_train_sampler()) == 8
+
+
 def test_the_ratio_at_the_end_of_training_counts(tmp_path):
     kwargs = {"pruning_schedule": "linear", "initial_pruning_ratio": 0.0}
     trainer = make(tmp_path, talks(4), pruner_kwargs=kwargs)

@@ -278,6 +278,7 @@ LAYERS = [
         "bench",
         "bench_arguments",
         "bench_cached",
+        "bench_flops",
         "bench_growth",
         "bench_lengths",
         "bench_memory",

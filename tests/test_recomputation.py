@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from test_trainer import history, make
@@ -65,6 +67,67 @@ def test_where_memory_runs_short_fast_steps_recompute(tmp_path, short_memory, ca
     torch.testing.assert_close(
         torch.tensor(history(trainer, "loss", "grad_norm")), torch.tensor(history(expected, "loss", "grad_norm"))
     )
+
+
+def test_the_failed_pass_is_gone_before_the_next(tmp_path, monkeypatch):
+    trainer, _ = watched(tmp_path)
+    layer, held, alive = trainer.model.model.language_model.layers[1], [], []
+    forward = layer.mlp.forward
+
+    def limited(states):
+        if layer.gradient_checkpointing:
+            alive.append([reference() is not None for reference in held])
+            return forward(states)
+        kept = states * 2  # with a graph back to the first layer
+        held.append(weakref.ref(kept))
+        raise torch.OutOfMemoryError("no room.")
+
+    monkeypatch.setattr(layer.mlp, "forward", limited)
+    trainer.train()
+    assert alive[0] == [False]
+
+
+def test_what_a_failed_pass_has_counted_is_not_counted_twice(tmp_path, monkeypatch):
+    # It runs out of memory in backward, when its loss has been added up.
+    expected, _ = watched(tmp_path)
+    expected.train()
+    trainer, _ = watched(tmp_path)
+    backward, failures = trainer.accelerator.backward, [torch.OutOfMemoryError("no room.")]
+
+    def limited(loss, **options):
+        if failures:
+            raise failures.pop()
+        backward(loss, **options)
+
+    monkeypatch.setattr(trainer.accelerator, "backward", limited)
+    trainer.train()
+    assert not failures
+    keys = ("loss", "fast_loss", "slow_loss")
+    ours, theirs = (torch.tensor([[v or 0.0 for v in row] for row in history(t, *keys)]) for t in (trainer, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert trainer.clock.visual_tokens == expected.clock.visual_tokens
+
+
+def test_parts_of_slow_steps_fall_back_too(tmp_path, short_memory, caplog):
+    options = {"per_device_train_batch_size": 4, "pruning_ratio": 0.9, "slow_mode_splits": "auto"}
+    expected, _ = watched(tmp_path, **options)
+    expected.train()
+    trainer, _ = watched(tmp_path, **options)
+    layer = trainer.model.model.language_model.layers[1]
+    forward, slow = layer.mlp.forward, []
+
+    def limited(*args):
+        if trainer.mode_at(trainer.state.global_step) == "slow" and not layer.gradient_checkpointing:
+            slow.append(trainer.state.global_step)
+            raise torch.OutOfMemoryError("no room.")
+        return forward(*args)
+
+    layer.mlp.forward = limited
+    trainer.train()
+    assert slow == [1]  # before that there was none without recomputation, after that neither
+    assert caplog.text.count("fast steps use it from now on") == 1
+    ours, theirs = (torch.tensor(history(t, "loss", "grad_norm")) for t in (trainer, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_of_earlier_micro_batches_are_not_lost_silently(tmp_path, monkeypatch):

@@ -148,6 +148,21 @@ def test_each_micro_batch_runs_plainly_before_it_is_timed(tmp_path, monkeypatch)
     assert {rest[0][0] for _, *rest in rounds} == {"plain", "fast", "slow"}
 
 
+@pytest.mark.parametrize(("accumulation", "places"), [(1, [2, 6, 10]), (2, [2, 6, 10])])
+def test_micro_batches_come_from_all_over_the_training(tmp_path, monkeypatch, accumulation, places):
+    trainer = make(
+        tmp_path,
+        max_steps=12,
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=1,
+        speedup_rounds=2,
+    )
+    aside = []
+    monkeypatch.setattr("hf_dualspeed.trainer.set_aside", lambda inputs: aside.append(trainer._micro) or dict(inputs))
+    trainer.train()
+    assert aside == [(step, number % accumulation) for number, step in enumerate(places)]
+
+
 def test_buffers_and_random_states_come_back(tmp_path):
     """Of a model that draws from each random state, and counts, in every pass."""
     trainer = make(tmp_path)
