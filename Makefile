@@ -65,6 +65,9 @@ bench: $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/python tests/supported_models.py
 
+# A process per core, but no more than memory bears; each takes whole files, whose fixtures are shared.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
+
 # For the browser tests, which are skipped without it.
 chromium:
 	@command -v chromium chromium-browser google-chrome > /dev/null || \
@@ -72,10 +75,10 @@ chromium:
 	echo "No Chromium for the browser tests, which are skipped. Install it: apt-get install chromium"
 
 test: $(STAMP) chromium
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
 
 test-min: $(MIN_STAMP) chromium
-	.venv-min/bin/python -m pytest -m "not slow and not gpu"
+	.venv-min/bin/python -m pytest $(WORKERS) -m "not slow and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
