@@ -228,7 +228,7 @@ def run_line(run: dict) -> str:
             f"language model's layers; in {run['like']} {run['real_encoder_ratio']:.3g} times."
         )
     cached = ""
-    if "expected_speedup_cached" in run["ratios"]:
+    if "expected_speedup_cached" in run.get("ratios", {}):
         cached = f" With cached features in fast steps: {spread(run['ratios']['expected_speedup_cached'], 2)} x."
     return (
         f"{model_line(run)} Activation checkpointing {run['checkpointing']}, slow "
