@@ -90,6 +90,7 @@ class FeatureCache(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.mark()
+        self.flush()  # workers may be forked next, which had better not happen while the lock is held
 
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic() - self._marked > MARK_EVERY:
