@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -139,8 +141,10 @@ class DualSpeedArguments:
     vision_feature_cache_gib: float = field(
         default=20.0,
         metadata={
-            "help": "The most that the files in vision_feature_cache may take, in GiB. Those of other towers make "
-            "room, the longest unused first; what finds none is encoded in each epoch."
+            "help": "The most that the features in vision_feature_cache may take, in GiB. Those of towers that were "
+            "not used for a day make room, the longest unused first; what finds none is encoded in each epoch. "
+            "LLaVA-1.5 in bf16 stores 577 x 1024 values of 2 bytes, 1.18 MB, for each image, so that 20 GiB hold about "
+            "18,000."
         },
     )
     speedup_rounds: int = field(
@@ -167,7 +171,12 @@ class DualSpeedArguments:
         check_range("distillation_weight", self.distillation_weight, 0, off="Use 0.0 to turn distillation off.")
         check_range("distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual.")
         off = "Use vision_feature_cache=None to train without the cache."
-        check_range("vision_feature_cache_gib", self.vision_feature_cache_gib, 0, left_open=True, off=off)
+        if self.vision_feature_cache is not None:
+            if not isinstance(self.vision_feature_cache, (str, os.PathLike)):
+                raise ValueError(f"`vision_feature_cache` must be a folder, got {self.vision_feature_cache!r}. {off}")
+            self.vision_feature_cache = os.path.expanduser(self.vision_feature_cache)
+        gib = self.vision_feature_cache_gib
+        check_range("vision_feature_cache_gib", gib, 0, math.inf, left_open=True, right_open=True, off=off)
         check_range("speedup_rounds", self.speedup_rounds, 0, off="Use 0 not to measure the speed-up.")
         if self.slow_mode_splits != "auto":
             self.slow_mode_splits = as_count("slow_mode_splits", self.slow_mode_splits, "or 'auto'")

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from hf_dualspeed.bench_report import FAST_PARTS, PARTS, REST, STEPS, milliseconds
 
@@ -129,7 +129,9 @@ def plot_growth(results: dict, path: Path) -> Path:
         tokens = [point["visual_tokens"] for point in results["growth"][quantity]["plain"]["points"]]
         axis.set_xticks(tokens, [f"{number:,.0f}" for number in tokens])
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.set_xlabel("visual tokens")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3, which="major")

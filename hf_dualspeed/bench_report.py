@@ -228,7 +228,7 @@ def run_line(run: dict) -> str:
             f"language model's layers; in {run['like']} {run['real_encoder_ratio']:.3g} times."
         )
     cached = ""
-    if "expected_speedup_cached" in run["ratios"]:
+    if "expected_speedup_cached" in run.get("ratios", {}):
         cached = f" With cached features in fast steps: {spread(run['ratios']['expected_speedup_cached'], 2)} x."
     return (
         f"{model_line(run)} Activation checkpointing {run['checkpointing']}, slow "
@@ -307,7 +307,8 @@ def markdown(results: dict, plot: str) -> str:
         "activation checkpointing. The FLOP limit is what the speed-up would be if time went with the FLOPs of these "
         "very steps. Trainer computes logits at all positions, DualSpeedTrainer at supervised ones only: 'slow, no "
         "distillation' shows how much of the gain that is. 'Teacher' is the pruned forward pass in a slow step. 'Fast, "
-        "cached features' is a fast step of a later epoch with `vision_feature_cache`.",
+        "cached features' is a fast step of a later epoch with `vision_feature_cache`; hashing the pixels and reading "
+        "the features, which data loader workers do, and copying them to the device are not in it.",
         readme_table(results),
         f"![Step times]({plot})",
         "What is aimed at, and whether it is reached:",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from transformers import TrainerCallback
 
 from .encoding import CONFIGURED, IN_TOWER
 from .families import family_of
-from .feature_store import REMEDY, UNITS, FeatureStore, ImageUnits, WithImageUnits
+from .feature_store import IN_USE, REMEDY, UNITS, FeatureStore, ImageUnits, WithImageUnits
 from .protocol import unwrap
 from .pruners import Pruner
 from .tower_call import TowerCall
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 CHUNK = 2**26  # bytes of weights that are hashed at a time
 WAITING = 8  # batches on their way to the disk, beyond which a step waits for the first
+MARK_EVERY = 3600.0  # seconds, far below those after which another run may remove what this one reads
 
 
 class FeatureCache(TrainerCallback):
@@ -52,6 +54,7 @@ class FeatureCache(TrainerCallback):
         self._layout: tuple[str, ...] | None = None  # names of the tensors that are read of the tower's output
         self._alike = False  # whether units were seen to be encoded each by itself
         self._said = False
+        self._marked = 0.0  # when what is stored was last marked as used
         self._hits = self._asked = 0
         self._writer = ThreadPoolExecutor(1, "feature_cache")
         self._waiting: deque[Future] = deque()
@@ -82,13 +85,28 @@ class FeatureCache(TrainerCallback):
         outer = unwrap(model)
         self.store = FeatureStore(self.root, fingerprint(outer, self.precision), self.bound)
         self.store.open(count)
+        self._marked = time.monotonic()
         self._layout, self._hits, self._asked = None, 0, 0
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.mark()
+        self.flush()  # workers may be forked next, which had better not happen while the lock is held
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self._marked > MARK_EVERY:
+            self.mark()
+
     def on_epoch_end(self, args, state, control, **kwargs):
+        self.mark()
         self.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.flush()
+
+    def mark(self) -> None:
+        """Marks what is stored as used, without waiting for the disk."""
+        self._marked = time.monotonic()
+        self._waiting.append(self._writer.submit(self._on_disk, self.store.use))
 
     def flush(self) -> None:
         """Waits until all that was encoded is on the disk."""
@@ -150,7 +168,6 @@ class FeatureCache(TrainerCallback):
     def _keep(self, keys: list[str], encoded: dict[str, tuple[torch.Tensor, list[int]]]) -> None:
         """Sends what was encoded to the disk, without waiting for the device."""
         if self.store.full:
-            self._say_full()
             return
         rows = {name: (on_host(tensor), lengths) for name, (tensor, lengths) in encoded.items()}
         copied = torch.cuda.Event() if any(tensor.is_cuda for tensor, _ in encoded.values()) else None
@@ -158,26 +175,30 @@ class FeatureCache(TrainerCallback):
             copied.record()
         if len(self._waiting) >= WAITING:
             self._waiting.popleft().result()
-        self._waiting.append(self._writer.submit(self._write, keys, rows, copied))
+        self._waiting.append(self._writer.submit(self._on_disk, self._write, keys, rows, copied))
 
     def _write(self, keys: list[str], rows: dict, copied: torch.cuda.Event | None) -> None:
         if copied is not None:
             copied.synchronize()
+        if self.store.full:
+            return
         parts = {name: tensor.split(lengths) for name, (tensor, lengths) in rows.items()}
-        try:
-            self.store.write({key: {name: units[i] for name, units in parts.items()} for i, key in enumerate(keys)})
-        except OSError as error:
-            self.store.full = self._said = True
-            logger.warning("Vision features are no longer stored: %s.", error)
+        self.store.write({key: {name: units[i] for name, units in parts.items()} for i, key in enumerate(keys)})
+        if self.store.full:
+            self._warn("%s", full_message(self.store))
 
-    def _say_full(self) -> None:
+    def _on_disk(self, task: Callable, *given) -> None:
+        """Runs a task of the writer's; a disk that fails ends the storing, not the training."""
+        try:
+            task(*given)
+        except OSError as error:
+            self.store.full = True
+            self._warn("Vision features are no longer stored: %s.", error)
+
+    def _warn(self, message: str, *values) -> None:
         if not self._said:
             self._said = True
-            logger.warning(
-                "The cache of vision features takes all of vision_feature_cache_gib=%g; further images are encoded in "
-                "each epoch.",
-                self.bound / GIB,
-            )
+            logger.warning(message, *values)
 
 
 def feature_cache_of(trainer) -> FeatureCache | None:
@@ -199,6 +220,23 @@ def feature_cache_of(trainer) -> FeatureCache | None:
     cache.check(trainer.model)
     trainer.add_callback(cache)
     return cache
+
+
+def full_message(store: FeatureStore) -> str:
+    """Why no more is stored, with what it takes to choose a larger bound."""
+    units, size, total = store.held()
+    each = size / units if units else store.refused
+    others = ""
+    if total > size:
+        hours = f"{IN_USE / 3600:g} hours"
+        others = f", and {(total - size) / GIB:.3g} GiB of other towers, which stay for {hours} after their last use"
+    return (
+        f"The cache of vision features takes all of vision_feature_cache_gib={store.bound / GIB:g}: "
+        f"{str(store.root)!r} holds {total / GIB:.3g} GiB, of {units} images or tiles of this vision tower, "
+        f"{each / 1e6:.3g} MB each on average{others}. Further ones are encoded in each epoch. Raise "
+        "vision_feature_cache_gib, to that size times the images or tiles of the data, and to what other towers take "
+        "beside, or set vision_feature_cache to another folder."
+    )
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -223,6 +261,13 @@ def obstacle(outer: nn.Module, pruner: Pruner) -> str | None:
     if tower is None or family_of(outer.config).encode is not None:
         return f"{type(outer).__name__} has no vision tower of its own. {REMEDY}"
     kind = type(tower).__name__
+    adapter = next((name or kind for name, module in tower.named_modules() if is_of_peft(module)), None)
+    if adapter is not None:
+        return (
+            f"`{adapter}` of the vision tower is a PEFT adapter, which can be scaled, switched and disabled at any "
+            "time. Merge it first: model = model.merge_and_unload(), or keep adapters off the tower (target_modules, "
+            f"exclude_modules). {REMEDY}"
+        )
     trained = next((name for name, p in tower.named_parameters() if p.requires_grad), None)
     if trained is not None:
         return (
@@ -241,6 +286,11 @@ def obstacle(outer: nn.Module, pruner: Pruner) -> str | None:
             f"it. Choose another, such as 'divprune'. {REMEDY}"
         )
     return None
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's, or of a class derived from one; PEFT need not be installed."""
+    return any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
 
 
 def dropout_rates(module: nn.Module) -> list[float]:

@@ -7,9 +7,10 @@ where there are some. Shapes: U units (images or tiles), P patches of the batch.
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -23,8 +24,17 @@ from safetensors.torch import save
 UNITS = "image_units"  # the batch's key; the trainer takes it out before the model sees the batch
 PIXELS = ("pixel_values", "pixel_values_images")
 BESIDE = ("pixel_", "image_", "spatial_")  # tensors that tell the tower more of each image begin with these
+VIDEO = "video"  # and those of videos have this in their names
 REMEDY = "Set vision_feature_cache=None to train without the cache."
 ABANDONED = 3600.0  # seconds after which a half-written file is nobody's
+IN_USE = 24 * 3600.0  # seconds since its last use for which a tower stays: from one run of a series to the next
+
+# The folder may hold files of the user's, so that only what bears these names is counted or removed.
+LEDGER, LOCK = "dualspeed_features.bytes", "dualspeed_features.lock"
+MARKER = "dualspeed_features"  # a file in each tower's folder; its time is that of the last use
+TOWER = re.compile(r"tower-[0-9a-f]{32}")
+PART = "[0-9a-f][0-9a-f]"  # folders in a tower's, as a glob
+OWN = re.compile(r"[0-9a-f]{32}\.(safetensors|\d+\.tmp)")
 
 
 class FeatureStore:
@@ -34,27 +44,36 @@ class FeatureStore:
     What can't be read counts as missing. A lock is held while files are written and their sizes added up in another, so
     that the bound holds for all processes together. Only paths and numbers are kept here, so that it can go to workers.
 
+    A tower that was not used for a day makes room for others. What else lies in the folder is neither counted nor
+    removed.
+
     Args:
         root (`str`): the folder of all towers.
-        tower (`str`): the fingerprint of this one.
+        tower (`str`): the fingerprint of this one, 32 hexadecimal digits.
         bound (`int`): the most bytes that the files of all towers may take.
     """
 
     def __init__(self, root: str, tower: str, bound: int):
-        self.root, self.folder, self.bound = Path(root), Path(root) / tower, bound
+        self.root, self.folder, self.bound = Path(root), Path(root) / f"tower-{tower}", bound
         self.full = False
+        self.refused = 0  # bytes of the unit that found no room
 
     def open(self, count: bool = True) -> None:
         """Makes the folder and marks it as used. With `count`, adds up what there is, for files may have been removed
         by hand, or been written by a run that was killed before it could note them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        os.utime(self.folder)
-        if count:
-            with WeakFileLock(self.root / "lock"):
+        self.root.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(self.root / LOCK):
+            self._mark()
+            if count:
                 self._note(sum(size_of(tower) for tower in self._towers()))
 
+    def use(self) -> None:
+        """Marks the folder as used now, so that no other run removes it for a day."""
+        with WeakFileLock(self.root / LOCK):
+            self._mark()
+
     def path(self, key: str) -> Path:
-        """The file of a unit."""
+        """The file of a unit, whose key has 32 hexadecimal digits."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, key: str) -> dict[str, torch.Tensor] | None:
@@ -66,22 +85,35 @@ class FeatureStore:
             return None
 
     def write(self, units: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Stores units by their keys as far as there is room, which other towers' make, the longest unused first."""
-        with WeakFileLock(self.root / "lock"):
+        """Stores units by their keys as far as there is room, which unused towers make, the longest unused first."""
+        with WeakFileLock(self.root / LOCK):
+            self._mark()
             used = self._used()
             try:
                 for key, tensors in units.items():
                     if self.read(key) is not None:
                         continue
                     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-                    used = self._make_room(len(data), used)
+                    if used + len(data) > self.bound:
+                        used = self._make_room(len(data))
                     self.full = used + len(data) > self.bound
                     if self.full:
+                        self.refused = len(data)
                         break
                     used += len(data)
                     self._put(self.path(key), data)
             finally:
                 self._note(used)
+
+    def held(self) -> tuple[int, int, int]:
+        """How many units of this tower are stored, their bytes, and the bytes of all towers."""
+        with WeakFileLock(self.root / LOCK):
+            units = sum(path.suffix != ".tmp" for path in own_files(self.folder))
+            return units, size_of(self.folder), sum(size_of(tower) for tower in self._towers())
+
+    def _mark(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / MARKER).touch()
 
     def _put(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,41 +121,77 @@ class FeatureStore:
         partial.write_bytes(data)
         partial.replace(path)
 
-    def _make_room(self, size: int, used: int) -> int:
-        """Removes other towers until `size` more bytes fit; the bytes that are left."""
-        others = self._towers() if used + size > self.bound else []
-        for tower in others:
-            if tower != self.folder and used + size > self.bound:
-                used -= size_of(tower)
-                shutil.rmtree(tower)
+    def _make_room(self, size: int) -> int:
+        """Removes unused towers until `size` more bytes fit, or none where even all would not do; the bytes of those
+        that are left, counted anew."""
+        sizes = {tower: size_of(tower) for tower in self._towers()}
+        used, unused = sum(sizes.values()), [tower for tower in sizes if self._unused(tower)]
+        if used + size - sum(sizes[tower] for tower in unused) <= self.bound:
+            for tower in unused:
+                if used + size > self.bound:
+                    remove(tower)
+                    used -= sizes[tower]
         return used
 
+    def _unused(self, tower: Path) -> bool:
+        return tower != self.folder and time.time() - last_use(tower) > IN_USE
+
     def _towers(self) -> list[Path]:
-        return sorted((p for p in self.root.iterdir() if p.is_dir()), key=lambda folder: folder.stat().st_mtime)
+        """The towers' folders, the longest unused first; no others, whatever they are called."""
+        marked = [path.parent for path in self.root.glob(f"tower-*/{MARKER}")]
+        return sorted((folder for folder in marked if TOWER.fullmatch(folder.name)), key=last_use)
 
     def _used(self) -> int:
         try:
-            return int((self.root / "bytes").read_text())
+            return int((self.root / LEDGER).read_text())
         except (OSError, ValueError):  # gone, or cut short by a crash
             return sum(size_of(tower) for tower in self._towers())
 
     def _note(self, used: int) -> None:
-        (self.root / "bytes").write_text(str(used))
+        (self.root / LEDGER).write_text(str(used))
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of the files below `folder`, but for half-written ones of dead processes, which are removed."""
+def last_use(tower: Path) -> float:
+    """When a tower was last used, in seconds since the epoch."""
+    return (tower / MARKER).stat().st_mtime
+
+
+def own_files(tower: Path) -> Iterator[Path]:
+    """The files that stores have written below a tower's folder, the marker aside."""
+    for path in tower.glob(f"{PART}/*"):
+        if OWN.fullmatch(path.name) and path.name[:2] == path.parent.name and path.is_file():
+            yield path
+
+
+def size_of(tower: Path) -> int:
+    """Bytes of a tower's files, but for half-written ones of dead processes, which are removed."""
     total = 0
-    for path in folder.rglob("*"):
+    for path in own_files(tower):
         try:
             status = path.stat()
             if path.suffix == ".tmp" and time.time() - status.st_mtime > ABANDONED:
                 path.unlink()
-            elif path.is_file():
+            else:
                 total += status.st_size
         except FileNotFoundError:  # moved or removed by another process meanwhile
             continue
     return total
+
+
+def remove(tower: Path) -> None:
+    """Removes a tower's files, the marker last, and the folders that are empty then; what is not its own stays."""
+    for path in [*own_files(tower)]:
+        path.unlink(missing_ok=True)
+    for part in [*tower.glob(PART)]:
+        remove_empty(part)
+    (tower / MARKER).unlink(missing_ok=True)
+    remove_empty(tower)
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes a folder unless something is in it."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 # --- units of a batch ---------------------------------------------------------------------------------------------
@@ -201,7 +269,8 @@ def keyed(batch: dict[str, Any], name: str) -> tuple[list[str], list[bool], list
     beside = {
         key: value
         for key, value in batch.items()
-        if key.startswith(BESIDE) and key not in PIXELS and isinstance(value, torch.Tensor) and value.dim()
+        if key.startswith(BESIDE) and key not in PIXELS and VIDEO not in key
+        if isinstance(value, torch.Tensor) and value.dim()
     }
     if grid is not None and isinstance(pixels, torch.Tensor) and grid.prod(-1).sum() == len(pixels):
         sizes = grid.prod(-1).tolist()

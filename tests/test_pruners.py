@@ -183,9 +183,10 @@ def reference_divprune(features: torch.Tensor, keep: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("matrix", "block"), [(4096, 512), (4096, 5), (8, 5)])
+@pytest.mark.parametrize(("matrix", "block"), [(2**30, 512), (2**30, 5), (4 * 42**2, 512), (8, 5)])
 def test_divprune_is_the_papers_rule(seed, matrix, block, monkeypatch):
-    monkeypatch.setattr("hf_dualspeed.pruners.divprune.MATRIX_TOKENS", matrix)
+    # In memory at once, in memory image by image, and not at all.
+    monkeypatch.setattr("hf_dualspeed.pruners.divprune.MATRIX_BYTES", matrix)
     monkeypatch.setattr("hf_dualspeed.pruners.divprune.BLOCK", block)
     batch = tokens((6, 7), (4, 4), seed=seed)
     out = AutoPruner.from_name("divprune", pruning_ratio=0.7)(batch)

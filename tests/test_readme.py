@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, batch, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hf_dualspeed
-from hf_dualspeed import bench_report, cli, compare_report
+from hf_dualspeed import bench_growth, bench_lengths, bench_profile, bench_report, cli, compare_report
 from hf_dualspeed.pruners import pruner_class
 
 ROOT = Path(__file__).parent.parent
@@ -79,12 +79,20 @@ def test_a_pruner_is_published(hub):
     assert "dualspeed push-pruner divprune user/divprune-75 --pruning_ratio 0.75" in TEXT
 
 
-TABLES = {"compare": compare_report.readme_table, "bench": bench_report.readme_table}
+TABLES = {
+    "compare": compare_report.readme_table,
+    "bench": bench_report.readme_table,
+    "bench_growth": bench_growth.readme_table,
+    "bench_lengths": bench_lengths.readme_table,
+    "bench_profile": bench_profile.readme_table,
+}
+PAGES = {"README.md": ["compare", "bench"], "docs/speed.md": [name for name in TABLES if name != "compare"]}
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_tables_show_the_published_results(name):
-    marked = re.search(rf"<!-- {name}-table-start -->(.*?)<!-- {name}-table-end -->", TEXT, re.DOTALL)
+@pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in PAGES.items() for name in names])
+def test_tables_show_the_published_results(page, name):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    marked = re.search(rf"<!-- {name}-table-start -->(.*?)<!-- {name}-table-end -->", text, re.DOTALL)
     results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     assert marked[1].strip() == TABLES[name](results)
 
@@ -99,7 +107,10 @@ def test_the_number_of_families_is_that_of_the_conformance_run():
     assert f"checks {len(result['families'])} families" in TEXT
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/supported_models.md", "docs/evaluation.md"])
+PAGES_WITH_LINKS = ["README.md", "CONTRIBUTING.md", "docs/evaluation.md", "docs/speed.md", "docs/supported_models.md"]
+
+
+@pytest.mark.parametrize("name", PAGES_WITH_LINKS)
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
         assert ((ROOT / name).parent / target).exists(), target

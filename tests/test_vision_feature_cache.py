@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import pickle
 from functools import partial
@@ -16,13 +15,15 @@ from families import MIXED
 from families import batch as mixed_batch
 from safetensors.torch import load_file
 from test_distributed import DDP, run
-from test_trainer import DATA, SAMPLES, history, make
+from test_feature_store import files, numbered, opened, stored
+from test_trainer import DATA, QUIET, SAMPLES, history, make
 from tiny_models import FAMILIES
+from transformers import TrainerCallback
 
-from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments
+from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments, feature_cache
 from hf_dualspeed.encoding import encode
 from hf_dualspeed.feature_cache import FeatureCache, feature_cache_of, fingerprint, obstacle
-from hf_dualspeed.feature_store import UNITS, FeatureStore, WithImageUnits, units_of
+from hf_dualspeed.feature_store import MARKER, UNITS, FeatureStore, WithImageUnits, last_use, units_of
 from hf_dualspeed.host_waits import host_waits
 from hf_dualspeed.tower_outputs import assembled
 
@@ -45,10 +46,6 @@ def cached(folder, family="llava", cache=None, model=None, **options):
 
     tower.forward = counted
     return trainer, calls
-
-
-def files(cache: Path) -> list[Path]:
-    return sorted(cache.rglob("*.safetensors"))
 
 
 def assert_same(ours, expected):
@@ -395,6 +392,20 @@ def test_keys_follow_pixels_and_what_the_tower_is_told(tmp_path):
         keys_of({"pixel_values": torch.ones(8, 6)}, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        {"pixel_values": torch.ones(2, 3, 4, 4)},
+        {"pixel_values": torch.ones(8, 6), "image_grid_thw": torch.tensor([[1, 2, 2], [1, 1, 4]])},
+    ],
+    ids=["rows", "patches"],
+)
+def test_keys_of_images_do_not_follow_as_many_videos_beside_them(tmp_path, images):
+    alone = keys_of(images, tmp_path)
+    videos = {"pixel_values_videos": torch.randn(2, 8, 3, 4, 4), "image_sizes_videos": torch.tensor([[4, 4], [4, 8]])}
+    assert keys_of({**images, **videos}, tmp_path) == alone
+
+
 def test_fingerprints_follow_all_that_the_output_depends_on():
     model = frozen("llava")
     prints = {fingerprint(model, "no"), fingerprint(model, "bf16"), fingerprint(frozen("llava").bfloat16(), "no")}
@@ -415,110 +426,34 @@ def test_fingerprints_follow_all_that_the_output_depends_on():
     assert fingerprint(other, "no") == fingerprint(model, "no")
 
 
-# --- the store ----------------------------------------------------------------------------------------------------
+# --- marks, room and failures while training -----------------------------------------------------------------------
 
 
-def unit(seed: int = 0) -> dict[str, torch.Tensor]:
-    return {"last_hidden_state": torch.full((1, 256), float(seed))}  # a KB and its header
+class Ages(TrainerCallback):
+    """From the end of the first epoch on, notes whether the tower was marked since the last look, and unmarks it."""
+
+    def __init__(self, cache: FeatureCache):
+        self.cache, self.marked = cache, []
+
+    def look(self, args, state, control, **kwargs):
+        if state.global_step >= 4:
+            self.cache.flush()
+            self.marked.append(last_use(self.cache.store.folder) > 1e9 + 1)
+            os.utime(self.cache.store.folder / MARKER, (1e9, 1e9))
+
+    on_epoch_begin = on_epoch_end = on_step_end = look
 
 
-def opened(folder: Path, tower: str = "tower", bound: int = 10_000) -> FeatureStore:
-    store = FeatureStore(str(folder), tower, bound)
-    store.open()
-    return store
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
-def test_damaged_files_are_misses_and_are_repaired(tmp_path, damage):
-    store = opened(tmp_path)
-    assert store.read("ab") is None
-    store.write({"ab": unit()})
-    path = store.path("ab")
-    kept = {"cut": path.read_bytes()[:-5], "empty": b"", "gone": None}[damage]
-    path.unlink() if kept is None else path.write_bytes(kept)
-    assert store.read("ab") is None
-    store.write({"ab": unit()})
-    assert torch.equal(store.read("ab")["last_hidden_state"], unit()["last_hidden_state"])
-
-
-def numbered(*numbers: int) -> dict:
-    return {f"{n:02x}": unit(n) for n in numbers}
-
-
-def stored(folder: Path) -> int:
-    """Bytes of all files, as the ledger has them."""
-    total = sum(path.stat().st_size for path in files(folder))
-    assert int((folder / "bytes").read_text()) == total
-    return total
-
-
-def test_the_bound_holds_and_nothing_of_its_own_is_removed(tmp_path):
-    store = opened(tmp_path)
-    store.write(numbered(*range(5)))
-    size = stored(tmp_path) // 5
-    assert not store.full
-    store.write(numbered(*range(16)))
-    assert store.full
-    assert stored(tmp_path) == 10_000 // size * size
-    assert [path.stem for path in files(tmp_path)] == [*numbered(*range(10_000 // size))]
-    (tmp_path / "bytes").write_text("")  # cut short by a crash
-    again = FeatureStore(str(tmp_path), "tower", 10_000)
-    again.write(numbered(255))
-    assert again.full
-    assert stored(tmp_path) <= 10_000
-
-
-def test_what_was_removed_by_hand_or_left_by_a_killed_run_is_counted_anew(tmp_path):
-    store = opened(tmp_path)
-    store.write(numbered(1, 2))
-    store.path("01").unlink()
-    left = store.path("02").with_suffix(".123.tmp")
-    left.write_bytes(b"half")
-    os.utime(left, (1e9, 1e9))
-    opened(tmp_path)
-    assert not left.exists()
-    assert stored(tmp_path) == store.path("02").stat().st_size
-
-
-def test_towers_unused_for_longest_make_room(tmp_path):
-    for age, tower in enumerate(("old", "older", "oldest")):
-        store = opened(tmp_path, tower)
-        store.write(numbered(1, 2))
-        os.utime(store.folder, (1e9 - age, 1e9 - age))
-    size = stored(tmp_path) // 6
-    store = opened(tmp_path)
-    store.write(numbered(*range(10_000 // size - 6)))
-    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"old", "older", "oldest", "tower"}
-    store.write(numbered(100))
-    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"old", "older", "tower"}
-    opened(tmp_path, "older")  # used again
-    store.write(numbered(101, 102))
-    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"older", "tower"}
-    assert not store.full
-    assert stored(tmp_path) <= 10_000
-
-
-def _fill(folder: str, first: int) -> None:
-    torch.set_num_threads(1)
-    store = opened(Path(folder), bound=40_000)
-    for number in range(first, first + 40, 4):
-        store.write(numbered(*(n % 60 for n in range(number, number + 4))))
-
-
-@pytest.mark.distributed
-def test_processes_write_to_one_folder(tmp_path):
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_fill, args=(str(tmp_path), first)) for first in (0, 10, 20)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    size = files(tmp_path)[0].stat().st_size
-    assert stored(tmp_path) == 40_000 // size * size
-    for path in files(tmp_path):
-        assert torch.equal(load_file(path)["last_hidden_state"], unit(int(path.stem, 16))["last_hidden_state"])
-    assert not list(tmp_path.rglob("*.tmp"))
+@pytest.mark.parametrize("hour_is_over", [False, True])
+def test_a_training_that_only_reads_marks_its_tower(tmp_path, monkeypatch, hour_is_over):
+    monkeypatch.setattr(feature_cache, "MARK_EVERY", -1.0 if hour_is_over else 3600.0)
+    trainer, calls = cached(tmp_path / "out", cache=tmp_path / "cache")
+    ages = Ages(trainer.feature_cache)
+    trainer.add_callback(ages)
+    trainer.train()
+    assert not [step for step, _ in calls if step >= 4]
+    # The fourth step, the end of its epoch, the begin of the second, its four steps, its end.
+    assert ages.marked == [True, True, True, *[hour_is_over] * 4, True]
 
 
 def test_a_training_beyond_the_bound_says_so_and_goes_on(tmp_path, caplog):
@@ -528,10 +463,35 @@ def test_a_training_beyond_the_bound_says_so_and_goes_on(tmp_path, caplog):
     trainer, calls = cached(tmp_path / "out", cache=tmp_path / "cache", vision_feature_cache_gib=bound)
     trainer.train()
     assert caplog.text.count("takes all of vision_feature_cache_gib") == 1
-    assert 0 < sum(p.stat().st_size for p in files(tmp_path / "cache")) <= 5000
+    sizes = [path.stat().st_size for path in files(tmp_path / "cache")]
+    assert 0 < sum(sizes) <= 5000
+    numbers = f"{sum(sizes) / 2**30:.3g} GiB, of {len(sizes)} images or tiles of this vision tower"
+    each = f"{sum(sizes) / len(sizes) / 1e6:.3g} MB each on average"
+    assert f"{str(tmp_path / 'cache')!r} holds {numbers}, {each}. Further" in caplog.text
     assert [step for step, _ in calls if step >= 4]
     assert sum(entry["vision_cache_hit_rate"] for entry in trainer.state.log_history[4:8]) > 0
     assert_same(trainer, expected)
+
+
+def test_other_towers_that_leave_no_room_are_said_once_and_stay(tmp_path, caplog):
+    other = opened(tmp_path, "other")
+    other.write(numbered(1, 2, 3))
+    taken, model = stored(tmp_path), frozen("llava")
+    cache = cache_for(tmp_path, model, gib=(taken + 100) / 2**30)
+    for seeds in ([0, 1, 2], [3, 4, 5]):
+        inputs = mixed_batch(TINY["llava"], model, MIXED, seeds=seeds)
+        expected = encode(model, inputs)[0]
+        for _ in range(2):
+            encoding, rate = served(cache, model, inputs)
+            assert rate == 0.0
+            assert_encodings(encoding, expected, rtol=0, atol=0)
+    assert stored(tmp_path) == taken
+    assert len(files(other.folder)) == 3
+    assert caplog.text.count("takes all of vision_feature_cache_gib") == 1
+    assert f"{str(tmp_path)!r} holds {taken / 2**30:.3g} GiB, of 0 images or tiles of this vision tower" in caplog.text
+    others = f"and {taken / 2**30:.3g} GiB of other towers, which stay for 24 hours after their last use"
+    assert f"{others}. Further ones are encoded in each epoch. Raise vision_feature_cache_gib" in caplog.text
+    assert "or set vision_feature_cache to another folder" in caplog.text
 
 
 def test_a_disk_that_fails_is_reported_and_training_goes_on(tmp_path, caplog, monkeypatch):
@@ -569,6 +529,19 @@ def test_adapters_on_the_tower_are_refused_and_elsewhere_are_not(tmp_path):
     assert trainer.state.log_history[-2]["vision_cache_hit_rate"] == 1.0
 
 
+def test_frozen_adapters_on_the_tower_are_refused_until_they_are_merged(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, pruner = FAMILIES["llava"].build()[0], AutoPruner.from_name("divprune")
+    config = peft.LoraConfig(target_modules=r".*vision_tower.*\.(q_proj|v_proj)", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).requires_grad_(False)
+    reason = "`.*_proj` of the vision tower is a PEFT adapter.*merge_and_unload.*Set vision_feature_cache=None"
+    with pytest.raises(ValueError, match=reason):
+        cache_for(tmp_path, adapted.get_base_model())
+    adapted.merge_adapter()  # it can be taken out again
+    assert "is a PEFT adapter" in obstacle(adapted.get_base_model(), pruner)
+    assert obstacle(adapted.merge_and_unload(), pruner) is None
+
+
 def test_what_changes_the_towers_output_is_refused():
     model, pruner = frozen("llava"), AutoPruner.from_name("divprune")
     tower = model.get_encoder(modality="image")
@@ -592,6 +565,19 @@ def test_folders_and_bounds_that_cannot_be(tmp_path):
         cached(tmp_path / "out", cache=tmp_path / "file")
     with pytest.raises(ValueError, match=r"`vision_feature_cache_gib` must be in \(0, inf\), got 0"):
         DualSpeedTrainingArguments("out", vision_feature_cache_gib=0)
+    for bound in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=rf"`vision_feature_cache_gib` must be in \(0, inf\), got {bound}"):
+            DualSpeedTrainingArguments("out", vision_feature_cache_gib=bound)
+    for value in (True, False, 5, ["folder"]):
+        with pytest.raises(ValueError, match="`vision_feature_cache` must be a folder, got .* Use .*=None"):
+            DualSpeedTrainingArguments("out", vision_feature_cache=value)
+
+
+def test_folders_may_lie_in_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("~/features", Path("~/features"), str(tmp_path / "features")):
+        args = DualSpeedTrainingArguments(str(tmp_path / "out"), vision_feature_cache=value, **QUIET)
+        assert args.vision_feature_cache == str(tmp_path / "features")
 
 
 @pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])

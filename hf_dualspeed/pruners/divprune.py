@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 from .base import Pruner, VisualTokens, register_pruner
 
-# Above this many tokens the (N, N) similarities of one image no longer fit in memory beside a model.
-MATRIX_TOKENS = 4096
+# What the (N, N) similarities of the images that are chosen from together may take. Reading them is what makes a choice
+# cheap: without them, each kept token costs a product with all N.
+MATRIX_BYTES = 2**30
 # Rows of similarities that are made at a time: few enough that half of the products are left out.
 BLOCK = 512
 FARTHEST = -2.0  # below every cosine
@@ -26,26 +27,37 @@ class DivPrune(Pruner):
 
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
         units = F.normalize(tokens.features.detach().float(), dim=-1)
-        images = torch.arange(len(units), device=units.device)
-        padding = 0.0 if tokens.valid is None else torch.where(tokens.valid, 0.0, float("inf"))
+        fitting = MATRIX_BYTES // (units.element_size() * units.shape[1] ** 2)
+        together = units.split(fitting or len(units))
+        valid = [None] * len(together) if tokens.valid is None else tokens.valid.split(fitting or len(units))
+        ranked = [farthest_first(*group, most, whole=fitting > 0) for group in zip(together, valid, strict=True)]
+        return torch.cat(ranked)
 
-        nearest, similarity = similarities(units, tokens.valid, whole=units.shape[1] <= MATRIX_TOKENS)
-        pick = (nearest + padding).argmin(dim=1)
+
+def farthest_first(units: torch.Tensor, valid: torch.Tensor | None, most: int, whole: bool) -> torch.Tensor:
+    """The greedy choice from unit vectors `(B, N, D)`, of which `valid` `(B, N)` count: `(B, most)`.
+
+    With `whole`, all similarities are held in memory.
+    """
+    images = torch.arange(len(units), device=units.device)
+    padding = 0.0 if valid is None else torch.where(valid, 0.0, float("inf"))
+    nearest, similarity = similarities(units, valid, whole)
+    pick = (nearest + padding).argmin(dim=1)
+    if similarity is not None:
+        # A kept token is infinitely similar to itself, so that it is never the farthest from the kept ones.
+        similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    nearest = torch.full_like(units[..., 0], FARTHEST) + padding
+    chosen = [pick]
+    for _ in range(most - 1):
         if similarity is not None:
-            # A kept token is infinitely similar to itself, so that it is never the farthest from the kept ones.
-            similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-        nearest = torch.full_like(units[..., 0], FARTHEST) + padding
-        chosen = [pick]
-        for _ in range(most - 1):
-            if similarity is not None:
-                to_pick = similarity[images, pick]
-            else:
-                to_pick = (units @ units[images, pick, :, None])[..., 0]
-                to_pick[images, pick] = float("inf")
-            nearest = torch.maximum(nearest, to_pick)
-            pick = nearest.argmin(dim=1)
-            chosen.append(pick)
-        return torch.stack(chosen, dim=1)
+            to_pick = similarity[images, pick]
+        else:
+            to_pick = (units @ units[images, pick, :, None])[..., 0]
+            to_pick[images, pick] = float("inf")
+        nearest = torch.maximum(nearest, to_pick)
+        pick = nearest.argmin(dim=1)
+        chosen.append(pick)
+    return torch.stack(chosen, dim=1)
 
 
 def similarities(
