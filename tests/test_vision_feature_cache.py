@@ -494,11 +494,12 @@ def test_other_towers_that_leave_no_room_are_said_once_and_stay(tmp_path, caplog
     assert "or set vision_feature_cache to another folder" in caplog.text
 
 
-def test_a_disk_that_fails_is_reported_and_training_goes_on(tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("call", ["write", "use"])
+def test_a_disk_that_fails_is_reported_and_training_goes_on(tmp_path, caplog, monkeypatch, call):
     def broken(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(FeatureStore, "write", broken)
+    monkeypatch.setattr(FeatureStore, call, broken)
     trainer, _ = cached(tmp_path / "out", cache=tmp_path / "cache")
     trainer.train()
     assert caplog.text.count("Vision features are no longer stored: [Errno 28] No space left") == 1
