@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from packaging.version import Version
 from pruner_cases import build, shortens, tokens
 from test_trainer import history, make
 from tiny_models import FAMILIES, batch
@@ -72,6 +73,8 @@ def test_selection_is_one_graph(name):
     # A graph breaks where Python asks for a value; one that does not can be compiled whole, and captured.
     if name == "random":
         pytest.skip("PyTorch does not trace generators")
+    if name == "prumerge" and Version(torch.__version__) < Version("2.13"):
+        pytest.skip("PyTorch's quantile reads its q, on a CPU")
     images = tokens((6, 6), (4, 7))
     images.checked_later = True  # that all features are finite
     torch._dynamo.reset()  # what it compiled of other pruners counts against a limit
