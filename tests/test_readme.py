@@ -97,6 +97,14 @@ def test_tables_show_the_published_results(page, name):
     assert marked[1].strip() == TABLES[name](results)
 
 
+def test_the_first_figures_are_those_of_the_bench():
+    runs = json.loads((ROOT / "docs" / "results" / "bench.json").read_text(encoding="utf-8"))["runs"]
+    of = {(run["shape"], run["checkpointing"]): run["ratios"]["expected_speedup"]["median"] for run in runs}
+    said = " ".join(TEXT.split())
+    for checkpointing, words in (("on", "{:.2f}x and {:.2f}x as fast"), ("off", "{:.2f}x and {:.2f}x without")):
+        assert words.format(*(of[shape, checkpointing] for shape in ("llava-1.5", "llava-next"))) in said
+
+
 def test_every_pruner_is_listed():
     ours = [n for n in hf_dualspeed.available_pruners() if pruner_class(n).__module__.startswith("hf_dualspeed.")]
     assert [name for name in ours if f"`{name}`" not in TEXT] == []
