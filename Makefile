@@ -58,6 +58,7 @@ cards: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/dualspeed bench
+	$(BIN)/dualspeed bench --shape smolvlm --checkpointing off --output docs/results/bench_smolvlm.json
 	$(BIN)/dualspeed bench --profile
 	$(BIN)/dualspeed bench --growth
 	$(BIN)/dualspeed bench --lengths

@@ -82,6 +82,7 @@ def test_a_pruner_is_published(hub):
 TABLES = {
     "compare": compare_report.readme_table,
     "bench": bench_report.readme_table,
+    "bench_smolvlm": bench_report.readme_table,
     "bench_growth": bench_growth.readme_table,
     "bench_lengths": bench_lengths.readme_table,
     "bench_profile": bench_profile.readme_table,
