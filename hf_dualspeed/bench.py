@@ -237,7 +237,8 @@ class Bench:
         self.losses: dict[str, float] = {}
         self.step("fast")  # whose size tells slow steps their parts
         self._clean("fast")
-        self.cached = cached_batch(self.dual, self.batch, f"{folder}/features")
+        # Growth, profiles and lengths have no step with it.
+        self.cached = cached_batch(self.dual, self.batch, f"{folder}/features") if options.kind == "steps" else None
         self.steps = [name for name in STEPS if name != "fast_cached" or self.cached is not None]
         self.variants = {**{name: partial(self.step, name) for name in self.steps}, **self._parts()}
 

@@ -174,10 +174,8 @@ class ModePass(nn.Module):
 
     def end(self) -> None:
         """The next calls of the model run as if this were not there. Only after backward, which may recompute."""
-        self.mode = self.generator = self.served = self.targets = self.teacher_logits = self.auxiliary_loss = (
-            self._keep
-        ) = None
-        self._batch = None
+        self.mode = self.generator = self.served = self._batch = self._keep = None
+        self.targets = self.teacher_logits = self.auxiliary_loss = None
         self.pruner.auxiliary_loss = None  # and the graph behind it
         self._close_layers()
         if self.fused_head is not None:
