@@ -23,6 +23,7 @@ from hf_dualspeed.fashion_grid import ITEMS, SIDE
 
 WRITTEN_SIDE = 8  # patches in a row of a written grid
 BATCH, LEARNING_RATE = 32, 1e-3
+INITIALIZER_RANGE = 0.04  # so narrow a model learns faster from it than from the usual 0.02
 
 
 class WrittenGrids(nn.Module):
@@ -64,7 +65,9 @@ def pretrained_language_model(size: Size, folder: Path) -> dict[str, torch.Tenso
 
 def _pretrain(size: Size) -> LlamaForCausalLM:
     set_seed(0)
-    model = WrittenGrids(LlamaForCausalLM(language_model_config(size, WRITTEN_SIDE**2)))
+    config = language_model_config(size, WRITTEN_SIDE**2)
+    config.initializer_range = INITIALIZER_RANGE
+    model = WrittenGrids(LlamaForCausalLM(config))
     steps = size.pretraining_steps
     args = TrainingArguments(
         output_dir="runs/ablation/language",

@@ -29,9 +29,7 @@ def test_tiles_lie_where_the_questions_say():
             assert (pixels[row * 84 + 42, column * 84 + 42] == 20 * item + 10).all()
         for question in grid.questions(random.Random(0)):
             if question.kind == "item":
-                row, column = (
-                    int(word.strip("?,")) - 1 for word in question.text.split() if word.strip("?,").isdigit()
-                )
+                row, column = (int(digit) - 1 for digit in re.findall(r"\d", question.text))
                 assert question.answer == ITEMS[grid.items[2 * row + column]]
 
 
