@@ -9,12 +9,13 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart demo chromium compare cards bench bench-gpu conformance test test-min lint
+.PHONY: help quickstart demo chromium compare ablation cards bench bench-gpu conformance test test-min lint
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
 	@echo "make demo        ask the quickstart, and two runs of it without fast or slow steps, in the browser"
 	@echo "make compare     train with and without DualSpeed and compare them"
+	@echo "make ablation    measure what each part, ratio, pruner and schedule is worth (hours; it goes on where it stopped)"
 	@echo "make cards       render the cards in model_cards anew, that of the quickstart from its last run"
 	@echo "make bench       time training steps, their growth with the tokens, and batches of like length (1 to 2 hours)"
 	@echo "make bench-gpu   time training steps of 7 B parameters on a GPU of 80 GB, GPU=its name (minutes)"
@@ -48,6 +49,9 @@ demo: $(STAMP) $(patsubst %,runs/quickstart%/results.json,_full _pruned) runs/qu
 
 compare: $(STAMP)
 	$(BIN)/dualspeed compare --config trainer_configs/compare.yaml
+
+ablation: $(STAMP)
+	$(BIN)/dualspeed ablation
 
 CARD := model_cards/quickstart
 cards: $(STAMP)

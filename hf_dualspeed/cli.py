@@ -89,6 +89,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "card": ("write a run's model card anew", _module("publish", "card_command")),
     "evaluate": ("answer a data set's questions and score the answers", _module("evaluate_command")),
     "compare": ("compare training with and without DualSpeed", _module("compare")),
+    "ablation": ("compare the parts, ratios, pruners and schedules of DualSpeed", _module("ablation")),
     "check": ("check whether a model works with DualSpeed", _module("check")),
     "assemble": ("join two small pretrained models to a LLaVA", _module("assemble")),
     "demo": ("ask models side by side in the browser", _module("space", "demo_command")),

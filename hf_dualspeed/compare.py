@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from datasets import Dataset
@@ -28,7 +28,7 @@ from hf_dualspeed.evaluation import answer_accuracy
 from hf_dualspeed.pruned_prompts import PrunedPrompts, check_prompt_pruner
 from hf_dualspeed.recipe import load_model, prepare_model
 from hf_dualspeed.recipe_arguments import RecipeArguments, parse_recipe
-from hf_dualspeed.results import machine, run_record, versions, without_paths
+from hf_dualspeed.results import machine, run_record, spread, versions, without_paths, write_json
 from hf_dualspeed.schedule import SLOW
 from hf_dualspeed.trainer import DualSpeedTrainer, resolve_pruner
 
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     path = Path(options.results)
     if not options.render_only:
         command = shlex.join([*COMMAND.split(), *without_paths(without_token(argv))])
-        _write_json(path, compare(words, options.seeds, command))
+        write_json(path, compare(words, options.seeds, command))
     elif not path.is_file():
         raise FileNotFoundError(f"`results` is {str(path)!r}, but there is no such file to render.")
     results = json.loads(path.read_text(encoding="utf-8"))
@@ -189,7 +189,7 @@ def execute(run: Run) -> dict:
         **run_record(run.args, trainer.summary() if ours else times, seconds),
         "fingerprint": fingerprint(run),
     }
-    _write_json(Path(run.args.output_dir) / "result.json", result)
+    write_json(Path(run.args.output_dir) / "result.json", result)
     return result
 
 
@@ -243,11 +243,11 @@ def summarise(results: list[dict]) -> dict[str, dict]:
         pairs = [(run, base[run["seed"]]) for run in own]
         summary[way.key] = {
             "name": way.name,
-            **{key: _spread([run[key] for run in own]) for key in ("accuracy_full", "accuracy_pruned")},
-            "retention": _spread([_ratio(a["accuracy_full"], b["accuracy_full"]) for a, b in pairs]),
-            "speed_up": _spread([_ratio(b["seconds"]["total"], a["seconds"]["total"]) for a, b in pairs]),
-            "train_seconds": _spread([run["seconds"]["total"] for run in own]),
-            "steps_per_second": _spread([run["steps_per_second"] for run in own]),
+            **{key: spread([run[key] for run in own]) for key in ("accuracy_full", "accuracy_pruned")},
+            "retention": spread([_ratio(a["accuracy_full"], b["accuracy_full"]) for a, b in pairs]),
+            "speed_up": spread([_ratio(b["seconds"]["total"], a["seconds"]["total"]) for a, b in pairs]),
+            "train_seconds": spread([run["seconds"]["total"] for run in own]),
+            "steps_per_second": spread([run["steps_per_second"] for run in own]),
             "steps": {mode: mean(run["steps"][mode] for run in own) for mode in own[0]["steps"]},
         }
     return summary
@@ -255,14 +255,6 @@ def summarise(results: list[dict]) -> dict[str, dict]:
 
 def _ratio(value: float, baseline: float) -> float | None:
     return value / baseline if baseline else None
-
-
-def _spread(values: list[float | None]) -> dict[str, float] | None:
-    """Mean, smallest, largest and standard deviation; None where a value could not be computed."""
-    if None in values:
-        return None
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return {"mean": mean(values), "min": min(values), "max": max(values), "sd": deviation}
 
 
 def _description(recipe: RecipeArguments, results: list[dict]) -> dict:
@@ -275,14 +267,6 @@ def _description(recipe: RecipeArguments, results: list[dict]) -> dict:
         **{key: dualspeed[key] for key in ("n", "settings", "training", "versions", "machine")},
         "date": max(run["date"] for run in results),
     }
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Through a second file, so that an interruption leaves no half of it behind.
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -12,6 +12,8 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_da
 
 from hf_dualspeed.arguments import check_choice
 from hf_dualspeed.easy_vqa import DATASETS, MESSAGES, load_easy_vqa
+from hf_dualspeed.fashion_grid import NAME as FASHION_GRID
+from hf_dualspeed.fashion_grid import load_fashion_grid
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
@@ -124,8 +126,8 @@ def load_examples(path_or_name: str, split: str = "train", image_folder: str | N
     """Loads conversations; images stay encoded, for [`VisionLanguageCollator`] to decode.
 
     Args:
-        path_or_name (`str`): A `.json` or `.jsonl` file in LLaVA's or TRL's layout, a `.parquet` or `.csv`
-            file, a folder written by `save_to_disk`, `"easy-vqa"`, `"easy-vqa-color"`, or a data set on the Hub.
+        path_or_name (`str`): A `.json` or `.jsonl` file in LLaVA's or TRL's layout, a `.parquet` or `.csv` file, a
+            folder written by `save_to_disk`, `easy-vqa`, `easy-vqa-color`, `fashion-grid`, or a data set on the Hub.
         split (`str`, *optional*, defaults to `"train"`): Split of a data set that has splits; a file has
             none.
         image_folder (`str`, *optional*): What image paths are relative to; default: the file's own folder.
@@ -138,6 +140,8 @@ def load_examples(path_or_name: str, split: str = "train", image_folder: str | N
         return _load_json(path, image_folder or path.parent)
     if path_or_name in DATASETS:
         dataset = load_easy_vqa(split, DATASETS[path_or_name])
+    elif path_or_name == FASHION_GRID:
+        dataset = load_fashion_grid(split)
     elif is_file:
         dataset = load_dataset(path.suffix.lower()[1:], data_files=str(path), split="train")
     elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path, PurePath
+from statistics import mean, stdev
 
 import torch
 from rich.console import Console
@@ -219,11 +220,25 @@ def _missing(found: dict) -> str:
 def write_results(output_dir: str | Path, results: dict) -> Path:
     """Writes results.json, with the last part of each absolute path, so that it may be published."""
     path = Path(output_dir) / RESULTS_NAME
+    write_json(path, without_paths(results))
+    return path
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes a JSON file, and its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Through a second file, so that an interruption leaves the earlier one whole.
     part = path.with_name(f"_{path.name}.part")
-    part.write_text(json.dumps(without_paths(results), indent=2) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     part.replace(path)
-    return path
+
+
+def spread(values: list[float | None]) -> dict[str, float] | None:
+    """Mean, smallest, largest and standard deviation; None where a value could not be computed."""
+    if None in values:
+        return None
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return {"mean": mean(values), "min": min(values), "max": max(values), "sd": deviation}
 
 
 def merged_evaluations(earlier: list[dict], new: list[dict]) -> list[dict]:

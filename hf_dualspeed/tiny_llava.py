@@ -71,7 +71,7 @@ def build_tiny_llava(
     _check_divisible("hidden_size", hidden_size, "2 * heads", 2 * heads)
     check_range("vision_layers", vision_layers, 1)
     check_range("layers", layers, 1)
-    tokenizer = _word_tokenizer(texts)
+    tokenizer = word_tokenizer(texts)
     vision = CLIPVisionConfig(
         image_size=image_size,
         patch_size=patch_size,
@@ -81,7 +81,7 @@ def build_tiny_llava(
         num_attention_heads=heads,
     )
     visual_tokens = (image_size // patch_size) ** 2
-    language = _language_config(tokenizer, hidden_size, layers, heads, visual_tokens)
+    language = language_config(tokenizer, hidden_size, layers, heads, visual_tokens)
     config = LlavaConfig(
         vision_config=vision,
         text_config=language,
@@ -92,10 +92,10 @@ def build_tiny_llava(
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
-    return _random_model(config, seed), _processor(tokenizer, image_size, patch_size)
+    return random_model(config, seed), _processor(tokenizer, image_size, patch_size)
 
 
-def _random_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
+def random_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
@@ -106,7 +106,7 @@ def _random_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGenerati
     return model
 
 
-def _language_config(
+def language_config(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int, visual_tokens: int
 ) -> LlamaConfig:
     return LlamaConfig(
@@ -124,7 +124,7 @@ def _language_config(
     )
 
 
-def _word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are the words and punctuation marks of `texts` and of the chat template."""
     split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     words = {word for text in (*texts, "SYSTEM USER ASSISTANT :") for word, _ in split.pre_tokenize_str(text)}

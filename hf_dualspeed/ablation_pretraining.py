@@ -1,0 +1,101 @@
+"""The language model that the ablation starts from: small, and pretrained on written grids, as a real one is on text.
+
+In a written grid, each patch is the sum of two embeddings, of its tile's item and of its tile's place. From there on,
+the model has to learn to see, not what "row" means or how to count.
+
+Shapes: B samples, S positions of text, W written patches, H hidden size.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+from hf_dualspeed.ablation_text import Size, language_model_config, talk, tokenizer, written_grid
+from hf_dualspeed.data import IGNORED
+from hf_dualspeed.fashion_grid import ITEMS, SIDE
+
+WRITTEN_SIDE = 8  # patches in a row of a written grid
+BATCH, LEARNING_RATE = 32, 1e-3
+
+
+class WrittenGrids(nn.Module):
+    """A language model that reads written grids and answers questions about them."""
+
+    def __init__(self, language: LlamaForCausalLM):
+        super().__init__()
+        self.language = language
+        width = language.config.hidden_size
+        self.item, self.place = nn.Embedding(len(ITEMS), width), nn.Embedding(SIDE**2, width)
+        for table in (self.item, self.place):
+            nn.init.normal_(table.weight, std=2 * language.config.initializer_range)
+        half = WRITTEN_SIDE // SIDE
+        tiles = [row // half * SIDE + column // half for row in range(WRITTEN_SIDE) for column in range(WRITTEN_SIDE)]
+        self.register_buffer("tile_of", torch.tensor(tiles), persistent=False)
+
+    def forward(self, items: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss of answers `(B, S)` about grids of `items` `(B, 4)`; `input_ids` begin with the BOS."""
+        words = self.language.get_input_embeddings()(input_ids)
+        patches = self.item(items[:, self.tile_of]) + self.place(self.tile_of)
+        embeddings = torch.cat([words[:, :1], patches, words[:, 1:]], 1)
+        unread = labels.new_full(patches.shape[:2], IGNORED)
+        labels = torch.cat([labels[:, :1], unread, labels[:, 1:]], 1)
+        return {"loss": self.language(inputs_embeds=embeddings, labels=labels).loss}
+
+
+def pretrained_language_model(size: Size, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the language model without its head, trained where `folder` does not hold them yet."""
+    path = folder / f"language-{size.hidden_size}x{size.layers}x{size.heads}-{size.pretraining_steps}.safetensors"
+    if not path.is_file():
+        language = _pretrain(size)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Through a second file, so that an interruption leaves no half of it behind.
+        part = path.with_suffix(".part")
+        save_file(language.model.state_dict(), part)
+        part.replace(path)
+    return load_file(path)
+
+
+def _pretrain(size: Size) -> LlamaForCausalLM:
+    set_seed(0)
+    model = WrittenGrids(LlamaForCausalLM(language_model_config(size, WRITTEN_SIDE**2)))
+    steps = size.pretraining_steps
+    args = TrainingArguments(
+        output_dir="runs/ablation/language",
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
+        adam_beta2=0.98,
+        weight_decay=0.01,
+        warmup_steps=0.05,
+        lr_scheduler_type="cosine",
+        logging_steps=max(1, steps // 15),
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not torch.accelerator.is_available(),
+        remove_unused_columns=False,
+    )
+    rows = [written(number) for number in range(steps * BATCH)]
+    Trainer(model, args, train_dataset=rows, data_collator=collate).train()
+    return model.language.cpu()
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Batches of [`written`]'s rows."""
+    fill = {"items": 0, "input_ids": tokenizer().pad_token_id, "labels": IGNORED}
+    return {key: pad_sequence([torch.tensor(row[key]) for row in rows], True, value) for key, value in fill.items()}
+
+
+def written(number: int) -> dict[str, list[int]]:
+    """The written grid of a number, with eight questions."""
+    generator = random.Random(f"written:{number}")
+    grid = written_grid(generator)
+    ids, labels = talk(grid.questions(generator))
+    start = [tokenizer().bos_token_id]
+    return {"items": list(grid.items), "input_ids": start + ids, "labels": [IGNORED, *labels]}

@@ -1,0 +1,64 @@
+"""Words, conversations and language model of the ablation."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from hf_dualspeed.data import IGNORED
+from hf_dualspeed.fashion_grid import ITEMS, NUMBERS, Grid, Question, draw_items
+from hf_dualspeed.tiny_llava import language_config, word_tokenizer
+
+# A language model so narrow learns faster from these weights than from the usual 0.02.
+INITIALIZER_RANGE = 0.04
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, depth and heads of the language model, its steps of pretraining, and how much data there is."""
+
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    pretraining_steps: int = 1500
+    train_grids: int = 6000
+    test_grids: int = 600
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word of the questions and answers."""
+    generator = random.Random(0)
+    asked = [question.text for _ in range(100) for question in written_grid(generator).questions(generator)]
+    return word_tokenizer([*asked, *ITEMS, *NUMBERS, "yes no"])
+
+
+def written_grid(generator: random.Random) -> Grid:
+    """A grid that has no tiles, only items."""
+    return Grid(np.empty(0), draw_items(generator))
+
+
+def language_model_config(size: Size, visual_tokens: int) -> LlamaConfig:
+    """The language model's shape."""
+    config = language_config(tokenizer(), size.hidden_size, size.layers, size.heads, visual_tokens)
+    config.initializer_range = INITIALIZER_RANGE
+    return config
+
+
+def talk(questions: list[Question]) -> tuple[list[int], list[int]]:
+    """Ids and labels of questions and answers, one after the other."""
+    ids, labels = [], []
+    for question in questions:
+        asked, right = _ids(f"USER: {question.text} ASSISTANT:"), [*_ids(question.answer), tokenizer().eos_token_id]
+        ids += [*asked, *right]
+        labels += [IGNORED] * len(asked) + right
+    return ids, labels
+
+
+@cache
+def _ids(text: str) -> tuple[int, ...]:
+    return tuple(tokenizer()(text, add_special_tokens=False)["input_ids"])
