@@ -9,7 +9,7 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart demo chromium compare ablation cards bench conformance test test-min lint
+.PHONY: help quickstart demo chromium compare ablation cards bench bench-gpu conformance test test-min lint
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
@@ -18,6 +18,7 @@ help:
 	@echo "make ablation    measure what each part, ratio, pruner and schedule is worth (hours; it goes on where it stopped)"
 	@echo "make cards       render the cards in model_cards anew, that of the quickstart from its last run"
 	@echo "make bench       time training steps, their growth with the tokens, and batches of like length (1 to 2 hours)"
+	@echo "make bench-gpu   time training steps of 7 B parameters on a GPU of 80 GB, GPU=its name (minutes)"
 	@echo "make conformance check every model family and write docs/supported_models.md"
 	@echo "make test        run the tests"
 	@echo "make test-min    run them on the lowest versions that pyproject.toml allows"
@@ -66,6 +67,14 @@ bench: $(STAMP)
 	$(BIN)/dualspeed bench --profile
 	$(BIN)/dualspeed bench --growth
 	$(BIN)/dualspeed bench --lengths
+
+# LLaVA-NeXT without activation checkpointing fits in no larger batch.
+GPU ?= h100
+BENCH_GPU := $(BIN)/dualspeed bench --scale full --output docs/results/bench_$(GPU)
+bench-gpu: $(STAMP)
+	$(BENCH_GPU)_llava_1_5.json --shape llava-1.5 --rounds 6
+	$(BENCH_GPU)_llava_next.json --shape llava-next --rounds 4 --checkpointing on
+	$(BENCH_GPU)_llava_next_off.json --shape llava-next --rounds 6 --checkpointing off --batch 2
 
 conformance: $(STAMP)
 	$(BIN)/python tests/supported_models.py

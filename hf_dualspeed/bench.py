@@ -11,7 +11,9 @@ import gc
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -33,7 +35,7 @@ from hf_dualspeed.bench_shapes import Shape, build_batch, build_model, encoder_r
 from hf_dualspeed.encoding import encode
 from hf_dualspeed.fast_pass import shorten_inputs
 from hf_dualspeed.feature_store import UNITS
-from hf_dualspeed.host_waits import host_waits
+from hf_dualspeed.host_waits import device_waits, host_waits
 from hf_dualspeed.model_roles import parameter_roles
 from hf_dualspeed.protocol import unwrap, visual_token_ids
 from hf_dualspeed.pruners import PrunedTokens, VisualTokens
@@ -43,6 +45,7 @@ from hf_dualspeed.trainer import DualSpeedTrainer
 
 SEEDS = {"weights": 0, "batch": 0, "training": 0}
 WARM_UP_ROUNDS = 1
+PART = ".part.json"  # what is cut short leaves the runs that it has done
 
 
 def main(argv: list[str]) -> None:
@@ -63,8 +66,14 @@ def main(argv: list[str]) -> None:
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         results = without_paths(kind.measure(options))
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write(results, path)
+        path.with_suffix(PART).unlink(missing_ok=True)
     kind.report(results, path)
+
+
+def write(results: dict, path: Path) -> None:
+    """Writes the results as JSON."""
+    path.write_text(json.dumps(without_paths(results), indent=2) + "\n", encoding="utf-8")
 
 
 def report(results: dict, path: Path) -> None:
@@ -96,6 +105,8 @@ def measured(
                 with tempfile.TemporaryDirectory() as folder:
                     run = run_or_say(options, shape, checkpointing, folder, partial(run_of, names=names))
                 runs.append({**run, **evaluate(run, options.slow_ratio)})
+                if options.kind == "steps":  # whose report asks for no number of runs
+                    write({**surroundings(options), "runs": runs}, Path(options.output).with_suffix(PART))
         return {**surroundings(options), "runs": runs}
     finally:
         torch.set_num_threads(threads)
@@ -291,8 +302,10 @@ class Bench:
         counts = {
             "flops": {name: self.count_flops(name) for name in names},
             "memory": {name: self.count_memory(name) for name in names},
-            "host_waits": {name: self.count_waits(name) for name in names if name in PARTS},
+            "host_waits": {name: sum(self.count_waits(name).values()) for name in names if name in PARTS},
         }
+        if self.device.type == "cuda":
+            counts["device_waits"] = {name: self.count_waits(name, device_waits) for name in names}
         gradients = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         return {
             **self.subject.said,
@@ -323,11 +336,12 @@ class Bench:
         self._clean(name)
         return peak
 
-    def count_waits(self, name: str) -> int:
-        """How often one of the parts waits for the device."""
-        with host_waits() as waits:
+    def count_waits(self, name: str, told: Callable[[], AbstractContextManager] = host_waits) -> dict[str, int]:
+        """How often a variant waits for the device, by what `told` tells of each time."""
+        with told() as waits:
             self.variants[name]()
-        return len(waits)
+        self._clean(name)
+        return dict(Counter(waits))
 
     def measure(self, names: list[str]) -> dict[str, list[float]]:
         """Seconds of each variant by round."""

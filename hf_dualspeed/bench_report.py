@@ -34,6 +34,7 @@ SPEEDUPS = {
 }
 SHARE_OF_LIMIT, SLOW_OVER_FAST_MEMORY, SELECTION_SHARE, SHORTENING_SHARE = 0.95, 1.25, 0.03, 0.02
 HOST_WAITS = 1  # tensors need a size
+OWN = ("hf_dualspeed", "pruners")  # folders
 
 
 def check_format(results: dict, kind: str = "training steps, forward and backward") -> None:
@@ -241,6 +242,16 @@ def run_line(run: dict) -> str:
     )
 
 
+def waits_line(run: dict) -> str:
+    """How often each step waits for a CUDA device, and how often of that in this library."""
+    told = []
+    for name, label in steps_of(run).items():
+        waits = run["device_waits"][name]
+        own = sum(count for place, count in waits.items() if place.split("/")[0] in OWN)
+        told.append(f"{label} {sum(waits.values())} ({own})")
+    return f"Waits for the device, and in brackets those in the library itself: {'; '.join(told)}."
+
+
 def spread(value: dict, digits: int) -> str:
     """Median with its quartiles in brackets."""
     low, middle, high = (f"{value[key]:.{digits}f}" for key in ("q1", "median", "q3"))
@@ -322,6 +333,7 @@ def markdown(results: dict, plot: str) -> str:
     for run in results["runs"]:
         parts += [f"## {run['shape']}, checkpointing {run['checkpointing']}", run_line(run)]
         parts += [markdown_table(STEP_HEADER, step_rows(run))]
+        parts += [waits_line(run)] if "device_waits" in run else []
     parts += [f"FLOPs: {results['flop_counting']}.", f"Memory: {results['memory_counting']}."]
     parts += [f"Measured {results['date']} UTC with `dualspeed bench`."]
     return "\n\n".join(parts) + "\n"

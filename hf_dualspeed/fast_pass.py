@@ -314,7 +314,7 @@ def kept_rows(pruned: PrunedTokens, lengths: list[int], isolator_length: int) ->
     positions = (pruned.positions + starts[:, None]).flatten()
     positions = positions[torch.cat(kept).to(device, non_blocking=True)]
     repeats = torch.zeros(first, dtype=torch.long, device=device)
-    repeats[positions] = 1
+    repeats.index_fill_(0, positions, 1)  # `repeats[positions] = 1` would copy the 1 from the host, and wait
     repeats[starts] += isolator_length
     return torch.cat(rows).to(device, non_blocking=True), repeats
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 
 import torch
 
@@ -37,3 +39,21 @@ def host_waits() -> Iterator[list[str]]:
     finally:
         for name in VALUES:  # Tensor inherits all of them
             delattr(torch.Tensor, name)
+
+
+@contextmanager
+def device_waits() -> Iterator[list[str]]:
+    """A list that gets where each wait for a CUDA device inside the context was: "folder/file.py:line".
+
+    CUDA itself tells them, boolean indexing and copies from the host included; the list is filled at the end.
+    """
+    before, places = torch.cuda.get_sync_debug_mode(), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    told = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    places += ["/".join(Path(warning.filename).parts[-2:]) + f":{warning.lineno}" for warning in told]

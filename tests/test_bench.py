@@ -106,6 +106,33 @@ def test_report_is_rendered_anew(measured, capsys):
     assert {(0, 114, 178), (213, 94, 0), (86, 180, 233), (153, 153, 153)} <= colours
 
 
+def test_a_run_that_is_cut_short_leaves_what_it_has(tmp_path, monkeypatch, measured):
+    run = bench.Bench.run
+    assert [path.name for path in measured[0].parent.glob("*.json")] == [measured[0].name]
+
+    def stopped(own, names):
+        if own.checkpointing == "off":
+            raise KeyboardInterrupt
+        return run(own, names)
+
+    monkeypatch.setattr(bench.Bench, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([*FLAGS, "--batch", "2", "--output", str(tmp_path / "bench.json")])
+    path = tmp_path / "bench.part.json"
+    assert cli.main(["bench", "--render-only", "--output", str(path)]) == 0
+    assert [run["checkpointing"] for run in json.loads(path.read_text())["runs"]] == ["on"]
+    assert path.with_suffix(".md").read_text().count("| Trainer | ") == 1
+
+
+def test_waits_for_a_device_are_counted_by_step(measured):
+    run = json.loads(measured[0].read_text())["runs"][0]
+    waits = {"transformers/masking_utils.py:300": 1, "hf_dualspeed/shortening.py:59": 1, "pruners/divprune.py:1": 2}
+    run["device_waits"] = {name: {} for name in bench.STEPS} | {"fast": waits}
+    line = bench_report.waits_line(run)
+    assert "; fast 4 (3); " in line
+    assert "Trainer 0 (0)" in line
+
+
 def test_files_of_another_kind_are_named(measured, tmp_path):
     path, results = measured
     with pytest.raises(ValueError, match="holds no `runs`: it was written by an earlier version"):

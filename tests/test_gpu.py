@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import fields
+from importlib.util import find_spec
 
 import pytest
 import torch
 from pruner_cases import build, shortens, tokens
-from test_bench import FLAGS
+from test_bench import FLAGS, tiny_bench
+from test_trainer import history, make
+from tiny_models import FAMILIES
 
 from hf_dualspeed import available_pruners, cli
+from hf_dualspeed.host_waits import device_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -36,6 +42,48 @@ def test_selection_never_waits_for_the_device(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_large_images_are_chosen_from_without_waiting(monkeypatch):
+    monkeypatch.setattr("hf_dualspeed.pruners.divprune.MATRIX_BYTES", 0)  # no room for all similarities
+    test_selection_never_waits_for_the_device("divprune")
+
+
+def test_a_fast_step_waits_where_a_tensor_needs_a_size(tmp_path):
+    own = tiny_bench(tmp_path)
+    waits = own.count_waits("fast", device_waits)
+    print(waits)  # those of transformers too
+    ours = Counter()
+    for place, count in waits.items():
+        folder, file = place.split(":")[0].split("/")
+        ours.update({file: count} if folder in ("hf_dualspeed", "pruners") else {})
+    # The length of the shortened batch, and the supervised positions.
+    assert ours == {"shortening.py": 1, "mode_pass.py": 1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_agrees_with_the_cpu(tmp_path, family, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the towers' convolutions, which it rounds
+    runs = {}
+    for device in ("cpu", "cuda"):
+        settings = {"slow_mode_ratio": 0.5, "mode_schedule": "periodic", "optim": "sgd", "use_cpu": device == "cpu"}
+        trainer = make(tmp_path, family, **settings)
+        trainer.train()
+        assert next(trainer.model.parameters()).device.type == device
+        runs[device] = torch.tensor(history(trainer, "loss", "grad_norm"))
+    torch.testing.assert_close(runs["cuda"], runs["cpu"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs liger-kernel")
+def test_ligers_kernel_trains_alike(tmp_path):
+    runs = {}
+    for choice in ("on", "off"):
+        settings = {"slow_mode_ratio": 0.5, "mode_schedule": "periodic", "optim": "sgd", "label_smoothing_factor": 0.1}
+        trainer = make(tmp_path, **settings, fused_head_loss=choice, use_cpu=False)
+        trainer.train()
+        runs[choice] = torch.tensor(history(trainer, "loss", "grad_norm"))
+        assert choice == "off" or trainer.mode_pass.fused_head.applies
+    torch.testing.assert_close(runs["on"], runs["off"], rtol=1e-3, atol=1e-4)
+
+
 def test_divprune_is_captured_as_a_graph():
     pruner, batch = build("divprune", pruning_ratio=0.75).cuda(), on_device(tokens((12, 12), (12, 12)))
     expected = pruner(batch).positions
@@ -53,4 +101,10 @@ def test_divprune_is_captured_as_a_graph():
 
 @pytest.mark.parametrize("kind", [[], ["--profile"], ["--lengths", "--steps", "4"]], ids=str)
 def test_the_bench_runs(tmp_path, kind):
-    assert cli.main(["bench", *kind, *FLAGS, "--batch", "2", "--output", str(tmp_path / "out.json")]) == 0
+    path = tmp_path / "out.json"
+    assert cli.main(["bench", *kind, *FLAGS, "--batch", "2", "--output", str(path)]) == 0
+    results = json.loads(path.read_text())
+    assert (results["device"], results["dtype"]) == ("cuda", "bfloat16")
+    if not kind:
+        assert all(run["device_waits"]["fast"] for run in results["runs"])
+        assert "Waits for the device, and in brackets" in path.with_suffix(".md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 
 import pytest
@@ -15,6 +16,7 @@ from tiny_models import FAMILIES, batch
 from hf_dualspeed import AutoPruner, available_pruners, prune_inputs
 from hf_dualspeed.bench import Bench
 from hf_dualspeed.bench_arguments import BenchArguments
+from hf_dualspeed.host_waits import device_waits
 
 IN_FRONT = [name for name in available_pruners() if shortens(name)]
 
@@ -100,3 +102,21 @@ def test_a_compiled_pruner_prunes_and_trains_alike(tmp_path):
         trainer.train()
         runs.append((history(trainer, "loss", "distillation_loss"), trainer.clock.visual_tokens))
     assert runs[0] == runs[1]
+
+
+def test_waits_for_a_device_are_told_by_their_places(monkeypatch):
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def run():
+        for _ in range(2):  # each time anew
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally at a.cpp:1.)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    with device_waits() as places:
+        run()
+        assert modes[-1] == "warn"
+    assert modes[-1] == "default"
+    line = run.__code__.co_firstlineno + 2
+    assert places == [f"tests/test_hot_path.py:{line}"] * 2

@@ -53,7 +53,7 @@ def farthest_first(units: torch.Tensor, valid: torch.Tensor | None, most: int, w
             to_pick = similarity[images, pick]
         else:
             to_pick = (units @ units[images, pick, :, None])[..., 0]
-            to_pick[images, pick] = float("inf")
+            to_pick.scatter_(1, pick[:, None], float("inf"))
         nearest = torch.maximum(nearest, to_pick)
         pick = nearest.argmin(dim=1)
         chosen.append(pick)
