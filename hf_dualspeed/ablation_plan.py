@@ -63,12 +63,12 @@ PRUNERS = (
 SCHEDULES = (
     Way(REFERENCE, "random, 10 %"),
     Way("periodic-0.1", "every 10th", {"mode_schedule": "periodic"}),
-    Way("growing-0.1", "growing, 10 % on average", {"slow_ratio_shape": "growing"}),
-    Way("shrinking-0.1", "shrinking, 10 % on average", {"slow_ratio_shape": "shrinking"}),
+    Way("growing-0.1", "growing, 10 % on average", {"mode_schedule": "growing"}),
+    Way("shrinking-0.1", "shrinking, 10 % on average", {"mode_schedule": "shrinking"}),
     Way("tail-0.1", "the last 10 %", {"slow_mode_ratio": 0.0, "slow_tail_ratio": 0.1}),
     Way("slow-0.05", "random, 5 %", {"slow_mode_ratio": 0.05}),
-    Way("growing-0.05", "growing, 5 % on average", {"slow_mode_ratio": 0.05, "slow_ratio_shape": "growing"}),
-    Way("shrinking-0.05", "shrinking, 5 % on average", {"slow_mode_ratio": 0.05, "slow_ratio_shape": "shrinking"}),
+    Way("growing-0.05", "growing, 5 % on average", {"slow_mode_ratio": 0.05, "mode_schedule": "growing"}),
+    Way("shrinking-0.05", "shrinking, 5 % on average", {"slow_mode_ratio": 0.05, "mode_schedule": "shrinking"}),
     Way("tail-0.05", "the last 5 %", {"slow_mode_ratio": 0.0, "slow_tail_ratio": 0.05}),
     Way("adaptive", "adaptive", {"mode_schedule": "adaptive"}),
 )

@@ -21,8 +21,8 @@ class Size:
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
-    pretraining_steps: int = 1500
-    train_grids: int = 6000
+    pretraining_steps: int = 1000
+    train_grids: int = 4000
     test_grids: int = 600
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-MODE_SCHEDULES = ("random", "periodic")
+MODE_SCHEDULES = ("random", "periodic", "growing", "shrinking", "adaptive")
 POSITION_IDS = ("original", "compact")
 VIDEO_BUDGETS = ("clip", "frame")
 FUSED_HEAD_LOSSES = ("auto", "on", "off")
@@ -60,7 +60,25 @@ class DualSpeedArguments:
     )
     mode_schedule: str = field(
         default="random",
-        metadata={"help": "'random': each step is slow with probability slow_mode_ratio; 'periodic': every 1/ratio."},
+        metadata={
+            "help": "'random': each step is slow with probability slow_mode_ratio; 'periodic': every 1/ratio; "
+            "'growing', 'shrinking': with a probability that goes from 0 to twice slow_mode_ratio, or back; "
+            "'adaptive': with one that starts at slow_mode_ratio and grows while losses on all tokens lag behind those "
+            "on pruned ones."
+        },
+    )
+    min_slow_mode_ratio: float = field(
+        default=0.02, metadata={"help": "The least slow_mode_ratio of mode_schedule='adaptive', in (0, 1]."}
+    )
+    max_slow_mode_ratio: float = field(
+        default=0.2, metadata={"help": "The greatest slow_mode_ratio of mode_schedule='adaptive', in (0, 1]."}
+    )
+    min_pruning_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "With mode_schedule='adaptive', the pruning ratio moves too, between this and pruning_ratio. None: "
+            "it stays."
+        },
     )
     slow_warmup_steps: int = field(
         default=0,
@@ -181,6 +199,7 @@ class DualSpeedArguments:
         if self.slow_mode_splits != "auto":
             self.slow_mode_splits = as_count("slow_mode_splits", self.slow_mode_splits, "or 'auto'")
         check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
+        self._check_adaptive_schedule()
         check_choice("position_ids", self.position_ids, POSITION_IDS)
         check_choice("video_budget", self.video_budget, VIDEO_BUDGETS)
         if self.plain_path:
@@ -194,6 +213,28 @@ class DualSpeedArguments:
             # batch of B samples holds another number of images.
             self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
+
+    def _check_adaptive_schedule(self) -> None:
+        adaptive = "mode_schedule='adaptive'"
+        for name in ("min_slow_mode_ratio", "max_slow_mode_ratio"):
+            check_range(name, getattr(self, name), 0, 1, left_open=True, off=f"It bounds {adaptive}.")
+        if self.min_pruning_ratio is not None:
+            check_range(
+                "min_pruning_ratio", self.min_pruning_ratio, 0, 1, right_open=True, off="Use None to leave it alone."
+            )
+        if self.mode_schedule != "adaptive":
+            return
+        low, start, high = self.min_slow_mode_ratio, self.slow_mode_ratio, self.max_slow_mode_ratio
+        if not low <= start <= high:
+            raise ValueError(
+                f"`slow_mode_ratio` is {start}, but {adaptive} starts there and keeps between "
+                f"min_slow_mode_ratio={low} and max_slow_mode_ratio={high}. Set the three in this order."
+            )
+        if not self.distillation_weight:
+            raise ValueError(
+                f"`distillation_weight` is 0, but {adaptive} compares the teacher's loss with the student's. Set it "
+                "above 0, or choose another schedule."
+            )
 
     def __getstate__(self) -> dict:
         """Without the Hub's token: the Trainer pickles its arguments beside the model, which is then published."""

@@ -91,21 +91,21 @@ class ModeLosses(TrainerCallback):
     """Sums of the losses since the last log, on the device; a callback, so that each start of training clears them."""
 
     def __init__(self):
-        self._sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._sums = {}
+        self.sums = {}
 
     def add(self, name: str, loss: torch.Tensor) -> None:
         loss = loss.detach().float()
-        self._sums[name] = self._sums[name] + loss if name in self._sums else loss
+        self.sums[name] = self.sums[name] + loss if name in self.sums else loss
 
     def kept(self) -> Callable[[], None]:
         """Puts back, when called, the sums of now."""
-        sums = dict(self._sums)
+        sums = dict(self.sums)
 
         def restore() -> None:
-            self._sums = sums
+            self.sums = sums
 
         return restore
 
@@ -114,16 +114,22 @@ class ModeLosses(TrainerCallback):
 
         `reduction` over ranks is "sum" where each rank's loss is its share of the step's, else "mean".
         """
-        steps = {"fast_loss": FAST, "pruner_loss": FAST, "slow_loss": SLOW, "distillation_loss": SLOW}
-        names = sorted(self._sums)
+        steps = {
+            "fast_loss": FAST,
+            "pruner_loss": FAST,
+            "slow_loss": SLOW,
+            "pruned_loss": SLOW,
+            "distillation_loss": SLOW,
+        }
+        names = sorted(self.sums)
         logs = {
             "fast_steps": window[FAST],
             "slow_steps": window[SLOW],
             "steps_per_second": window["steps_per_second"],
         }
         if names:
-            sums = torch.stack([self._sums[name] for name in names])
+            sums = torch.stack([self.sums[name] for name in names])
             means = accelerator.reduce(sums, reduction=reduction).tolist()
             logs |= {name: mean / max(1, window[steps[name]]) for name, mean in zip(names, means, strict=True)}
-        self._sums = {}
+        self.sums = {}
         return logs

@@ -14,12 +14,17 @@ LINES = {
     "fast_loss": ("fast steps (pruned tokens)", "#0072B2", "o"),
     "slow_loss": ("slow steps (all tokens)", "#D55E00", "s"),
     "distillation_loss": ("distillation", "#009E73", "^"),
+    "slow_mode_ratio": ("adaptive schedule", "#CC79A7", "v"),
 }
-PANELS = {"loss": ("fast_loss", "slow_loss"), "distillation loss": ("distillation_loss",)}
+PANELS = {
+    "loss": ("fast_loss", "slow_loss"),
+    "distillation loss": ("distillation_loss",),
+    "share of slow steps": ("slow_mode_ratio",),
+}
 
 
 def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -> Path:
-    """Draws the losses of fast and slow steps, and below them that of distillation if it was logged, by step.
+    """Draws the losses of fast and slow steps by step, and below them what else was logged of the modes.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.

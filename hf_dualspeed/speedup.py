@@ -197,9 +197,9 @@ def untouched(trainer) -> Iterator[None]:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     python, numpy = random.getstate(), np.random.get_state()
     # Without the optimizer: a schedule-free one would swap weights when it is told that training goes on.
-    kept = {name: getattr(trainer, name) for name in ("optimizer", "_losses", "_micro", "loss_is_scaled_for_ga")}
+    kept = {name: getattr(trainer, name) for name in ("optimizer", "mode_losses", "_micro", "loss_is_scaled_for_ga")}
     last = trainer.mode_pass.last_mode
-    trainer.optimizer, trainer._losses = None, type(trainer._losses)()
+    trainer.optimizer, trainer.mode_losses = None, type(trainer.mode_losses)()
     devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
     try:
         with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):

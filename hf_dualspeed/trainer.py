@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from .adapters import check_adapter
+from .adaptive_schedule import adaptive_schedule_of
 from .arguments import Default, DualSpeedArguments, DualSpeedTrainingArguments, check_keys
 from .batch_parts import can_be_split
 from .callbacks import ModeClock, ModeLosses
@@ -34,7 +35,7 @@ from .protocol import check_positions, check_protocol, unwrap, visual_token_ids
 from .pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
 from .publishing import PublishingMixin
 from .recomputation import Recomputation
-from .schedule import FAST, ModeSchedule
+from .schedule import CHANGING, FAST, ModeSchedule
 from .speedup import is_due, set_aside
 
 logger = logging.getLogger(__name__)
@@ -107,10 +108,11 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.add_callback(ModeClock())
-        self._losses = ModeLosses()
+        self.mode_losses = ModeLosses()
         self._recomputation = Recomputation(args.fast_mode_checkpointing)
-        for callback in (self._losses, self._recomputation):
+        for callback in (self.mode_losses, self._recomputation):
             self.add_callback(callback)
+        self.adaptive_schedule = adaptive_schedule_of(self)
         self._begin_length_batches()
         self._micro = (-1, 0)
         self.feature_cache = feature_cache_of(self)
@@ -193,11 +195,12 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
                 self.args.slow_tail_ratio,
                 running or self._planned_steps(),
             )
-        return self._schedule.mode_at(step)
+        adaptive = self.adaptive_schedule
+        return self._schedule.mode_at(step) if adaptive is None else adaptive.mode_at(self._schedule, step)
 
     def _planned_steps(self) -> int | None:
-        """Optimizer steps of the whole run, asked before it starts; only a slow tail needs them."""
-        if self.args.max_steps > 0 or not self.args.slow_tail_ratio:
+        """Optimizer steps of the whole run, asked before it starts; only a tail and changing ratios need them."""
+        if self.args.max_steps > 0 or not (self.args.slow_tail_ratio or self.args.mode_schedule in CHANGING):
             return max(self.args.max_steps, 0) or None
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
@@ -240,7 +243,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
 
     def _counted(self) -> Callable[[], None]:
         """Puts back, when called, what passes have added up by now; one that runs out of memory may have, too."""
-        return self._losses.kept()
+        return self.mode_losses.kept()
 
     def _slow_parts(self, model, inputs, num_items_in_batch) -> tuple[int, bool]:
         """In how many parts a slow step runs a micro-batch, and whether each is about as small as a fast step's."""
@@ -276,13 +279,16 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         outputs = model(**inputs)
         entropy = mode_pass.cross_entropy(outputs.logits, self.args.label_smoothing_factor)
         entropy = entropy / divisor(num_items_in_batch, outputs.logits)
-        self._losses.add(f"{mode_pass.mode}_loss", entropy)
+        self.mode_losses.add(f"{mode_pass.mode}_loss", entropy)
         loss = entropy + outputs.loss
         if mode_pass.teacher_logits is not None:
             temperature = self.args.distillation_temperature
             both = outputs.logits, mode_pass.teacher_logits
             divergence = self_distillation_loss(*both, temperature, num_items_in_batch, sliced=not mode_pass.plain)
-            self._losses.add("distillation_loss", divergence)
+            self.mode_losses.add("distillation_loss", divergence)
+            if self.adaptive_schedule is not None:
+                pruned = mode_pass.cross_entropy(mode_pass.teacher_logits, self.args.label_smoothing_factor)
+                self.mode_losses.add("pruned_loss", pruned / divisor(num_items_in_batch, outputs.logits))
             loss = loss + self.args.distillation_weight * divergence
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -292,7 +298,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         if auxiliary is not None:  # a mean over the images of this micro-batch
             micro_batches = self.current_gradient_accumulation_steps
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            self._losses.add("pruner_loss", auxiliary / (micro_batches * ranks))
+            self.mode_losses.add("pruner_loss", auxiliary / (micro_batches * ranks))
             loss = loss + auxiliary / (micro_batches if self.loss_is_scaled_for_ga else 1)
         return (loss, outputs) if return_outputs else loss
 
@@ -300,10 +306,15 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
 
     def log(self, logs, start_time=None):
         if "loss" in logs:  # a training log, written on every rank at the same step
-            shares = "sum" if self.args.average_tokens_across_devices else "mean"
-            logs.update(self._losses.pop(self.accelerator, self.clock.window(), shares))
+            logs.update(self.mode_losses.pop(self.accelerator, self.clock.window(), self.loss_shares))
+            logs.update(self.adaptive_schedule.window() if self.adaptive_schedule is not None else {})
             logs.update(self.feature_cache.window() if self.feature_cache is not None else {})
         super().log(logs, start_time)
+
+    @property
+    def loss_shares(self) -> str:
+        """How ranks' losses make up the step's: each is a share of their "sum", or they have a "mean"."""
+        return "sum" if self.args.average_tokens_across_devices else "mean"
 
     def summary(self) -> dict:
         """Settings, steps and wall seconds by mode, as the results file and the model card show them."""

@@ -10,7 +10,7 @@ from tiny import write_fashion_mnist
 
 from hf_dualspeed import fashion_grid
 from hf_dualspeed.examples import load_examples, to_messages
-from hf_dualspeed.fashion_grid import ITEMS, Grid, conversations, grids, load_fashion_grid
+from hf_dualspeed.fashion_grid import ITEMS, LABELS, Grid, conversations, grids, load_fashion_grid
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,8 @@ def test_tiles_lie_where_the_questions_say():
         assert pixels.shape == (168, 168, 3)
         for place, item in enumerate(grid.items):
             row, column = divmod(place, 2)
-            assert (pixels[row * 84 + 42, column * 84 + 42] == 20 * item + 10).all()
+            label = list(LABELS)[item]
+            assert (pixels[row * 84 + 42, column * 84 + 42] == 20 * label + 10).all()
         for question in grid.questions(random.Random(0)):
             if question.kind == "item":
                 row, column = (int(digit) - 1 for digit in re.findall(r"\d", question.text))
@@ -34,7 +35,9 @@ def test_tiles_lie_where_the_questions_say():
 
 
 def test_answers_are_right():
-    asked = Grid(np.zeros((4, 28, 28), np.uint8), (8, 3, 8, 8)).questions(random.Random(1))
+    asked = Grid(np.zeros((4, 28, 28), np.uint8), tuple(map(ITEMS.index, ("bag", "dress", "bag", "bag")))).questions(
+        random.Random(1)
+    )
     assert Counter(question.kind for question in asked) == {"item": 4, "count": 2, "same": 2}
     numbers = {"how often is there a bag?": "three", "how often is there a dress?": "one"}
     for question in asked:

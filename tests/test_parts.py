@@ -263,7 +263,17 @@ LAYERS = [
         "head",
         "mode_pass",
     },
-    {"trainer", "checkpoints", "plain_evaluation", "publishing", "speedup", "sft", "length_batches", "conformance"},
+    {
+        "trainer",
+        "adaptive_schedule",
+        "checkpoints",
+        "plain_evaluation",
+        "publishing",
+        "speedup",
+        "sft",
+        "length_batches",
+        "conformance",
+    },
     {
         "recipe",
         "publish",
