@@ -174,7 +174,7 @@ def test_changing_ratios_have_the_mean_that_was_asked_for(kind):
 
 def test_changing_ratios_count_the_steps_of_the_epochs(tmp_path):
     trainer = make(tmp_path, max_steps=-1, num_train_epochs=2, mode_schedule="growing", slow_mode_ratio=0.5)
-    schedule = ModeSchedule(0.5, "growing", total_steps=8)
+    schedule = ModeSchedule(0.5, "growing", trainer.args.seed, total_steps=8)
     modes = [schedule.mode_at(step) for step in range(8)]
     assert [trainer.mode_at(step) for step in range(8)] == modes
     trainer.train()
