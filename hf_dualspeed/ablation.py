@@ -165,7 +165,7 @@ def execute(run: Run) -> dict:
     """Trains, answers the test questions from all visual tokens and from pruned ones, and writes result.json."""
     task, args = load_task(run.settings.size), _arguments(run)
     set_seed(run.seed)
-    model = build_model(task, run.settings.size, run.seed)
+    model = build_model(task, run.settings.size)
     kind = Trainer if run.way.plain else DualSpeedTrainer
     trainer = kind(model=model, args=args, train_dataset=task.train, data_collator=task.collator("train"))
     # The plain trainer's steps all train on all tokens, which is what slow means.

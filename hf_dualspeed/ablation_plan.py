@@ -87,9 +87,9 @@ def timed(way: Way) -> Way:
 # What is compared in one table, in the order of training.
 GROUPS: dict[str, tuple[Way, ...]] = {
     "parts": (FULL, *PARTS, *map(compact, PARTS)),
-    "slow ratios": (*SLOW_RATIOS, *map(compact, SLOW_RATIOS)),
-    "pruning ratios": (*PRUNING_RATIOS, *map(compact, PRUNING_RATIOS)),
-    "pruners": PRUNERS,
-    "schedules": SCHEDULES,
-    "equal time": tuple(map(timed, (FULL, *PARTS[:-1], *SCHEDULES[1:]))),
+    "schedules": (FULL, *SCHEDULES),
+    "slow ratios": (FULL, *SLOW_RATIOS, *map(compact, SLOW_RATIOS)),
+    "pruning ratios": (FULL, *PRUNING_RATIOS, *map(compact, PRUNING_RATIOS)),
+    "pruners": (FULL, *PRUNERS),
+    "equal time": (FULL, PARTS[-1], *map(timed, (FULL, *PARTS[:-1], *SCHEDULES[1:]))),
 }

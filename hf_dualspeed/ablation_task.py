@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import track
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Dinov2Config, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_dualspeed.ablation_pretraining import pretrained_language_model
+from hf_dualspeed.ablation_pretraining import pretrained_language_model, save_whole, train_plainly
 from hf_dualspeed.ablation_text import Size, language_model_config, talk, tokenizer
 from hf_dualspeed.assemble import IMAGENET_MEAN, IMAGENET_STD, VISION
 from hf_dualspeed.data import IGNORED
@@ -32,9 +33,9 @@ from hf_dualspeed.wheels import default_cache, fetch
 
 PATCHES, FEATURES = 144, 384
 ENCODED_AT_ONCE = 32
-TURNS = 4  # questions in a conversation of the training data
 ASKED = 4  # questions about each grid of the test split
-# Where features and language model are kept, for all runs.
+START_BATCH, START_LEARNING_RATE = 16, 1e-3
+# Where features, language model and start are kept, for all runs.
 STORE = Path("runs/ablation/store")
 
 
@@ -72,7 +73,7 @@ def _encode(made: list[Grid], path: Path, description: str) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """Rows, features, and weights of the language model to start from.
+    """Rows, features, and the weights to start from.
 
     A row is a grid's number, its `input_ids` and their `labels`.
     """
@@ -80,24 +81,29 @@ class Task:
     train: list[dict[str, Any]]
     test: list[dict[str, Any]]
     features: dict[str, np.ndarray]
-    language: dict[str, torch.Tensor]
+    start: dict[str, torch.Tensor]
 
     def collator(self, split: str) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-        """Makes batches of rows of a split: ids, mask and labels `(B, S)`, and features in place of pixels."""
-        features, pad = self.features[split], tokenizer().pad_token_id
+        """The collator for rows of a split."""
+        return _collator(self.features[split])
 
-        def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-            ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True, pad)
-            labels = pad_sequence([torch.tensor(row["labels"]) for row in rows], True, IGNORED)
-            stored = np.stack([features[row["grid"]] for row in rows]).astype(np.float32)
-            return {
-                "input_ids": ids,
-                "attention_mask": (ids != pad).long(),
-                "labels": labels,
-                "pixel_values": torch.from_numpy(stored),
-            }
 
-        return collate
+def _collator(features: np.ndarray) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    """Makes batches of rows: ids, mask and labels `(B, S)`, and features in place of pixels."""
+    pad = tokenizer().pad_token_id
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True, pad)
+        labels = pad_sequence([torch.tensor(row["labels"]) for row in rows], True, IGNORED)
+        stored = np.stack([features[row["grid"]] for row in rows]).astype(np.float32)
+        return {
+            "input_ids": ids,
+            "attention_mask": (ids != pad).long(),
+            "labels": labels,
+            "pixel_values": torch.from_numpy(stored),
+        }
+
+    return collate
 
 
 @cache
@@ -105,14 +111,12 @@ def load_task(size: Size, folder: Path = STORE) -> Task:
     """The task's rows, and features encoded where they are not yet there."""
     counts = {"train": size.train_grids, "test": size.test_grids}
     asked = {split: conversations(split, grids(split, count)) for split, count in counts.items()}
-    train = [
-        encoded(number, questions[start : start + TURNS])
-        for number, questions in enumerate(asked["train"])
-        for start in range(0, len(questions), TURNS)
-    ]
+    train = [encoded(number, questions) for number, questions in enumerate(asked["train"])]
     test = [encoded(number, [one]) for number, questions in enumerate(asked["test"]) for one in questions[:ASKED]]
     features = {split: stored_features(split, count, folder) for split, count in counts.items()}
-    return Task(train, test, features, pretrained_language_model(size, folder))
+    # One half of the images for the model to start from, the other for the runs.
+    half = len(train) // 2
+    return Task(train[half:], test, features, _start(size, folder, train[:half], _collator(features["train"])))
 
 
 def encoded(grid: int, questions: list[Question]) -> dict[str, Any]:
@@ -145,8 +149,15 @@ class StoredStates(nn.Module):
         return BaseModelOutput(last_hidden_state=pixel_values, hidden_states=(pixel_values,))
 
 
-def build_model(task: Task, size: Size, seed: int) -> LlavaForConditionalGeneration:
-    """The model: a language model that has read written grids, and a projector in random weights of the seed."""
+def build_model(task: Task, size: Size) -> LlavaForConditionalGeneration:
+    """The model that all runs start from: trained on all tokens for a while, as models to be fine-tuned are."""
+    model = _new_model(size, STORE)
+    model.load_state_dict(task.start, strict=False)
+    return model
+
+
+def _new_model(size: Size, folder: Path) -> LlavaForConditionalGeneration:
+    """A language model that has read written grids, and a new projector."""
     config = LlavaConfig(
         vision_config=Dinov2Config(hidden_size=FEATURES, num_hidden_layers=1, image_size=168, patch_size=14),
         text_config=language_model_config(size, PATCHES),
@@ -156,10 +167,20 @@ def build_model(task: Task, size: Size, seed: int) -> LlavaForConditionalGenerat
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
-    model = random_model(config, seed)
+    model = random_model(config, 0)
     model.model.vision_tower = StoredStates()
-    model.model.language_model.load_state_dict(task.language)
+    model.model.language_model.load_state_dict(pretrained_language_model(size, folder))
     return model
+
+
+def _start(size: Size, folder: Path, rows: list[dict], collate: Callable) -> dict[str, torch.Tensor]:
+    """The weights that all runs start from, trained where `folder` does not hold them yet."""
+    path = folder / f"start-{size.hidden_size}x{size.layers}x{size.heads}-{size.start_steps}-{len(rows)}.safetensors"
+    if not path.is_file():
+        model = _new_model(size, folder)
+        train_plainly(model, rows, collate, size.start_steps, START_BATCH, START_LEARNING_RATE)
+        save_whole(model.state_dict(), path)
+    return load_file(path)
 
 
 # --- accuracy -----------------------------------------------------------------------------------------------------
