@@ -42,7 +42,7 @@ RUNS = Path("runs/ablation")
 class Settings:
     """What all runs have in common; `threads` is each process's, 0 stands for PyTorch's own number."""
 
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 16
     learning_rate: float = 1e-3
     weight_decay: float = 0.01

@@ -22,7 +22,7 @@ class Size:
     layers: int = 3
     heads: int = 4
     pretraining_steps: int = 1000
-    start_steps: int = 1000
+    start_steps: int = 250
     train_grids: int = 4000
     test_grids: int = 600
 
