@@ -18,7 +18,7 @@ class Way:
 
 
 BASELINE, REFERENCE = "full-tokens", "dualspeed"
-TIMED, COMPACT = "time:", ":compact"
+TIMED, ORIGINAL = "time:", ":original"
 NO_DISTILLATION = {"distillation_weight": 0.0}
 BARE = {"isolator_length": 0, **NO_DISTILLATION}
 FULL = Way(BASELINE, "full tokens", plain=True)
@@ -74,12 +74,12 @@ SCHEDULES = (
 )
 
 # Those with at most half of the slow steps.
-FEWER_SLOW_STEPS = tuple(way for way in SCHEDULES if way.key in ("slow-0.05", "growing-0.05", "tail-0.05", "adaptive"))
+FEWER_SLOW_STEPS = tuple(way for way in SCHEDULES if way.key in ("slow-0.05", "tail-0.05", "adaptive"))
 
 
-def compact(way: Way) -> Way:
-    """The same with the paper's renumbered positions."""
-    return Way(way.key + COMPACT, f"{way.name}, compact", {**way.options, "position_ids": "compact"})
+def original(way: Way) -> Way:
+    """The same with the positions that the kept tokens had."""
+    return Way(way.key + ORIGINAL, f"{way.name}, original", {**way.options, "position_ids": "original"})
 
 
 def timed(way: Way) -> Way:
@@ -89,10 +89,10 @@ def timed(way: Way) -> Way:
 
 # What is compared in one table, in the order of training.
 GROUPS: dict[str, tuple[Way, ...]] = {
-    "parts": (FULL, *PARTS, *map(compact, PARTS)),
+    "parts": (FULL, *PARTS, *map(original, PARTS)),
     "schedules": (FULL, *SCHEDULES),
-    "slow ratios": (FULL, *SLOW_RATIOS, *map(compact, SLOW_RATIOS)),
-    "pruning ratios": (FULL, *PRUNING_RATIOS, *map(compact, PRUNING_RATIOS)),
+    "slow ratios": (FULL, *SLOW_RATIOS, *map(original, SLOW_RATIOS)),
+    "pruning ratios": (FULL, *PRUNING_RATIOS, *map(original, PRUNING_RATIOS)),
     "pruners": (FULL, *PRUNERS),
-    "equal time": (FULL, PARTS[-1], *map(timed, (FULL, *PARTS[:-1], *FEWER_SLOW_STEPS))),
+    "equal time": (FULL, PARTS[-1], *map(timed, (FULL, PARTS[0], *FEWER_SLOW_STEPS))),
 }

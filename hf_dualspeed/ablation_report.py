@@ -11,12 +11,12 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Column, Table
 
-from hf_dualspeed.ablation_plan import BASELINE, COMPACT
+from hf_dualspeed.ablation_plan import BASELINE, ORIGINAL
 from hf_dualspeed.results import markdown_table
 
 HEADER = ("trained with", "all tokens", "pruned tokens", "retention", "seconds", "speed-up", "steps", "slow")
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-LOOKS = {"original positions": ("#0072B2", "o"), "compact positions": ("#D55E00", "s"), "full tokens": ("#000000", "D")}
+LOOKS = {"compact positions": ("#0072B2", "o"), "original positions": ("#D55E00", "s"), "full tokens": ("#000000", "D")}
 
 
 def write_report(results: dict, path: Path) -> None:
@@ -96,7 +96,7 @@ def _draw_group(axis: Axes, results: dict, group: str) -> None:
     ways = results["groups"][group]
     for row, (key, _) in enumerate(ways):
         kind = "full tokens" if key.endswith(BASELINE) else "compact positions"
-        kind = kind if key.endswith((BASELINE, COMPACT)) else "original positions"
+        kind = "original positions" if key.endswith(ORIGINAL) else kind
         colour, marker = LOOKS[kind]
         own = [run["full"]["all"] for run in results["runs"] if run["way"] == key]
         axis.scatter(own, [row] * len(own), s=14, color=colour, marker=marker, linewidths=0)

@@ -96,8 +96,10 @@ class DualSpeedArguments:
     )
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
     position_ids: str = field(
-        default="original",
-        metadata={"help": "'original': kept tokens keep their positions; 'compact': renumbered, as in the paper."},
+        default="compact",
+        metadata={
+            "help": "'compact': kept tokens are renumbered, as in the paper; 'original': they keep their positions."
+        },
     )
     video_budget: str = field(
         default="clip",
