@@ -73,7 +73,7 @@ GPU ?= h100
 BENCH_GPU := $(BIN)/dualspeed bench --scale full --output docs/results/bench_$(GPU)
 bench-gpu: $(STAMP)
 	$(BENCH_GPU)_llava_1_5.json --shape llava-1.5 --rounds 6
-	$(BENCH_GPU)_llava_next.json --shape llava-next --rounds 4 --checkpointing on
+	$(BENCH_GPU)_llava_next.json --shape llava-next --rounds 3 --checkpointing on --batch 3
 	$(BENCH_GPU)_llava_next_off.json --shape llava-next --rounds 6 --checkpointing off --batch 2
 
 conformance: $(STAMP)

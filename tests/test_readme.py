@@ -83,6 +83,9 @@ TABLES = {
     "compare": compare_report.readme_table,
     "bench": bench_report.readme_table,
     "bench_smolvlm": bench_report.readme_table,
+    "bench_h100_llava_1_5": bench_report.readme_table,
+    "bench_h100_llava_next": bench_report.readme_table,
+    "bench_h100_llava_next_off": bench_report.readme_table,
     "bench_growth": bench_growth.readme_table,
     "bench_lengths": bench_lengths.readme_table,
     "bench_profile": bench_profile.readme_table,
@@ -99,11 +102,14 @@ def test_tables_show_the_published_results(page, name):
 
 
 def test_the_first_figures_are_those_of_the_bench():
-    runs = json.loads((ROOT / "docs" / "results" / "bench.json").read_text(encoding="utf-8"))["runs"]
-    of = {(run["shape"], run["checkpointing"]): run["ratios"]["expected_speedup"]["median"] for run in runs}
     said = " ".join(TEXT.split())
-    for checkpointing, words in (("on", "{:.2f}x and {:.2f}x as fast"), ("off", "{:.2f}x and {:.2f}x without")):
-        assert words.format(*(of[shape, checkpointing] for shape in ("llava-1.5", "llava-next"))) in said
+    cpu, gpu = ["bench"], ["bench_h100_llava_1_5", "bench_h100_llava_next", "bench_h100_llava_next_off"]
+    for names, on in ((cpu, "CPU cores {:.2f}x and {:.2f}x"), (gpu, "{:.2f}x and {:.2f}x as fast")):
+        paths = [ROOT / "docs" / "results" / f"{name}.json" for name in names]
+        runs = [run for path in paths for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+        of = {(run["shape"], run["checkpointing"]): run["ratios"]["expected_speedup"]["median"] for run in runs}
+        for checkpointing, words in (("on", on), ("off", "{:.2f}x and {:.2f}x without")):
+            assert words.format(*(of[shape, checkpointing] for shape in ("llava-1.5", "llava-next"))) in said
 
 
 def test_every_pruner_is_listed():
