@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 MODE_SCHEDULES = ("random", "periodic", "growing", "shrinking", "adaptive")
-POSITION_IDS = ("original", "compact")
+POSITION_IDS = ("auto", "original", "compact")
 VIDEO_BUDGETS = ("clip", "frame")
 FUSED_HEAD_LOSSES = ("auto", "on", "off")
 
@@ -96,9 +96,10 @@ class DualSpeedArguments:
     )
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
     position_ids: str = field(
-        default="compact",
+        default="auto",
         metadata={
-            "help": "'compact': kept tokens are renumbered, as in the paper; 'original': they keep their positions."
+            "help": "'compact': kept tokens are renumbered, as in the paper; 'original': they keep their positions; "
+            "'auto': 'original' for models whose positions have rows and columns (M-RoPE), 'compact' for others."
         },
     )
     video_budget: str = field(

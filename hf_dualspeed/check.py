@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from hf_dualspeed.arguments import POSITION_IDS
 from hf_dualspeed.conformance import Batch, Check, check_model
 from hf_dualspeed.data import VisionLanguageCollator
-from hf_dualspeed.protocol import check_positions, check_protocol
+from hf_dualspeed.protocol import check_protocol, position_scheme
 
 QUESTIONS = ("What is this?", "What is the difference between the two?", "What is the capital of France?")
 ANSWER = "I cannot tell."
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
     check_protocol(model)
-    check_positions(model, options.position_ids)
+    position_scheme(model, options.position_ids)
     processor = AutoProcessor.from_pretrained(options.model)
     images = [Image.open(path) for path in options.image] or [pattern(320, 240), pattern(240, 320)]
     checks = check_model(model, batch_of(model, processor, images, options.position_ids))
@@ -38,7 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dualspeed check", description=__doc__)
     parser.add_argument("model", help="a Hub id or a folder with model and processor")
     parser.add_argument("--image", nargs="+", default=[], help="image files; without any, patterns are drawn")
-    parser.add_argument("--position_ids", choices=POSITION_IDS, default="original")
+    parser.add_argument("--position_ids", choices=POSITION_IDS[1:], default="original")
     return parser.parse_args(argv)
 
 

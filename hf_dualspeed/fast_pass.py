@@ -19,7 +19,7 @@ from .encoding import VisualEncoding, encode
 from .isolator import ModeIsolator
 from .layer_pass import LayerPass, check_layers
 from .packing import Packing, one_sample
-from .protocol import RAW_KEYS, check_positions, check_protocol, encoder_owner, raw_keys, unwrap, visual_token_ids
+from .protocol import RAW_KEYS, check_protocol, encoder_owner, position_scheme, raw_keys, unwrap, visual_token_ids
 from .pruners import PrunedTokens, Pruner
 from .pruners.base import unpruned
 from .shortening import FILL, Shortening, plan_shortening
@@ -30,7 +30,7 @@ def prune_inputs(
     inputs: Mapping,
     pruner: Pruner,
     isolator: ModeIsolator | None = None,
-    position_ids: str = "original",
+    position_ids: str = "auto",
     generator: torch.Generator | None = None,
     video_budget: str = "clip",
 ) -> dict:
@@ -42,7 +42,8 @@ def prune_inputs(
         pruner (`Pruner`): keeps K tokens of each image, in front of the language model.
         isolator (`ModeIsolator`, *optional*): l learnt tokens in front of each image's kept tokens.
         position_ids (`str`): "original": each kept token keeps its place, the isolator takes its image's first;
-            "compact": the shortened sequence is renumbered 0, 1, ... (on all three axes for M-RoPE).
+            "compact": the shortened sequence is renumbered 0, 1, ... (on all three axes for M-RoPE); "auto": compact,
+            or original for M-RoPE.
         generator (`torch.Generator`, *optional*): for pruners that draw.
         video_budget (`str`): "clip": the tokens of a video are pruned as one; "frame": those of each frame by
             themselves, each frame behind an isolator of its own.
@@ -56,7 +57,7 @@ def prune_inputs(
         ValueError: the model does not speak the protocol, features and placeholders differ in number, or the pruner
             drops tokens inside the language model.
     """
-    check_options(model, position_ids, video_budget)
+    position_ids = check_options(model, position_ids, video_budget)
     check_inputs(inputs)
     encodings = encode(model, inputs, pruner.needs, video_budget)
     return shorten_inputs(model, inputs, encodings, pruner, isolator, position_ids, generator)
@@ -67,7 +68,7 @@ def prune_visual_tokens(
     model: nn.Module,
     pruner: Pruner,
     isolator: ModeIsolator | None = None,
-    position_ids: str = "original",
+    position_ids: str = "auto",
     generator: torch.Generator | None = None,
     video_budget: str = "clip",
 ) -> Iterator[nn.Module]:
@@ -77,7 +78,7 @@ def prune_visual_tokens(
     then. `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))`
     and raises inside this context.
     """
-    check_options(model, position_ids, video_budget)
+    position_ids = check_options(model, position_ids, video_budget)
     check_pruner(model, pruner)
     layer_passes: list[LayerPass] = []
 
@@ -111,12 +112,12 @@ def prune_visual_tokens(
             handle.remove()
 
 
-def check_options(model: nn.Module, position_ids: str, video_budget: str) -> None:
-    """Raises a `ValueError` for a model that cannot be pruned, or not in this way."""
+def check_options(model: nn.Module, position_ids: str, video_budget: str) -> str:
+    """The scheme of positions; a `ValueError` for a model that cannot be pruned, or not in this way."""
     check_choice("position_ids", position_ids, POSITION_IDS)
     check_choice("video_budget", video_budget, VIDEO_BUDGETS)
     check_protocol(model)
-    check_positions(model, position_ids)
+    return position_scheme(model, position_ids)
 
 
 def check_pruner(model: nn.Module, pruner: Pruner) -> None:

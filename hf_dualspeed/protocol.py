@@ -121,14 +121,22 @@ def check_protocol(model: nn.Module) -> None:
         )
 
 
-def check_positions(model: nn.Module, scheme: str) -> None:
-    """Raises a `ValueError` where the model cannot take positions with gaps."""
+def position_scheme(model: nn.Module, scheme: str) -> str:
+    """What "auto" stands for with this model: "original" where images have rows and columns in its positions (M-RoPE),
+    which renumbering would take away; "compact" elsewhere. Other schemes stand for themselves.
+
+    Raises:
+        ValueError: the model cannot take positions with gaps.
+    """
     outer = unwrap(model)
+    if scheme == "auto":
+        return "compact" if encoder_owner(model, "compute_3d_position_ids") is None else "original"
     if scheme == "original" and family_of(outer.config).places:
         raise ValueError(
             f"position_ids='original' does not work with {type(outer).__name__}: its attention takes position ids for "
             "places in the sequence, so that tokens would see those behind them. Set position_ids='compact'."
         )
+    return scheme
 
 
 def placeholder_id(config, modality: Modality) -> int | None:

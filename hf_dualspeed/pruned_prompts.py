@@ -23,7 +23,7 @@ class PrunedPrompts:
         model (`PreTrainedModel`): The model that generates.
         pruner ([`Pruner`]): One that works in front of the language model.
         isolator ([`ModeIsolator`], *optional*): In front of each image's kept tokens.
-        position_ids (`str`, *optional*, defaults to `"original"`): As in [`prune_inputs`].
+        position_ids (`str`, *optional*, defaults to `"auto"`): As in [`prune_inputs`].
         video_budget (`str`, *optional*, defaults to `"clip"`): As in [`prune_inputs`].
         seed (`int`, *optional*, defaults to 0): For pruners that draw.
         batch (`int`, *optional*, defaults to 0): Number of the next batch. It is part of the seed, so that a batch is
@@ -33,7 +33,7 @@ class PrunedPrompts:
     model: PreTrainedModel
     pruner: Pruner
     isolator: ModeIsolator | None = None
-    position_ids: str = "original"
+    position_ids: str = "auto"
     video_budget: str = "clip"
     seed: int = 0
     batch: int = 0

@@ -31,7 +31,7 @@ from .mode_pass import EVALUATION, NAME, ModePass
 from .model_roles import language_parts
 from .parameter_views import ParameterViews
 from .plain_evaluation import PlainEvaluationMixin
-from .protocol import check_positions, check_protocol, unwrap, visual_token_ids
+from .protocol import check_protocol, position_scheme, unwrap, visual_token_ids
 from .pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
 from .publishing import PublishingMixin
 from .recomputation import Recomputation
@@ -126,7 +126,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
     def _attach(self, model: nn.Module, args: DualSpeedArguments) -> None:
         check_adapter(getattr(model, "active_peft_config", None))
         check_protocol(model)
-        check_positions(model, args.position_ids)
+        positions = position_scheme(model, args.position_ids)
         with torch.random.fork_rng(devices=[]):  # what is learnt starts from the seed, and shifts no other draw
             torch.manual_seed(args.seed)
             isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
@@ -142,7 +142,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         self.mode_pass = ModePass(
             self._pruner,
             isolator,
-            args.position_ids,
+            positions,
             args.video_budget,
             args.supervised_logits_only,
             args.plain_path,
@@ -325,7 +325,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
             "mode_schedule": self.args.mode_schedule,
             "slow_warmup_steps": self.args.slow_warmup_steps,
             "slow_tail_ratio": self.args.slow_tail_ratio,
-            "position_ids": self.args.position_ids,
+            "position_ids": self.mode_pass.position_ids,
             "video_budget": self.args.video_budget,
             "isolator_length": self.args.isolator_length,
             "distillation_weight": self.args.distillation_weight,

@@ -146,7 +146,7 @@ class Checkpoint:
         self.model: PreTrainedModel = model.to(device).eval()
         self.processor: ProcessorMixin = AutoProcessor.from_pretrained(self.folder)
         self.results = read_results(self.folder)
-        self.position_ids = self.results.get("settings", {}).get("position_ids", "original")
+        self.position_ids = self.results.get("settings", {}).get("position_ids", "auto")
         self.isolator = self._isolator()
         self.own_pruner = self._pruner()
         self._warm_up()

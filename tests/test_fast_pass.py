@@ -112,7 +112,7 @@ def test_original_positions_equal_masking_the_dropped_tokens(family, side):
         )
     with torch.no_grad():
         masked = model(**{**inputs, "attention_mask": mask, "position_ids": full_positions}).logits
-        short = prune_inputs(model, inputs, pruner("divprune"))
+        short = prune_inputs(model, inputs, pruner("divprune"), position_ids="original")
         out = model(**short).logits
     torch.testing.assert_close(real(out, short["attention_mask"]), real(masked, mask), rtol=1e-4, atol=1e-5)
     compact = prune_inputs(model, inputs, pruner("divprune"), position_ids="compact")["position_ids"]
@@ -120,6 +120,18 @@ def test_original_positions_equal_masking_the_dropped_tokens(family, side):
     for axis in rows:
         for ids, kept in zip(axis, short["attention_mask"].bool(), strict=True):
             assert ids[kept].tolist() == list(range(int(kept.sum())))
+
+
+def test_positions_left_alone_are_those_that_fit_the_model():
+    """Renumbering would take rows and columns away from M-RoPE, and nothing from others."""
+    for family, scheme in (("llava", "compact"), ("qwen2_5_vl", "original")):
+        model, processor = FAMILIES[family].build("right")
+        inputs = batch(FAMILIES[family], processor, labels=False)
+        chosen, named = (
+            prune_inputs(model, inputs, pruner("divprune"), **given)["position_ids"]
+            for given in ({}, {"position_ids": scheme})
+        )
+        assert torch.equal(chosen, named)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

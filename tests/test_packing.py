@@ -152,7 +152,8 @@ def test_isolator_at_the_start_of_a_row_is_no_sample_of_its_own():
     (sample, *_) = singles("llava", model)
     sample = {key: value[:, 1:] if value.dim() == 2 else value for key, value in sample.items()}  # the image is first
     isolator = ModeIsolator.for_model(model, 3)
-    short = prune_inputs(model, sample, AutoPruner.from_name("divprune", pruning_ratio=0.5), isolator)
+    pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
+    short = prune_inputs(model, sample, pruner, isolator, position_ids="original")
     assert short["position_ids"][0, :4].tolist() == [0, 0, 0, 0]
     assert short["cu_seq_lens_q"].tolist() == [0, short["input_ids"].shape[1]]
     assert torch.isfinite(model(**short).loss)
@@ -176,7 +177,7 @@ def test_sliding_windows_of_packed_samples():
     samples, pruner = singles("aya_vision", model), AutoPruner.from_name("divprune", pruning_ratio=0.5)
     row = packed(model, samples)
     with pytest.raises(ValueError, match="a sliding window of 4 tokens need position_ids='compact'"):
-        prune_inputs(model, row, pruner)
+        prune_inputs(model, row, pruner, position_ids="original")
     with torch.no_grad():
         together = model(**prune_inputs(model, row, pruner, position_ids="compact")).logits[0]
         alone = [model(**prune_inputs(model, s, pruner, position_ids="compact")).logits[0] for s in samples]
