@@ -269,6 +269,8 @@ def _training(results: dict) -> str:
         parts.append(f"Training took {seconds['total']:.0f} seconds in all.")
     if "learning_curve" in results:
         parts.append(f"![Loss of fast and slow steps]({results['learning_curve']})")
+    if "kept_tokens" in results:
+        parts.append(f"![Images, and below them the tokens that fast steps keep of them]({results['kept_tokens']})")
     return "\n\n".join(filter(None, parts))
 
 

@@ -18,7 +18,9 @@ from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
 from hf_dualspeed.evaluation import answer_accuracy
 from hf_dualspeed.examples import to_messages
+from hf_dualspeed.kept_tokens import PICTURE_NAME, draw_images, first_images
 from hf_dualspeed.model_roles import freeze_roles
+from hf_dualspeed.pruned_prompts import PrunedPrompts
 from hf_dualspeed.pruners import PrunerConfig, available_pruners
 from hf_dualspeed.recipe_arguments import RecipeArguments
 from hf_dualspeed.results import print_results, read_results
@@ -61,6 +63,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     if trainer.is_world_process_zero():
         if test is not None and "answer" in test.column_names:
             trainer.facts |= _evaluate(recipe, trainer, train, test)
+        if recipe.card_images:
+            trainer.facts |= _picture(recipe, trainer, train if test is None else test)
         trainer.create_model_card()
         results = read_results(training_args.output_dir)
         print_results(results, training_args.output_dir)
@@ -148,6 +152,18 @@ def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
         asked = test if recipe.eval_limit is None else test.select(range(min(recipe.eval_limit, len(test))))
         found["majority_accuracy"] = majority_accuracy(train, asked)
     return found
+
+
+def _picture(recipe: RecipeArguments, trainer: DualSpeedTrainer, data: Dataset) -> dict:
+    """Draws what the pruner keeps of the data's first different images."""
+    mode_pass = trainer.mode_pass
+    if mode_pass.pruner.in_language_model or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return {}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    prepare = PrunedPrompts(model, mode_pass.pruner, mode_pass.isolator, mode_pass.position_ids)
+    path = Path(trainer.args.output_dir) / PICTURE_NAME
+    rows = first_images(data, recipe.card_images)
+    return {"kept_tokens": draw_images(prepare, trainer.processing_class, rows, path)}
 
 
 def _whole_model(trainer: DualSpeedTrainer, recipe: RecipeArguments):

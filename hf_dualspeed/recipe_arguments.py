@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from hf_dualspeed.arguments import DualSpeedTrainingArguments, as_dict, check_choice, nearest
+from hf_dualspeed.arguments import DualSpeedTrainingArguments, as_dict, check_choice, check_range, nearest
 
 DTYPES = ("float32", "bfloat16", "auto")
 UNREADABLE_IMAGES = ("raise", "skip")
@@ -73,6 +73,13 @@ class RecipeArguments:
     eval_limit: int | None = field(
         default=None, metadata={"help": "Evaluate on the first so many questions only. Unset: on all."}
     )
+    card_images: int = field(
+        default=0,
+        metadata={
+            "help": "So many images of eval_dataset, or of dataset, are drawn with their kept tokens for the model "
+            "card, with which they are published."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that the repositories of model and pruner bring along."}
     )
@@ -81,6 +88,7 @@ class RecipeArguments:
         for name in ("tiny_llava", "lora"):
             setattr(self, name, as_dict(name, getattr(self, name)))
         check_choice("dtype", self.dtype, DTYPES)
+        check_range("card_images", self.card_images, 0, off="Use 0 for a card without images.")
         check_choice("unreadable_images", self.unreadable_images, UNREADABLE_IMAGES)
         if (self.model_name_or_path is None) == (self.tiny_llava is None):
             raise ValueError(

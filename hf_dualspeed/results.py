@@ -39,7 +39,9 @@ STORAGE = ("arrow", "audiofolder", "csv", "generator", "imagefolder", "json", "p
 # list of either, and "*" for any other key. Other keys may hold anything.
 NUMBER = (int, float)
 SHAPE = {
-    **dict.fromkeys(("name", "base_model", "date", "license", "eval_dataset", "eval_split", "learning_curve"), str),
+    **dict.fromkeys(
+        ("name", "base_model", "date", "license", "eval_dataset", "eval_split", "learning_curve", "kept_tokens"), str
+    ),
     **dict.fromkeys(("accuracy", "majority_accuracy", "n"), NUMBER),
     "datasets": [str],
     "tags": [str],

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from overlay import View, view_of
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
@@ -22,6 +21,7 @@ from hf_dualspeed.data import IMAGE_ERRORS, encode
 from hf_dualspeed.hub_io import CONFIG_NAME as PRUNER_NAME
 from hf_dualspeed.hub_io import explained, is_repo_id
 from hf_dualspeed.isolator import saved_length
+from hf_dualspeed.kept_tokens import View, view_of, watch_calls
 from hf_dualspeed.protocol import visual_token_ids
 from hf_dualspeed.pruners.base import pruner_class
 from hf_dualspeed.results import read_results
@@ -202,7 +202,7 @@ class Checkpoint:
         if pruner is None:
             text, probability, seconds = self._generate(inputs)
             return Answer(text, seconds, probability, total, total)
-        calls = watched(pruner)
+        calls, _ = watch_calls(pruner)  # which is this answer's alone
         text, probability, seconds = self._generate(inputs, pruner)
         used = sum(sum(pruned.lengths) for _, pruned in calls)
         isolator = self.isolator.length if self.isolator else 0
@@ -251,14 +251,6 @@ def local_folder(name: str) -> Path:
         raise ValueError(f"{name!r} is neither a folder nor a Hub id 'user/name'.")
     with explained("load", f"the Hub repo {name!r}"):
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
-
-
-def watched(pruner: Pruner) -> list[tuple]:
-    """A list to which each call of the pruner adds the tokens it got and those it gave, grids included."""
-    calls: list[tuple] = []
-    pruner.needs = pruner.needs | {"grid"}
-    pruner.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
-    return calls
 
 
 # --- pruners ------------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ from html import escape
 from pathlib import Path
 
 from inference import Answer, merges
-from overlay import View, data_url, draw
+from overlay import data_url
 from slots import HERE, Pair, Slot
 
 from hf_dualspeed.compare_report import caption, table_rows
+from hf_dualspeed.kept_tokens import View, draw
 from hf_dualspeed.plots import CURVE_NAME
 from hf_dualspeed.results import percent
 

@@ -65,7 +65,7 @@ def test_periodic_ratio_that_is_no_fraction_of_one_warns(caplog):
 def test_bad_schedules_are_named():
     with pytest.raises(ValueError, match=r"`ratio` must be in \[0, 1\], got 1.5"):
         ModeSchedule(1.5)
-    with pytest.raises(ValueError, match="`kind` must be one of 'random', 'periodic', got 'often'"):
+    with pytest.raises(ValueError, match="`kind` must be one of 'random', 'periodic', 'growing', .*, got 'often'"):
         ModeSchedule(kind="often")
     with pytest.raises(ValueError, match="`tail_ratio` needs `total_steps`"):
         ModeSchedule(tail_ratio=0.1)
@@ -292,6 +292,7 @@ LAYERS = [
         "evaluation_data",
         "evaluation_model",
         "pruned_prompts",
+        "kept_tokens",
         "bench",
         "bench_arguments",
         "bench_cached",

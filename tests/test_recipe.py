@@ -1,10 +1,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -12,7 +14,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from hf_dualspeed import kept_tokens
+from hf_dualspeed.kept_tokens import FRAME
 from hf_dualspeed.model_roles import freeze_roles, parameter_roles
+from hf_dualspeed.published_files import published_files
 from hf_dualspeed.recipe_arguments import parse_recipe
 from hf_dualspeed.results import without_paths
 from hf_dualspeed.tiny_llava import build_tiny_llava
@@ -231,6 +236,31 @@ def test_a_run_writes_a_folder_that_transformers_alone_loads(run, tmp_path):
     assert "this model, all visual tokens" in (folder / "README.md").read_text()
     AutoModelForImageTextToText.from_pretrained(folder)
     AutoProcessor.from_pretrained(folder)
+
+
+def test_the_card_shows_kept_tokens_only_where_it_is_asked_to(run, tmp_path):
+    assert "kept_tokens" not in run()
+    results = run("--card_images", "2")
+    assert results["kept_tokens"] == "kept_tokens.png"
+    folder = tmp_path / "run"
+    assert "](kept_tokens.png)" in (folder / "README.md").read_text()
+    with Image.open(folder / "kept_tokens.png") as picture:
+        assert picture.size == (2 * 448 + 16, 2 * 448 + 16)
+        # Below, kept tokens are framed; above is the image as it is.
+        pixels = np.asarray(picture.convert("RGB"))
+    framed = (pixels == FRAME).all(-1)
+    assert not framed[:448].any()
+    assert framed[464:].any()
+    assert "kept_tokens.png" in published_files(folder, (folder / "README.md").read_text())
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_training(run, monkeypatch, caplog):
+    def broken(image):
+        raise OSError("broken image")
+
+    monkeypatch.setattr(kept_tokens, "open_image", broken)
+    assert "kept_tokens" not in run("--card_images", "1")
+    assert "No picture of kept tokens: broken image" in caplog.text
 
 
 def test_a_run_resumes_from_its_last_checkpoint(run, tmp_path):

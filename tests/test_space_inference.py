@@ -10,19 +10,19 @@ import zlib
 from pathlib import Path
 
 import inference
-import overlay
 import pytest
 import slots as places
 import torch
 import views
 from inference import Answer, Checkpoint, InputError, check_question, pruner_names, read_image
-from overlay import COLOURS, View, draw, drawn_shape
+from overlay import COLOURS, drawn_shape
 from PIL import Image
 from slots import Pair, Slot, ask, chosen_names, load_slot
 from tiny_models import FAMILIES, picture
 from tiny_runs import QUESTION, TOKENS
 
-from hf_dualspeed import AutoPruner, available_pruners, prune_inputs
+from hf_dualspeed import AutoPruner, available_pruners, kept_tokens, prune_inputs
+from hf_dualspeed.kept_tokens import View, draw
 from hf_dualspeed.pruners.base import pruner_class
 from hf_dualspeed.pruners.config import budget
 
@@ -170,24 +170,24 @@ def test_the_picture_is_what_the_model_saw(checkpoints):
 
 def test_kept_tokens_are_in_colour_and_others_grey():
     out = draw(View(Image.new("RGB", (32, 32), (20, 60, 210)), 4, 4, {(0, 0), (2, 3)}))
-    cell = overlay.EDGE // 4
+    cell = kept_tokens.EDGE // 4
 
     def middle(row: int, column: int) -> tuple[int, int, int]:
         return out.getpixel((column * cell + cell // 2, row * cell + cell // 2))
 
-    assert out.size == (overlay.EDGE, overlay.EDGE)
+    assert out.size == (kept_tokens.EDGE, kept_tokens.EDGE)
     for row in range(4):
         for column in range(4):
             if (row, column) in {(0, 0), (2, 3)}:
                 assert middle(row, column) == (20, 60, 210)
-                assert out.getpixel((column * cell, row * cell)) == overlay.FRAME
+                assert out.getpixel((column * cell, row * cell)) == kept_tokens.FRAME
             else:
                 red, green, blue = middle(row, column)
                 assert red == green == blue
 
 
 def test_a_picture_of_another_shape_keeps_it():
-    assert draw(View(Image.new("RGB", (64, 16)), 2, 8, {(1, 7)})).size == (overlay.EDGE, overlay.EDGE // 4)
+    assert draw(View(Image.new("RGB", (64, 16)), 2, 8, {(1, 7)})).size == (kept_tokens.EDGE, kept_tokens.EDGE // 4)
 
 
 # --- what visitors give -------------------------------------------------------------------------------------------

@@ -8,14 +8,17 @@ import math
 import os
 import pickle
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, batch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 from hf_dualspeed import (
     AutoPruner,
@@ -166,6 +169,36 @@ def test_modes_follow_the_schedule_and_losses_are_logged_by_mode(tmp_path):
     summary = trainer.summary()
     assert summary["steps"] == {"fast": modes.count("fast"), "slow": modes.count("slow")}
     assert all(seconds > 0 for seconds in summary["seconds"].values())
+
+
+def test_trackers_get_the_metrics_of_each_mode(tmp_path, monkeypatch):
+    """By `report_to`, through transformers' own callback of TensorBoard, with a writer that remembers."""
+    written = {}
+
+    class Writer:
+        def __init__(self, log_dir):
+            pass
+
+        def add_scalar(self, name, value, step):
+            written[name, step] = value
+
+        def add_text(self, *given):
+            pass
+
+        flush = close = add_text
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    options = {"slow_mode_ratio": 0.5, "mode_schedule": "periodic", "report_to": "tensorboard"}
+    trainer = make(tmp_path, **options)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 4
+    for entry in logged:
+        mode = "slow" if entry["slow_steps"] else "fast"
+        names = (f"{mode}_loss", "fast_steps", "slow_steps", "steps_per_second")
+        names += ("distillation_loss",) if mode == "slow" else ()
+        assert {name: written[f"train/{name}", entry["step"]] for name in names} == {n: entry[n] for n in names}
 
 
 def test_slow_tail_counts_the_steps_of_the_epochs(tmp_path):
