@@ -50,8 +50,12 @@ demo: $(STAMP) $(patsubst %,runs/quickstart%/results.json,_full _pruned) runs/qu
 compare: $(STAMP)
 	$(BIN)/dualspeed compare --config trainer_configs/compare.yaml
 
+ABLATION := $(BIN)/dualspeed ablation --output docs/results/ablation
 ablation: $(STAMP)
-	$(BIN)/dualspeed ablation
+	$(ABLATION).json --groups parts
+	$(ABLATION)_slow_ratios.json --groups "slow ratios"
+	$(ABLATION)_schedules.json --groups schedules "equal time"
+	$(ABLATION)_pruners.json --groups "pruning ratios" pruners
 
 CARD := model_cards/quickstart
 cards: $(STAMP)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -92,18 +93,19 @@ def main(argv: list[str]) -> None:
     path = Path(options.output)
     if not options.render_only:
         _check(options)
-        write_json(path, without_paths(ablate(options, path)))
+        command = shlex.join([*COMMAND.split(), *without_paths(argv)])
+        write_json(path, without_paths(ablate(options, path, command)))
     elif not path.is_file():
         raise FileNotFoundError(f"`output` is {str(path)!r}, but there is no such file to render.")
     write_report(json.loads(path.read_text(encoding="utf-8")), path)
 
 
-def ablate(options: argparse.Namespace, path: Path) -> dict:
+def ablate(options: argparse.Namespace, path: Path, command: str) -> dict:
     """Trains the groups that are asked for, and sums up. The results so far are written after each group."""
     settings = _settings(options)
     task = load_task(settings.size)
     head = {
-        "command": COMMAND,
+        "command": command,
         "settings": asdict(settings),
         "seeds": options.seeds,
         "jobs": options.jobs,
@@ -114,13 +116,14 @@ def ablate(options: argparse.Namespace, path: Path) -> dict:
     }
     found: dict[tuple[str, int], dict] = {}
     for group in options.groups:
-        plan = [
-            Run(way, seed, _steps(way, settings, found), settings)
-            for seed in options.seeds
-            for way in GROUPS[group]
-            if (way.key, seed) not in found
-        ]
-        found |= train_all(plan, options.jobs, group)
+        for same_time in (False, True):  # the former tell how long the latter may take
+            plan = [
+                Run(way, seed, _steps(way, settings, found), settings)
+                for seed in options.seeds
+                for way in GROUPS[group]
+                if way.same_time is same_time and (way.key, seed) not in found
+            ]
+            found |= train_all(plan, options.jobs, group)
         write_json(path, without_paths({**head, **summarise(found, options.groups)}))
     return {**head, **summarise(found, options.groups)}
 
@@ -279,8 +282,6 @@ def _check(options: argparse.Namespace) -> None:
         check_choice("groups", group, tuple(GROUPS))
     for seed in options.seeds:
         check_range("seeds", seed, 0, off="Use --seeds 0 1 2.")
-    if "equal time" in options.groups and options.groups[-1] != "equal time":
-        raise ValueError("`groups` must end with 'equal time', which needs the times of the others.")
 
 
 class _Parser(argparse.ArgumentParser):

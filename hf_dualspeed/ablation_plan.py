@@ -73,8 +73,8 @@ SCHEDULES = (
     Way("adaptive", "adaptive", {"mode_schedule": "adaptive"}),
 )
 
-# Those with at most half of the slow steps.
-FEWER_SLOW_STEPS = tuple(way for way in SCHEDULES if way.key in ("slow-0.05", "tail-0.05", "adaptive"))
+# Those that are trained for the time of the reference as well: the extremes, and what has half of its slow steps.
+IN_TIME = (FULL, PARTS[0], PARTS[-1], *(way for way in SCHEDULES if way.key in ("slow-0.05", "tail-0.05", "adaptive")))
 
 
 def original(way: Way) -> Way:
@@ -92,7 +92,7 @@ GROUPS: dict[str, tuple[Way, ...]] = {
     "parts": (FULL, *PARTS, *map(original, PARTS)),
     "schedules": (FULL, *SCHEDULES),
     "slow ratios": (FULL, *SLOW_RATIOS, *map(original, SLOW_RATIOS)),
-    "pruning ratios": (FULL, *PRUNING_RATIOS, *map(original, PRUNING_RATIOS)),
+    "pruning ratios": (FULL, *PRUNING_RATIOS),
     "pruners": (FULL, *PRUNERS),
-    "equal time": (FULL, PARTS[-1], *map(timed, (FULL, PARTS[0], *FEWER_SLOW_STEPS))),
+    "equal time": (*IN_TIME, *(timed(way) for way in IN_TIME if way.key != REFERENCE)),
 }
