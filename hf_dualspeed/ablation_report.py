@@ -21,15 +21,19 @@ LOOKS = {"compact positions": ("#0072B2", "o"), "original positions": ("#D55E00"
 
 def write_report(results: dict, path: Path) -> None:
     """Writes tables and plot beside the results file `path`, and prints the tables."""
-    parts = [caption(results)]
     for group in results["groups"]:
-        parts += [f"## {group.capitalize()}", group_table(results, group)]
         table = Table(*(Column(name, overflow="fold") for name in HEADER), title=group)
         for row in group_rows(results, group):
             table.add_row(*row)
         Console().print(table)
-    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(f"# Ablation\n\n{readme_table(results)}\n", encoding="utf-8")
     plot(results, path.with_suffix(".png"))
+
+
+def readme_table(results: dict) -> str:
+    """The Markdown tables of all groups, behind what their numbers are."""
+    tables = [f"**{group.capitalize()}**\n\n{group_table(results, group)}" for group in results["groups"]]
+    return "\n\n".join([caption(results), *tables])
 
 
 def caption(results: dict) -> str:

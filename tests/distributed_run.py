@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--speedup-rounds", type=int, default=0)
     parser.add_argument("--pruner", default="divprune")
     parser.add_argument("--slow-mode-splits", default="1")
+    parser.add_argument("--adaptive", action="store_true", help="slow steps that follow the losses")
     parser.add_argument("--evaluate", action="store_true", help="on the training samples, after training")
     parser.add_argument("--fused", action="store_true", help="the loss of fast steps by a stand-in for Liger's")
     parser.add_argument("--cache", help="the folder of vision features")
@@ -87,6 +88,8 @@ def main() -> None:
         max_steps=options.max_steps,
         speedup_rounds=options.speedup_rounds,
         slow_mode_ratio=0.5,
+        mode_schedule="adaptive" if options.adaptive else "random",
+        max_slow_mode_ratio=0.9,
         pruner=options.pruner,
         pruning_ratio=0.5,
         slow_mode_splits=options.slow_mode_splits,
@@ -119,6 +122,7 @@ def main() -> None:
     report = {
         "world": trainer.args.world_size,
         "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "ratios": trainer.adaptive_schedule.ratios if options.adaptive else [],
         "modes": [trainer.mode_at(step) for step in range(options.max_steps)],
         "steps": trainer.summary()["steps"],
         "record": trainer.record(),

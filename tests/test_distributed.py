@@ -55,6 +55,16 @@ def assert_same_training(one: Path, two: Path, alone: dict, ranks: list[dict]) -
 
 
 @pytest.mark.distributed
+def test_an_adaptive_schedule_is_the_same_on_all_ranks(tmp_path):
+    options = ("--adaptive", "--max-steps", "10")
+    (alone,) = run(tmp_path / "one", "--batch", "2", *options)
+    ranks = run(tmp_path / "two", "--batch", "1", *options, config=DDP)
+    assert len(set(alone["ratios"])) > 2
+    assert ranks[0]["ratios"] == ranks[1]["ratios"] == pytest.approx(alone["ratios"], rel=1e-3)
+    assert ranks[0]["modes"] == ranks[1]["modes"] == alone["modes"]
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "options",
     [

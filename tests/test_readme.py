@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, batch, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hf_dualspeed
-from hf_dualspeed import bench_growth, bench_lengths, bench_profile, bench_report, cli, compare_report
+from hf_dualspeed import ablation_report, bench_growth, bench_lengths, bench_profile, bench_report, cli, compare_report
 from hf_dualspeed.pruners import pruner_class
 
 ROOT = Path(__file__).parent.parent
@@ -89,8 +89,16 @@ TABLES = {
     "bench_growth": bench_growth.readme_table,
     "bench_lengths": bench_lengths.readme_table,
     "bench_profile": bench_profile.readme_table,
+    "ablation": ablation_report.readme_table,
+    "ablation_slow_ratios": ablation_report.readme_table,
+    "ablation_schedules": ablation_report.readme_table,
+    "ablation_pruners": ablation_report.readme_table,
 }
-PAGES = {"README.md": ["compare", "bench"], "docs/speed.md": [name for name in TABLES if name != "compare"]}
+PAGES = {
+    "README.md": ["compare", "bench"],
+    "docs/speed.md": [name for name in TABLES if name.startswith("bench")],
+    "docs/ablation.md": [name for name in TABLES if name.startswith("ablation")],
+}
 
 
 @pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in PAGES.items() for name in names])
@@ -122,7 +130,14 @@ def test_the_number_of_families_is_that_of_the_conformance_run():
     assert f"checks {len(result['families'])} families" in TEXT
 
 
-PAGES_WITH_LINKS = ["README.md", "CONTRIBUTING.md", "docs/evaluation.md", "docs/speed.md", "docs/supported_models.md"]
+PAGES_WITH_LINKS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/ablation.md",
+    "docs/evaluation.md",
+    "docs/speed.md",
+    "docs/supported_models.md",
+]
 
 
 @pytest.mark.parametrize("name", PAGES_WITH_LINKS)
