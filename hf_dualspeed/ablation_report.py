@@ -42,7 +42,7 @@ def caption(results: dict) -> str:
     size = settings["size"]
     where = here["cpu"] if settings["cpu"] else here["accelerator"]
     return (
-        f"{settings['steps']} optimizer steps of {settings['batch_size']} conversations about {size['train_grids']:,} "
+        f"{settings['steps']} optimizer steps of {settings['batch_size']} conversations about {size['train_grids'] // 2:,} "
         f"grids of Fashion-MNIST; accuracy on {results['n']:,} questions about {size['test_grids']:,} grids of the "
         f"test split, of which the most frequent answer to each kind of question has {results['majority']:.1%}. Mean "
         f"over {len(results['seeds'])} seed(s), in brackets the smallest and the largest value. Retention and speed-up "
@@ -92,7 +92,7 @@ def plot(results: dict, path: Path) -> None:
     handles = {
         label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=11)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     figure.savefig(path)
 
 
@@ -108,7 +108,7 @@ def _draw_group(axis: Axes, results: dict, group: str) -> None:
         axis.scatter(mean, row, s=110, facecolors="none", edgecolors=colour, marker=marker, linewidths=1.8, label=kind)
     base = results["summary"].get(BASELINE)
     if base is not None:
-        axis.axvline(base["full"]["mean"], color="#000000", linestyle="--", linewidth=1, label="full tokens, mean")
+        axis.axvline(base["full"]["mean"], color="#000000", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(ways)), [name for _, name in ways], fontsize=10)
     axis.set_ylim(len(ways) - 0.4, -0.6)
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
