@@ -129,9 +129,10 @@ def position_scheme(model: nn.Module, scheme: str) -> str:
         ValueError: the model cannot take positions with gaps.
     """
     outer = unwrap(model)
+    places = family_of(outer.config).places
     if scheme == "auto":
-        return "compact" if encoder_owner(model, "compute_3d_position_ids") is None else "original"
-    if scheme == "original" and family_of(outer.config).places:
+        return "compact" if places or encoder_owner(model, "compute_3d_position_ids") is None else "original"
+    if scheme == "original" and places:
         raise ValueError(
             f"position_ids='original' does not work with {type(outer).__name__}: its attention takes position ids for "
             "places in the sequence, so that tokens would see those behind them. Set position_ids='compact'."

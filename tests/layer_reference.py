@@ -189,7 +189,8 @@ def removed_logits(model, inputs: dict, stages: dict[int, float], isolator, both
     model.set_attn_implementation("eager")
     (batch, decoder), given = (isolate(model, inputs, isolator.length), model.get_decoder()), {}
     handle = decoder.register_forward_pre_hook(lambda m, a, k: given.update(k), with_kwargs=True)
-    with prune_visual_tokens(model, AutoPruner.from_name("fastv", pruning_ratio=0.0, layer=1), isolator):
+    whole = AutoPruner.from_name("fastv", pruning_ratio=0.0, layer=1)
+    with prune_visual_tokens(model, whole, isolator, "original"):
         model(**inputs)
     handle.remove()
     hidden, positions, places = given["inputs_embeds"], given["position_ids"], batch.real[0]

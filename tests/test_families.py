@@ -146,7 +146,7 @@ def test_paligemma_prefix_stays_bidirectional():
         keep[(kept.positions + torch.arange(3)[:, None] * encoding.lengths[0]).flatten()] = 1
         hidden = mask.clone()
         hidden[ids == encoding.token_id] = keep
-        short = prune_inputs(model, inputs, pruner())
+        short = prune_inputs(model, inputs, pruner(), position_ids="original")
         masked = model(**{**inputs, "attention_mask": hidden, "position_ids": place}).logits
         pruned = model(**short).logits[short["attention_mask"].bool()]
         torch.testing.assert_close(pruned, masked[hidden.bool()], rtol=1e-4, atol=1e-5)
@@ -240,9 +240,9 @@ def test_positions_that_a_family_cannot_take(tmp_path):
     with pytest.raises(
         ValueError, match="position_ids='original' does not work with MiniMaxM3.*Set position_ids='compact'"
     ):
-        prune_inputs(model, batch(family, model), pruner())
+        prune_inputs(model, batch(family, model), pruner(), position_ids="original")
     with pytest.raises(ValueError, match="Set position_ids='compact'"):
-        DualSpeedTrainer(model, arguments(tmp_path), train_dataset=[{}])
+        DualSpeedTrainer(model, arguments(tmp_path, position_ids="original"), train_dataset=[{}])
 
 
 @pytest.mark.parametrize("mode", [FAST, SLOW])

@@ -249,7 +249,7 @@ def test_ratio_zero_is_the_plain_forward(name):
 def test_the_loss_inside_the_context_is_that_of_a_fast_pass(name):
     model = deep(name)
     inputs = batch(FAMILIES[name], model, MIXED, "left")
-    with torch.no_grad(), prune_visual_tokens(model, pyramid(), isolator_of(model)):
+    with torch.no_grad(), prune_visual_tokens(model, pyramid(), isolator_of(model), "original"):
         out = model(**inputs)
     logits, targets = fast(model, inputs, pyramid(), isolator_of(model))
     torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(logits, targets))

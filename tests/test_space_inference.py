@@ -90,10 +90,10 @@ def test_the_isolator_is_the_trained_one_and_counts(checkpoints, monkeypatch):
 
 
 def test_positions_are_those_of_the_training(tiny_runs, tmp_path, checkpoints):
-    folder = tmp_path / "compact"
+    folder = tmp_path / "original"
     shutil.copytree(tiny_runs["dualspeed"], folder)
     results = json.loads((folder / "results.json").read_text())
-    results["settings"]["position_ids"] = "compact"
+    results["settings"]["position_ids"] = "original"
     (folder / "results.json").write_text(json.dumps(results))
     both = (checkpoints["dualspeed"], Checkpoint(str(folder)))
     asked = [checkpoint.answer(IMAGE, QUESTION, checkpoint.pruner("grid", 0.9)) for checkpoint in both]
