@@ -61,7 +61,7 @@ CARD := model_cards/quickstart
 cards: $(STAMP)
 	mkdir -p $(CARD)
 	if test -f runs/quickstart/results.json; then \
-		cp runs/quickstart/results.json runs/quickstart/learning_curve.png $(CARD); fi
+		cp runs/quickstart/results.json runs/quickstart/*.png $(CARD); fi
 	$(BIN)/dualspeed card $(CARD)
 	$(BIN)/dualspeed compare --render-only --card model_cards/compare
 

@@ -73,8 +73,8 @@ SCHEDULES = (
     Way("adaptive", "adaptive", {"mode_schedule": "adaptive"}),
 )
 
-# Those that are trained for the time of the reference as well: the extremes, and what has half of its slow steps.
-IN_TIME = (FULL, PARTS[0], PARTS[-1], *(way for way in SCHEDULES if way.key in ("slow-0.05", "tail-0.05", "adaptive")))
+# Those that are trained for the time of the reference as well: the extremes, and half of its slow steps.
+IN_TIME = (FULL, PARTS[0], PARTS[-1], SLOW_RATIOS[1])
 
 
 def original(way: Way) -> Way:

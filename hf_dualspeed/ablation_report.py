@@ -44,12 +44,12 @@ def caption(results: dict) -> str:
     return (
         f"{settings['steps']} optimizer steps of {settings['batch_size']} conversations about "
         f"{size['train_grids'] // 2:,} grids of Fashion-MNIST; accuracy on {results['n']:,} questions about "
-        f"{size['test_grids']:,} grids of the test split, of which the most frequent answer to each kind of question has "
-        f"{results['majority']:.1%}. Mean over {len(results['seeds'])} seed(s), in brackets the smallest and the largest "
-        "value. Retention and speed-up compare with full tokens of the same seed; the vision tower, whose features are "
-        f"stored, is in no time. Machine: {where}, {results['jobs']} run(s) at a time with {settings['threads']} CPU "
-        f"thread(s) each; torch {installed['torch']}, transformers {installed['transformers']}. Command: "
-        f"`{results['command']}`"
+        f"{size['test_grids']:,} grids of the test split, of which the most frequent answer to each kind of question "
+        f"has {results['majority']:.1%}. Mean over {len(results['seeds'])} seed(s), in brackets the smallest and the "
+        "largest value. Retention and speed-up compare with full tokens of the same seed; the vision tower, whose "
+        f"features are stored, is in no time. Machine: {where}, {results['jobs']} run(s) at a time with "
+        f"{settings['threads']} CPU thread(s) each; torch {installed['torch']}, transformers "
+        f"{installed['transformers']}. Command: `{results['command']}`"
     )
 
 
