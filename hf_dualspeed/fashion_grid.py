@@ -169,7 +169,7 @@ def _read(split: str) -> tuple[np.ndarray, np.ndarray]:
         raise FileNotFoundError(f"`FASHION_MNIST` is {str(folder)!r}, but there is no {paths[0].name} in it.")
     try:
         loaded = load_dataset(HUB, split=split)
-    except Exception as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"Fashion-MNIST is neither in {FOLDER} nor can it be loaded from the Hub ({HUB}): {error}. Install "
             "Debian's package dataset-fashion-mnist, or set FASHION_MNIST to a folder with its authors' four .gz files."
