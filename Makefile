@@ -54,8 +54,8 @@ ABLATION := $(BIN)/dualspeed ablation --output docs/results/ablation
 ablation: $(STAMP)
 	$(ABLATION).json --groups parts
 	$(ABLATION)_slow_ratios.json --groups "slow ratios"
-	$(ABLATION)_schedules.json --groups schedules "equal time" --seeds 0 1
-	$(ABLATION)_pruners.json --groups "pruning ratios" pruners --seeds 0
+	$(ABLATION)_schedules.json --groups schedules "equal time"
+	$(ABLATION)_pruners.json --groups "pruning ratios" pruners
 
 CARD := model_cards/quickstart
 cards: $(STAMP)
