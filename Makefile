@@ -53,6 +53,7 @@ compare: $(STAMP)
 ABLATION := $(BIN)/dualspeed ablation --output docs/results/ablation
 ablation: $(STAMP)
 	$(ABLATION).json --groups parts
+	$(ABLATION)_longer.json --steps 800 --groups parts "parts in equal time"
 	$(ABLATION)_slow_ratios.json --groups "slow ratios"
 	$(ABLATION)_schedules.json --groups schedules "equal time"
 	$(ABLATION)_pruners.json --groups "pruning ratios" pruners

@@ -64,8 +64,8 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where its result is kept, for another start to find it."""
-        return RUNS / f"{self.way.key.replace(':', '-')}-seed{self.seed}"
+        """Where its result is kept, beside those of other settings, for another start to find it."""
+        return RUNS / f"{self.way.key.replace(':', '-')}-seed{self.seed}-{self.fingerprint()[:8]}"
 
     def fingerprint(self) -> str:
         """Tells apart runs whose numbers may not be mixed: by way, seed, settings, versions and machine."""

@@ -77,9 +77,10 @@ SCHEDULES = (
     *FEWER_SLOW,
 )
 
+EXTREMES = (FULL, PARTS[0], PARTS[-1])
 # Those that are trained for the time of the reference as well: the extremes, and those with fewer slow steps, whose
 # time goes into more of the fast ones.
-IN_TIME = (FULL, PARTS[0], PARTS[-1], *FEWER_SLOW)
+IN_TIME = (*EXTREMES, *FEWER_SLOW)
 
 
 def original(way: Way) -> Way:
@@ -95,6 +96,7 @@ def timed(way: Way) -> Way:
 # What is compared in one table, in the order of training.
 GROUPS: dict[str, tuple[Way, ...]] = {
     "parts": (FULL, *PARTS, *map(original, PARTS)),
+    "parts in equal time": (*EXTREMES, timed(FULL), timed(PARTS[0])),
     "schedules": (FULL, *SCHEDULES),
     "slow ratios": (FULL, *SLOW_RATIOS, *map(original, SLOW_RATIOS)),
     "pruning ratios": (FULL, *PRUNING_RATIOS),

@@ -85,14 +85,15 @@ def test_a_second_start_trains_nothing(results, place, monkeypatch):
 
 
 def test_other_settings_are_another_run(place, results):
+    """Neither is taken for the other, and neither overwrites the other's result."""
     way = GROUPS["parts"][1]
-    prints = {
-        ablation.Run(way, seed, steps, settings).fingerprint()
+    runs = [
+        ablation.Run(way, seed, steps, settings)
         for seed in (0, 1)
         for steps in (3, 4)
         for settings in (ablation.Settings(), ablation.Settings(learning_rate=2e-3))
-    }
-    assert len(prints) == 8
+    ]
+    assert len({run.fingerprint() for run in runs}) == len({run.folder for run in runs}) == 8
 
 
 def test_processes_of_their_own_find_the_same(place, results):
