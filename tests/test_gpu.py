@@ -10,7 +10,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 from pruner_cases import build, shortens, tokens
+from test_adaptive_schedule import ADAPTIVE
 from test_bench import FLAGS, tiny_bench
+from test_evaluate import evaluate, folder, made, texts  # noqa: F401
 from test_trainer import history, make
 from tiny_models import FAMILIES
 
@@ -53,8 +55,8 @@ def test_a_fast_step_waits_where_a_tensor_needs_a_size(tmp_path):
     print(waits)  # those of transformers too
     ours = Counter()
     for place, count in waits.items():
-        folder, file = place.split(":")[0].split("/")
-        ours.update({file: count} if folder in ("hf_dualspeed", "pruners") else {})
+        parent, file = place.split(":")[0].split("/")
+        ours.update({file: count} if parent in ("hf_dualspeed", "pruners") else {})
     # The length of the shortened batch, and the supervised positions.
     assert ours == {"shortening.py": 1, "mode_pass.py": 1}
 
@@ -108,3 +110,37 @@ def test_the_bench_runs(tmp_path, kind):
     if not kind:
         assert all(run["device_waits"]["fast"] for run in results["runs"])
         assert "Waits for the device, and in brackets" in path.with_suffix(".md").read_text()
+
+
+def test_an_adaptive_schedule_follows_losses_without_waiting(tmp_path, monkeypatch):
+    schedules = {}
+    for device in ("cpu", "cuda"):
+        trainer = make(tmp_path, max_steps=12, optim="sgd", use_cpu=device == "cpu", **ADAPTIVE)
+        schedule = schedules[device] = trainer.adaptive_schedule
+        monkeypatch.setattr(schedule, "on_step_end", never_waiting(schedule.on_step_end))
+        trainer.train()
+    assert len(schedules["cuda"].ratios) > 3
+    assert schedules["cuda"].steps == schedules["cpu"].steps
+    assert schedules["cuda"].ratios == pytest.approx(schedules["cpu"].ratios, rel=1e-2)
+
+
+def never_waiting(function):
+    """`function`, with an error where it waits for all that the device has to do."""
+
+    def watched(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return watched
+
+
+def test_evaluation_answers_as_on_the_cpu(folder, monkeypatch):  # noqa: F811
+    answers, words = {}, ["--pruner", "divprune", "--pruning_ratio", "0.5", "--overwrite"]
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda device=device: device == "cuda")
+        assert evaluate(*words) == 0
+        answers[device] = [texts(view) for view in ("full", "divprune-0.5")]
+    assert answers["cuda"] == answers["cpu"]

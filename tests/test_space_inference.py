@@ -128,7 +128,7 @@ def test_every_pruner_that_is_offered_answers(checkpoints):
 def test_a_learnt_pruner_is_offered_where_its_weights_are(checkpoints, monkeypatch):
     own = AutoPruner.from_name("dynamicvit", hidden_size=32, pruning_ratio=0.9)
     checkpoint = checkpoints["pruned"]
-    monkeypatch.setattr(checkpoint, "own_pruner", own)
+    monkeypatch.setattr(checkpoint, "own_pruner", own.to(checkpoint.model.device))
     assert "dynamicvit" in pruner_names(list(checkpoints.values()))
     pruner = checkpoint.pruner("dynamicvit", 0.5)
     assert checkpoint.answer(IMAGE, QUESTION, pruner).used == 32

@@ -187,7 +187,7 @@ def test_trackers_get_the_metrics_of_each_mode(tmp_path, monkeypatch):
 
         flush = close = add_text
 
-    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     options = {"slow_mode_ratio": 0.5, "mode_schedule": "periodic", "report_to": "tensorboard"}
     trainer = make(tmp_path, **options)
