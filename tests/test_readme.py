@@ -90,6 +90,7 @@ TABLES = {
     "bench_lengths": bench_lengths.readme_table,
     "bench_profile": bench_profile.readme_table,
     "ablation": ablation_report.readme_table,
+    "ablation_longer": ablation_report.readme_table,
     "ablation_slow_ratios": ablation_report.readme_table,
     "ablation_schedules": ablation_report.readme_table,
     "ablation_pruners": ablation_report.readme_table,
