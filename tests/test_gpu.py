@@ -32,16 +32,25 @@ def on_device(batch):
     return batch
 
 
+def never_waiting(function):
+    """`function`, with an error where it waits for all that the device has to do."""
+
+    def watched(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return watched
+
+
 @pytest.mark.parametrize("name", [name for name in available_pruners() if shortens(name)])
 def test_selection_never_waits_for_the_device(name):
     pruner = build(name, pruning_ratio=0.75).cuda()
     batch = on_device(tokens((6, 6), (4, 7)))
     pruner(batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        pruner(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waiting(pruner)(batch)
 
 
 def test_large_images_are_chosen_from_without_waiting(monkeypatch):
@@ -122,19 +131,6 @@ def test_an_adaptive_schedule_follows_losses_without_waiting(tmp_path, monkeypat
     assert len(schedules["cuda"].ratios) > 3
     assert schedules["cuda"].steps == schedules["cpu"].steps
     assert schedules["cuda"].ratios == pytest.approx(schedules["cpu"].ratios, rel=1e-2)
-
-
-def never_waiting(function):
-    """`function`, with an error where it waits for all that the device has to do."""
-
-    def watched(*args, **kwargs):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    return watched
 
 
 def test_evaluation_answers_as_on_the_cpu(folder, monkeypatch):  # noqa: F811
