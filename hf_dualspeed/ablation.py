@@ -65,18 +65,20 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where its result is kept, beside those of other settings, for another start to find it."""
-        return RUNS / f"{self.way.key.replace(':', '-')}-seed{self.seed}-{self.fingerprint()[:8]}"
+        return RUNS / f"seed{self.seed}-{self.fingerprint()[:16]}"
 
     def fingerprint(self) -> str:
-        """Tells apart runs whose numbers may not be mixed: by way, seed, settings, versions and machine."""
-        own = [asdict(self.way) | {"name": ""}, self.seed, self.steps, asdict(self.settings), versions(), _hardware()]
+        """Tells apart runs whose numbers may not be mixed: by options, seed, settings, versions and machine. Ways of
+        several groups that train alike, for as many steps, are one run."""
+        way = [self.way.plain, self.way.options]
+        own = [way, self.seed, self.steps, asdict(self.settings), versions(), _hardware()]
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
     def finished(self) -> dict | None:
         """What it has found, if it is over."""
         path = self.folder / "result.json"
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found if found.get("fingerprint") == self.fingerprint() else None
+        return found | {"way": self.way.key} if found.get("fingerprint") == self.fingerprint() else None
 
 
 def main(argv: list[str]) -> None:
@@ -219,7 +221,7 @@ def _arguments(run: Run) -> DualSpeedTrainingArguments:
 def _steps(way: Way, settings: Settings, found: dict[tuple[str, int], dict]) -> int:
     """Steps of a way: those of all, or as many as it takes in the time of the reference, by the runs so far."""
     if not way.same_time:
-        return settings.steps
+        return round(settings.steps / way.speed_up)
 
     def of(key: str) -> float:
         return mean(result["seconds"] for (own, _), result in found.items() if own == key)

@@ -1,4 +1,7 @@
-"""What the ablation trains: ways to train, and the groups in which they are compared."""
+"""What the ablation trains: ways to train, and the groups in which they are compared.
+
+Every way says all that it depends on, so that results keep their meaning when defaults change.
+"""
 
 from __future__ import annotations
 
@@ -15,72 +18,68 @@ class Way:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     plain: bool = False  # transformers.Trainer on all tokens
     same_time: bool = False  # as many steps as the reference's time allows, not as many as the reference has
+    speed_up: float = 1.0  # the steps of all, divided by this
 
 
 BASELINE, REFERENCE = "full-tokens", "dualspeed"
-TIMED, ORIGINAL = "time:", ":original"
-NO_DISTILLATION = {"distillation_weight": 0.0}
-BARE = {"isolator_length": 0, **NO_DISTILLATION}
+TIMED, ORIGINAL, PAPER = "time:", ":original", "paper:"
+# What the fast view consists of: the other tokens averaged into the kept ones, which then count for as many; or, as the
+# paper has it, tokens that are kept as they are, and the others gone.
+MERGED = {"proportional_attention": True}
+DISCARDED = {"proportional_attention": False, "pruner_kwargs": {"dropped_tokens": "discard"}}
+# What else a run may have, one after the other.
+NONE = {"slow_mode_ratio": 0.0, "isolator_length": 0, "distillation_weight": 0.0}
+ISOLATED, DISTILLED = {"isolator_length": 4}, {"distillation_weight": 1.0}
+ALL = {**ISOLATED, **DISTILLED}
+
+
+def slow(ratio: float) -> dict[str, float]:
+    return {"slow_mode_ratio": ratio}
+
+
 FULL = Way(BASELINE, "full tokens", plain=True)
+DUALSPEED = Way(REFERENCE, "DualSpeed", {**MERGED, **NONE, **ALL, **slow(0.05)})
 # The paper's own ablation: each has one thing more than the one before.
+PAPERS = (
+    Way("paper:pruned-only", "the paper's: pruned only", {**DISCARDED, **NONE}),
+    Way("paper:fast-slow", "the paper's: + 10 % slow", {**DISCARDED, **NONE, **slow(0.1)}),
+    Way("paper:isolator", "the paper's: + isolator", {**DISCARDED, **NONE, **slow(0.1), **ISOLATED}),
+    Way("paper:dualspeed", "the paper's: + distillation", {**DISCARDED, **NONE, **slow(0.1), **ALL}),
+)
+# The same with a fast view that looks like the full one.
+MERGED_ONLY = Way("pruned-only", "merged, log(size)", {**MERGED, **NONE})
 PARTS = (
-    Way("pruned-only", "pruned only", {"slow_mode_ratio": 0.0, **BARE}),
-    Way("fast-slow", "+ fast-slow", BARE),
-    Way("isolator", "+ isolator", NO_DISTILLATION),
-    Way(REFERENCE, "+ distillation: DualSpeed"),
+    Way("sizes-only", "log(size), others gone", {**DISCARDED, **MERGED, **NONE}),
+    Way("merged-only", "merged, no log(size)", {"proportional_attention": False, **NONE}),
+    MERGED_ONLY,
+    Way("fast-slow", "+ 5 % slow", {**MERGED, **NONE, **slow(0.05)}),
+    Way("isolator", "+ isolator", {**MERGED, **NONE, **slow(0.05), **ISOLATED}),
+    DUALSPEED,
 )
 SLOW_RATIOS = (
-    Way("slow-0", "0 % slow steps", {"slow_mode_ratio": 0.0}),
-    Way("slow-0.05", "5 % slow steps", {"slow_mode_ratio": 0.05}),
-    Way(REFERENCE, "10 % slow steps"),
-    Way("slow-0.2", "20 % slow steps", {"slow_mode_ratio": 0.2}),
-)
-PRUNING_RATIOS = (
-    Way("pruning-0.5", "50 % pruned", {"pruning_ratio": 0.5}),
-    Way("pruning-0.75", "75 % pruned", {"pruning_ratio": 0.75}),
-    Way(REFERENCE, "90 % pruned"),
-    Way("pruning-0.95", "95 % pruned", {"pruning_ratio": 0.95}),
-)
-# Those that need no more of the tower than what it returns.
-PRUNERS = (
-    Way(REFERENCE, "divprune"),
     *(
-        Way(f"pruner-{name}", name, {"pruner": name})
-        for name in (
-            "random",
-            "grid",
-            "avg_pool",
-            "tome",
-            "cdpruner",
-            "trim",
-            "token_learner",
-            "dynamicvit",
-            "fastv",
-            "pyramiddrop",
-        )
+        Way(f"{PAPER}slow-{ratio}", f"the paper's: {ratio:.0%} slow", {**DISCARDED, **NONE, **ALL, **slow(ratio)})
+        for ratio in (0.0, 0.02, 0.05)
+    ),
+    PAPERS[-1],
+    *(
+        Way(f"slow-{ratio}", f"merged: {ratio:.0%} slow", {**MERGED, **NONE, **ALL, **slow(ratio)})
+        for ratio in (0.0, 0.02, 0.05, 0.1)
     ),
 )
-# With about half of the reference's slow steps, or, like the adaptive one, with as many as it finds worth their time.
-FEWER_SLOW = (
-    Way("slow-0.05", "random, 5 %", {"slow_mode_ratio": 0.05}),
-    Way("growing-0.05", "growing, 5 % on average", {"slow_mode_ratio": 0.05, "mode_schedule": "growing"}),
-    Way("shrinking-0.05", "shrinking, 5 % on average", {"slow_mode_ratio": 0.05, "mode_schedule": "shrinking"}),
-    Way("tail-0.05", "the last 5 %", {"slow_mode_ratio": 0.0, "slow_tail_ratio": 0.05}),
-    Way("adaptive", "adaptive", {"mode_schedule": "adaptive"}),
+RATIOS = (0.5, 0.75, 0.9, 0.95)
+PRUNING_RATIOS = tuple(
+    Way(f"{kind}pruning-{ratio}", f"{name}{ratio:.0%} pruned", {**options, "pruning_ratio": ratio})
+    for kind, name, options in ((PAPER, "the paper's: ", PAPERS[-1].options), ("", "merged: ", DUALSPEED.options))
+    for ratio in RATIOS
 )
-SCHEDULES = (
-    Way(REFERENCE, "random, 10 %"),
-    Way("periodic-0.1", "every 10th", {"mode_schedule": "periodic"}),
-    Way("growing-0.1", "growing, 10 % on average", {"mode_schedule": "growing"}),
-    Way("shrinking-0.1", "shrinking, 10 % on average", {"mode_schedule": "shrinking"}),
-    Way("tail-0.1", "the last 10 %", {"slow_mode_ratio": 0.0, "slow_tail_ratio": 0.1}),
-    *FEWER_SLOW,
+# Those that need no more of the tower than what it returns.
+SELECTING = ("divprune", "random", "grid", "cdpruner", "dynamicvit", "fastv", "pyramiddrop")
+MERGING = ("avg_pool", "tome", "trim", "token_learner")
+PRUNERS = (
+    *(Way(f"{PAPER}pruner-{n}", f"discarding: {n}", {**PAPERS[-1].options, "pruner": n}) for n in SELECTING),
+    *(Way(f"pruner-{n}", n, {**DUALSPEED.options, "pruner": n}) for n in (*SELECTING, *MERGING)),
 )
-
-EXTREMES = (FULL, PARTS[0], PARTS[-1])
-# Those that are trained for the time of the reference as well: the extremes, and those with fewer slow steps, whose
-# time goes into more of the fast ones.
-IN_TIME = (*EXTREMES, *FEWER_SLOW)
 
 
 def original(way: Way) -> Way:
@@ -93,13 +92,28 @@ def timed(way: Way) -> Way:
     return Way(TIMED + way.key, f"{way.name}, same time", way.options, way.plain, same_time=True)
 
 
+def of_seven_billion(speed_up: float) -> Way:
+    """Full tokens for the steps that fit into DualSpeed's time where a model of 7 B parameters has this speed-up."""
+    return Way(f"7b:{speed_up}", f"full tokens, same time at {speed_up}x", plain=True, speed_up=speed_up)
+
+
+# The speed-ups of the paper's DualSpeed measured at 7 B parameters, LLaVA-1.5 and LLaVA-NeXT.
+MEASURED = (2.83, 3.81)
 # What is compared in one table, in the order of training.
 GROUPS: dict[str, tuple[Way, ...]] = {
-    "parts": (FULL, *PARTS, *map(original, PARTS)),
-    "parts in equal time": (*EXTREMES, timed(FULL), timed(PARTS[0])),
-    "schedules": (FULL, *SCHEDULES),
-    "slow ratios": (FULL, *SLOW_RATIOS, *map(original, SLOW_RATIOS)),
+    "parts": (FULL, *PAPERS, *PARTS),
+    "slow ratios": (FULL, *SLOW_RATIOS),
+    "equal time": (
+        FULL,
+        PAPERS[-1],
+        MERGED_ONLY,
+        DUALSPEED,
+        timed(FULL),
+        timed(PAPERS[-1]),
+        timed(MERGED_ONLY),
+        *map(of_seven_billion, MEASURED),
+    ),
+    "positions": (FULL, *(way for own in (MERGED_ONLY, DUALSPEED) for way in (own, original(own)))),
     "pruning ratios": (FULL, *PRUNING_RATIOS),
     "pruners": (FULL, *PRUNERS),
-    "equal time": (*IN_TIME, *(timed(way) for way in IN_TIME if way.key != REFERENCE)),
 }

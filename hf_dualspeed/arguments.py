@@ -102,6 +102,13 @@ class DualSpeedArguments:
             "'auto': 'original' for models whose positions have rows and columns (M-RoPE), 'compact' for others."
         },
     )
+    proportional_attention: bool = field(
+        default=True,
+        metadata={
+            "help": "In fast mode, and for the teacher, add log(s) to the attention logits of a kept token that stands "
+            "for s tokens, so that an image keeps its share of the attention. False is the paper's."
+        },
+    )
     video_budget: str = field(
         default="clip",
         metadata={

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
 from threading import Lock
 from typing import Protocol
 
@@ -132,21 +131,28 @@ def obstacle_of(layer: nn.Module, query, key, mask, rest: tuple, options: dict) 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 _lock, _open = Lock(), 0
 _lookup = AttentionInterface.get_interface
+_change: Callable[[str, Callable, nn.Module], Callable | None] | None = None
 
 
-@wraps(_lookup)
 def _heard_lookup(self, attn_implementation: str, default: Callable) -> Callable:
     function, listener = _lookup(self, attn_implementation, default), _listener.get()
-    if listener is None:
-        return function
 
-    @wraps(function)
     def heard(module, query, key, value, attention_mask=None, *rest, **options):
-        if listener.listens_to(module):
+        if listener is not None and listener.listens_to(module):
             listener.hear(module, query, key, attention_mask, rest, options)
-        return function(module, query, key, value, attention_mask, *rest, **options)
+        changed = None if _change is None else _change(attn_implementation or "eager", function, module)
+        return (changed or function)(module, query, key, value, attention_mask, *rest, **options)
 
-    return heard
+    return function if listener is None and _change is None else heard
+
+
+def change_calls(change: Callable[[str, Callable, nn.Module], Callable | None]) -> None:
+    """From now on, `change(implementation, function, layer)` may give a function to call in place of a layer's own
+    attention function, or None."""
+    global _change
+    with _lock:
+        _change = change
+        AttentionInterface.get_interface = _heard_lookup
 
 
 @contextmanager
@@ -166,7 +172,7 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
         with _lock:
             _open -= 1
-            if not _open:
+            if not _open and _change is None:
                 AttentionInterface.get_interface = _lookup
 
 
@@ -299,3 +305,16 @@ def rows_of_mask(
     if window is not None:
         allowed = allowed & (keys > places - window)
     return allowed if mask is None else allowed & mask[:, None, None].bool()
+
+
+def allowed_rows(layer: nn.Module, query: torch.Tensor, keys: int, mask: torch.Tensor | None, options: dict) -> torch.Tensor:
+    """What the queries `(B, H, Q, d)` may see of the last `keys` keys, where FlashAttention is told by `mask` `(B, K)`
+    of what is no padding, by windows and by the ends of packed samples: `(B, 1, Q, K)`, of booleans."""
+    index = torch.arange(keys, device=query.device)
+    places = index[keys - query.shape[2] :]
+    allowed = rows_of_mask(layer, places.expand(len(query), -1), keys, mask, options)
+    ends = options.get("cu_seq_lens_k")
+    if ends is not None:
+        sample = torch.searchsorted(ends, index, right=True)
+        allowed = allowed & (sample[places][:, None] == sample)
+    return allowed

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
 
@@ -19,6 +20,7 @@ from .encoding import VisualEncoding, encode
 from .isolator import ModeIsolator
 from .layer_pass import LayerPass, check_layers
 from .packing import Packing, one_sample
+from .proportional_attention import carry, check_used, key_sizes_of
 from .protocol import RAW_KEYS, check_protocol, encoder_owner, position_scheme, raw_keys, unwrap, visual_token_ids
 from .pruners import PrunedTokens, Pruner
 from .pruners.base import unpruned
@@ -33,6 +35,7 @@ def prune_inputs(
     position_ids: str = "auto",
     generator: torch.Generator | None = None,
     video_budget: str = "clip",
+    proportional_attention: bool = True,
 ) -> dict:
     """Encodes the images of a batch, prunes their tokens and shortens every `[B, S]` tensor alike.
 
@@ -47,20 +50,25 @@ def prune_inputs(
         generator (`torch.Generator`, *optional*): for pruners that draw.
         video_budget (`str`): "clip": the tokens of a video are pruned as one; "frame": those of each frame by
             themselves, each frame behind an isolator of its own.
+        proportional_attention (`bool`): a kept token that stands for s tokens gets log(s) added to its attention
+            logits in every layer of the language model; False is the paper's.
 
     Returns:
-        `dict`: for `model(**short)` and `model.generate(**short)`. It holds no pixels. A batch without images comes
-        back as it is. `generate` expands its tensors in place for beams, so make a new one for each call; to go on
+        `dict`: for `model(**short)` and `model.generate(**short)` of this very model, which knows from now on how to
+        take the sizes that lie in it. It holds no pixels. A batch without images comes back as it is. Where
+        activations are recomputed, run backward before the model's next call. `generate` expands its tensors in place for beams, so make a new one for each call; to go on
         from its cache, prune with `position_ids="compact"`, for transformers numbers what follows by counting.
 
     Raises:
-        ValueError: the model does not speak the protocol, features and placeholders differ in number, or the pruner
-            drops tokens inside the language model.
+        ValueError: the model does not speak the protocol, features and placeholders differ in number, the pruner
+            drops tokens inside the language model, or, when the model is called, its attention cannot be made
+            proportional.
     """
     position_ids = check_options(model, position_ids, video_budget)
     check_inputs(inputs)
     encodings = encode(model, inputs, pruner.needs, video_budget)
-    return shorten_inputs(model, inputs, encodings, pruner, isolator, position_ids, generator)
+    short, log_sizes = shorten_inputs(model, inputs, encodings, pruner, isolator, position_ids, generator)
+    return short if log_sizes is None or not proportional_attention else carry(model, short, log_sizes)
 
 
 @contextmanager
@@ -71,6 +79,7 @@ def prune_visual_tokens(
     position_ids: str = "auto",
     generator: torch.Generator | None = None,
     video_budget: str = "clip",
+    proportional_attention: bool = True,
 ) -> Iterator[nn.Module]:
     """[`prune_inputs`] as a context: `model(**inputs)` runs pruned inside it.
 
@@ -81,24 +90,34 @@ def prune_visual_tokens(
     position_ids = check_options(model, position_ids, video_budget)
     check_pruner(model, pruner)
     layer_passes: list[LayerPass] = []
+    key_sizes = key_sizes_of(model)
 
     def shorten(module, args, kwargs):
         if args:
             raise ValueError("Inside `prune_visual_tokens` call the model with keyword arguments: model(**inputs).")
         if kwargs.get("mm_encoder_outputs") is not None or kwargs.get("past_key_values") is not None:
             raise ValueError("`prune_visual_tokens` covers forward. Use model.generate(**prune_inputs(model, ...)).")
-        if not pruner.in_language_model:
-            return (), prune_inputs(model, kwargs, pruner, isolator, position_ids, generator, video_budget)
         check_inputs(kwargs)
         encodings = encode(model, kwargs, pruner.needs, video_budget)
-        layer_passes.append(LayerPass(model, pruner))
-        short = shorten_inputs(model, kwargs, encodings, pruner, isolator, position_ids, generator, layer_passes[-1])
-        layer_passes[-1].open()
+        layers = None
+        if pruner.in_language_model:
+            layers = LayerPass(model, pruner, proportional_attention)
+            layer_passes.append(layers)
+        short, log_sizes = shorten_inputs(model, kwargs, encodings, pruner, isolator, position_ids, generator, layers)
+        key_sizes.taken_by = module
+        key_sizes.set(log_sizes if proportional_attention else None)
+        if layers is None:
+            return (), short
+        layers.open()
         return (), {**short, "use_cache": False}
 
-    def close(*call):
+    def close(module, args, output=None):
         while layer_passes:
             layer_passes.pop().close()
+        if key_sizes.taken_by is module:
+            key_sizes.taken_by = None
+            if output is not None:  # None after an error
+                check_used(model, key_sizes)
 
     handles = [
         model.register_forward_pre_hook(shorten, with_kwargs=True),
@@ -107,7 +126,7 @@ def prune_visual_tokens(
     try:
         yield model
     finally:
-        close()
+        close(model, ())
         for handle in handles:
             handle.remove()
 
@@ -148,8 +167,13 @@ def shorten_inputs(
     position_ids: str,
     generator: torch.Generator | None = None,
     layer_pass: LayerPass | None = None,
-) -> dict:
-    """[`prune_inputs`] after encoding. With a `layer_pass` all tokens stay, for it to drop later."""
+) -> tuple[dict, torch.Tensor | None]:
+    """[`prune_inputs`] after encoding. With a `layer_pass` all tokens stay, for it to drop later.
+
+    Returns:
+        `tuple[dict, torch.Tensor | None]`: the inputs, and for proportional attention the logarithm of how many tokens
+        each one stands for `(B, S')`, in float32; None where each stands for itself.
+    """
     if pruner.in_language_model and layer_pass is None:
         raise ValueError(
             f"The pruner {pruner.config.pruner_type!r} drops tokens inside the language model, so the inputs cannot be "
@@ -157,7 +181,7 @@ def shorten_inputs(
             "another pruner, such as 'divprune'."
         )
     if not encodings:
-        return dict(inputs)
+        return dict(inputs), None
     prompt = isolator() if isolator is not None and isolator.length else None
     kept = {encoding.modality: keep_tokens(encoding, pruner, prompt, generator) for encoding in encodings}
     check_placeholders(model, encodings)
@@ -174,7 +198,23 @@ def shorten_inputs(
         short |= packing.shortened(plan, position_ids, inputs)
     elif prompt is not None:
         short |= one_sample(model, plan)
-    return short | absent_inputs(model, consumed) | merged_inputs(model, short, encodings, kept)
+    log_sizes = key_log_sizes(short["input_ids"], encodings, kept)
+    return short | absent_inputs(model, consumed) | merged_inputs(model, short, encodings, kept), log_sizes
+
+
+def key_log_sizes(
+    ids: torch.Tensor, encodings: list[VisualEncoding], kept: Mapping[str, Kept]
+) -> torch.Tensor | None:
+    """The logarithm of how many tokens each one of the shortened `ids` `(B, S')` stands for, in float32; None where
+    each stands for itself."""
+    merged = [(encoding.token_id, kept[encoding.modality].sizes) for encoding in encodings]
+    merged = [(token_id, sizes) for token_id, sizes in merged if sizes is not None]
+    if not merged:
+        return None
+    log_sizes = torch.zeros(ids.shape, device=ids.device)
+    for token_id, sizes in merged:
+        log_sizes = log_sizes.masked_scatter(ids == token_id, sizes.log())
+    return log_sizes
 
 
 @dataclass
@@ -186,6 +226,8 @@ class Kept:
         companions (`dict[str, list[torch.Tensor]]`): other features of the same tokens.
         lengths (`list[int]`): l + K_i of each unit.
         repeats (`torch.LongTensor` of shape `(sum N_i,)`): how often each placeholder appears in the shortened batch.
+        sizes (`torch.Tensor` of shape `(sum (l + K_i),)`, *optional*): how many tokens each one stands for; None where
+            each stands for itself.
         finite (`torch.BoolTensor` of no dimensions, *optional*): whether all features were finite.
     """
 
@@ -193,6 +235,7 @@ class Kept:
     companions: dict[str, list[torch.Tensor]]
     lengths: list[int]
     repeats: torch.Tensor
+    sizes: torch.Tensor | None
     finite: torch.Tensor | None
 
 
@@ -213,7 +256,10 @@ def keep_tokens(
 
     companions = {name: [carried(level) for level in levels] for name, levels in encoding.companions.items()}
     features = isolated(pruned.features, prompt).index_select(0, rows)
-    return Kept(features, companions, [length + keep for keep in pruned.lengths], repeats, pruned.finite)
+    sizes = None
+    if pruned.lengths != encoding.lengths:  # isolator tokens stand for themselves
+        sizes = F.pad(pruned.sizes.float(), (length, 0), value=1.0).flatten().index_select(0, rows)
+    return Kept(features, companions, [length + keep for keep in pruned.lengths], repeats, sizes, pruned.finite)
 
 
 def check_placeholders(model: nn.Module, encodings: list[VisualEncoding]) -> None:

@@ -23,6 +23,7 @@ from .encoding import VisualEncoding
 from .families import family_of
 from .instructions import flat_places
 from .packing import VARLEN, is_flash, varlen
+from .proportional_attention import key_sizes_of
 from .protocol import unwrap
 from .pruners import VisualTokens, budget
 from .pruners.base import in_source_order, kept_mask
@@ -136,8 +137,9 @@ class LayerPass:
     that long, for layers that are computed again in backward.
     """
 
-    def __init__(self, model: nn.Module, pruner: LayerPruner):
+    def __init__(self, model: nn.Module, pruner: LayerPruner, proportional_attention: bool = True):
         self.model, self.pruner = model, pruner
+        self._key_sizes = key_sizes_of(model) if proportional_attention else None
         self.stages = check_layers(model, pruner)
         self.owner, self.layers = decoder_layers(model, pruner)
         # A layer is known by the module that calls the attention function.

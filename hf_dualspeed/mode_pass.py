@@ -27,6 +27,7 @@ from .head import FusedHead
 from .isolator import ModeIsolator
 from .layer_pass import LayerPass
 from .model_roles import language_parts
+from .proportional_attention import KeySizes, check_used, key_sizes_of
 from .protocol import modalities_in, towers, unwrap
 from .pruners import PrunedTokens, Pruner
 from .schedule import FAST, SLOW
@@ -58,6 +59,7 @@ class ModePass(nn.Module):
         video_budget: str = "clip",
         supervised_logits_only: bool = True,
         plain: bool = False,
+        proportional_attention: bool = True,
     ):
         super().__init__()
         self.pruner = pruner
@@ -66,6 +68,7 @@ class ModePass(nn.Module):
         self.video_budget = video_budget
         self.supervised_logits_only = supervised_logits_only
         self.plain = plain  # as `DualSpeedArguments.plain_path` says
+        self.proportional_attention = proportional_attention
         self.last_mode: str | None = None
         self.visual_tokens = (0, 0)
         self.tokens = 0  # that the language model ran on in the last pass, padding included
@@ -86,6 +89,7 @@ class ModePass(nn.Module):
         self.auxiliary_loss: torch.Tensor | None = None
         self._keep: torch.Tensor | None = None
         self._layers: LayerPass | None = None
+        self._key_sizes: KeySizes | None = None
         self._parts, self._part, self._batch = 1, 0, None
         self._seen: set[str] = set()
         self._model: weakref.ref | None = None  # a plain reference would make the model its own submodule
@@ -93,7 +97,7 @@ class ModePass(nn.Module):
     def __getstate__(self) -> dict:
         """For copies and pickles, which are not in the middle of a pass."""
         passing = ("autocast", "mode", "distil", "generator", "served", "targets", "teacher_logits", "auxiliary_loss")
-        passing += ("fused_head", "_keep", "_layers", "_batch", "_seen", "_model")
+        passing += ("fused_head", "_keep", "_layers", "_key_sizes", "_batch", "_seen", "_model")
         return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     def __setstate__(self, state: dict) -> None:
@@ -178,6 +182,9 @@ class ModePass(nn.Module):
         self.targets = self.teacher_logits = self.auxiliary_loss = None
         self.pruner.auxiliary_loss = None  # and the graph behind it
         self._close_layers()
+        if self._key_sizes is not None:
+            self._key_sizes.set(None)
+            self._key_sizes.taken_by = self._key_sizes = None
         if self.fused_head is not None:
             self.fused_head.close()
         if self._model is not None:
@@ -201,6 +208,9 @@ class ModePass(nn.Module):
         self.auxiliary_loss = None
         self._close_layers()
         self._seen = modalities_in(kwargs)
+        self._key_sizes = key_sizes_of(model)
+        self._key_sizes.taken_by = self
+        self._key_sizes.set(None)
         inputs = kwargs
         apart = self.distil or self._parts > 1 or self.served is not None  # slow, and yet encoded here
         if self.mode == FAST or apart:
@@ -241,11 +251,15 @@ class ModePass(nn.Module):
 
     def _shorten(self, model: nn.Module, inputs: dict, encodings: list) -> dict:
         """Inputs of the pruned view. A pruner inside the language model then drops tokens until its layers close."""
-        layers = self._layers = LayerPass(model, self.pruner) if self.pruner.in_language_model else None
+        layers = None
+        if self.pruner.in_language_model:
+            layers = self._layers = LayerPass(model, self.pruner, self.proportional_attention)
         with record_function("dualspeed.shorten"):
-            short = shorten_inputs(
+            short, log_sizes = shorten_inputs(
                 model, inputs, encodings, self.pruner, self.isolator, self.position_ids, self.generator, layers
             )
+        if self.proportional_attention:
+            self._key_sizes.set(log_sizes)
         if layers is not None:
             layers.open()
         return short
@@ -262,6 +276,8 @@ class ModePass(nn.Module):
         inputs, _ = self._supervise(inputs)
         logits = model.forward(**inputs).logits
         self._close_layers()
+        check_used(model, self._key_sizes)
+        self._key_sizes.set(None)
         return logits if self.slices_logits else logits[self._keep]
 
     def _supervise(self, inputs: dict) -> tuple[dict, torch.Tensor]:
@@ -278,6 +294,8 @@ class ModePass(nn.Module):
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output):
         if self.mode is None:
             return None
+        if self._key_sizes is not None:
+            check_used(model, self._key_sizes)
         if self.fused_head is not None:
             self.fused_head.after(output.logits)
         if not self.slices_logits:

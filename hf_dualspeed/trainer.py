@@ -146,6 +146,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
             args.video_budget,
             args.supervised_logits_only,
             args.plain_path,
+            args.proportional_attention,
         )
         self.mode_pass.attach(model)
         fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.mode_pass.parameters()) else []
@@ -327,6 +328,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
             "slow_tail_ratio": self.args.slow_tail_ratio,
             "position_ids": self.mode_pass.position_ids,
             "video_budget": self.args.video_budget,
+            "proportional_attention": self.args.proportional_attention,
             "isolator_length": self.args.isolator_length,
             "distillation_weight": self.args.distillation_weight,
             "distillation_temperature": self.args.distillation_temperature,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import PrunedTokens, Pruner, VisualTokens, in_source_order, register_pruner, rows_at
+from .base import PrunedTokens, Pruner, VisualTokens, counts, in_source_order, register_pruner, rows_at
 from .grid import cells, centres, pool
 
 
@@ -25,9 +25,10 @@ class AveragePoolPruner(Pruner):
             cell = cells(tokens, lengths)
             middle = centres(tokens, cell, most)
             positions, order, valid = in_source_order(middle, lengths, cell.shape[1])
+            sizes = counts(cell, most).gather(1, order)
 
         def merge(features: torch.Tensor) -> torch.Tensor:
             # Means are taken in float32: a bfloat16 sum over a large cell loses the small terms.
             return rows_at(pool(features.float(), cell, most).to(features.dtype), order)
 
-        return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge)
+        return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge, sizes)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import CommitInfo
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,12 +24,14 @@ from ..hub_io import (
     save_code,
 )
 from ..shortening import check_finite
-from .config import PrunerConfig, budget
+from .config import DISCARD, MERGE, PrunerConfig, budget
 
 logger = logging.getLogger(__name__)
 
 AUTO_CLASS = "AutoPruner"  # the key of a pruner's code in `auto_map`
 NEEDS = frozenset({"grid", "attention", "keys", "text"})
+# Tokens that are compared with the kept ones at a time.
+CHUNK = 1024
 
 
 @dataclass
@@ -90,6 +93,8 @@ class PrunedTokens:
         lengths (`list[int]`): kept tokens per image.
         merge (`Callable`, *optional*): what a merging pruner did to the features, to be done to others of the same
             tokens: `(B, N, D')` to `(B, K, D')`.
+        sizes (`torch.Tensor` of shape `(B, K)`, *optional*): how many source tokens each one stands for, in float32;
+            N in each row together, 0 on padding. Left out by `reduce`, they are counted by the nearest kept token.
         finite (`torch.BoolTensor` of no dimensions, *optional*): whether the features were; None where none was pruned.
     """
 
@@ -98,6 +103,7 @@ class PrunedTokens:
     valid: torch.Tensor | None
     lengths: list[int]
     merge: Callable[[torch.Tensor], torch.Tensor] | None = None
+    sizes: torch.Tensor | None = None
     finite: torch.Tensor | None = None
 
     def carry(self, features: torch.Tensor) -> torch.Tensor:
@@ -108,8 +114,9 @@ class PrunedTokens:
 class Pruner(nn.Module):
     """Keeps `budget(N, pruning_ratio)` visual tokens of each image.
 
-    A selecting pruner implements [`rank`]; a merging one overrides [`reduce`]. Ranking runs in float32 without
-    gradients; gathering and merging stay differentiable.
+    A selecting pruner implements [`rank`], and what becomes of the other tokens is a setting, `dropped_tokens`; one
+    that merges by a rule of its own overrides [`reduce`]. Ranking runs in float32 without gradients; gathering and
+    merging stay differentiable.
 
     Attributes:
         progress (`float`): fraction of training that is done, for a ratio that changes; 1 outside of training.
@@ -160,8 +167,8 @@ class Pruner(nn.Module):
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
         """Keeps the first `lengths[b]` ranked positions of image b, in their source order."""
         with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
-            positions = self.rank(tokens, max(lengths))
-        return take(tokens, positions, lengths)
+            ranked = self.rank(tokens, max(lengths))
+        return take(tokens, ranked, lengths, self.config.dropped_tokens)
 
     def forward(self, tokens: VisualTokens) -> PrunedTokens:
         """Prunes.
@@ -182,6 +189,9 @@ class Pruner(nn.Module):
         if not tokens.checked_later:
             check_finite(bool(finite))
         pruned = self.reduce(tokens, lengths)
+        if pruned.sizes is None:
+            owner = nearest_kept(tokens, pruned.positions, pruned.valid)
+            pruned.sizes = counts(owner, pruned.positions.shape[1])
         pruned.finite = finite
         return pruned
 
@@ -243,8 +253,10 @@ class Pruner(nn.Module):
 
 def unpruned(tokens: VisualTokens) -> PrunedTokens:
     """All tokens, as a pruner returns them."""
-    positions = torch.arange(tokens.features.shape[1], device=tokens.features.device)
-    return PrunedTokens(tokens.features, positions.expand(len(tokens.lengths), -1), tokens.valid, list(tokens.lengths))
+    device = tokens.features.device
+    positions = torch.arange(tokens.features.shape[1], device=device).expand(len(tokens.lengths), -1)
+    sizes = torch.ones(positions.shape, device=device) if tokens.valid is None else tokens.valid.float()
+    return PrunedTokens(tokens.features, positions, tokens.valid, list(tokens.lengths), sizes=sizes)
 
 
 def kept_mask(lengths: list[int], device: torch.device) -> torch.Tensor | None:
@@ -267,10 +279,57 @@ def in_source_order(
     return positions.clamp(max=count - 1), order, valid
 
 
-def take(tokens: VisualTokens, ranked: torch.Tensor, lengths: list[int]) -> PrunedTokens:
-    """Gathers the first `lengths[b]` of the `ranked` `(B, K)` positions, in their source order."""
+def take(tokens: VisualTokens, ranked: torch.Tensor, lengths: list[int], dropped_tokens: str = MERGE) -> PrunedTokens:
+    """Keeps the first `lengths[b]` of the `ranked` `(B, K)` positions, in their source order.
+
+    Each dropped token belongs to the kept one that is most similar to it, which it is averaged into ("merge") or merely
+    counted for ("discard").
+    """
     positions, _, valid = in_source_order(ranked, lengths, tokens.features.shape[1])
-    return PrunedTokens(rows_at(tokens.features, positions), positions, valid, lengths)
+    owner = nearest_kept(tokens, positions, valid)
+    most = positions.shape[1]
+    sizes = counts(owner, most)
+    if dropped_tokens == DISCARD:
+        return PrunedTokens(rows_at(tokens.features, positions), positions, valid, lengths, sizes=sizes)
+
+    def merge(features: torch.Tensor) -> torch.Tensor:
+        return means(features, owner, sizes)
+
+    return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge, sizes)
+
+
+@torch.no_grad()
+def nearest_kept(tokens: VisualTokens, positions: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """The slot `(B, N)` of the kept token, at `positions` `(B, K)`, that each token is most similar to (cosine): its own
+    where it is kept, the first one's where several are equal, and K on padding."""
+    most, count = positions.shape[1], tokens.features.shape[1]
+    with torch.autocast(tokens.features.device.type, enabled=False):
+        units = F.normalize(tokens.features.detach().float(), dim=-1)
+        kept = rows_at(units, positions).mT
+        hidden = None if valid is None else ~valid[:, None]
+        parts = [part @ kept for part in units.split(CHUNK, dim=1)]  # (B, n, K)
+        parts = parts if hidden is None else [part.masked_fill_(hidden, float("-inf")) for part in parts]
+        owner = torch.cat([part.argmax(dim=2) for part in parts], dim=1)
+    # A kept token is its own, though another one may equal it. Slots of padding write beyond the last token.
+    slots = torch.arange(most, device=positions.device).expand_as(positions)
+    at = positions if valid is None else positions.masked_fill(~valid, count)
+    owner = F.pad(owner, (0, 1)).scatter(1, at, slots)[:, :count]
+    return owner if tokens.valid is None else owner.masked_fill(~tokens.valid, most)
+
+
+def counts(owner: torch.Tensor, most: int) -> torch.Tensor:
+    """How many tokens belong to each of `most` slots, of which `owner` `(B, N)` names one each: `(B, most)`."""
+    found = torch.zeros(len(owner), most + 1, device=owner.device)
+    return found.scatter_add_(1, owner, torch.ones_like(owner, dtype=found.dtype))[:, :most]
+
+
+def means(features: torch.Tensor, owner: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """The mean of the `features` `(B, N, D)` that belong to each slot, `(B, K, D)`."""
+    batch, most = sizes.shape
+    with torch.autocast(features.device.type, enabled=False):
+        # Sums as products with ones (B, K, N): products add up in float32, and always in the same order.
+        member = features.new_zeros(batch, most + 1, owner.shape[1]).scatter_(1, owner[:, None], 1.0)[:, :most]
+        return (member @ features / sizes.clamp(min=1)[..., None]).to(features.dtype)
 
 
 def rows_at(features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -307,7 +366,8 @@ def register_pruner(name: str) -> Callable[[type[Pruner]], type[Pruner]]:
         if unknown:
             raise ValueError(f"`needs` of {cls.__name__} must be among {sorted(NEEDS)}, got {unknown}.")
         # A config of its own, so that pruners that share their settings still differ in name; pickle finds it here.
-        known_as = {"pruner_type": name, "__module__": cls.__module__, "__doc__": cls.config_class.__doc__}
+        known_as = {"pruner_type": name, "merges": cls.merges}
+        known_as |= {"__module__": cls.__module__, "__doc__": cls.config_class.__doc__}
         config = type(f"{cls.__name__}Config", (cls.config_class,), known_as)
         config.__qualname__ = f"{cls.__qualname__}.config_class"
         cls.config_class = dataclass(config)

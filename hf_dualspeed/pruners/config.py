@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_INTEGER = 2**31 - 1
 SCHEDULES = ("constant", "linear", "cosine")
+MERGE, DISCARD = "merge", "discard"
 
 
 def budget(tokens: int, pruning_ratio: float) -> int:
@@ -34,13 +35,18 @@ class PrunerConfig:
         pruning_ratio (`float`): fraction of the tokens removed; where it changes over training, at the end.
         pruning_schedule (`str`): "constant", or how it gets from `initial_pruning_ratio` there: "linear" or "cosine".
         initial_pruning_ratio (`float`, *optional*): the ratio at the start of training, where it changes.
+        dropped_tokens (`str`): what becomes of the tokens that a selecting pruner does not keep: "merge" averages each
+            into the kept one that is most similar to it; "discard" leaves them out, as the papers do. Pruners that
+            merge by a rule of their own have no such setting.
     """
 
     pruner_type: ClassVar[str] = ""
+    merges: ClassVar[bool] = False
 
     pruning_ratio: float = 0.9
     pruning_schedule: str = "constant"
     initial_pruning_ratio: float | None = None
+    dropped_tokens: str = MERGE
 
     def __post_init__(self):
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
@@ -49,6 +55,12 @@ class PrunerConfig:
             value = getattr(self, setting.name)
             if setting.type in ("int", int) and (not isinstance(value, int) or isinstance(value, bool)):
                 raise ValueError(f"`{setting.name}` must be a whole number, got {value!r}.")
+        check_choice("dropped_tokens", self.dropped_tokens, (MERGE, DISCARD))
+        if self.merges and self.dropped_tokens != MERGE:
+            raise ValueError(
+                f"`dropped_tokens` is {self.dropped_tokens!r}, but the pruner {self.pruner_type!r} merges tokens by a "
+                "rule of its own. Leave it out, or choose a selecting pruner, such as 'divprune'."
+            )
         initial = self.initial_pruning_ratio
         if self.pruning_schedule == "constant" and initial is not None:
             raise ValueError(
@@ -75,6 +87,8 @@ class PrunerConfig:
         settings = asdict(self)
         if self.pruning_schedule == "constant":
             del settings["pruning_schedule"], settings["initial_pruning_ratio"]
+        if self.merges:
+            del settings["dropped_tokens"]
         return {"pruner_type": self.pruner_type, **settings}
 
     @classmethod

@@ -90,7 +90,8 @@ class DynamicViT(Pruner):
         with torch.autocast(tokens.features.device.type, enabled=False):
             scores = self.scores(tokens)
             noisy = scores + gumbel_like(scores, tokens.generator) if self.training else scores
-            kept = take(tokens, highest(noisy.detach(), tokens.valid, max(lengths)), lengths)
+            ranked = highest(noisy.detach(), tokens.valid, max(lengths))
+            kept = take(tokens, ranked, lengths, self.config.dropped_tokens)
             if self.training:
                 kept.features = relaxed(kept, noisy / self.config.temperature, tokens)
                 self.auxiliary_loss = self.ratio_loss(scores, tokens, lengths)

@@ -85,4 +85,4 @@ class GridPruner(Pruner):
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
         with torch.no_grad():
             positions = centres(tokens, cells(tokens, lengths), max(lengths))
-        return take(tokens, positions, lengths)
+        return take(tokens, positions, lengths, self.config.dropped_tokens)

@@ -6,17 +6,24 @@ where it is dropped.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 
-from .base import PrunedTokens, Pruner, VisualTokens, kept_mask
+from .base import PrunedTokens, Pruner, VisualTokens, counts, kept_mask, nearest_kept
 from .grid import pool
 
 
 class ClusteringPruner(Pruner):
-    """A pruner each of whose tokens is the mean of those that end in it; it implements [`homes`]."""
+    """A pruner each of whose tokens is the mean of those that end in it; it implements [`homes`].
 
-    merges = True
+    Attributes:
+        drops (`bool`): whether some tokens end in none; they count for the kept one that is most similar to them.
+    """
+
+    merges: ClassVar[bool] = True
+    drops: ClassVar[bool] = False
 
     def homes(self, tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
         """The `home` of every token, `(B, N)`, with `lengths[b]` kept ones in row b. No gradients here."""
@@ -25,19 +32,23 @@ class ClusteringPruner(Pruner):
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
         with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
             home = self.homes(tokens, lengths)
-        return averaged(tokens, home, lengths)
+        return averaged(tokens, home, lengths, self.drops)
 
 
-def averaged(tokens: VisualTokens, home: torch.Tensor, lengths: list[int]) -> PrunedTokens:
+def averaged(tokens: VisualTokens, home: torch.Tensor, lengths: list[int], drops: bool) -> PrunedTokens:
     """The mean of the tokens that share a home, at its position; each token weighs the same."""
     most = max(lengths)
     positions, cluster = slots(home, most)
+    valid, owner = kept_mask(lengths, home.device), cluster
+    if drops:
+        dropped = real_tokens(tokens) & (cluster == most)
+        owner = torch.where(dropped, nearest_kept(tokens, positions, valid), cluster)
 
     def merge(features: torch.Tensor) -> torch.Tensor:
         # Means are taken in float32: a bfloat16 sum over a large cluster loses the small terms.
         return pool(features.float(), cluster, most).to(features.dtype)
 
-    return PrunedTokens(merge(tokens.features), positions, kept_mask(lengths, home.device), lengths, merge)
+    return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge, counts(owner, most))
 
 
 def slots(home: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:

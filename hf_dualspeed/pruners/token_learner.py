@@ -78,12 +78,16 @@ class TokenLearner(Pruner):
         with torch.no_grad():
             positions, order, valid = unique_places(weights.argmax(-1), lengths, tokens.lengths, weights.shape[-1])
         weights = weights.gather(1, order[..., None].expand_as(weights))
+        # Every map weighs all tokens, so each stands for an equal share of them.
+        shares = torch.tensor([[n / k] for n, k in zip(tokens.lengths, lengths, strict=True)])
+        sizes = shares.to(device, non_blocking=True).expand(positions.shape)
+        sizes = sizes if valid is None else sizes * valid
 
         def merge(features: torch.Tensor) -> torch.Tensor:
             with torch.autocast(device.type, enabled=False):
                 return (weights @ features.float()).to(features.dtype)
 
-        return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge)
+        return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge, sizes)
 
     def weights(self, tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
         """The first `max(lengths)` maps of each image, `(B, K, N)`, each of sum 1; 0 on padding."""

@@ -30,13 +30,16 @@ class TrimPruner(Pruner):
         with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
             ranked, share, centre = self.split(tokens, lengths)
         positions, _, valid = in_source_order(ranked, lengths, tokens.features.shape[1])
+        others = on_device([n - k + 1 for n, k in zip(tokens.lengths, lengths, strict=True)], tokens)
+        sizes = torch.where(positions == centre, others.float(), 1.0)
+        sizes = sizes if valid is None else sizes * valid
 
         def merge(features: torch.Tensor) -> torch.Tensor:
             # In float32, since `share` is; a matrix product would follow autocast.
             mean = (share[..., None] * features).sum(1, keepdim=True).to(features.dtype)
             return torch.where((positions == centre)[..., None], mean, rows_at(features, positions))
 
-        return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge)
+        return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge, sizes)
 
     def split(self, tokens: VisualTokens, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Kept positions `(B, K)` with the mean's last, the share of each token in the mean `(B, N)`, and the mean's

@@ -47,6 +47,7 @@ class VisionZipPruner(ClusteringPruner):
     """
 
     config_class = VisionZipConfig
+    drops = True
     needs = frozenset({"attention", "keys"})
 
     def homes(self, tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:

@@ -51,7 +51,7 @@ class VisPruner(Pruner):
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
         with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
             ranked = self.ranked(tokens, lengths)
-        return take(tokens, ranked, lengths)
+        return take(tokens, ranked, lengths, self.config.dropped_tokens)
 
     def ranked(self, tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
         """The most attended positions and then the diverse ones, `(B, K)`."""
