@@ -135,7 +135,9 @@ _change: Callable[[str, Callable, nn.Module], Callable | None] | None = None
 
 
 def _heard_lookup(self, attn_implementation: str, default: Callable) -> Callable:
-    function, listener = _lookup(self, attn_implementation, default), _listener.get()
+    function = _lookup(self, attn_implementation, default)
+    # Compiled layers know no context; who listens is never compiled.
+    listener = None if torch.compiler.is_compiling() else _listener.get()
 
     def heard(module, query, key, value, attention_mask=None, *rest, **options):
         if listener is not None and listener.listens_to(module):
@@ -268,6 +270,7 @@ def attention_of(
     key: torch.Tensor,
     mask: torch.Tensor | None,
     options: dict,
+    log_sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention that the queries at `places` `(B, M)` pay to all keys, mean over heads, in float32, `(B, M, S)`.
 
@@ -276,6 +279,7 @@ def attention_of(
             share a key.
         mask (`torch.Tensor`, *optional*): `(B, 1, S, S)`, of booleans or to be added, or `(B, S)` of what is no
             padding, as FlashAttention takes it.
+        log_sizes (`torch.Tensor` of shape `(B, S)`, *optional*): what proportional attention adds to the logits.
     """
     batch, heads, length, width = query.shape
     scaling, softcap = options.get("scaling"), options.get("softcap")
@@ -286,6 +290,8 @@ def attention_of(
         scores = (asked @ key.float().mT * scaling).view(batch, heads, -1, length)
         if softcap is not None:
             scores = (scores / softcap).tanh() * softcap
+        if log_sizes is not None:
+            scores = scores + log_sizes[:, None, None]
         allowed = rows_of_mask(layer, places, length, mask, options)
         scores = scores.masked_fill(~allowed, float("-inf")) if allowed.dtype == torch.bool else scores + allowed
         return scores.softmax(-1).mean(1)
@@ -307,7 +313,9 @@ def rows_of_mask(
     return allowed if mask is None else allowed & mask[:, None, None].bool()
 
 
-def allowed_rows(layer: nn.Module, query: torch.Tensor, keys: int, mask: torch.Tensor | None, options: dict) -> torch.Tensor:
+def allowed_rows(
+    layer: nn.Module, query: torch.Tensor, keys: int, mask: torch.Tensor | None, options: dict
+) -> torch.Tensor:
     """What the queries `(B, H, Q, d)` may see of the last `keys` keys, where FlashAttention is told by `mask` `(B, K)`
     of what is no padding, by windows and by the ends of packed samples: `(B, 1, Q, K)`, of booleans."""
     index = torch.arange(keys, device=query.device)

@@ -25,7 +25,7 @@ from hf_dualspeed.data import VisionLanguageCollator, load_examples
 from hf_dualspeed.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.easy_vqa import majority_accuracy
 from hf_dualspeed.evaluation import answer_accuracy
-from hf_dualspeed.pruned_prompts import PrunedPrompts, check_prompt_pruner
+from hf_dualspeed.pruned_prompts import PrunedPrompts, check_prompt_pruner, prompts_of
 from hf_dualspeed.recipe import load_model, prepare_model
 from hf_dualspeed.recipe_arguments import RecipeArguments, parse_recipe
 from hf_dualspeed.results import machine, run_record, spread, versions, without_paths, write_json
@@ -212,13 +212,14 @@ def build_trainer(run: Run) -> Trainer:
 def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> PrunedPrompts | None:
     """Prunes prompts as the recipe's fast steps do, behind the trained isolator where there is one; None where the
     pruner is learnt, and this training has not taught it."""
-    trained = trainer.mode_pass if isinstance(trainer, DualSpeedTrainer) else None
     model = trainer.accelerator.unwrap_model(trainer.model)
-    pruner = trained.pruner if trained else resolve_pruner(None, args, model).to(args.device)
-    if trained is None and pruner.state_dict():
+    if isinstance(trainer, DualSpeedTrainer):
+        return prompts_of(trainer.mode_pass, model, args.seed)
+    pruner = resolve_pruner(None, args, model).to(args.device)
+    if pruner.state_dict():
         return None
-    isolator = trained.isolator if trained else None
-    return PrunedPrompts(model, pruner, isolator, args.position_ids, args.video_budget, args.seed)
+    options = (args.position_ids, args.video_budget, args.proportional_attention)
+    return PrunedPrompts(model, pruner, None, *options, args.seed)
 
 
 def _accuracy(trainer: Trainer, run: Run, prepare: PrunedPrompts | None, tokens: str) -> dict:

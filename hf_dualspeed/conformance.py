@@ -16,7 +16,8 @@ from .fast_pass import full_positions, prune_inputs
 from .isolator import ModeIsolator
 from .mode_pass import ModePass
 from .model_roles import language_parts
-from .protocol import unwrap
+from .proportional_attention import key_sizes_of
+from .protocol import unwrap, visual_token_ids
 from .pruners import AutoPruner, Pruner, budget
 from .schedule import FAST, SLOW
 
@@ -41,6 +42,7 @@ class Batch:
         beams (`bool`): whether `generate` can repeat the model's encoded inputs for several beams.
         position_ids (`str`): as of [`prune_inputs`].
         video_budget (`str`): as of [`prune_inputs`].
+        proportional_attention (`bool`): as of [`prune_inputs`].
     """
 
     inputs: Mapping
@@ -52,6 +54,7 @@ class Batch:
     beams: bool = True
     position_ids: str = "original"
     video_budget: str = "clip"
+    proportional_attention: bool = True
 
 
 @dataclass
@@ -81,19 +84,20 @@ def run(name: str, check: Callable[[nn.Module, Batch], bool | None], model: nn.M
         return Check(name, False, f"{type(error).__name__}: {error}"[:500])
 
 
-def pruner_of(name: str = "divprune", ratio: float = RATIO) -> Pruner:
-    return AutoPruner.from_name(name, pruning_ratio=ratio)
+def pruner_of(name: str = "divprune", ratio: float = RATIO, **settings) -> Pruner:
+    return AutoPruner.from_name(name, pruning_ratio=ratio, **settings)
 
 
 def shorten(model: nn.Module, batch: Batch, ratio: float = RATIO, name: str = "divprune", **options) -> dict:
     return shorten_one(model, batch, batch.inputs, ratio, name, **options)
 
 
-def shorten_one(model: nn.Module, batch: Batch, inputs: Mapping, ratio: float, name: str, **options) -> dict:
-    pruner = pruner_of(name, ratio)
-    return prune_inputs(
-        model, inputs, pruner, position_ids=batch.position_ids, video_budget=batch.video_budget, **options
-    )
+def shorten_one(
+    model: nn.Module, batch: Batch, inputs: Mapping, ratio: float, name: str, settings: Mapping | None = None, **options
+) -> dict:
+    pruner = pruner_of(name, ratio, **settings or {})
+    names = ("position_ids", "video_budget", "proportional_attention")
+    return prune_inputs(model, inputs, pruner, **{key: getattr(batch, key) for key in names} | options)
 
 
 def encodings(model: nn.Module, batch: Batch) -> list[VisualEncoding]:
@@ -146,22 +150,38 @@ def lengths_and_gradients(model: nn.Module, batch: Batch) -> None:
 
 @torch.no_grad()
 def original_positions_are_masking(model: nn.Module, batch: Batch) -> bool | None:
-    """With `position_ids="original"`, kept positions get the logits of a full forward that masks the dropped ones."""
+    """With `position_ids="original"`, kept positions get the logits of a full forward that masks the dropped ones; and
+    with proportional attention those of one whose kept tokens count for as many as they stand for."""
     if not batch.masks_tokens or batch.position_ids != "original":
         return False
     mask = batch.inputs["attention_mask"].clone()
+    sizes = torch.ones(mask.shape)
     for encoding in encodings(model, batch):
         kept = pruner_of()(encoding.tokens())
-        keep = torch.zeros(sum(encoding.lengths), dtype=mask.dtype)
+        keep, counted = torch.zeros(sum(encoding.lengths), dtype=mask.dtype), torch.ones(sum(encoding.lengths))
         start = 0
-        for length, row, count in zip(encoding.lengths, kept.positions, kept.lengths, strict=True):
+        for length, row, own, count in zip(encoding.lengths, kept.positions, kept.sizes, kept.lengths, strict=True):
             keep[start + row[:count]] = 1
+            counted[start + row[:count]] = own[:count]
             start += length
-        mask[batch.inputs["input_ids"] == encoding.token_id] = keep
+        visual = batch.inputs["input_ids"] == encoding.token_id
+        mask[visual], sizes[visual] = keep, counted
     positions = full_positions(model, batch.inputs, batch.inputs["attention_mask"])
-    masked = model(**{**batch.inputs, "attention_mask": mask, "position_ids": positions}).logits
-    short = shorten(model, batch)
-    same(real(model(**short).logits, short["attention_mask"]), real(masked, mask))
+    masked = {**batch.inputs, "attention_mask": mask, "position_ids": positions}
+    short = shorten(model, batch, settings={"dropped_tokens": "discard"})
+    key_sizes, found = key_sizes_of(model), real(model(**short).logits, short["attention_mask"])
+    plain = real(model(**masked).logits, mask)
+    if not batch.proportional_attention:
+        same(found, plain)
+        return None
+    key_sizes.taken_by = batch
+    try:
+        key_sizes.set(sizes.log())
+        same(found, real(model(**masked).logits, mask))
+    finally:
+        key_sizes.set(None)
+        key_sizes.taken_by = None
+    assert not torch.allclose(found, plain, **TOLERANCE), "the sizes of tokens change nothing"
     return None
 
 
@@ -204,7 +224,8 @@ def sees_no_future(model: nn.Module, batch: Batch) -> bool | None:
 def teacher_and_student_align(model: nn.Module, batch: Batch) -> None:
     """A slow step's teacher and student logits are of the same tokens: equal where nothing is pruned."""
     for ratio in (0.0, RATIO):
-        mode_pass = ModePass(pruner_of(ratio=ratio), None, batch.position_ids, batch.video_budget)
+        options = {"proportional_attention": batch.proportional_attention}
+        mode_pass = ModePass(pruner_of(ratio=ratio), None, batch.position_ids, batch.video_budget, **options)
         mode_pass.attach(model)
         try:
             mode_pass.begin(SLOW, True, None)
@@ -233,13 +254,29 @@ def generates(model: nn.Module, batch: Batch) -> bool | None:
     plain = model.generate(**prompt, **options)[:, -NEW_TOKENS:]
     short = model.generate(**shorten_one(model, batch, prompt, 0.0, "divprune"), **options)[:, -NEW_TOKENS:]
     assert torch.equal(short, plain), f"{short.tolist()} in place of {plain.tolist()}"
-    model.generate(**shorten_one(model, batch, prompt, RATIO, "divprune"), **options)
+    same_without_a_cache(model, batch, prompt, options)
     if batch.beams and batch.alone is not None:  # transformers repeats the tokens of a sample for each of its beams
         beams, single = {**options, "num_beams": 2}, {k: v for k, v in batch.alone.items() if k != "labels"}
         plain = model.generate(**single, **beams)[0, -NEW_TOKENS:]
         short = model.generate(**shorten_one(model, batch, prompt, 0.0, "divprune"), **beams)[batch.row, -NEW_TOKENS:]
         assert torch.equal(short, plain), f"with beams {short.tolist()} in place of {plain.tolist()}"
     return None
+
+
+def same_without_a_cache(model: nn.Module, batch: Batch, prompt: dict, options: dict) -> None:
+    """The answer from pruned tokens is the same with a cache, which knows how many tokens each one stands for, and
+    without one, where transformers itself can do without."""
+    # Random weights may answer with a placeholder, which has no image.
+    options = {**options, "suppress_tokens": visual_token_ids(unwrap(model).config)}
+    try:
+        model.generate(**prompt, **options, use_cache=False)
+    except (ValueError, IndexError, RuntimeError):
+        return
+    answers = [
+        model.generate(**shorten_one(model, batch, prompt, RATIO, "divprune"), **options, use_cache=cache)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*(answer[:, -NEW_TOKENS:] for answer in answers)), "another answer with a cache than without"
 
 
 CHECKS = {

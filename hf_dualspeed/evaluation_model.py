@@ -99,10 +99,10 @@ class Checkpoint:
         isolator.load_pretrained(self.beside)
         return isolator.to(model.device, model.dtype)
 
-    def settings(self) -> dict[str, str]:
-        """How the run's fast steps numbered positions and budgeted videos, as far as it says so."""
+    def settings(self) -> dict[str, str | bool]:
+        """How the run's fast steps numbered positions, budgeted videos and attended, as far as it says so."""
         known = read_results(self.beside).get("settings", {}) if self.beside is not None else {}
-        return {key: known[key] for key in ("position_ids", "video_budget") if key in known}
+        return {key: known[key] for key in ("position_ids", "video_budget", "proportional_attention") if key in known}
 
 
 def find_checkpoint(

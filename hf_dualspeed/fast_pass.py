@@ -56,8 +56,9 @@ def prune_inputs(
     Returns:
         `dict`: for `model(**short)` and `model.generate(**short)` of this very model, which knows from now on how to
         take the sizes that lie in it. It holds no pixels. A batch without images comes back as it is. Where
-        activations are recomputed, run backward before the model's next call. `generate` expands its tensors in place for beams, so make a new one for each call; to go on
-        from its cache, prune with `position_ids="compact"`, for transformers numbers what follows by counting.
+        activations are recomputed, run backward before the model's next call. `generate` expands its tensors in place
+        for beams, so make a new one for each call; to go on from its cache, prune with `position_ids="compact"`, for
+        transformers numbers what follows by counting.
 
     Raises:
         ValueError: the model does not speak the protocol, features and placeholders differ in number, the pruner
@@ -202,9 +203,7 @@ def shorten_inputs(
     return short | absent_inputs(model, consumed) | merged_inputs(model, short, encodings, kept), log_sizes
 
 
-def key_log_sizes(
-    ids: torch.Tensor, encodings: list[VisualEncoding], kept: Mapping[str, Kept]
-) -> torch.Tensor | None:
+def key_log_sizes(ids: torch.Tensor, encodings: list[VisualEncoding], kept: Mapping[str, Kept]) -> torch.Tensor | None:
     """The logarithm of how many tokens each one of the shortened `ids` `(B, S')` stands for, in float32; None where
     each stands for itself."""
     merged = [(encoding.token_id, kept[encoding.modality].sizes) for encoding in encodings]

@@ -9,8 +9,7 @@ N tokens of a unit (padded), D hidden.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +21,13 @@ from .attention_capture import attention_of, listening, query_obstacle
 from .encoding import VisualEncoding
 from .families import family_of
 from .instructions import flat_places
+from .layer_arguments import Cut, cut_argument, names_of
 from .packing import VARLEN, is_flash, varlen
-from .proportional_attention import key_sizes_of
+from .proportional_attention import ATTRIBUTE, KeySizes, check_used, key_sizes_of
 from .protocol import unwrap
 from .pruners import VisualTokens, budget
-from .pruners.base import in_source_order, kept_mask
+from .pruners.base import in_source_order, kept_mask, members, nearest_kept
+from .pruners.config import MERGE
 from .pruners.layers import LayerPruner
 
 REMEDY = "Choose a pruner that works in front of the language model, such as 'divprune'."
@@ -34,7 +35,6 @@ REMEDY = "Choose a pruner that works in front of the language model, such as 'di
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 # Arguments that layers are handed and do not read.
 UNREAD = {"labels", "logits_to_keep"}
-ROTARY = ("position_embeddings", "freqs_cis")
 
 
 def refused(model: nn.Module, pruner: LayerPruner, reason: str, remedy: str = REMEDY) -> ValueError:
@@ -90,6 +90,7 @@ class Units:
         places (`torch.LongTensor` of shape `(U, N)`): of its tokens in the row; padding repeats the first.
         query (`torch.LongTensor` of shape `(U, 1)`): the place of its last instruction token.
         lengths (`list[int]`): tokens of each unit.
+        sizes (`torch.Tensor` of shape `(U, N)`): how many tokens each one stands for; 0 on padding.
     """
 
     rows: torch.Tensor
@@ -97,6 +98,7 @@ class Units:
     places: torch.Tensor
     query: torch.Tensor
     lengths: list[int]
+    sizes: torch.Tensor
 
 
 @dataclass
@@ -112,24 +114,6 @@ class Budget:
     rows: list[int]
 
 
-@dataclass
-class Cut:
-    """What a stage has decided. Rows hold their tokens in order, then fillers that no token sees.
-
-    Args:
-        places (`torch.LongTensor` of shape `(B, L)`): where each slot's token lies in the model's input.
-        slots (`torch.LongTensor` of shape `(B, L)`): where it lay before this stage.
-        back (`torch.LongTensor` of shape `(B, S)`): the slot of each place; of a dropped one, that of the last kept
-            token before it.
-        filler (`torch.BoolTensor` of shape `(B, L)`, *optional*): True on fillers; None where there are none.
-    """
-
-    places: torch.Tensor
-    slots: torch.Tensor
-    back: torch.Tensor
-    filler: torch.Tensor | None
-
-
 class LayerPass:
     """One batch's way through the language model, with visual tokens dropped between its layers.
 
@@ -139,7 +123,7 @@ class LayerPass:
 
     def __init__(self, model: nn.Module, pruner: LayerPruner, proportional_attention: bool = True):
         self.model, self.pruner = model, pruner
-        self._key_sizes = key_sizes_of(model) if proportional_attention else None
+        self._shared = key_sizes_of(model) if proportional_attention else None
         self.stages = check_layers(model, pruner)
         self.owner, self.layers = decoder_layers(model, pruner)
         # A layer is known by the module that calls the attention function.
@@ -149,6 +133,8 @@ class LayerPass:
         self._scores: dict[int, torch.Tensor] = {}
         self._obstacle: str | None = None
         self._handed: list[tuple] = []
+        # What each layer's keys stand for, kept for layers that are computed again.
+        self._key_sizes = [KeySizes() for _ in self.layers] if proportional_attention else []
         self._hooks, self._ear = ExitStack(), ExitStack()
 
     def locate(self, inputs: Mapping, encodings: list[VisualEncoding], isolator_length: int, packed: bool) -> None:
@@ -187,6 +173,13 @@ class LayerPass:
                 hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for handle in hooks:
             self._hooks.callback(handle.remove)
+        for layer, sizes in zip(self.layers, self._key_sizes, strict=False):
+            self._hand_out(layer, sizes)
+            self._hooks.callback(self._hand_out, layer, self._shared)
+
+    def _hand_out(self, layer: nn.Module, sizes: KeySizes) -> None:
+        for module in layer.modules():
+            module.__dict__[ATTRIBUTE] = sizes
 
     def close(self) -> None:
         """Takes the hooks away and forgets the batch."""
@@ -204,6 +197,8 @@ class LayerPass:
         the one that predicts what follows."""
         self._ear.close()
         self._handed = []
+        for sizes in self._key_sizes if output is not None else ():
+            check_used(self.model, sizes)
         if output is None or not self._cuts:  # None after an error
             return output
         cut = self._cuts[max(self._cuts)]
@@ -227,7 +222,8 @@ class LayerPass:
             units = self._units
             asked = self._slots(index, units.query)
             places = asked.new_zeros(len(query), self._most).index_put((units.rows, units.turns), asked)
-            paid = attention_of(module, places, query, key, mask, options)
+            sizes = self._key_sizes[index - 1].log_sizes if self._key_sizes else None
+            paid = attention_of(module, places, query, key, mask, options, sizes)
             self._scores[index] = paid[units.rows, units.turns, self._slots(index, units.places)]
 
     def _slots(self, index: int, places: torch.Tensor) -> torch.Tensor:
@@ -236,7 +232,7 @@ class LayerPass:
         return places if before is None else self._cuts[before].back[self._units.rows, places]
 
     def _cut_inputs(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Cuts what layer `index` is handed."""
+        """Cuts what layer `index` is handed, and says how many tokens each of its keys stands for."""
         stage = max(stage for stage in self._budgets if stage <= index)
         named = names_of(layer, args)
         values = dict(zip(named, args, strict=True)) | kwargs
@@ -247,9 +243,12 @@ class LayerPass:
         if stage == index and index not in self._cuts:
             self._cuts[index] = self._decide(index, hidden)
         cut = self._cuts[stage]
+        if self._key_sizes:
+            self._key_sizes[index].set(cut.log_sizes)
         short = {name: self._handed_on(name, value, layer, cut) for name, value in values.items()}
         if stage == index:
-            hidden = hidden.gather(1, cut.slots[..., None].expand(-1, -1, hidden.shape[-1]))
+            left = hidden.gather(1, cut.slots[..., None].expand(-1, -1, hidden.shape[-1]))
+            hidden = left if cut.merge is None else cut.merge(hidden, left)
         short["hidden_states"] = hidden
         if len(hidden) == 1 and is_flash(unwrap(self.model).config.get_text_config()):
             # One sample, whatever its position ids look like.
@@ -264,8 +263,8 @@ class LayerPass:
             attention = self._obstacle or "does not call transformers' attention function"
             raise refused(self.model, self.pruner, f"its layer {index - 1} {attention}")
         units, left = self._units, self._budgets[index]
-        scores = self._scores.pop(index)
-        features = hidden[units.rows, self._slots(index, units.places)]
+        scores, slots = self._scores.pop(index), self._slots(index, self._units.places)
+        features = hidden[units.rows, slots]
         with torch.autocast(hidden.device.type, enabled=False):
             valid = kept_mask(units.lengths, hidden.device)
             tokens = VisualTokens(features, valid, attention=scores, lengths=units.lengths)
@@ -274,10 +273,22 @@ class LayerPass:
         places = units.places.gather(1, positions)
         if valid is not None:
             places = torch.where(valid, places, places[:, :1])
-        self._units = replace(units, places=places, lengths=left.lengths)
+        # How much of each token goes into each kept one, (U, K, N).
+        weights = members(nearest_kept(tokens, positions, valid), positions.shape[1]) * units.sizes[:, None]
+        self._units = replace(units, places=places, lengths=left.lengths, sizes=weights.sum(2))
         kept = self._fixed.index_put((units.rows, places), self._fixed.new_ones(()))
         before = max((stage for stage in self._cuts if stage < index), default=None)
-        return cut_of(kept, left.rows, None if before is None else self._cuts[before])
+        cut = cut_of(kept, left.rows, None if before is None else self._cuts[before])
+        # Where the kept tokens of all units lie now, (sum K_i,).
+        real = torch.cat([torch.arange(k) + unit * positions.shape[1] for unit, k in enumerate(left.lengths)])
+        real = real.to(hidden.device, non_blocking=True)
+        rows = units.rows.expand_as(places).flatten()[real]
+        there = cut.back[units.rows, places].flatten()[real]
+        sizes = torch.zeros(cut.slots.shape, device=hidden.device)
+        cut.log_sizes = sizes.index_put((rows, there), self._units.sizes.flatten()[real].log())
+        if self.pruner.config.dropped_tokens == MERGE:
+            cut.merge = partial(merged, weights, (units.rows, slots), real, (rows, there))
+        return cut
 
     def _handed_on(self, name: str, value, layer: nn.Module, cut: Cut):
         """An argument of a layer, cut; layers are often handed the same one."""
@@ -291,6 +302,28 @@ class LayerPass:
                 raise refused(self.model, self.pruner, f"its {type(layer).__name__} {error}") from None
             self._handed = [*self._handed[-7:], (value, cut, known)]
         return known
+
+
+def merged(
+    weights: torch.Tensor,
+    sources: tuple[torch.Tensor, torch.Tensor],
+    real: torch.Tensor,
+    targets: tuple[torch.Tensor, torch.Tensor],
+    hidden: torch.Tensor,
+    left: torch.Tensor,
+) -> torch.Tensor:
+    """The states `left` `(B, L, D)` behind a stage, in which each kept token is the mean of those that it stands for.
+
+    Args:
+        weights (`torch.Tensor` of shape `(U, K, N)`): how much of each token of a unit goes into each kept one.
+        sources: row `(U, 1)` and slot `(U, N)` of the tokens in `hidden` `(B, L', D)`.
+        real (`torch.LongTensor` of shape `(sum K_i,)`): which of the `U * K` kept ones are no padding.
+        targets: row and slot, both `(sum K_i,)`, of these in `left`.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        shares = (weights / weights.sum(2, keepdim=True).clamp(min=1)).to(hidden.dtype)
+        means = shares @ hidden[sources]
+    return left.index_put(targets, means.flatten(0, 1)[real].to(left.dtype))
 
 
 # --- where tokens lie ---------------------------------------------------------------------------------------------
@@ -311,7 +344,8 @@ def find_units(
     last = torch.tensor([[n - 1] for n in lengths]).to(ids.device, non_blocking=True)
     query = last_instruction(inputs, rows[:, 0], places.gather(1, last))
     turns = turns.to(ids.device, non_blocking=True)
-    return Units(rows, turns, places, query, lengths), row_of, counts
+    sizes = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float().to(ids.device, non_blocking=True)
+    return Units(rows, turns, places, query, lengths, sizes), row_of, counts
 
 
 def places_of(ids: torch.Tensor, token_id: int, lengths: list[int], isolator_length: int, most: int) -> torch.Tensor:
@@ -358,71 +392,3 @@ def cut_of(kept: torch.Tensor, counts: list[int], before: Cut | None) -> Cut:
     slots = places if before is None else before.back.gather(1, places)
     filler = None if min(counts) == length else slot >= most
     return Cut(places, slots, (seen - 1).clamp(min=0), filler)
-
-
-# --- what layers are handed ---------------------------------------------------------------------------------------
-
-
-def names_of(layer: nn.Module, args: tuple) -> list[str]:
-    """The names of a layer's positional arguments."""
-    inner = getattr(layer, "_checkpoint_wrapped_module", layer)
-    parameters = inspect.signature(inner.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return [names[i] if i < len(names) else f"argument {i}" for i in range(len(args))]
-
-
-def cut_argument(name: str, value, cut: Cut):
-    """An argument of a layer that runs over the tokens of `cut` alone.
-
-    Raises:
-        ValueError: it holds something of each token that can't be cut without knowing it.
-    """
-    batch, length = cut.back.shape
-    if name == "attention_mask":
-        return cut_mask(value, cut)
-    if name.startswith(ROTARY) and not isinstance(value, torch.Tensor):
-        if isinstance(value, Mapping):
-            return {key: cut_argument(name, part, cut) for key, part in value.items()}
-        return tuple(cut_argument(name, part, cut) for part in value)
-    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
-    if name == "position_ids" and shape[-1:] == (length,) and shape[-2:-1] in ((batch,), (1,)):
-        wide = value.expand(*shape[:-2], batch, length)
-        return wide.gather(-1, cut.places.expand(*shape[:-2], -1, -1))
-    if name.startswith(ROTARY) and shape[-2:-1] == (length,) and shape[:-2] in ((1,), (batch,), (3, batch)):
-        wide = value.expand(*shape[:-3], batch, length, shape[-1])
-        return wide.gather(-2, cut.places[..., None].expand(*wide.shape[:-2], -1, shape[-1]))
-    if any(length in tensor.shape for tensor in tensors_in(value)):
-        raise ValueError(f"is handed `{name}`, {describe(value)}, which it is not known how to cut")
-    return value
-
-
-def cut_mask(mask: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """An attention mask `(B, S)` or `(B, 1, S, S)`, cut; no token sees fillers."""
-    batch, length = cut.back.shape
-    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else ()
-    if shape == (batch, length):
-        short = mask.gather(1, cut.places)
-        return short if cut.filler is None else short.masked_fill(cut.filler, 0)
-    if len(shape) != 4 or shape[0] not in (1, batch) or shape[2:] != (length, length):
-        raise ValueError(f"is handed an attention mask, {describe(mask)}, which it is not known how to cut")
-    short = mask.expand(batch, -1, -1, -1)
-    short = short.gather(2, cut.places[:, None, :, None].expand(-1, shape[1], -1, length))
-    short = short.gather(3, cut.places[:, None, None].expand(-1, shape[1], cut.places.shape[1], -1))
-    if cut.filler is not None:
-        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        short = short.masked_fill(cut.filler[:, None, None], hidden)
-    return short
-
-
-def tensors_in(value) -> Iterator[torch.Tensor]:
-    """The tensors in a value, in containers too."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(part)
-
-
-def describe(value) -> str:
-    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(value))
-    return f"a {type(value).__name__} of shape {shapes}" if shapes else f"a {type(value).__name__}"

@@ -208,9 +208,7 @@ class ModePass(nn.Module):
         self.auxiliary_loss = None
         self._close_layers()
         self._seen = modalities_in(kwargs)
-        self._key_sizes = key_sizes_of(model)
-        self._key_sizes.taken_by = self
-        self._key_sizes.set(None)
+        self._take_key_sizes(model).set(None)
         inputs = kwargs
         apart = self.distil or self._parts > 1 or self.served is not None  # slow, and yet encoded here
         if self.mode == FAST or apart:
@@ -259,10 +257,17 @@ class ModePass(nn.Module):
                 model, inputs, encodings, self.pruner, self.isolator, self.position_ids, self.generator, layers
             )
         if self.proportional_attention:
-            self._key_sizes.set(log_sizes)
+            self._take_key_sizes(model).set(log_sizes)
         if layers is not None:
             layers.open()
         return short
+
+    def _take_key_sizes(self, model: nn.Module) -> KeySizes:
+        """The sizes that the language model's layers see, which this pass decides on until its end."""
+        if self._key_sizes is None:
+            self._key_sizes = key_sizes_of(model)
+            self._key_sizes.taken_by = self
+        return self._key_sizes
 
     def _close_layers(self) -> None:
         if self._layers is not None:
@@ -276,8 +281,9 @@ class ModePass(nn.Module):
         inputs, _ = self._supervise(inputs)
         logits = model.forward(**inputs).logits
         self._close_layers()
-        check_used(model, self._key_sizes)
-        self._key_sizes.set(None)
+        if self._key_sizes is not None:
+            check_used(model, self._key_sizes)
+            self._key_sizes.set(None)
         return logits if self.slices_logits else logits[self._keep]
 
     def _supervise(self, inputs: dict) -> tuple[dict, torch.Tensor]:

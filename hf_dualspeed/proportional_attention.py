@@ -36,22 +36,22 @@ class KeySizes:
     Args:
         log_sizes (`torch.Tensor` of shape `(B, S)`, *optional*): of each key, in float32. None: plain attention.
         taken_by (*optional*): who decides on them now, such as a training pass; else each call's own arguments do.
-        calls (`int`): calls of attention functions that took them since they were set.
+        used (`bool`): whether an attention function has taken them since they were set.
     """
 
     log_sizes: torch.Tensor | None = None
     taken_by: object = None
-    calls: int = 0
+    used: bool = False
     _masks: list[tuple] = field(default_factory=list, repr=False)
 
     def set(self, log_sizes: torch.Tensor | None) -> None:
         """From now on, keys have these sizes `(B, S)`; None: each stands for itself."""
         if log_sizes is not self.log_sizes:
-            self.log_sizes, self.calls, self._masks = log_sizes, 0, []
+            self.log_sizes, self.used, self._masks = log_sizes, False, []
 
     def __getstate__(self) -> dict:
         """For copies and pickles, which are not in the middle of a pass."""
-        return {"log_sizes": None, "taken_by": None, "calls": 0, "_masks": []}
+        return {"log_sizes": None, "taken_by": None, "used": False, "_masks": []}
 
     def of_keys(self, batch: int, count: int) -> torch.Tensor:
         """The bias `(batch, count)` of an attention's keys.
@@ -75,8 +75,7 @@ class KeySizes:
 
     def attend(self, implementation: str, function: Callable, module: nn.Module, query, key, value, mask, options):
         """Calls an attention function with the bias of its keys, in the way that this one takes it."""
-        if not torch.compiler.is_compiling():
-            self.calls += 1
+        self.used = True
         bias = self.of_keys(key.shape[0], key.shape[2])
         if "flash" in implementation:
             if query.shape[-1] + EXTRA_WIDTH <= LARGEST_WIDTH and options.get("softcap") is None:
@@ -179,14 +178,14 @@ def key_sizes_of(model: nn.Module) -> KeySizes:
     if sizes is None:
         sizes = KeySizes()
     for module in decoder.modules():  # layers may have come since
-        module.__dict__[ATTRIBUTE] = sizes
+        module.__dict__.setdefault(ATTRIBUTE, sizes)
     change_calls(change_call)
     return sizes
 
 
 def check_used(model: nn.Module, sizes: KeySizes) -> None:
     """Raises a `ValueError` where the language model has run and none of its layers took the sizes."""
-    if sizes.log_sizes is not None and not sizes.calls and not torch.compiler.is_compiling():
+    if sizes.log_sizes is not None and not sizes.used:
         raise ValueError(
             f"{type(unwrap(model)).__name__} does not call transformers' attention functions, so its attention cannot "
             f"be made proportional to how many tokens each one stands for. {REMEDY}"

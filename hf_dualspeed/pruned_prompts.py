@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_dualspeed.fast_pass import prune_inputs
 from hf_dualspeed.hub_io import CONFIG_NAME
 from hf_dualspeed.isolator import ModeIsolator
+from hf_dualspeed.mode_pass import ModePass
 from hf_dualspeed.pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
 
 
@@ -25,6 +26,7 @@ class PrunedPrompts:
         isolator ([`ModeIsolator`], *optional*): In front of each image's kept tokens.
         position_ids (`str`, *optional*, defaults to `"auto"`): As in [`prune_inputs`].
         video_budget (`str`, *optional*, defaults to `"clip"`): As in [`prune_inputs`].
+        proportional_attention (`bool`, *optional*, defaults to `True`): As in [`prune_inputs`].
         seed (`int`, *optional*, defaults to 0): For pruners that draw.
         batch (`int`, *optional*, defaults to 0): Number of the next batch. It is part of the seed, so that a batch is
             pruned the same whether or not others were before it.
@@ -35,6 +37,7 @@ class PrunedPrompts:
     isolator: ModeIsolator | None = None
     position_ids: str = "auto"
     video_budget: str = "clip"
+    proportional_attention: bool = True
     seed: int = 0
     batch: int = 0
 
@@ -43,8 +46,28 @@ class PrunedPrompts:
         generator = torch.Generator(self.model.device).manual_seed((self.seed * 1_000_003 + self.batch) % 2**32)
         self.batch += 1
         return prune_inputs(
-            self.model, inputs, self.pruner, self.isolator, self.position_ids, generator, self.video_budget
+            self.model,
+            inputs,
+            self.pruner,
+            self.isolator,
+            self.position_ids,
+            generator,
+            self.video_budget,
+            self.proportional_attention,
         )
+
+
+def prompts_of(mode_pass: ModePass, model: PreTrainedModel, seed: int = 0) -> PrunedPrompts:
+    """Prunes prompts as the fast steps of a training do."""
+    return PrunedPrompts(
+        model,
+        mode_pass.pruner,
+        mode_pass.isolator,
+        mode_pass.position_ids,
+        mode_pass.video_budget,
+        mode_pass.proportional_attention,
+        seed,
+    )
 
 
 def check_prompt_pruner(name: str) -> None:

@@ -20,7 +20,7 @@ from hf_dualspeed.evaluation import answer_accuracy
 from hf_dualspeed.examples import to_messages
 from hf_dualspeed.kept_tokens import PICTURE_NAME, draw_images, first_images
 from hf_dualspeed.model_roles import freeze_roles
-from hf_dualspeed.pruned_prompts import PrunedPrompts
+from hf_dualspeed.pruned_prompts import prompts_of
 from hf_dualspeed.pruners import PrunerConfig, available_pruners
 from hf_dualspeed.recipe_arguments import RecipeArguments
 from hf_dualspeed.results import print_results, read_results
@@ -160,7 +160,7 @@ def _picture(recipe: RecipeArguments, trainer: DualSpeedTrainer, data: Dataset) 
     if mode_pass.pruner.in_language_model or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return {}
     model = trainer.accelerator.unwrap_model(trainer.model)
-    prepare = PrunedPrompts(model, mode_pass.pruner, mode_pass.isolator, mode_pass.position_ids)
+    prepare = prompts_of(mode_pass, model)
     path = Path(trainer.args.output_dir) / PICTURE_NAME
     rows = first_images(data, recipe.card_images)
     return {"kept_tokens": draw_images(prepare, trainer.processing_class, rows, path)}

@@ -146,7 +146,8 @@ class Checkpoint:
         self.model: PreTrainedModel = model.to(device).eval()
         self.processor: ProcessorMixin = AutoProcessor.from_pretrained(self.folder)
         self.results = read_results(self.folder)
-        self.position_ids = self.results.get("settings", {}).get("position_ids", "auto")
+        settings = self.results.get("settings", {})
+        self.fast_view = {key: settings[key] for key in ("position_ids", "proportional_attention") if key in settings}
         self.isolator = self._isolator()
         self.own_pruner = self._pruner()
         self._warm_up()
@@ -226,8 +227,7 @@ class Checkpoint:
         with LOCK:
             started = time.perf_counter()
             if pruner is not None:
-                isolator, positions = self.isolator, self.position_ids
-                inputs = prune_inputs(self.model, inputs, pruner, isolator, position_ids=positions)
+                inputs = prune_inputs(self.model, inputs, pruner, self.isolator, **self.fast_view)
             output = self.model.generate(
                 **inputs,
                 max_new_tokens=MAX_NEW_TOKENS,

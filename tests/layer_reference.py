@@ -182,9 +182,12 @@ def hidden_logits(model, inputs: dict, stages: dict[int, float], isolator, schem
 
 
 @torch.no_grad()
-def removed_logits(model, inputs: dict, stages: dict[int, float], isolator, both_ways: bool = False) -> torch.Tensor:
+def removed_logits(
+    model, inputs: dict, stages: dict[int, float], isolator, both_ways: bool = False, merged: bool = False
+) -> torch.Tensor:
     """Logits `(M, V)` of the supervised tokens of one unpadded sample, by a loop over the layers in eager mode;
-    `both_ways`: the tokens of an image see each other, as in Gemma 3, which has rotary embeddings by kind of layer."""
+    `both_ways`: the tokens of an image see each other, as in Gemma 3, which has rotary embeddings by kind of layer;
+    `merged`: kept tokens are means of those most similar to them, and count for as many."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
     (batch, decoder), given = (isolate(model, inputs, isolator.length), model.get_decoder()), {}
@@ -196,7 +199,7 @@ def removed_logits(model, inputs: dict, stages: dict[int, float], isolator, both
     hidden, positions, places = given["inputs_embeds"], given["position_ids"], batch.real[0]
     assert hidden.shape[1] == len(places)
     kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
-    maps = []
+    maps, sizes = [], dict.fromkeys(places, 1.0)
     for layer in decoder.layers:
         layer.self_attn.register_forward_hook(lambda m, a, out: maps.append(out[1]))
     for index, (layer, kind) in enumerate(zip(decoder.layers, kinds, strict=True)):
@@ -206,7 +209,10 @@ def removed_logits(model, inputs: dict, stages: dict[int, float], isolator, both
                 left = [p for p in unit.places if p in places]
                 query = max(i for i, p in enumerate(places) if p <= unit.query)
                 left.sort(key=lambda p: (-float(paid[query, places.index(p)]), p))
-                gone |= set(left[keep(len(unit.places), stages[index]) :])
+                count = keep(len(unit.places), stages[index])
+                gone |= set(left[count:])
+                if merged:
+                    hidden = merge(hidden, places, sizes, sorted(left[:count]), sorted(left[count:]))
             stay = [i for i, p in enumerate(places) if p not in gone]
             places = [places[i] for i in stay]
             hidden, positions = hidden[:, stay], positions[..., stay]
@@ -218,8 +224,25 @@ def removed_logits(model, inputs: dict, stages: dict[int, float], isolator, both
             inside = (place >= unit.places[0] - isolator.length) & (place <= unit.places[-1])
             seen |= inside & inside[:, None]
         mask = hidden.new_zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+        mask = mask + torch.tensor([sizes[p] for p in places]).log()
         extra = (kind,) if both_ways else ()
         embeddings = decoder.rotary_emb(hidden, positions, *extra)
         hidden = layer(hidden, attention_mask=mask, position_embeddings=embeddings)
     states = decoder.norm(hidden)[0]
     return model.lm_head(states[[places.index(p) - 1 for p in batch.supervised[0]]])
+
+
+def merge(hidden: torch.Tensor, places: list[int], sizes: dict[int, float], kept: list[int], gone: list[int]):
+    """The states `(1, S, D)` at `places` with those at `gone` averaged into the most similar of those at `kept`, by how
+    many tokens each stands for; counts them in `sizes`."""
+    state = {p: hidden[0, places.index(p)] for p in (*kept, *gone)}
+    heap = {p: [p] for p in kept}
+    for p in gone:
+        similar = [torch.cosine_similarity(state[p], state[k], dim=0) for k in kept]
+        heap[kept[int(torch.stack(similar).argmax())]].append(p)
+    hidden = hidden.clone()
+    for p, own in heap.items():
+        total = sum(sizes[q] for q in own)
+        hidden[0, places.index(p)] = sum(sizes[q] * state[q] for q in own) / total
+        sizes[p] = total
+    return hidden

@@ -18,7 +18,9 @@ from hf_dualspeed.conformance import CHECKS, Batch, check_model, encodings
 def test_family(name, modality, side):
     family = FAMILIES[name]
     model = family.model()
-    assert failures(model, batch_of(family, model, modality, side)) == []
+    batch = batch_of(family, model, modality, side)
+    assert failures(model, batch) == []
+    assert failures(model, replace(batch, proportional_attention=False)) == []
 
 
 @pytest.mark.parametrize("name", [name for name, modality in CASES if modality == "video"])

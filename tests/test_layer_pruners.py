@@ -39,12 +39,13 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 DEEP = ["llava", "llava_next", "smolvlm", "qwen2_5_vl", "gemma3", "paligemma"]
 
 
-def fastv(ratio=0.75, layer=1):
-    return AutoPruner.from_name("fastv", pruning_ratio=ratio, layer=layer)
+# Most tests are of the papers' rules: dropped tokens are gone. Those of merged ones say so.
+def fastv(ratio=0.75, layer=1, **settings):
+    return AutoPruner.from_name("fastv", pruning_ratio=ratio, layer=layer, **{"dropped_tokens": "discard"} | settings)
 
 
 def pyramid(ratio=0.875, **settings):
-    return AutoPruner.from_name("pyramiddrop", pruning_ratio=ratio, **settings)
+    return AutoPruner.from_name("pyramiddrop", pruning_ratio=ratio, **{"dropped_tokens": "discard"} | settings)
 
 
 def isolator_of(model, length=ISOLATOR):
@@ -52,15 +53,15 @@ def isolator_of(model, length=ISOLATOR):
     return ModeIsolator.for_model(model, length)
 
 
-def attached(model, pruner, isolator=None, scheme="original") -> ModePass:
-    mode_pass = ModePass(pruner, isolator, scheme)
+def attached(model, pruner, isolator=None, scheme="original", proportional=False) -> ModePass:
+    mode_pass = ModePass(pruner, isolator, scheme, proportional_attention=proportional)
     mode_pass.attach(model)
     return mode_pass
 
 
-def fast(model, inputs, pruner, isolator=None, scheme="original"):
+def fast(model, inputs, pruner, isolator=None, scheme="original", proportional=False):
     """Logits `(M, V)` of a fast pass and their targets."""
-    mode_pass = attached(model, pruner, isolator, scheme)
+    mode_pass = attached(model, pruner, isolator, scheme, proportional)
     mode_pass.begin(FAST, False, None)
     try:
         return model(**inputs).logits, mode_pass.targets
@@ -147,10 +148,12 @@ def test_pyramid_in_a_padded_batch(name, side):
 def test_a_sample_is_pruned_alone_as_in_a_batch(name, side):
     model = deep(name)
     isolator = isolator_of(model)
-    together, _ = fast(model, batch(FAMILIES[name], model, MIXED, side), pyramid(), isolator)
     alone = [batch(FAMILIES[name], model, [row], side, seeds=[seed]) for seed, row in enumerate(MIXED)]
-    parts = [fast(model, inputs, pyramid(), isolator)[0] for inputs in alone]
-    torch.testing.assert_close(together, torch.cat(parts), **CLOSE)
+    for dropped in ("discard", "merge"):
+        view = {"pruner": pyramid(dropped_tokens=dropped), "isolator": isolator, "proportional": dropped == "merge"}
+        together, _ = fast(model, batch(FAMILIES[name], model, MIXED, side), **view)
+        parts = [fast(model, inputs, **view)[0] for inputs in alone]
+        torch.testing.assert_close(together, torch.cat(parts), **CLOSE)
 
 
 def test_rows_of_one_length_that_lose_different_numbers_need_no_mask():
@@ -186,15 +189,19 @@ def test_answers_choose_nothing(name):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("row", [0, 2])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
-@pytest.mark.parametrize("pruner", [pyramid(), fastv(0.5, 2)], ids=["pyramiddrop", "fastv"])
-def test_one_sample_layer_by_layer(name, pruner, row, attention):
-    model = deep(name)
+@pytest.mark.parametrize("dropped", ["discard", "merge"])
+@pytest.mark.parametrize("pruner", [pyramid, fastv], ids=["pyramiddrop", "fastv"])
+def test_one_sample_layer_by_layer(name, pruner, dropped, row, attention):
+    model, merged = deep(name), dropped == "merge"
+    pruner = pruner(0.5 if pruner is fastv else 0.875, dropped_tokens=dropped)
     inputs, isolator = batch(FAMILIES[name], model, [MIXED[row]], seeds=[row]), isolator_of(model)
-    expected = removed_logits(model, inputs, pruner.stages(4), isolator, both_ways=name == "gemma3")
+    expected = removed_logits(model, inputs, pruner.stages(4), isolator, name == "gemma3", merged)
     model.set_attn_implementation(attention)
     with torch.no_grad():
-        logits, _ = fast(model, inputs, pruner, isolator)
+        logits, _ = fast(model, inputs, pruner, isolator, proportional=merged)
     torch.testing.assert_close(logits, expected, **CLOSE)
+    if merged:
+        assert not torch.allclose(logits, fast(model, inputs, pruner, isolator)[0], atol=1e-2)  # sizes matter
 
 
 def flash_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **options):
@@ -221,9 +228,11 @@ AttentionMaskInterface.register("flash_for_layers", flash_attention_mask)
 def test_under_flash_attention(name, rows, side):
     model = deep(name)
     inputs, isolator = batch(FAMILIES[name], model, rows, side), isolator_of(model)
-    expected, _ = fast(model, inputs, pyramid(), isolator)
+    views = [{"pruner": pyramid(dropped_tokens=kind), "proportional": kind == "merge"} for kind in ("discard", "merge")]
+    expected = [fast(model, inputs, isolator=isolator, **view)[0] for view in views]
     model.get_decoder().config._attn_implementation = "flash_for_layers"
-    torch.testing.assert_close(fast(model, inputs, pyramid(), isolator)[0], expected, **CLOSE)
+    for view, logits in zip(views, expected, strict=True):
+        torch.testing.assert_close(fast(model, inputs, isolator=isolator, **view)[0], logits, **CLOSE)
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -251,7 +260,7 @@ def test_the_loss_inside_the_context_is_that_of_a_fast_pass(name):
     inputs = batch(FAMILIES[name], model, MIXED, "left")
     with torch.no_grad(), prune_visual_tokens(model, pyramid(), isolator_of(model), "original"):
         out = model(**inputs)
-    logits, targets = fast(model, inputs, pyramid(), isolator_of(model))
+    logits, targets = fast(model, inputs, pyramid(), isolator_of(model), proportional=True)
     torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(logits, targets))
     assert getattr(out, "past_key_values", None) is None
 
@@ -333,16 +342,17 @@ def test_dropped_tokens_get_gradients_through_the_first_layers_alone():
     assert touched[2] <= 10 + 4 + 3
 
 
+@pytest.mark.parametrize("dropped", ["discard", "merge"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
-def test_gradient_checkpointing_changes_nothing(name, reentrant):
+def test_gradient_checkpointing_changes_nothing(name, reentrant, dropped):
     grads, losses = {}, {}
     for checkpointing in (False, True):
         model = deep(name).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         isolator = isolator_of(model)
-        mode_pass = attached(model, pyramid(), isolator)
+        mode_pass = attached(model, pyramid(dropped_tokens=dropped), isolator, proportional=dropped == "merge")
         mode_pass.begin(FAST, False, None)
         inputs = batch(FAMILIES[name], model)
         loss = torch.nn.functional.cross_entropy(model(**inputs).logits, mode_pass.targets)
@@ -353,7 +363,7 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant):
     torch.testing.assert_close(losses[True], losses[False])
     assert grads[True].keys() == grads[False].keys()
     for key, grad in grads[True].items():
-        torch.testing.assert_close(grad, grads[False][key], msg=key)
+        torch.testing.assert_close(grad, grads[False][key], msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_layers_wrapped_for_checkpointing_run_their_hooks_again():

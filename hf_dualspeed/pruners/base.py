@@ -300,8 +300,8 @@ def take(tokens: VisualTokens, ranked: torch.Tensor, lengths: list[int], dropped
 
 @torch.no_grad()
 def nearest_kept(tokens: VisualTokens, positions: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """The slot `(B, N)` of the kept token, at `positions` `(B, K)`, that each token is most similar to (cosine): its own
-    where it is kept, the first one's where several are equal, and K on padding."""
+    """The slot `(B, N)` of the kept token, of those at `positions` `(B, K)`, that each token is most similar to
+    (cosine): its own where it is kept, the first one's where several are equal, and K on padding."""
     most, count = positions.shape[1], tokens.features.shape[1]
     with torch.autocast(tokens.features.device.type, enabled=False):
         units = F.normalize(tokens.features.detach().float(), dim=-1)
@@ -325,11 +325,17 @@ def counts(owner: torch.Tensor, most: int) -> torch.Tensor:
 
 def means(features: torch.Tensor, owner: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """The mean of the `features` `(B, N, D)` that belong to each slot, `(B, K, D)`."""
-    batch, most = sizes.shape
     with torch.autocast(features.device.type, enabled=False):
-        # Sums as products with ones (B, K, N): products add up in float32, and always in the same order.
-        member = features.new_zeros(batch, most + 1, owner.shape[1]).scatter_(1, owner[:, None], 1.0)[:, :most]
+        # Sums as products with ones: they add up in float32, and always in the same order.
+        member = members(owner, sizes.shape[1], features.dtype)
         return (member @ features / sizes.clamp(min=1)[..., None]).to(features.dtype)
+
+
+def members(owner: torch.Tensor, most: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """1 where a token belongs to a slot, of which `owner` `(B, N)` names one each, and 0 elsewhere: `(B, most, N)`."""
+    batch, count = owner.shape
+    found = torch.zeros(batch, most + 1, count, dtype=dtype, device=owner.device)
+    return found.scatter_(1, owner[:, None], 1.0)[:, :most]
 
 
 def rows_at(features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
