@@ -16,8 +16,8 @@ SIDES = ("right", "left")
 SHORTENING = [name for name in available_pruners() if shortens(name)]
 
 
-def pruner(name="divprune", ratio=0.75):
-    return build(name, HIDDEN, pruning_ratio=ratio)
+def pruner(name="divprune", ratio=0.75, **settings):
+    return build(name, HIDDEN, pruning_ratio=ratio, **settings)
 
 
 def real(tensor, mask):
@@ -112,7 +112,8 @@ def test_original_positions_equal_masking_the_dropped_tokens(family, side):
         )
     with torch.no_grad():
         masked = model(**{**inputs, "attention_mask": mask, "position_ids": full_positions}).logits
-        short = prune_inputs(model, inputs, pruner("divprune"), position_ids="original")
+        bare, options = pruner("divprune", dropped_tokens="discard"), {"proportional_attention": False}
+        short = prune_inputs(model, inputs, bare, position_ids="original", **options)
         out = model(**short).logits
     torch.testing.assert_close(real(out, short["attention_mask"]), real(masked, mask), rtol=1e-4, atol=1e-5)
     compact = prune_inputs(model, inputs, pruner("divprune"), position_ids="compact")["position_ids"]

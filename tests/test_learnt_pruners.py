@@ -103,7 +103,8 @@ def test_gumbel_top_k_draws_in_proportion_to_the_scores():
 
 
 def test_dynamicvit_draws_in_training_and_keeps_the_best_in_evaluation():
-    pruner, cases = AutoPruner.from_name("dynamicvit", pruning_ratio=0.75, hidden_size=16), tokens((6, 6), (4, 5))
+    settings = {"pruning_ratio": 0.75, "hidden_size": 16, "dropped_tokens": "discard"}
+    pruner, cases = AutoPruner.from_name("dynamicvit", **settings), tokens((6, 6), (4, 5))
     best = pruner.scores(cases)
     out = pruner(cases)
     for i, n in enumerate(cases.lengths):
@@ -158,7 +159,10 @@ def test_gradients_reach_every_parameter_and_the_tokens(name):
     for i, keep in enumerate(out.lengths):
         assert touched[i, out.positions[i, :keep]].all()
     if name == "dynamicvit":  # the estimate for the scores stays with the scores
-        assert touched.sum() == sum(out.lengths)
+        pruner.reconfigure(dropped_tokens="discard")
+        cases.features.grad = None
+        pruner(cases).features.square().sum().backward()
+        assert (cases.features.grad.abs().sum(-1) > 0).sum() == sum(out.lengths)
 
 
 def test_tokens_learn_what_maps_look_at():

@@ -257,6 +257,8 @@ LAYERS = [
         "encoding",
         "feature_cache",
         "packing",
+        "proportional_attention",
+        "layer_arguments",
         "layer_pass",
         "fast_pass",
         "batch_parts",

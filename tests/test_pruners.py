@@ -7,6 +7,8 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,11 +37,15 @@ RATIOS = (0.1, 0.5, 0.75, 0.9, 0.999)
 SHAPES = [[(24, 24)], [(6, 6), (6, 6)], [(4, 9), (7, 3), (1, 1), (2, 30)], [(6, 6, 5, 8), (6, 6)]]
 
 
-@pytest.mark.parametrize("name", available_pruners())
+SELECTING = [name for name in available_pruners() if not pruner_class(name).merges]
+VARIANTS = [(name, "merge") for name in available_pruners()] + [(name, "discard") for name in SELECTING]
+
+
+@pytest.mark.parametrize(("name", "dropped"), VARIANTS)
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_contract(name, shapes, ratio):
-    pruner = build(name, pruning_ratio=ratio)
+def test_contract(name, dropped, shapes, ratio):
+    pruner = build(name, pruning_ratio=ratio, dropped_tokens=dropped)
     batch = tokens(*shapes)
     out = pruner(batch)
     expected = [budget(n, ratio) for n in batch.lengths]
@@ -52,14 +58,65 @@ def test_contract(name, shapes, ratio):
         assert 0 <= positions[0]
         assert positions[-1] < count
         assert out.valid is None or out.valid[i].sum() == keep
-        assert pruner.merges == (out.merge is not None)
-        if not pruner.merges:
+        assert (dropped == "merge") == (out.merge is not None)
+        if dropped == "discard":
             assert torch.equal(out.features[i, :keep], batch.features[i, positions])
+        # Kept tokens stand for all: each for one at least, for a merging rule's own, and padding for none.
+        assert out.sizes[i, keep:].sum() == 0
+        torch.testing.assert_close(out.sizes[i, :keep].sum(), torch.tensor(float(count)))
+        assert (out.sizes[i, :keep] >= 1 - 1e-6).all()
         if pruner.deterministic:
             alone = pruner(image(batch, i))
             assert torch.equal(alone.positions[0], positions)
             torch.testing.assert_close(alone.features[0], out.features[i, :keep])
+            torch.testing.assert_close(alone.sizes[0], out.sizes[i, :keep])
     assert (out.valid is None) == (min(expected) == max(expected))
+
+
+@pytest.mark.parametrize("name", SELECTING)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_dropped_tokens_are_averaged_into_the_most_similar_kept_one(name, shapes):
+    """By a reference that loops; other features of the same tokens are averaged alike."""
+    batch = tokens(*shapes)
+    out = build(name, pruning_ratio=0.8)(batch)
+    other = torch.randn(*batch.features.shape[:2], 3)
+    carried = out.carry(other)
+    for i, (keep, count) in enumerate(zip(out.lengths, batch.lengths, strict=True)):
+        kept = out.positions[i, :keep].tolist()
+        heaps = {k: [k] for k in kept}
+        for n in set(range(count)) - heaps.keys():
+            similar = torch.cosine_similarity(batch.features[i, n], batch.features[i, kept], dim=-1)
+            heaps[kept[int(similar.argmax())]].append(n)
+        assert out.sizes[i, :keep].tolist() == [len(heaps[k]) for k in kept]
+        for given, found in ((batch.features, out.features), (other, carried)):
+            means = torch.stack([given[i, sorted(heaps[k])].mean(0) for k in kept])
+            torch.testing.assert_close(found[i, :keep], means)
+
+
+def test_what_becomes_of_dropped_tokens_is_a_setting_of_selecting_pruners(tmp_path):
+    with pytest.raises(
+        ValueError, match="`dropped_tokens` must be one of 'merge', 'discard', got 'mrge'. Did you mean"
+    ):
+        build("divprune", dropped_tokens="mrge")
+    with pytest.raises(
+        ValueError, match="`dropped_tokens` is 'discard', but the pruner 'tome' merges tokens by a rule"
+    ):
+        build("tome", dropped_tokens="discard")
+    assert "dropped_tokens" not in build("tome").config.to_dict()
+    pruner = build("divprune", dropped_tokens="discard")
+    pruner.save_pretrained(tmp_path)
+    assert AutoPruner.from_pretrained(tmp_path).config.dropped_tokens == "discard"
+    pruner.reconfigure(dropped_tokens="merge")
+    assert pruner(tokens((4, 4))).merge is not None
+
+
+def test_a_pruner_that_counts_nothing_is_counted_by_the_nearest():
+    """One of a user's own that overrides `reduce` need not know of sizes."""
+    batch, own = tokens((4, 4)), build("divprune", pruning_ratio=0.5)
+    expected = own(batch).sizes
+    reduce = own.reduce
+    own.reduce = lambda *given: replace(reduce(*given), sizes=None)
+    assert torch.equal(own(batch).sizes, expected)
 
 
 @pytest.mark.parametrize("name", available_pruners())
@@ -68,6 +125,7 @@ def test_ratio_zero_is_the_identity(name):
     out = build(name, pruning_ratio=0.0)(batch)
     assert torch.equal(out.features, batch.features)
     assert out.lengths == [16, 15]
+    assert out.sizes.sum(1).tolist() == [16, 15]
 
 
 @pytest.mark.parametrize("name", available_pruners())
@@ -84,11 +142,11 @@ def test_low_precision_features_are_selected_in_float32(name, dtype):
         assert torch.equal(build(name, pruning_ratio=0.8)(again).positions, high.positions)
 
 
-@pytest.mark.parametrize("name", available_pruners())
-def test_gradients_reach_kept_tokens(name):
+@pytest.mark.parametrize(("name", "dropped"), VARIANTS)
+def test_gradients_reach_kept_tokens_and_those_averaged_into_them(name, dropped):
     batch = tokens((6, 6))
     batch.features.requires_grad_(True)
-    out = build(name, pruning_ratio=0.75)(batch)
+    out = build(name, pruning_ratio=0.75, dropped_tokens=dropped)(batch)
     assert not out.positions.requires_grad
     out.features.sum().backward()
     touched = batch.features.grad.abs().sum(-1)[0] > 0
@@ -97,6 +155,7 @@ def test_gradients_reach_kept_tokens(name):
         assert touched.nonzero()[:, 0].tolist() == kept
     else:
         assert touched[kept].all()
+        assert touched.all() or pruner_class(name).merges
 
 
 @pytest.mark.parametrize("name", available_pruners())
@@ -194,14 +253,17 @@ def test_divprune_is_the_papers_rule(seed, matrix, block, monkeypatch):
         assert out.positions[i, : out.lengths[i]].tolist() == reference_divprune(batch.features[i, :n], budget(n, 0.7))
 
 
-def test_divprune_does_not_wait_for_the_device_nor_loop_over_images():
+def test_divprune_does_not_wait_for_the_device_nor_loop_over_images(monkeypatch):
     # The meta device has no values: any read of one, any branch on one and any `.item()` raises there.
+    monkeypatch.setattr(torch, "autocast", lambda *given, **options: nullcontext())  # which it has not either
     features = torch.randn(3, 50, 8, device="meta")
-    assert DivPrune(DivPrune.config_class(0.9)).rank(VisualTokens(features), 5).shape == (3, 5)
+    assert DivPrune(DivPrune.config_class(0.9)).reduce(
+        VisualTokens(features, lengths=[50] * 3), [5] * 3
+    ).sizes.shape == (3, 5)
     calls = {}
     for images in (1, 16):
         with torch.profiler.profile() as profile:
-            DivPrune(DivPrune.config_class(0.9)).rank(VisualTokens(torch.randn(images, 50, 8)), 5)
+            DivPrune(DivPrune.config_class(0.9)).reduce(VisualTokens(torch.randn(images, 50, 8)), [5] * images)
         calls[images] = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
     assert calls[16] <= calls[1] * 1.1
 
@@ -210,7 +272,7 @@ def test_divprune_multiplies_each_pair_once(monkeypatch):
     monkeypatch.setattr("hf_dualspeed.pruners.divprune.BLOCK", 16)
     features = torch.randn(2, 160, 8)
     with FlopCounterMode(display=False) as counter:
-        DivPrune(DivPrune.config_class(0.9)).rank(VisualTokens(features), 16)
+        DivPrune(DivPrune.config_class(0.9)).reduce(VisualTokens(features), [16] * 2)
     blocks = 160 // 16
     assert counter.get_total_flops() == 2 * 2 * 160 * 160 * 8 * (blocks + 1) / (2 * blocks)
 

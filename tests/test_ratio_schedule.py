@@ -59,6 +59,7 @@ def test_a_saved_pruner_takes_further_settings(tmp_path):
         "pruning_ratio": 0.5,
         "pruning_schedule": "cosine",
         "initial_pruning_ratio": 0.1,
+        "dropped_tokens": "merge",
     }
     with pytest.raises(ValueError, match="`pruner_kwargs` has an unknown key 'pruning_shedule'. Did you mean"):
         make(tmp_path, pruner_kwargs={"pruning_shedule": "linear"})

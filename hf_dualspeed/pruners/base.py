@@ -279,15 +279,32 @@ def in_source_order(
     return positions.clamp(max=count - 1), order, valid
 
 
-def take(tokens: VisualTokens, ranked: torch.Tensor, lengths: list[int], dropped_tokens: str = MERGE) -> PrunedTokens:
+def take(
+    tokens: VisualTokens,
+    ranked: torch.Tensor,
+    lengths: list[int],
+    dropped_tokens: str = MERGE,
+    similarity: torch.Tensor | None = None,
+) -> PrunedTokens:
     """Keeps the first `lengths[b]` of the `ranked` `(B, K)` positions, in their source order.
 
     Each dropped token belongs to the kept one that is most similar to it, which it is averaged into ("merge") or merely
     counted for ("discard").
+
+    Args:
+        similarity (`torch.Tensor` of shape `(B, K, N)`, *optional*): of all tokens to the ranked ones, where a pruner
+            knows it; of these to themselves infinite.
     """
-    positions, _, valid = in_source_order(ranked, lengths, tokens.features.shape[1])
-    owner = nearest_kept(tokens, positions, valid)
-    most = positions.shape[1]
+    most = ranked.shape[1]
+    positions, order, valid = in_source_order(ranked, lengths, tokens.features.shape[1])
+    if similarity is None:
+        owner = nearest_kept(tokens, positions, valid)
+    else:
+        real = kept_mask(lengths, ranked.device)
+        similarity = similarity if real is None else similarity.masked_fill(~real[..., None], float("-inf"))
+        # From ranks to the slots that they are sorted into.
+        owner = order.argsort(dim=1).gather(1, similarity.argmax(dim=1))
+        owner = owner if tokens.valid is None else owner.masked_fill(~tokens.valid, most)
     sizes = counts(owner, most)
     if dropped_tokens == DISCARD:
         return PrunedTokens(rows_at(tokens.features, positions), positions, valid, lengths, sizes=sizes)
@@ -325,10 +342,16 @@ def counts(owner: torch.Tensor, most: int) -> torch.Tensor:
 
 def means(features: torch.Tensor, owner: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """The mean of the `features` `(B, N, D)` that belong to each slot, `(B, K, D)`."""
+    batch, most = sizes.shape
     with torch.autocast(features.device.type, enabled=False):
-        # Sums as products with ones: they add up in float32, and always in the same order.
-        member = members(owner, sizes.shape[1], features.dtype)
-        return (member @ features / sizes.clamp(min=1)[..., None]).to(features.dtype)
+        if features.dtype == torch.float32:
+            # A row of sums for each slot, and one for what belongs to none.
+            rows = owner + torch.arange(batch, device=owner.device)[:, None] * (most + 1)
+            sums = features.new_zeros(batch * (most + 1), features.shape[-1])
+            sums = sums.index_add(0, rows.flatten(), features.flatten(0, 1)).view(batch, most + 1, -1)[:, :most]
+        else:  # products add up in float32, without a copy of all features in it
+            sums = members(owner, most, features.dtype) @ features
+        return (sums / sizes.clamp(min=1)[..., None]).to(features.dtype)
 
 
 def members(owner: torch.Tensor, most: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

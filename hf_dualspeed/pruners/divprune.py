@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .base import Pruner, VisualTokens, register_pruner
+from .base import PrunedTokens, Pruner, VisualTokens, register_pruner, take
 
 # What the (N, N) similarities of the images that are chosen from together may take. Reading them is what makes a choice
 # cheap: without them, each kept token costs a product with all N.
 MATRIX_BYTES = 2**30
 # Rows of similarities that are made at a time: few enough that half of the products are left out.
-BLOCK = 512
+BLOCK = 256
 FARTHEST = -2.0  # below every cosine
 
 
@@ -25,21 +25,33 @@ class DivPrune(Pruner):
     recomputes the minimum over all kept tokens at each step; the running minimum here gives the same choice.
     """
 
-    def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
+    def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
+        with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
+            ranked, similarity = self.choose(tokens, max(lengths))
+        return take(tokens, ranked, lengths, self.config.dropped_tokens, similarity)
+
+    def choose(self, tokens: VisualTokens, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kept positions in the order of their choice `(B, K)`, and how similar all tokens are to them
+        `(B, K, N)`."""
         units = F.normalize(tokens.features.detach().float(), dim=-1)
         fitting = MATRIX_BYTES // (units.element_size() * units.shape[1] ** 2)
         together = units.split(fitting or len(units))
         valid = [None] * len(together) if tokens.valid is None else tokens.valid.split(fitting or len(units))
-        ranked = [farthest_first(*group, most, whole=fitting > 0) for group in zip(together, valid, strict=True)]
-        return torch.cat(ranked)
+        chosen = [farthest_first(*group, most, whole=fitting > 0) for group in zip(together, valid, strict=True)]
+        ranked, similarity = zip(*chosen, strict=True)
+        return torch.cat(ranked), torch.cat(similarity)
 
 
-def farthest_first(units: torch.Tensor, valid: torch.Tensor | None, most: int, whole: bool) -> torch.Tensor:
-    """The greedy choice from unit vectors `(B, N, D)`, of which `valid` `(B, N)` count: `(B, most)`.
+def farthest_first(
+    units: torch.Tensor, valid: torch.Tensor | None, most: int, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greedy choice from unit vectors `(B, N, D)`, of which `valid` `(B, N)` count: `(B, most)`, and the
+    similarities of all tokens to those chosen `(B, most, N)`, to themselves infinite.
 
     With `whole`, all similarities are held in memory.
     """
-    images = torch.arange(len(units), device=units.device)
+    batch, count, _ = units.shape
+    first_rows = torch.arange(batch, device=units.device) * count
     padding = 0.0 if valid is None else torch.where(valid, 0.0, float("inf"))
     nearest, similarity = similarities(units, valid, whole)
     pick = (nearest + padding).argmin(dim=1)
@@ -47,17 +59,18 @@ def farthest_first(units: torch.Tensor, valid: torch.Tensor | None, most: int, w
         # A kept token is infinitely similar to itself, so that it is never the farthest from the kept ones.
         similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
     nearest = torch.full_like(units[..., 0], FARTHEST) + padding
-    chosen = [pick]
-    for _ in range(most - 1):
-        if similarity is not None:
-            to_pick = similarity[images, pick]
-        else:
-            to_pick = (units @ units[images, pick, :, None])[..., 0]
-            to_pick.scatter_(1, pick[:, None], float("inf"))
+    rows = units if similarity is None else similarity
+    rows, chosen, similar = rows.flatten(0, 1), [pick], []
+    while True:
+        to_pick = rows.index_select(0, first_rows + pick)
+        if similarity is None:
+            to_pick = (units @ to_pick[..., None])[..., 0].scatter_(1, pick[:, None], float("inf"))
+        similar.append(to_pick)
+        if len(chosen) == most:
+            return torch.stack(chosen, dim=1), torch.stack(similar, dim=1)
         nearest = torch.maximum(nearest, to_pick)
         pick = nearest.argmin(dim=1)
         chosen.append(pick)
-    return torch.stack(chosen, dim=1)
 
 
 def similarities(
