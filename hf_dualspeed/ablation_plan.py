@@ -74,11 +74,22 @@ PRUNING_RATIOS = tuple(
     for ratio in RATIOS
 )
 # Those that need no more of the tower than what it returns.
-SELECTING = ("divprune", "random", "grid", "cdpruner", "dynamicvit", "fastv", "pyramiddrop")
-MERGING = ("avg_pool", "tome", "trim", "token_learner")
+OTHERS = (
+    "random",
+    "grid",
+    "cdpruner",
+    "dynamicvit",
+    "avg_pool",
+    "tome",
+    "trim",
+    "token_learner",
+    "fastv",
+    "pyramiddrop",
+)
 PRUNERS = (
-    *(Way(f"{PAPER}pruner-{n}", f"discarding: {n}", {**PAPERS[-1].options, "pruner": n}) for n in SELECTING),
-    *(Way(f"pruner-{n}", n, {**DUALSPEED.options, "pruner": n}) for n in (*SELECTING, *MERGING)),
+    PAPERS[-1],
+    Way(REFERENCE, "divprune", DUALSPEED.options),
+    *(Way(f"pruner-{name}", name, {**DUALSPEED.options, "pruner": name}) for name in OTHERS),
 )
 
 

@@ -52,7 +52,7 @@ class DualSpeedArguments:
         },
     )
     slow_mode_ratio: float = field(
-        default=Default(0.1),
+        default=Default(0.05),
         metadata={
             "help": "Fraction of optimizer steps that train on all tokens, in [0, 1]. Left alone, it is 0 where the "
             "language model is frozen (projector-only training)."

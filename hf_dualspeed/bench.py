@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
@@ -39,6 +39,7 @@ from hf_dualspeed.host_waits import device_waits, host_waits
 from hf_dualspeed.model_roles import parameter_roles
 from hf_dualspeed.protocol import unwrap, visual_token_ids
 from hf_dualspeed.pruners import PrunedTokens, VisualTokens
+from hf_dualspeed.pruners.config import DISCARD
 from hf_dualspeed.results import machine, one_line, versions, without_paths
 from hf_dualspeed.schedule import FAST, SLOW
 from hf_dualspeed.trainer import DualSpeedTrainer
@@ -246,11 +247,14 @@ class Bench:
         self.plain = Trainer(model=self.model, args=TrainingArguments(**common))
         self._begin()
         self.losses: dict[str, float] = {}
+        self.dropped_tokens = self.dual.mode_pass.pruner.config.dropped_tokens
         self.step("fast")  # whose size tells slow steps their parts
         self._clean("fast")
         # Growth, profiles and lengths have no step with it.
         self.cached = cached_batch(self.dual, self.batch, f"{folder}/features") if options.kind == "steps" else None
-        self.steps = [name for name in STEPS if name != "fast_cached" or self.cached is not None]
+        absent = {"fast_cached"} if self.cached is None else set()
+        absent |= {"fast_discarding"} if self.dual.mode_pass.pruner.merges else set()  # it has no other way
+        self.steps = [name for name in STEPS if name not in absent]
         self.variants = {**{name: partial(self.step, name) for name in self.steps}, **self._parts()}
 
     def _begin(self) -> None:
@@ -265,7 +269,11 @@ class Bench:
         """Forward and backward of one micro-batch, through the trainer's own `training_step`."""
         self.dual.mode = FAST if name.startswith("fast") else SLOW
         self.dual.args.distillation_weight = 0.0 if name == "slow_without_distillation" else 1.0
-        trainer = self.plain if name == "plain" else self.dual
+        trainer, mode_pass = self.plain if name == "plain" else self.dual, self.dual.mode_pass
+        if not mode_pass.pruner.merges:
+            dropped = DISCARD if name == "fast_discarding" else self.dropped_tokens
+            mode_pass.pruner.config = replace(mode_pass.pruner.config, dropped_tokens=dropped)
+        mode_pass.proportional_attention = name != "fast_discarding"
         batch = self.cached if name == "fast_cached" else self.batch
         self.loss = trainer.training_step(self.model, batch, self.items)
 

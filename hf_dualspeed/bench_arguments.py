@@ -83,7 +83,7 @@ class BenchArguments:
     rounds: int | None = None
     pruner: str = "divprune"
     pruning_ratio: float = 0.9
-    slow_ratio: float = 0.1
+    slow_ratio: float = 0.05
     threads: int | None = None
     growth: bool = False
     profile: bool = False
@@ -100,7 +100,7 @@ class BenchArguments:
         if self.threads is not None:
             check_range("threads", self.threads, 1, off="Leave it out for PyTorch's choice.")
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="0.9 is usual.")
-        check_range("slow_ratio", self.slow_ratio, 0, 1, off="0.1 is usual.")
+        check_range("slow_ratio", self.slow_ratio, 0, 1, off="0.05 is usual.")
         check_choice("pruner", self.pruner, available_pruners())
         if pruner_class(self.pruner).in_language_model:
             raise ValueError(

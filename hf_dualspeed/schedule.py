@@ -29,7 +29,7 @@ class ModeSchedule:
         total_steps (`int`, *optional*): optimizer steps of the whole run; needed for a tail and for ratios that change.
     """
 
-    ratio: float = 0.1
+    ratio: float = 0.05
     kind: str = "random"
     seed: int = 0
     warmup_steps: int = 0
