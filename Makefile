@@ -53,10 +53,12 @@ compare: $(STAMP)
 ABLATION := $(BIN)/dualspeed ablation --output docs/results/ablation
 ablation: $(STAMP)
 	$(ABLATION).json --groups parts
-	$(ABLATION)_longer.json --steps 800 --groups parts "parts in equal time"
 	$(ABLATION)_slow_ratios.json --groups "slow ratios"
-	$(ABLATION)_schedules.json --groups schedules "equal time"
-	$(ABLATION)_pruners.json --groups "pruning ratios" pruners
+	$(ABLATION)_equal_time.json --groups "equal time"
+	$(ABLATION)_pruning.json --groups "pruning ratios" positions
+	$(ABLATION)_pruners.json --groups pruners
+	$(ABLATION)_schedules.json --groups schedules
+	$(ABLATION)_longer.json --steps 800 --groups parts "equal time"
 
 CARD := model_cards/quickstart
 cards: $(STAMP)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import Trainer, set_seed
 
-from hf_dualspeed.ablation_plan import BASELINE, GROUPS, REFERENCE, TIMED, Way
+from hf_dualspeed.ablation_plan import BASELINE, FORMAT, GROUPS, REFERENCE, TIMED, Way
 from hf_dualspeed.ablation_report import write_report
 from hf_dualspeed.ablation_task import accuracy, build_model, load_task, majority
 from hf_dualspeed.ablation_text import Size
@@ -107,6 +107,7 @@ def ablate(options: argparse.Namespace, path: Path, command: str) -> dict:
     settings = _settings(options)
     task = load_task(settings.size)
     head = {
+        "format": FORMAT,
         "command": command,
         "settings": asdict(settings),
         "seeds": options.seeds,

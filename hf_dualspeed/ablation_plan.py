@@ -21,6 +21,7 @@ class Way:
     speed_up: float = 1.0  # the steps of all, divided by this
 
 
+FORMAT = 2  # of result files; in the first, all that was pruned was discarded
 BASELINE, REFERENCE = "full-tokens", "dualspeed"
 TIMED, ORIGINAL, PAPER = "time:", ":original", "paper:"
 # What the fast view consists of: the other tokens averaged into the kept ones, which then count for as many; or, as the
@@ -93,6 +94,23 @@ PRUNERS = (
 )
 
 
+# When slow steps come, which matters only where they repair something.
+PAPERS_10 = PAPERS[-1].options
+PAPERS_5, TAIL = {**PAPERS_10, **slow(0.05)}, {**PAPERS_10, **slow(0.0)}
+SCHEDULES = (
+    Way(f"{PAPER}dualspeed", "random, 10 %", PAPERS_10),
+    Way(f"{PAPER}periodic-0.1", "every 10th", {**PAPERS_10, "mode_schedule": "periodic"}),
+    Way(f"{PAPER}growing-0.1", "growing, 10 % on average", {**PAPERS_10, "mode_schedule": "growing"}),
+    Way(f"{PAPER}shrinking-0.1", "shrinking, 10 % on average", {**PAPERS_10, "mode_schedule": "shrinking"}),
+    Way(f"{PAPER}tail-0.1", "the last 10 %", {**TAIL, "slow_tail_ratio": 0.1}),
+    Way(f"{PAPER}slow-0.05", "random, 5 %", PAPERS_5),
+    Way(f"{PAPER}growing-0.05", "growing, 5 % on average", {**PAPERS_5, "mode_schedule": "growing"}),
+    Way(f"{PAPER}shrinking-0.05", "shrinking, 5 % on average", {**PAPERS_5, "mode_schedule": "shrinking"}),
+    Way(f"{PAPER}tail-0.05", "the last 5 %", {**TAIL, "slow_tail_ratio": 0.05}),
+    Way(f"{PAPER}adaptive", "adaptive", {**PAPERS_10, "mode_schedule": "adaptive"}),
+)
+
+
 def original(way: Way) -> Way:
     """The same with the positions that the kept tokens had."""
     return Way(way.key + ORIGINAL, f"{way.name}, original", {**way.options, "position_ids": "original"})
@@ -125,6 +143,7 @@ GROUPS: dict[str, tuple[Way, ...]] = {
         *map(of_seven_billion, MEASURED),
     ),
     "positions": (FULL, *(way for own in (MERGED_ONLY, DUALSPEED) for way in (own, original(own)))),
+    "schedules": (FULL, *SCHEDULES),
     "pruning ratios": (FULL, *PRUNING_RATIOS),
     "pruners": (FULL, *PRUNERS),
 }

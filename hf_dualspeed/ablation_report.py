@@ -11,12 +11,19 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Column, Table
 
-from hf_dualspeed.ablation_plan import BASELINE, ORIGINAL
+from hf_dualspeed.ablation_plan import BASELINE, FORMAT, MEASURED, ORIGINAL, PAPER, of_seven_billion
 from hf_dualspeed.results import markdown_table
 
 HEADER = ("trained with", "all tokens", "pruned tokens", "retention", "seconds", "speed-up", "steps", "slow")
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-LOOKS = {"compact positions": ("#0072B2", "o"), "original positions": ("#D55E00", "s"), "full tokens": ("#000000", "D")}
+MERGED, DISCARDED, KEPT = "merged, log(size)", "discarded, as in the paper", "original positions"
+LOOKS = {
+    MERGED: ("#0072B2", "o"),
+    DISCARDED: ("#D55E00", "s"),
+    KEPT: ("#009E73", "^"),
+    "full tokens": ("#000000", "D"),
+}
+PLAIN = {BASELINE, *(of_seven_billion(speed_up).key for speed_up in MEASURED)}
 
 
 def write_report(results: dict, path: Path) -> None:
@@ -77,6 +84,15 @@ def _cell(spread: dict[str, float] | None, form: str, unit: str = "") -> str:
     return f"{center}{unit}" if low == high else f"{center}{unit} ({low} to {high})"
 
 
+def kind_of(key: str, results: dict) -> str:
+    """What a way's fast view is like; files of the first format know the paper's alone."""
+    if key.endswith(BASELINE) or key in PLAIN:
+        return "full tokens"
+    if key.endswith(ORIGINAL):
+        return KEPT
+    return DISCARDED if PAPER in key or results.get("format", 1) < FORMAT else MERGED
+
+
 def plot(results: dict, path: Path) -> None:
     """Draws accuracy with all tokens: a panel per group, small marks for seeds and large ones for their mean."""
     groups = list(results["groups"])
@@ -100,8 +116,7 @@ def plot(results: dict, path: Path) -> None:
 def _draw_group(axis: Axes, results: dict, group: str) -> None:
     ways = results["groups"][group]
     for row, (key, _) in enumerate(ways):
-        kind = "full tokens" if key.endswith(BASELINE) else "compact positions"
-        kind = "original positions" if key.endswith(ORIGINAL) else kind
+        kind = kind_of(key, results)
         colour, marker = LOOKS[kind]
         own = [run["full"]["all"] for run in results["runs"] if run["way"] == key]
         axis.scatter(own, [row] * len(own), s=14, color=colour, marker=marker, linewidths=0)

@@ -20,7 +20,7 @@ from .encoding import VisualEncoding, encode
 from .isolator import ModeIsolator
 from .layer_pass import LayerPass, check_layers
 from .packing import Packing, one_sample
-from .proportional_attention import carry, check_used, key_sizes_of
+from .proportional_attention import carry, check_used, note, watch_calls
 from .protocol import RAW_KEYS, check_protocol, encoder_owner, position_scheme, raw_keys, unwrap, visual_token_ids
 from .pruners import PrunedTokens, Pruner
 from .pruners.base import unpruned
@@ -58,7 +58,8 @@ def prune_inputs(
         take the sizes that lie in it. It holds no pixels. A batch without images comes back as it is. Where
         activations are recomputed, run backward before the model's next call. `generate` expands its tensors in place
         for beams, so make a new one for each call; to go on from its cache, prune with `position_ids="compact"`, for
-        transformers numbers what follows by counting.
+        transformers numbers what follows by counting. Call the model itself, not its `forward`, and leave
+        `prefill_chunk_size` alone, or pass `proportional_attention=False`.
 
     Raises:
         ValueError: the model does not speak the protocol, features and placeholders differ in number, the pruner
@@ -91,7 +92,7 @@ def prune_visual_tokens(
     position_ids = check_options(model, position_ids, video_budget)
     check_pruner(model, pruner)
     layer_passes: list[LayerPass] = []
-    key_sizes = key_sizes_of(model)
+    key_sizes = watch_calls(model)
 
     def shorten(module, args, kwargs):
         if args:
@@ -105,29 +106,30 @@ def prune_visual_tokens(
             layers = LayerPass(model, pruner, proportional_attention)
             layer_passes.append(layers)
         short, log_sizes = shorten_inputs(model, kwargs, encodings, pruner, isolator, position_ids, generator, layers)
-        key_sizes.taken_by = module
+        key_sizes.take(model)
         key_sizes.set(log_sizes if proportional_attention else None)
         if layers is None:
             return (), short
         layers.open()
         return (), {**short, "use_cache": False}
 
-    def close(module, args, output=None):
+    def close(module, args, kwargs, output):
         while layer_passes:
             layer_passes.pop().close()
-        if key_sizes.taken_by is module:
+        if key_sizes.taken_by is model:
             key_sizes.taken_by = None
             if output is not None:  # None after an error
                 check_used(model, key_sizes)
+                note(key_sizes, kwargs, output)
 
     handles = [
         model.register_forward_pre_hook(shorten, with_kwargs=True),
-        model.register_forward_hook(close, always_call=True),
+        model.register_forward_hook(close, with_kwargs=True, always_call=True),
     ]
     try:
         yield model
     finally:
-        close(model, ())
+        close(model, (), {}, None)
         for handle in handles:
             handle.remove()
 

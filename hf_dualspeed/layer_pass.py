@@ -133,8 +133,8 @@ class LayerPass:
         self._scores: dict[int, torch.Tensor] = {}
         self._obstacle: str | None = None
         self._handed: list[tuple] = []
-        # What each layer's keys stand for, kept for layers that are computed again.
-        self._key_sizes = [KeySizes() for _ in self.layers] if proportional_attention else []
+        # What keys stand for from each stage on, kept for layers that are computed again.
+        self._key_sizes: dict[int, KeySizes] = {}
         self._hooks, self._ear = ExitStack(), ExitStack()
 
     def locate(self, inputs: Mapping, encodings: list[VisualEncoding], isolator_length: int, packed: bool) -> None:
@@ -173,9 +173,14 @@ class LayerPass:
                 hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for handle in hooks:
             self._hooks.callback(handle.remove)
-        for layer, sizes in zip(self.layers, self._key_sizes, strict=False):
-            self._hand_out(layer, sizes)
-            self._hooks.callback(self._hand_out, layer, self._shared)
+        if self._shared is None:
+            return
+        self._key_sizes = {stage: KeySizes() for stage in self._budgets}
+        for index, layer in enumerate(self.layers):
+            stage = max((stage for stage in self._budgets if stage <= index), default=None)
+            if stage is not None:
+                self._hand_out(layer, self._key_sizes[stage])
+                self._hooks.callback(self._hand_out, layer, self._shared)
 
     def _hand_out(self, layer: nn.Module, sizes: KeySizes) -> None:
         for module in layer.modules():
@@ -197,7 +202,7 @@ class LayerPass:
         the one that predicts what follows."""
         self._ear.close()
         self._handed = []
-        for sizes in self._key_sizes if output is not None else ():
+        for sizes in self._key_sizes.values() if output is not None else ():
             check_used(self.model, sizes)
         if output is None or not self._cuts:  # None after an error
             return output
@@ -222,7 +227,7 @@ class LayerPass:
             units = self._units
             asked = self._slots(index, units.query)
             places = asked.new_zeros(len(query), self._most).index_put((units.rows, units.turns), asked)
-            sizes = self._key_sizes[index - 1].log_sizes if self._key_sizes else None
+            sizes = module.__dict__[ATTRIBUTE].log_sizes if self._key_sizes else None
             paid = attention_of(module, places, query, key, mask, options, sizes)
             self._scores[index] = paid[units.rows, units.turns, self._slots(index, units.places)]
 
@@ -244,7 +249,7 @@ class LayerPass:
             self._cuts[index] = self._decide(index, hidden)
         cut = self._cuts[stage]
         if self._key_sizes:
-            self._key_sizes[index].set(cut.log_sizes)
+            self._key_sizes[stage].set(cut.log_sizes)
         short = {name: self._handed_on(name, value, layer, cut) for name, value in values.items()}
         if stage == index:
             left = hidden.gather(1, cut.slots[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -321,8 +326,7 @@ def merged(
         targets: row and slot, both `(sum K_i,)`, of these in `left`.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        shares = (weights / weights.sum(2, keepdim=True).clamp(min=1)).to(hidden.dtype)
-        means = shares @ hidden[sources]
+        means = weights @ hidden[sources].float() / weights.sum(2, keepdim=True).clamp(min=1)
     return left.index_put(targets, means.flatten(0, 1)[real].to(left.dtype))
 
 

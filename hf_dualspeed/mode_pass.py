@@ -266,7 +266,7 @@ class ModePass(nn.Module):
         """The sizes that the language model's layers see, which this pass decides on until its end."""
         if self._key_sizes is None:
             self._key_sizes = key_sizes_of(model)
-            self._key_sizes.taken_by = self
+            self._key_sizes.take(self)
         return self._key_sizes
 
     def _close_layers(self) -> None:

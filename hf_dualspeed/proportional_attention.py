@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from threading import get_ident
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .attention_capture import allowed_rows, change_calls
@@ -34,24 +36,48 @@ class KeySizes:
     """What the layers of one language model add to their attention logits now.
 
     Args:
-        log_sizes (`torch.Tensor` of shape `(B, S)`, *optional*): of each key, in float32. None: plain attention.
-        taken_by (*optional*): who decides on them now, such as a training pass; else each call's own arguments do.
+        log_sizes (`torch.Tensor` of shape `(B, S)`, *optional*): of each key, in float32; those behind them stand for
+            themselves. None: plain attention.
+        total (`int`): keys that there are, those in a cache included.
+        taken_by (*optional*): who decides on them now: a training pass, or the model that is being called.
         used (`bool`): whether an attention function has taken them since they were set.
     """
 
     log_sizes: torch.Tensor | None = None
+    total: int = 0
     taken_by: object = None
     used: bool = False
     _masks: list[tuple] = field(default_factory=list, repr=False)
+    _thread: int = 0
 
-    def set(self, log_sizes: torch.Tensor | None) -> None:
+    def set(self, log_sizes: torch.Tensor | None, total: int = 0) -> None:
         """From now on, keys have these sizes `(B, S)`; None: each stands for itself."""
-        if log_sizes is not self.log_sizes:
-            self.log_sizes, self.used, self._masks = log_sizes, False, []
+        total = 0 if log_sizes is None else max(total, log_sizes.shape[1])
+        if log_sizes is not self.log_sizes or total != self.total:
+            self.log_sizes, self.total, self.used, self._masks = log_sizes, total, False, []
+
+    def take(self, owner: object) -> bool:
+        """Whether `owner` decides from now on, which it does not inside the call of another one.
+
+        Raises:
+            RuntimeError: the model is running in another thread.
+        """
+        if self.taken_by is not None and self._thread != get_ident():
+            raise RuntimeError(
+                "The model is running in another thread, and its layers know the sizes of one batch at a time. Let "
+                "calls of one model wait for each other, or pass proportional_attention=False."
+            )
+        if self.taken_by not in (None, owner):  # itself, where an interrupt has ended its last call
+            return False
+        self.taken_by, self._thread = owner, get_ident()
+        return True
 
     def __getstate__(self) -> dict:
         """For copies and pickles, which are not in the middle of a pass."""
-        return {"log_sizes": None, "taken_by": None, "used": False, "_masks": []}
+        return {"log_sizes": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()
 
     def of_keys(self, batch: int, count: int) -> torch.Tensor:
         """The bias `(batch, count)` of an attention's keys.
@@ -60,7 +86,7 @@ class KeySizes:
         each sample.
 
         Raises:
-            ValueError: the keys are not those of the sequence.
+            ValueError: the keys are not those of the batch.
         """
         sizes = self.log_sizes
         rows, known = sizes.shape
@@ -71,23 +97,26 @@ class KeySizes:
             )
         if batch != rows:
             sizes = sizes.repeat_interleave(batch // rows, dim=0)
-        return sizes[:, known - count :] if count <= known else F.pad(sizes, (0, count - known))
+        if count == known == self.total:
+            return sizes
+        start = max(0, self.total - count)
+        return F.pad(sizes, (0, max(self.total, count) - known))[:, start : start + count]
 
     def attend(self, implementation: str, function: Callable, module: nn.Module, query, key, value, mask, options):
         """Calls an attention function with the bias of its keys, in the way that this one takes it."""
         self.used = True
-        bias = self.of_keys(key.shape[0], key.shape[2])
+        bias = self.of_keys(key.shape[0], key.shape[2]).to(query.device, non_blocking=True)
         if "flash" in implementation:
-            if query.shape[-1] + EXTRA_WIDTH <= LARGEST_WIDTH and options.get("softcap") is None:
-                return widened(function, module, query, key, value, mask, options, bias)
             if options.get("softcap") is not None:
                 raise ValueError(
                     f"{type(module).__name__} caps its attention logits (softcap), and FlashAttention leaves no way to "
-                    f"add sizes behind the cap. Set attn_implementation='eager', or proportional_attention=False."
+                    "add sizes behind the cap. Set attn_implementation='eager', or proportional_attention=False."
                 )
-            mask = allowed_rows(module, query, key.shape[2], mask, options)
-            function = sdpa_attention_forward
-        elif "flex" in implementation:
+            if query.shape[-1] + EXTRA_WIDTH <= LARGEST_WIDTH:
+                return widened(function, module, query, key, value, mask, options, bias)
+            mask = biased_mask(allowed_rows(module, query, key.shape[2], mask, options), False, query, bias)
+            return sdpa_attention_forward(module, query, key, value, mask, **options)
+        if "flex" in implementation:
             own = options.pop("position_bias", None)
             bias = bias[:, None, None].to(query.dtype)
             bias = bias.expand(-1, query.shape[1], query.shape[2], -1) if own is None else own + bias
@@ -177,10 +206,19 @@ def key_sizes_of(model: nn.Module) -> KeySizes:
     sizes = decoder.__dict__.get(ATTRIBUTE)
     if sizes is None:
         sizes = KeySizes()
+        decoder.register_forward_pre_hook(_forget_sizes)
     for module in decoder.modules():  # layers may have come since
         module.__dict__.setdefault(ATTRIBUTE, sizes)
     change_calls(change_call)
     return sizes
+
+
+def _forget_sizes(decoder: nn.Module, args: tuple) -> None:
+    """A call on whose sizes nobody decides is plain. Layers that are computed again in backward do not come by here,
+    and find the sizes of the last call."""
+    sizes = decoder.__dict__[ATTRIBUTE]
+    if sizes.taken_by is None:
+        sizes.set(None)
 
 
 def check_used(model: nn.Module, sizes: KeySizes) -> None:
@@ -194,27 +232,27 @@ def check_used(model: nn.Module, sizes: KeySizes) -> None:
 
 def carry(model: nn.Module, inputs: dict, log_sizes: torch.Tensor) -> dict:
     """Inputs that bring the sizes of their keys `(B, S)` along, for `forward` and `generate` of this model."""
-    key_sizes_of(model)
-    for module in layers_of_wrapping(model):
-        if not module.__dict__.get(HOOKED):
-            module.__dict__[HOOKED] = True  # beside the hooks, so that copies of the model have both
-            module.register_forward_pre_hook(_take_sizes, with_kwargs=True)
-            module.register_forward_hook(_leave_sizes, with_kwargs=True, always_call=True)
+    watch_calls(model)
     return inputs | {"mm_encoder_outputs": {**(inputs.get("mm_encoder_outputs") or {}), CARRIED: log_sizes}}
 
 
-def layers_of_wrapping(model: nn.Module) -> list[nn.Module]:
-    """The model as it is given and the transformers model in it: calls may enter at either."""
-    outer = unwrap(model)
-    return [outer] if outer is model else [model, outer]
+def watch_calls(model: nn.Module) -> KeySizes:
+    """Hooks by which the model takes sizes out of its arguments and its cache: calls may enter at the model as it is
+    given, or at the transformers model in it."""
+    sizes = key_sizes_of(model)
+    for module in {id(m): m for m in (model, unwrap(model))}.values():
+        if module.__dict__.get(HOOKED) is None:
+            module.__dict__[HOOKED] = sizes  # beside the hooks, so that copies of the model have both
+            module.register_forward_pre_hook(_take_sizes, with_kwargs=True)
+            module.register_forward_hook(_leave_sizes, with_kwargs=True, always_call=True)
+    return sizes
 
 
 def _take_sizes(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Sets the sizes that the arguments of `forward` bring along, or those of the cache that they go on from."""
-    sizes = key_sizes_of(model)
-    if sizes.taken_by is not None:
+    sizes: KeySizes = model.__dict__[HOOKED]
+    if not sizes.take(model):
         return None
-    sizes.taken_by = model
     kwargs, given = dict(kwargs), None
     outputs = kwargs.get("mm_encoder_outputs")
     if isinstance(outputs, Mapping) and CARRIED in outputs:
@@ -225,35 +263,49 @@ def _take_sizes(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
             del kwargs["mm_encoder_outputs"]
     states = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
     length = (args[0] if states is None else states).shape[1]
-    sizes.set(continued(kwargs.get("past_key_values"), given, length))
+    sizes.set(*continued(kwargs.get("past_key_values"), given, length))
     return args, kwargs
 
 
-def continued(cache: object, given: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """Sizes `(B, P + S)` of the P tokens in the cache and of the `length` ones of a call, of which `given` are known;
-    None where all of them stand for themselves."""
+def continued(cache: object, given: torch.Tensor | None, length: int) -> tuple[torch.Tensor | None, int]:
+    """Sizes of the P tokens in a cache and of the `length` ones of a call, of which `given` `(B, n)` are known, and how
+    many tokens that are; None where all of them stand for themselves.
+
+    Raises:
+        ValueError: the call has fewer tokens than sizes.
+    """
     before = getattr(cache, CARRIED, None)
     if given is None and before is None:
-        return None
+        return None, 0
     past = 0 if cache is None else int(cache.get_seq_length())
-    rows = len(given if before is None else before)
-    known = given if before is None else before
-    before = known.new_zeros(rows, 0) if before is None else before[:, :past]
-    now = known.new_zeros(rows, 0) if given is None else given
-    before = F.pad(before, (0, past - before.shape[1]))
-    return torch.cat([before, F.pad(now, (0, length - now.shape[1]))], dim=1)
+    if given is None:
+        return before, past + length
+    if given.shape[1] > length:
+        raise ValueError(
+            f"The model is called with {length} tokens, but with the sizes of {given.shape[1]}. Call it with all that "
+            "`prune_inputs` returned."
+        )
+    if not past:  # without a cache, what was generated stands behind the prompt
+        return given, length
+    # A later turn stands at the end of what is new.
+    before = given.new_zeros(len(given), past) if before is None else F.pad(before, (0, past - before.shape[1]))
+    return torch.cat([before, F.pad(given, (length - given.shape[1], 0))], dim=1), past + length
 
 
 def _leave_sizes(model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
     """Notes the sizes on the cache, for what is generated from it. Layers keep them, for a backward pass that
     recomputes activations."""
-    sizes = key_sizes_of(model)
-    if sizes.taken_by is not model:
-        return
-    sizes.taken_by = None
-    if output is None or sizes.log_sizes is None:  # None after an error
-        return
-    check_used(model, sizes)
-    cache = getattr(output, "past_key_values", None)
-    if cache is not None:
-        setattr(cache, CARRIED, sizes.log_sizes)
+    sizes: KeySizes = model.__dict__[HOOKED]
+    if sizes.taken_by is model:
+        sizes.taken_by = None
+        if output is not None:  # None after an error
+            check_used(model, sizes)
+            note(sizes, kwargs, output)
+
+
+def note(sizes: KeySizes, kwargs: Mapping, output: object) -> None:
+    """Notes the sizes on the cache of a call, be it given or made by the model."""
+    parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+    for cache in (kwargs.get("past_key_values"), *parts):
+        if isinstance(cache, Cache) and sizes.log_sizes is not None:
+            setattr(cache, CARRIED, sizes.log_sizes)

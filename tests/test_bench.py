@@ -144,7 +144,13 @@ def test_files_of_another_kind_are_named(measured, tmp_path):
 
 
 def fabricated(**changes):
-    quartiles = {"expected_speedup": 2.9, "share_of_limit": 0.94, "selection_share": 0.03, "shortening_share": 0.021}
+    quartiles = {
+        "expected_speedup": 3.8,
+        "fast_over_discarding": 1.02,
+        "share_of_limit": 0.94,
+        "selection_share": 0.03,
+        "shortening_share": 0.021,
+    }
     run = {
         "shape": "llava-1.5",
         "checkpointing": "on",
@@ -159,6 +165,7 @@ def fabricated(**changes):
 def test_targets_are_those_of_the_setting():
     found = bench_report.targets(fabricated())
     expected = {"speedup": True, "share_of_limit": False, "slow_over_fast_memory": False, "selection_share": True}
+    expected |= {"view_cost": True}
     assert {name: target["met"] for name, target in found.items()} == {
         **expected,
         "shortening_share": False,
@@ -169,7 +176,14 @@ def test_targets_are_those_of_the_setting():
     assert not bench_report.targets(fabricated(shape="llava-next"))["speedup"]["met"]
     run = fabricated(checkpointing="off", slow_splits=1)
     row = bench_report.target_rows({"runs": [{**run, "targets": bench_report.targets(run)}]})[0]
-    assert row == ("llava-1.5", "off", "2.90 (>= 2.25), yes", "0.94, NO", "n/a", "3.0%, yes", "2.1%, NO", "1, yes")
+    assert row == (
+        "llava-1.5",
+        "off",
+        "3.80 (>= 2.7), yes",
+        "0.94, NO",
+        "n/a",
+        *("1.020, yes", "3.0%, yes", "2.1%, NO", "1, yes"),
+    )
 
 
 # --- FLOPs and recomputation --------------------------------------------------------------------------------------

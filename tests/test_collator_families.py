@@ -317,7 +317,8 @@ def test_paligemma_pruned_equals_masked():
     model = model_for("paligemma", processor)
     batch = VisionLanguageCollator(processor)([talk("What is it?", "A cat", images=[picture()])])
     batch.pop("labels")
-    pruned = prune_inputs(model, batch, AutoPruner.from_name("grid", pruning_ratio=0.5), position_ids="original")
+    pruner = AutoPruner.from_name("grid", pruning_ratio=0.5, dropped_tokens="discard")
+    pruned = prune_inputs(model, batch, pruner, position_ids="original", proportional_attention=False)
     kept = pruned["position_ids"][0]
     mask = torch.zeros_like(batch["attention_mask"])
     mask[0, kept] = 1

@@ -38,8 +38,8 @@ TRAINED = [
 POSITION_INPUTS = ("input_ids", "inputs_embeds", "image_grid_thw", "attention_mask", "mm_token_type_ids")
 
 
-def pruner(ratio=0.75, name="divprune"):
-    return AutoPruner.from_name(name, pruning_ratio=ratio)
+def pruner(ratio=0.75, name="divprune", **settings):
+    return AutoPruner.from_name(name, pruning_ratio=ratio, **settings)
 
 
 def arguments(folder, **options) -> DualSpeedTrainingArguments:
@@ -98,8 +98,9 @@ def test_deepstack_features_are_pruned_like_the_tokens():
     model = family.model()
     inputs = batch(family, model)
     encoding = encode(model, inputs)[0]
-    kept = pruner(0.5)(encoding.tokens())
-    short = prune_inputs(model, inputs, pruner(0.5), ModeIsolator.for_model(model, 2))["mm_encoder_outputs"]["image"]
+    bare = pruner(0.5, dropped_tokens="discard")
+    kept = bare(encoding.tokens())
+    short = prune_inputs(model, inputs, bare, ModeIsolator.for_model(model, 2))["mm_encoder_outputs"]["image"]
     starts = torch.tensor([0, *encoding.lengths[:-1]]).cumsum(0)
     levels = encoding.output.deepstack_features
     assert len(levels) > 1
@@ -111,12 +112,13 @@ def test_deepstack_features_are_pruned_like_the_tokens():
         torch.testing.assert_close(rows, torch.cat(expected))
 
 
-def test_merging_pruners_merge_deepstack_features_too():
+@pytest.mark.parametrize("name", ["avg_pool", "divprune"])
+def test_merging_pruners_merge_deepstack_features_too(name):
     family = FAMILIES["qwen3_vl"]
     model = family.model()
     inputs = batch(family, model)
     encoding = encode(model, inputs, frozenset({"grid"}))[0]
-    averaged = pruner(0.5, "avg_pool")(encoding.tokens())
+    averaged = pruner(0.5, name)(encoding.tokens())
     level = encoding.companions["deepstack_features"][0]
     carried = averaged.carry(encoding.padded(level))
     twice = averaged.carry(encoding.padded(encoding.features))
@@ -146,7 +148,8 @@ def test_paligemma_prefix_stays_bidirectional():
         keep[(kept.positions + torch.arange(3)[:, None] * encoding.lengths[0]).flatten()] = 1
         hidden = mask.clone()
         hidden[ids == encoding.token_id] = keep
-        short = prune_inputs(model, inputs, pruner(), position_ids="original")
+        bare = pruner(dropped_tokens="discard")
+        short = prune_inputs(model, inputs, bare, position_ids="original", proportional_attention=False)
         masked = model(**{**inputs, "attention_mask": hidden, "position_ids": place}).logits
         pruned = model(**short).logits[short["attention_mask"].bool()]
         torch.testing.assert_close(pruned, masked[hidden.bool()], rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -241,21 +242,98 @@ def test_ratio_zero_is_the_plain_forward_to_the_bit(name):
         assert torch.equal(model(**short).logits[mask], model(**inputs).logits[mask])
 
 
-def test_a_plain_call_after_a_pruned_one_is_plain():
+@pytest.mark.parametrize("way", ["inputs", "context"])
+def test_a_plain_call_after_a_pruned_one_is_plain(way):
+    """Wherever it enters, and whatever its batch."""
     model = FAMILIES["llava"].model()
     inputs = batch(FAMILIES["llava"], model)
     pruner = AutoPruner.from_name("divprune", pruning_ratio=0.75)
-    before = model(**inputs).logits
-    short = prune_inputs(model, inputs, pruner)
-    pruned = model(**short).logits
-    assert torch.equal(model(**inputs).logits, before)
-    assert torch.equal(model(**short).logits, pruned)  # the same dict may be used again
+    text = {"input_ids": inputs["input_ids"][:2, :4]}
+    plain = [model(**inputs).logits, model(**text).logits, model.model(**text)[0], model.get_decoder()(**text)[0]]
+
+    def pruned():
+        if way == "inputs":
+            return model(**prune_inputs(model, inputs, pruner)).logits
+        with prune_visual_tokens(model, pruner):
+            return model(**inputs).logits
+
+    calls = (
+        lambda: model(**inputs).logits,
+        lambda: model(**text).logits,
+        lambda: model.model(**text)[0],
+        lambda: model.get_decoder()(**text)[0],
+    )
+    first = pruned()
+    for call, expected in zip(calls, plain, strict=True):
+        assert torch.equal(call(), expected)
+        assert torch.equal(pruned(), first)
     copied = copy.deepcopy(model)
-    assert torch.equal(copied(**prune_inputs(copied, inputs, pruner)).logits, pruned)
-    with prune_visual_tokens(model, pruner):
-        torch.testing.assert_close(model(**inputs).logits, pruned)
-    assert torch.equal(model(**inputs).logits, before)
+    assert torch.equal(copied(**prune_inputs(copied, inputs, pruner)).logits, first)
+    assert torch.equal(copied(**inputs).logits, plain[0])
     assert not any(CARRIED in name or ATTRIBUTE in name for name in model.state_dict())
+
+
+def test_a_call_that_failed_leaves_nothing_behind():
+    model = FAMILIES["llava"].model()
+    inputs = batch(FAMILIES["llava"], model)
+    pruner = AutoPruner.from_name("divprune", pruning_ratio=0.75)
+    plain, pruned = model(**inputs).logits, model(**prune_inputs(model, inputs, pruner)).logits
+    for error in (ZeroDivisionError, KeyboardInterrupt):
+
+        def fail(*call, error=error):
+            raise error
+
+        handle = model.get_decoder().layers[-1].register_forward_hook(fail)
+        with pytest.raises(error):
+            model(**prune_inputs(model, inputs, pruner))
+        handle.remove()
+        assert torch.equal(model(**inputs).logits, plain)
+        assert torch.equal(model(**prune_inputs(model, inputs, pruner)).logits, pruned)
+
+
+def test_another_thread_is_refused_while_the_model_runs():
+    sizes, errors = KeySizes(), []
+    assert sizes.take("a")
+    assert not sizes.take("b")  # a call within a call
+
+    def other():
+        with pytest.raises(RuntimeError, match="running in another thread") as caught:
+            sizes.take("c")
+        errors.append(caught.value)
+
+    thread = Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize("returned", ["dict", "tuple", "context"])
+def test_a_cache_knows_the_sizes_of_its_prompt(returned):
+    """Also for a loop of one's own: decoding by hand equals the whole sequence at once, and so does a later turn."""
+    model = FAMILIES["llava"].model()
+    family, pruner = FAMILIES["llava"], AutoPruner.from_name("divprune", pruning_ratio=0.75)
+    first, later = (batch(family, model, [["image", 3]], labels=False, seeds=[seed]) for seed in (0, 1))
+    short = [prune_inputs(model, inputs, pruner) for inputs in (first, later)]
+    ids = torch.cat([s["input_ids"] for s in short], 1)
+    features = [s["mm_encoder_outputs"]["image"].pooler_output for s in short]
+    sizes = torch.cat([s["mm_encoder_outputs"][CARRIED] for s in short], 1)
+    outputs = copy.copy(short[0]["mm_encoder_outputs"]["image"])
+    outputs.pooler_output = [*features[0], *features[1]]
+    whole = model(input_ids=ids, mm_encoder_outputs={"image": outputs, CARRIED: sizes}).logits
+    options = {"use_cache": True, "return_dict": returned != "tuple"}
+    if returned == "context":
+        with prune_visual_tokens(model, pruner):
+            out = model(**first, use_cache=True)
+    else:
+        out = model(**short[0], **options)
+    cache = out[1] if returned == "tuple" else out.past_key_values
+    length = short[0]["input_ids"].shape[1]
+    after = model(
+        input_ids=short[1]["input_ids"], mm_encoder_outputs=short[1]["mm_encoder_outputs"], past_key_values=cache
+    )
+    torch.testing.assert_close(after.logits, whole[:, length:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="called with 2 tokens, but with the sizes of"):
+        model(input_ids=ids[:, :2], mm_encoder_outputs=short[1]["mm_encoder_outputs"])
 
 
 def test_through_peft_and_at_either_entrance():

@@ -93,6 +93,13 @@ def test_dropped_tokens_are_averaged_into_the_most_similar_kept_one(name, shapes
             torch.testing.assert_close(found[i, :keep], means)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_half_precision_neither_overflow_nor_drift(dtype):
+    batch = VisualTokens(torch.full((1, 600, 8), 200.0, dtype=dtype))
+    out = build("grid", pruning_ratio=0.999)(batch)
+    assert torch.equal(out.features, batch.features[:, :1])
+
+
 def test_what_becomes_of_dropped_tokens_is_a_setting_of_selecting_pruners(tmp_path):
     with pytest.raises(
         ValueError, match="`dropped_tokens` must be one of 'merge', 'discard', got 'mrge'. Did you mean"

@@ -83,10 +83,14 @@ def test_first_line_is_the_command_that_uses_the_file(path, monkeypatch):
 
 def test_hyperparameters_of_the_paper(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for stem, rate, batch, slow in (("pretrain", 1e-3, 256, 0.0), ("finetune", 2e-5, 128, 0.1)):
+    rows = (("pretrain", 1e-3, 256, 0.0), ("finetune", 2e-5, 128, 0.05), ("finetune_paper", 2e-5, 128, 0.1))
+    for stem, rate, batch, slow in rows:
         _, args = parse_recipe(["--config", f"trainer_configs/llava_1_5_{stem}.yaml", "--use_cpu", "true"])
         assert (args.learning_rate, args.slow_mode_ratio, args.pruning_ratio) == (rate, slow, 0.9)
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == batch
+    assert not args.proportional_attention
+    assert args.pruner_kwargs == {"dropped_tokens": "discard"}
+    assert (args.isolator_length, args.distillation_weight, args.position_ids) == (4, 1.0, "compact")
 
 
 def test_command_line_overrides_yaml(recipe):

@@ -295,7 +295,7 @@ def test_a_plain_config_keeps_what_was_set(tmp_path):
     assert isinstance(config, DualSpeedSFTConfig)
     assert not hasattr(args, "pruner")
     assert (config.max_length, config.remove_unused_columns, config.seed, config.max_steps) == (99, True, 3, 8)
-    assert (config.pruner, config.pruning_ratio, config.slow_mode_ratio) == ("divprune", 0.9, 0.1)
+    assert (config.pruner, config.pruning_ratio, config.slow_mode_ratio) == ("divprune", 0.9, 0.05)
     assert config.fast_only_parameters == []
     assert config.to_dict()["pruning_ratio"] == 0.9
     assert pickle.loads(pickle.dumps(config)).max_length == 99

@@ -341,23 +341,19 @@ def counts(owner: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def means(features: torch.Tensor, owner: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """The mean of the `features` `(B, N, D)` that belong to each slot, `(B, K, D)`."""
+    """The mean of the `features` `(B, N, D)` that belong to each slot, `(B, K, D)`, summed in float32."""
     batch, most = sizes.shape
-    with torch.autocast(features.device.type, enabled=False):
-        if features.dtype == torch.float32:
-            # A row of sums for each slot, and one for what belongs to none.
-            rows = owner + torch.arange(batch, device=owner.device)[:, None] * (most + 1)
-            sums = features.new_zeros(batch * (most + 1), features.shape[-1])
-            sums = sums.index_add(0, rows.flatten(), features.flatten(0, 1)).view(batch, most + 1, -1)[:, :most]
-        else:  # products add up in float32, without a copy of all features in it
-            sums = members(owner, most, features.dtype) @ features
-        return (sums / sizes.clamp(min=1)[..., None]).to(features.dtype)
+    # A row of sums for each slot of each image, and one for what belongs to none.
+    rows = owner + torch.arange(batch, device=owner.device)[:, None] * (most + 1)
+    sums = torch.zeros(batch * (most + 1), features.shape[-1], device=features.device)
+    sums = sums.index_add(0, rows.flatten(), features.flatten(0, 1).float()).view(batch, most + 1, -1)[:, :most]
+    return (sums / sizes.clamp(min=1)[..., None]).to(features.dtype)
 
 
-def members(owner: torch.Tensor, most: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def members(owner: torch.Tensor, most: int) -> torch.Tensor:
     """1 where a token belongs to a slot, of which `owner` `(B, N)` names one each, and 0 elsewhere: `(B, most, N)`."""
     batch, count = owner.shape
-    found = torch.zeros(batch, most + 1, count, dtype=dtype, device=owner.device)
+    found = torch.zeros(batch, most + 1, count, device=owner.device)
     return found.scatter_(1, owner[:, None], 1.0)[:, :most]
 
 
