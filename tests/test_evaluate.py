@@ -131,7 +131,12 @@ def test_all_tokens_and_each_pruner_with_each_ratio_in_one_go(folder, asked, mon
         assert name in out
 
 
-def test_the_answers_are_those_of_generate(folder):
+@pytest.mark.parametrize("proportional", [True, False])
+def test_the_answers_are_those_of_generate(folder, proportional):
+    """In the view that the run was trained with."""
+    results = json.loads(Path("run/results.json").read_text())
+    results["settings"]["proportional_attention"] = proportional
+    Path("run/results.json").write_text(json.dumps(results))
     evaluate("--pruner", "divprune", "--pruning_ratio", "0.5")
     model = AutoModelForImageTextToText.from_pretrained("run").eval()
     processor = AutoProcessor.from_pretrained("run")
@@ -139,7 +144,8 @@ def test_the_answers_are_those_of_generate(folder):
     isolator.load_pretrained("run")
 
     def prune(inputs):
-        return prune_inputs(model, inputs, pruner, isolator, position_ids="compact")
+        options = {"position_ids": "compact", "proportional_attention": proportional}
+        return prune_inputs(model, inputs, pruner, isolator, **options)
 
     for row, full, pruned in zip(load_examples("data.json"), kept("full"), kept("divprune-0.5"), strict=True):
         assert answers(model, processor, [row], 3) == [full["prediction"]]

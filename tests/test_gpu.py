@@ -13,6 +13,8 @@ from pruner_cases import build, shortens, tokens
 from test_adaptive_schedule import ADAPTIVE
 from test_bench import FLAGS, tiny_bench
 from test_evaluate import evaluate, folder, made, texts  # noqa: F401
+from test_proportional_attention import Layer, key_sizes, repeated
+from test_proportional_attention import tensors as states_of
 from test_trainer import history, make
 from tiny_models import FAMILIES
 
@@ -43,6 +45,23 @@ def never_waiting(function):
             torch.cuda.set_sync_debug_mode("default")
 
     return watched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+def test_sizes_under_each_attention(implementation, dtype):
+    """Attention and gradients of few keys with sizes are those of the many that they stand for."""
+    if implementation == "flash_attention_2" and (find_spec("flash_attn") is None or dtype == torch.float32):
+        pytest.skip("needs flash-attn, and half precision")
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    found = []
+    for layer, change in ((Layer(implementation, key_sizes(device="cuda")), lambda x: x), (Layer("sdpa"), repeated)):
+        states = [state.cuda().to(dtype).requires_grad_() for state in states_of(4, 64)]
+        query, key, value = states
+        out = layer(query, change(key), change(value))
+        out.float().square().sum().backward()
+        found.append((out, *(state.grad for state in states)))
+    torch.testing.assert_close(*found, **close)
 
 
 @pytest.mark.parametrize("name", [name for name in available_pruners() if shortens(name)])

@@ -72,9 +72,11 @@ def repeated(states: torch.Tensor) -> torch.Tensor:
     return torch.stack([row.repeat_interleave(torch.tensor(n), 1) for row, n in zip(states, REPEATS, strict=True)])
 
 
-def key_sizes(**options) -> KeySizes:
+def key_sizes(device: str = "cpu") -> KeySizes:
     change_calls(change_call)
-    return KeySizes(torch.tensor(REPEATS).float().log(), **options)
+    sizes = KeySizes()
+    sizes.set(torch.tensor(REPEATS, device=device).float().log())
+    return sizes
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", "flash_for_sizes"])

@@ -89,11 +89,13 @@ def test_the_isolator_is_the_trained_one_and_counts(checkpoints, monkeypatch):
     assert checkpoint.answer(IMAGE, QUESTION, checkpoint.pruner("grid", 0.9)).probability != before
 
 
-def test_positions_are_those_of_the_training(tiny_runs, tmp_path, checkpoints):
-    folder = tmp_path / "original"
+@pytest.mark.parametrize(("key", "value"), [("position_ids", "original"), ("proportional_attention", False)])
+def test_the_pruned_view_is_that_of_the_training(tiny_runs, tmp_path, checkpoints, key, value):
+    folder = tmp_path / "other"
     shutil.copytree(tiny_runs["dualspeed"], folder)
     results = json.loads((folder / "results.json").read_text())
-    results["settings"]["position_ids"] = "original"
+    assert results["settings"][key] != value
+    results["settings"][key] = value
     (folder / "results.json").write_text(json.dumps(results))
     both = (checkpoints["dualspeed"], Checkpoint(str(folder)))
     asked = [checkpoint.answer(IMAGE, QUESTION, checkpoint.pruner("grid", 0.9)) for checkpoint in both]
