@@ -134,7 +134,7 @@ class KeySizes:
             causal = options.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
             causal = bool(causal) and query.shape[2] > 1 and implementation != "eager"
-        facts = (causal, query.shape[2], bias.shape, query.dtype)
+        facts = (causal, query.shape[2], bias.shape, query.dtype, query.device)
         kept = None if torch.compiler.is_compiling() else self._masks
         for known, by, result in kept or ():
             if known is mask and by == facts:
