@@ -619,7 +619,7 @@ def test_pruner_from_a_folder_or_as_an_object(tmp_path):
     assert make(tmp_path, pruner="random").summary()["pruner"]["pruner_type"] == "random"
     trainer = make(tmp_path)
     given = DualSpeedTrainer(trainer.model, trainer.args, pruner=AutoPruner.from_name("random", pruning_ratio=0.25))
-    assert given.summary()["pruner"] == {"pruner_type": "random", "pruning_ratio": 0.25}
+    assert given.summary()["pruner"]["pruning_ratio"] == 0.25
 
 
 def test_optimizer_made_beforehand_must_know_the_isolator(tmp_path):
