@@ -143,7 +143,8 @@ def _heard_lookup(self, attn_implementation: str, default: Callable) -> Callable
         if listener is not None and listener.listens_to(module):
             listener.hear(module, query, key, attention_mask, rest, options)
         changed = None if _change is None else _change(attn_implementation or "eager", function, module)
-        return (changed or function)(module, query, key, value, attention_mask, *rest, **options)
+        call = function if changed is None else changed  # `or` is more than some compilers can follow
+        return call(module, query, key, value, attention_mask, *rest, **options)
 
     return function if listener is None and _change is None else heard
 
