@@ -112,6 +112,7 @@ def ablate(options: argparse.Namespace, path: Path, command: str) -> dict:
         "settings": asdict(settings),
         "seeds": options.seeds,
         "jobs": options.jobs,
+        "timed": not options.untimed,
         "n": len(task.test),
         "majority": majority(task),
         "versions": versions(),
@@ -304,6 +305,7 @@ def _parser() -> _Parser:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Runs at a time (default: one a core).")
     parser.add_argument("--threads", type=int, default=0, help="Of each run (default: cores / jobs).")
+    parser.add_argument("--untimed", action="store_true", help="Other work ran beside it: show no seconds.")
     parser.add_argument("--cpu", action="store_true", help="Leave an accelerator alone.")
     parser.add_argument("--output", default=RESULTS, help=f"The JSON file to write (default: {RESULTS}).")
     parser.add_argument("--render-only", action="store_true", help="Train nothing, render the JSON file.")

@@ -15,6 +15,7 @@ from hf_dualspeed.ablation_plan import BASELINE, FORMAT, MEASURED, ORIGINAL, PAP
 from hf_dualspeed.results import markdown_table
 
 HEADER = ("trained with", "all tokens", "pruned tokens", "retention", "seconds", "speed-up", "steps", "slow")
+SECONDS = slice(4, 6)  # the columns of what is timed
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 MERGED, DISCARDED, KEPT = "merged, log(size)", "discarded, as in the paper", "original positions"
 LOOKS = {
@@ -29,7 +30,7 @@ PLAIN = {BASELINE, *(of_seven_billion(speed_up).key for speed_up in MEASURED)}
 def write_report(results: dict, path: Path) -> None:
     """Writes tables and plot beside the results file `path`, and prints the tables."""
     for group in results["groups"]:
-        table = Table(*(Column(name, overflow="fold") for name in HEADER), title=group)
+        table = Table(*(Column(name, overflow="fold") for name in header(results)), title=group)
         for row in group_rows(results, group):
             table.add_row(*row)
         Console().print(table)
@@ -48,13 +49,18 @@ def caption(results: dict) -> str:
     settings, here, installed = results["settings"], results["machine"], results["versions"]
     size = settings["size"]
     where = here["cpu"] if settings["cpu"] else here["accelerator"]
+    compared = (
+        "Retention and speed-up compare with full tokens of the same seed; the vision tower, whose features are "
+        "stored, is in no time."
+        if results.get("timed", True)
+        else "Retention compares with full tokens of the same seed. Other work ran beside some runs, so none is timed."
+    )
     return (
         f"{settings['steps']} optimizer steps of {settings['batch_size']} conversations about "
         f"{size['train_grids'] // 2:,} grids of Fashion-MNIST; accuracy on {results['n']:,} questions about "
         f"{size['test_grids']:,} grids of the test split, of which the most frequent answer to each kind of question "
         f"has {results['majority']:.1%}. Mean over {len(results['seeds'])} seed(s), in brackets the smallest and the "
-        "largest value. Retention and speed-up compare with full tokens of the same seed; the vision tower, whose "
-        f"features are stored, is in no time. Machine: {where}, {results['jobs']} run(s) at a time with "
+        f"largest value. {compared} Machine: {where}, {results['jobs']} run(s) at a time with "
         f"{settings['threads']} CPU thread(s) each; torch {installed['torch']}, transformers "
         f"{installed['transformers']}. Command: `{results['command']}`"
     )
@@ -62,7 +68,12 @@ def caption(results: dict) -> str:
 
 def group_table(results: dict, group: str) -> str:
     """The Markdown table of a group."""
-    return markdown_table(HEADER, group_rows(results, group))
+    return markdown_table(header(results), group_rows(results, group))
+
+
+def header(results: dict) -> tuple[str, ...]:
+    """The columns of a group's table."""
+    return HEADER if results.get("timed", True) else (*HEADER[: SECONDS.start], *HEADER[SECONDS.stop :])
 
 
 def group_rows(results: dict, group: str) -> list[tuple[str, ...]]:
@@ -72,6 +83,7 @@ def group_rows(results: dict, group: str) -> list[tuple[str, ...]]:
         own = results["summary"][key]
         shares = [_cell(own[column], ".1%") for column in ("full", "pruned", "retention")]
         times = [f"{own['seconds']['mean']:.0f}", _cell(own["speed_up"], ".2f", "x")]
+        times = times if results.get("timed", True) else []
         steps = own["steps"]
         rows.append((name, *shares, *times, f"{sum(steps.values()):.0f}", f"{steps['slow']:.0f}"))
     return rows
