@@ -83,7 +83,6 @@ TABLES = {
     "compare": compare_report.readme_table,
     "bench": bench_report.readme_table,
     "bench_batch8": bench_report.readme_table,
-    "bench_batch6": bench_report.readme_table,
     "bench_smolvlm": bench_report.readme_table,
     "bench_h100_llava_1_5": bench_report.readme_table,
     "bench_h100_llava_next": bench_report.readme_table,
