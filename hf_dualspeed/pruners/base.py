@@ -300,8 +300,8 @@ def take(
     if similarity is None:
         owner = nearest_kept(tokens, positions, valid)
     else:
-        real = kept_mask(lengths, ranked.device)
-        similarity = similarity if real is None else similarity.masked_fill(~real[..., None], float("-inf"))
+        # The first ranks are the kept ones, as the first slots are.
+        similarity = similarity if valid is None else similarity.masked_fill(~valid[..., None], float("-inf"))
         # From ranks to the slots that they are sorted into.
         owner = order.argsort(dim=1).gather(1, similarity.argmax(dim=1))
         owner = owner if tokens.valid is None else owner.masked_fill(~tokens.valid, most)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import PrunedTokens, Pruner, VisualTokens, register_pruner, take
+from .base import PrunedTokens, Pruner, VisualTokens, counts, means, register_pruner, take
 
 
 def row_layout(grid: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,11 +65,7 @@ def centres(tokens: VisualTokens, cell: torch.Tensor, most: int) -> torch.Tensor
 
 def pool(features: torch.Tensor, cell: torch.Tensor, most: int) -> torch.Tensor:
     """Mean of `features` `(B, N, D)` over each cell, `(B, most, D)`."""
-    batch, _, width = features.shape
-    sums = features.new_zeros(batch, most + 1, width)
-    sums = sums.scatter_add(1, cell[..., None].expand_as(features), features)
-    count = features.new_zeros(batch, most + 1).scatter_add(1, cell, torch.ones_like(cell, dtype=features.dtype))
-    return (sums / count.clamp(min=1)[..., None])[:, :most]
+    return means(features, cell, counts(cell, most))
 
 
 @register_pruner("grid")
