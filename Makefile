@@ -48,9 +48,9 @@ demo: $(STAMP) $(patsubst %,runs/quickstart%/results.json,_full _pruned) runs/qu
 	$(BIN)/dualspeed demo
 
 compare: $(STAMP)
-	$(BIN)/dualspeed compare --config trainer_configs/compare.yaml
+	$(BIN)/python -m benchmarks.compare --config trainer_configs/compare.yaml
 
-ABLATION := $(BIN)/dualspeed ablation --output docs/results/ablation
+ABLATION := $(BIN)/python -m benchmarks.ablation --output docs/results/ablation
 ablation: $(STAMP)
 	$(ABLATION).json --groups parts
 	$(ABLATION)_slow_ratios.json --groups "slow ratios"
@@ -66,7 +66,7 @@ cards: $(STAMP)
 	if test -f runs/quickstart/results.json; then \
 		cp runs/quickstart/results.json runs/quickstart/*.png $(CARD); fi
 	$(BIN)/dualspeed card $(CARD)
-	$(BIN)/dualspeed compare --render-only --card model_cards/compare
+	$(BIN)/python -m benchmarks.compare --render-only --card model_cards/compare
 
 bench: $(STAMP)
 	$(BIN)/dualspeed bench --rounds 3 --batch 3
@@ -85,7 +85,7 @@ bench-gpu: $(STAMP)
 	$(BENCH_GPU)_llava_next_off.json --shape llava-next --rounds 6 --checkpointing off --batch 2
 
 conformance: $(STAMP)
-	$(BIN)/python tests/supported_models.py
+	$(BIN)/python tests/helpers/supported_models.py
 
 # A process per core, but no more than memory bears; each takes whole files, whose fixtures are shared.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile

@@ -1,58 +1,59 @@
 """DualSpeed training of vision-language models on the Hugging Face stack (arXiv 2602.03815)."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from .arguments import DualSpeedTrainingArguments
-from .distillation import self_distillation_loss
-from .fast_pass import prune_inputs, prune_visual_tokens
-from .isolator import ModeIsolator
-from .pruners import (
-    AutoPruner,
-    PrunedTokens,
-    Pruner,
-    PrunerConfig,
-    VisualTokens,
-    available_pruners,
-    register_pruner,
-)
-from .schedule import ModeSchedule
-from .trainer import DualSpeedTrainer
-
 if TYPE_CHECKING:
-    from .sft import DualSpeedSFTConfig as DualSpeedSFTConfig
-    from .sft import DualSpeedSFTTrainer as DualSpeedSFTTrainer
+    from .pruners.auto import AutoPruner as AutoPruner
+    from .pruners.base import Pruner as Pruner
+    from .pruners.config import PrunerConfig as PrunerConfig
+    from .pruners.registry import available_pruners as available_pruners
+    from .pruners.registry import register_pruner as register_pruner
+    from .pruners.tokens import PrunedTokens as PrunedTokens
+    from .pruners.tokens import VisualTokens as VisualTokens
+    from .pruning.api import prune_inputs as prune_inputs
+    from .pruning.api import prune_visual_tokens as prune_visual_tokens
+    from .pruning.isolator import ModeIsolator as ModeIsolator
+    from .trainer.losses import self_distillation_loss as self_distillation_loss
+    from .trainer.schedule import ModeSchedule as ModeSchedule
+    from .trainer.sft_trainer import DualSpeedSFTConfig as DualSpeedSFTConfig
+    from .trainer.sft_trainer import DualSpeedSFTTrainer as DualSpeedSFTTrainer
+    from .trainer.trainer import DualSpeedTrainer as DualSpeedTrainer
+    from .trainer.training_args import DualSpeedTrainingArguments as DualSpeedTrainingArguments
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AutoPruner",
-    "DualSpeedTrainer",
-    "DualSpeedTrainingArguments",
-    "ModeIsolator",
-    "ModeSchedule",
-    "PrunedTokens",
-    "Pruner",
-    "PrunerConfig",
-    "VisualTokens",
-    "available_pruners",
-    "prune_inputs",
-    "prune_visual_tokens",
-    "register_pruner",
-    "self_distillation_loss",
-]
+# Where each public name stands. Modules are loaded on first use, so that `import hf_dualspeed` does not wait for torch.
+_MODULES = {
+    "AutoPruner": "pruners",
+    "DualSpeedTrainer": "trainer.trainer",
+    "DualSpeedTrainingArguments": "trainer.training_args",
+    "ModeIsolator": "pruning.isolator",
+    "ModeSchedule": "trainer.schedule",
+    "PrunedTokens": "pruners",
+    "Pruner": "pruners",
+    "PrunerConfig": "pruners",
+    "VisualTokens": "pruners",
+    "available_pruners": "pruners",
+    "prune_inputs": "pruning.api",
+    "prune_visual_tokens": "pruning.api",
+    "register_pruner": "pruners",
+    "self_distillation_loss": "trainer.losses",
+}
+# These need TRL; not in `__all__`, so that a star import needs none.
+_NEED_TRL = {"DualSpeedSFTConfig": "trainer.sft_trainer", "DualSpeedSFTTrainer": "trainer.sft_trainer"}
 
-# Loaded on first use, since they need TRL; not in `__all__`, so that a star import needs none.
-_NEED_TRL = ("DualSpeedSFTConfig", "DualSpeedSFTTrainer")
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str):
-    if name not in _NEED_TRL:
+    module = (_MODULES | _NEED_TRL).get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import sft
-
-    return getattr(sft, name)
+    value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *(_NEED_TRL if find_spec("trl") else ())})
+    return sorted({*globals(), *_MODULES, *(_NEED_TRL if find_spec("trl") else ())})

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .encoding import VisualEncoding, encode
-from .fast_pass import full_positions, prune_inputs
-from .isolator import ModeIsolator
-from .mode_pass import ModePass
-from .model_roles import language_parts
-from .proportional_attention import key_sizes_of
-from .protocol import unwrap, visual_token_ids
+from .models.components import language_parts
+from .models.interface import unwrap, visual_token_ids
 from .pruners import AutoPruner, Pruner, budget
-from .schedule import FAST, SLOW
+from .pruning.api import prune_inputs
+from .pruning.encoding import VisualEncoding, encode
+from .pruning.inputs import full_positions
+from .pruning.isolator import ModeIsolator
+from .pruning.proportional_attention import key_sizes_of
+from .trainer.dual_forward import ModePass
+from .trainer.schedule import FAST, SLOW
 
 RATIO = 0.75
 ISOLATOR = 3
@@ -111,9 +112,6 @@ def real(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, **TOLERANCE)
-
-
-# --- the checks ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

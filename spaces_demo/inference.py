@@ -16,15 +16,16 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from hf_dualspeed import AutoPruner, ModeIsolator, Pruner, available_pruners, prune_inputs
-from hf_dualspeed.cli import kind_of
-from hf_dualspeed.data import IMAGE_ERRORS, encode
-from hf_dualspeed.hub_io import CONFIG_NAME as PRUNER_NAME
-from hf_dualspeed.hub_io import explained, is_repo_id
-from hf_dualspeed.isolator import saved_length
-from hf_dualspeed.kept_tokens import View, view_of, watch_calls
-from hf_dualspeed.protocol import visual_token_ids
-from hf_dualspeed.pruners.base import pruner_class
-from hf_dualspeed.results import read_results
+from hf_dualspeed.data.collators import encode
+from hf_dualspeed.data.media import IMAGE_ERRORS
+from hf_dualspeed.evaluation.visualize import View, view_of, watch_calls
+from hf_dualspeed.hub.errors import explained
+from hf_dualspeed.hub.source import is_repo_id
+from hf_dualspeed.models.interface import visual_token_ids
+from hf_dualspeed.pruners.registry import kind_of, pruner_class
+from hf_dualspeed.pruning.isolator import saved_length
+from hf_dualspeed.publishing.results import read_results
+from hf_dualspeed.utils.constants import PRUNER_CONFIG_NAME
 
 MAX_PIXELS = 40_000_000
 MAX_EDGE = 2048  # larger images are made smaller before anything else sees them
@@ -162,7 +163,7 @@ class Checkpoint:
 
     def _pruner(self) -> Pruner | None:
         """The pruner that it was trained with; None where there is none, or one that is code of its own."""
-        if not (self.folder / PRUNER_NAME).is_file():
+        if not (self.folder / PRUNER_CONFIG_NAME).is_file():
             return None
         try:
             return AutoPruner.from_pretrained(self.folder).to(self.model.device)

@@ -11,10 +11,10 @@ from inference import Answer, merges
 from overlay import data_url
 from slots import HERE, Pair, Slot
 
-from hf_dualspeed.compare_report import caption, table_rows
-from hf_dualspeed.kept_tokens import View, draw
-from hf_dualspeed.plots import CURVE_NAME
-from hf_dualspeed.results import percent
+from benchmarks.compare.report import caption, table_rows
+from hf_dualspeed.evaluation.visualize import View, draw
+from hf_dualspeed.publishing.plots import CURVE_NAME
+from hf_dualspeed.utils.text import percent
 
 COMPARE = (HERE / "compare.json", Path("docs/results/compare.json"))
 HEADER = """
@@ -154,7 +154,7 @@ def learning_curves(slots: list[Slot]) -> list[tuple[str, Path]]:
 
 
 def comparison() -> tuple[str, Path | None] | None:
-    """Text and plot of `dualspeed compare`'s results, where they are at hand."""
+    """Text and plot of `python -m benchmarks.compare`'s results, where they are at hand."""
     path = next((path for path in COMPARE if path.is_file()), None)
     if path is None:
         return None

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import check_choice
+from ..utils.validation import check_choice
 
 if TYPE_CHECKING:
     from evaluate import Metric

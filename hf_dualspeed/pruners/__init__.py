@@ -19,9 +19,10 @@ from . import (
     vispruner,
 )
 from .auto import AutoPruner
-from .base import PrunedTokens, Pruner, VisualTokens, available_pruners, pruner_class, register_pruner
+from .base import LayerPruner, Pruner
 from .config import PrunerConfig, budget
-from .layers import LayerPruner
+from .registry import available_pruners, pruner_class, register_pruner
+from .tokens import PrunedTokens, VisualTokens
 
 __all__ = [
     "AutoPruner",

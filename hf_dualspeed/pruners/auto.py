@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..hub_io import CONFIG_NAME, WEIGHTS_NAME, Source, check_numbers, code_file, find_source, load_class, read_json
-from .base import (
-    AUTO_CLASS,
-    Pruner,
-    available_pruners,
-    is_fetched,
-    keep_class,
-    known_class,
-    planned_weights,
-    pruner_class,
-    weights_file,
-)
-from .config import PrunerConfig
+from ..hub.source import check_numbers
+from ..utils.constants import PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from .base import Pruner, planned_weights, weights_file
+from .config import load_config
+from .registry import pruner_class
 
 
 class AutoPruner:
@@ -57,51 +49,12 @@ class AutoPruner:
         """
         source, config = load_config(name, trust_remote_code, hub)
         cls = pruner_class(config.pruner_type)
-        expected = planned_weights(cls, config, f"{CONFIG_NAME} of {source}")
+        expected = planned_weights(cls, config, f"{PRUNER_CONFIG_NAME} of {source}")
         if not expected:
             return cls(config)
         # Before the pruner takes any memory: the file bounds what its config may ask for.
-        path = weights_file(source.name if source.local else source.fetch(WEIGHTS_NAME).parent, expected, config)
+        path = weights_file(source.name if source.local else source.fetch(PRUNER_WEIGHTS_NAME).parent, expected, config)
         pruner = cls(config)
         pruner.load_weights(path.parent)
         check_numbers(path, pruner.state_dict())
         return pruner
-
-
-def load_config(name: str | Path, trust_remote_code: bool, hub: dict) -> tuple[Source, PrunerConfig]:
-    """The config, its class registered, and where it came from: everything else is read of that very commit."""
-    source = find_source(name, available_pruners(), **hub)
-    path = source.fetch(CONFIG_NAME)
-    source = source.pinned(path)
-    values = read_json(path, source)
-    cls = _class_of(values, source, trust_remote_code)
-    return source, cls.config_class.from_dict(values, f"{CONFIG_NAME} of {source}")
-
-
-def _class_of(values: dict, source: Source, trust_remote_code: bool) -> type[Pruner]:
-    name = values.get("pruner_type")
-    auto_map = values.get("auto_map")
-    reference = auto_map.get(AUTO_CLASS) if isinstance(auto_map, dict) else auto_map
-    known = known_class(name)
-    if reference is None or (known is not None and not is_fetched(known)):
-        return pruner_class(name)
-    file = code_file(reference, source)
-    if not trust_remote_code:
-        if known is not None and getattr(known, "fetched_from", None) == str(source):  # trusted before
-            return known
-        pin = "" if source.local else f" and revision={source.commit!r}"
-        raise ValueError(
-            f"The pruner {name!r} of {source} is code of its own, {file}, which is not run unasked. Read it; to run "
-            f"it, load with trust_remote_code=True{pin}. Or import a module of yours that registers {name!r}."
-        )
-    return _fetched_class(name, reference, source)
-
-
-def _fetched_class(name: object, reference: str, source: Source) -> type[Pruner]:
-    cls = load_class(reference, source)
-    is_pruner = isinstance(cls, type) and issubclass(cls, Pruner)
-    if not is_pruner or cls.config_class.pruner_type != name:
-        raise ValueError(f"{reference} of {source} is no pruner that is registered as {name!r}.")
-    cls.fetched_from = str(source)
-    keep_class(name, cls)
-    return cls

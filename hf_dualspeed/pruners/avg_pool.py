@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .base import PrunedTokens, Pruner, VisualTokens, counts, in_source_order, register_pruner, rows_at
+from .base import Pruner
 from .grid import cells, centres, pool
+from .ops import counts, in_source_order
+from .registry import register_pruner
+from .tokens import PrunedTokens, VisualTokens, gather_rows
 
 
 @register_pruner("avg_pool")
@@ -29,6 +32,6 @@ class AveragePoolPruner(Pruner):
 
         def merge(features: torch.Tensor) -> torch.Tensor:
             # Means are taken in float32: a bfloat16 sum over a large cell loses the small terms.
-            return rows_at(pool(features.float(), cell, most).to(features.dtype), order)
+            return gather_rows(pool(features.float(), cell, most).to(features.dtype), order)
 
         return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge, sizes)

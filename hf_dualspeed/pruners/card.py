@@ -9,14 +9,19 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from huggingface_hub import CommitInfo
 
-from ..cards import heading, merge_card, table
-from ..hub_io import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, is_repo_id, published_card, push_folder
-from .base import Pruner
+from ..hub.source import is_repo_id
+from ..hub.upload import published_card, push_folder
+from ..publishing.cards import heading, merge_card, table
+from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from .config import budget
+
+if TYPE_CHECKING:
+    from .base import Pruner
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +55,12 @@ def push_pruner(
     with tempfile.TemporaryDirectory() as folder:
         pruner.save_pretrained(folder)
         (Path(folder) / CARD_NAME).write_bytes(card.encode("utf-8"))
-        if is_custom(pruner) and "auto_map" not in json.loads((Path(folder) / CONFIG_NAME).read_text("utf-8")):
+        if is_custom(pruner) and "auto_map" not in json.loads((Path(folder) / PRUNER_CONFIG_NAME).read_text("utf-8")):
             logger.warning(
                 "The code of %s lies in no module of its own and is not pushed: whoever loads it must register it.",
                 type(pruner).__name__,
             )
-        stale = None if (Path(folder) / WEIGHTS_NAME).is_file() else [WEIGHTS_NAME]
+        stale = None if (Path(folder) / PRUNER_WEIGHTS_NAME).is_file() else [PRUNER_WEIGHTS_NAME]
         message = commit_message or f"Upload pruner {pruner.config.pruner_type}"
         return push_folder(Path(folder), repo_id, commit_message=message, delete=stale, **hub)
 

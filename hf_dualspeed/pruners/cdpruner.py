@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .base import Pruner, VisualTokens, highest, register_pruner
+from .base import Pruner
+from .ops import top_k
+from .registry import register_pruner
+from .tokens import VisualTokens
 from .trim import instruction
 
 # Relevance of the least relevant token, and what keeps equal relevances from being scaled by zero.
@@ -76,4 +79,4 @@ def greedy_map(units: torch.Tensor, relevance: torch.Tensor, valid: torch.Tensor
         barred = barred.scatter(1, pick[:, None], True)
         chosen.append(pick)
     ranked = torch.stack(chosen, dim=1)
-    return torch.cat([ranked, highest(score(), None, most - steps)], dim=1) if steps < most else ranked
+    return torch.cat([ranked, top_k(score(), None, most - steps)], dim=1) if steps < most else ranked

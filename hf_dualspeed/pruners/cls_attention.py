@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .base import Pruner, VisualTokens, highest, register_pruner
+from .base import Pruner
+from .ops import top_k
+from .registry import register_pruner
+from .tokens import VisualTokens
 
 
 @register_pruner("cls_attention")
@@ -21,4 +24,4 @@ class ClsAttentionPruner(Pruner):
     needs = frozenset({"attention"})
 
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
-        return highest(tokens.attention, tokens.valid, most)
+        return top_k(tokens.attention, tokens.valid, most)

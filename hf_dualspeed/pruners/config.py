@@ -9,13 +9,19 @@ import sys
 import types
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from ..arguments import check_choice, check_range
-from ..hub_io import CONFIG_NAME
+from ..hub.source import Source, code_file, find_source, load_class, read_json
+from ..utils.constants import PRUNER_CONFIG_NAME
+from ..utils.validation import check_choice, check_range
+from .registry import available_pruners, is_fetched, keep_class, known_class, pruner_class
+
+if TYPE_CHECKING:
+    from .base import Pruner
 
 logger = logging.getLogger(__name__)
 
+AUTO_CLASS = "AutoPruner"  # the key of a pruner's code in `auto_map`
 LARGEST_INTEGER = 2**31 - 1
 SCHEDULES = ("constant", "linear", "cosine")
 MERGE, DISCARD = "merge", "discard"
@@ -92,7 +98,7 @@ class PrunerConfig:
         return {"pruner_type": self.pruner_type, **settings}
 
     @classmethod
-    def from_dict(cls, values: dict, where: str = CONFIG_NAME) -> PrunerConfig:
+    def from_dict(cls, values: dict, where: str = PRUNER_CONFIG_NAME) -> PrunerConfig:
         """Builds the config of what a file holds, dropping keys of a newer version with a warning.
 
         Raises:
@@ -116,13 +122,13 @@ class PrunerConfig:
         """Writes `pruner_config.json`, with `extra` keys beside the settings."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(json.dumps({**self.to_dict(), **extra}, indent=2) + "\n", encoding="utf-8")
+        (folder / PRUNER_CONFIG_NAME).write_text(
+            json.dumps({**self.to_dict(), **extra}, indent=2) + "\n", encoding="utf-8"
+        )
 
     @staticmethod
     def from_pretrained(name: str | Path, *, trust_remote_code: bool = False, **hub) -> PrunerConfig:
         """Reads the config of whichever pruner the folder or Hub repo names; see [`AutoPruner.from_pretrained`]."""
-        from .auto import load_config  # which knows the pruners, and they their configs
-
         return load_config(name, trust_remote_code, hub)[1]
 
 
@@ -138,3 +144,42 @@ def fits(value: object, hint: object) -> bool:
     if origin in (list, tuple):
         return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value)
     return isinstance(value, hint) if hint in (str, bool, list, dict, type(None)) else True
+
+
+def load_config(name: str | Path, trust_remote_code: bool, hub: dict) -> tuple[Source, PrunerConfig]:
+    """The config, its class registered, and where it came from: everything else is read of that very commit."""
+    source = find_source(name, available_pruners(), **hub)
+    path = source.fetch(PRUNER_CONFIG_NAME)
+    source = source.pinned(path)
+    values = read_json(path, source)
+    cls = _class_of(values, source, trust_remote_code)
+    return source, cls.config_class.from_dict(values, f"{PRUNER_CONFIG_NAME} of {source}")
+
+
+def _class_of(values: dict, source: Source, trust_remote_code: bool) -> type[Pruner]:
+    name = values.get("pruner_type")
+    auto_map = values.get("auto_map")
+    reference = auto_map.get(AUTO_CLASS) if isinstance(auto_map, dict) else auto_map
+    known = known_class(name)
+    if reference is None or (known is not None and not is_fetched(known)):
+        return pruner_class(name)
+    file = code_file(reference, source)
+    if not trust_remote_code:
+        if known is not None and getattr(known, "fetched_from", None) == str(source):  # trusted before
+            return known
+        pin = "" if source.local else f" and revision={source.commit!r}"
+        raise ValueError(
+            f"The pruner {name!r} of {source} is code of its own, {file}, which is not run unasked. Read it; to run "
+            f"it, load with trust_remote_code=True{pin}. Or import a module of yours that registers {name!r}."
+        )
+    return _fetched_class(name, reference, source)
+
+
+def _fetched_class(name: object, reference: str, source: Source) -> type[Pruner]:
+    cls = load_class(reference, source)
+    config = getattr(cls, "config_class", None)
+    if not (isinstance(config, type) and issubclass(config, PrunerConfig)) or config.pruner_type != name:
+        raise ValueError(f"{reference} of {source} is no pruner that is registered as {name!r}.")
+    cls.fetched_from = str(source)
+    keep_class(name, cls)
+    return cls

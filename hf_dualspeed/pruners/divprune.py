@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .base import PrunedTokens, Pruner, VisualTokens, register_pruner, take
+from .base import Pruner
+from .ops import take
+from .registry import register_pruner
+from .tokens import PrunedTokens, VisualTokens
 
 # What the (N, N) similarities of the images that are chosen from together may take. Reading them is what makes a choice
 # cheap: without them, each kept token costs a product with all N.

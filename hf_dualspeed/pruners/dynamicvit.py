@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..arguments import check_range
-from .base import PrunedTokens, Pruner, VisualTokens, highest, register_pruner, rows_at, take
+from ..utils.validation import check_range
+from .base import Pruner
 from .config import PrunerConfig
-from .float32 import Float32Linear, check_width
+from .learned import Float32Linear, check_width
+from .ops import take, top_k
+from .registry import register_pruner
+from .tokens import PrunedTokens, VisualTokens, gather_rows
 
 
 @dataclass
@@ -90,7 +93,7 @@ class DynamicViT(Pruner):
         with torch.autocast(tokens.features.device.type, enabled=False):
             scores = self.scores(tokens)
             noisy = scores + gumbel_like(scores, tokens.generator) if self.training else scores
-            ranked = highest(noisy.detach(), tokens.valid, max(lengths))
+            ranked = top_k(noisy.detach(), tokens.valid, max(lengths))
             kept = take(tokens, ranked, lengths, self.config.dropped_tokens)
             if self.training:
                 kept.features = relaxed(kept, noisy / self.config.temperature, tokens)
@@ -141,5 +144,5 @@ def relaxed(kept: PrunedTokens, scores: torch.Tensor, tokens: VisualTokens) -> t
     others = scores.masked_fill(~dropped, torch.finfo(scores.dtype).min)
     instead = (others.softmax(1)[:, None] @ features)[:, 0]
     own = (scores.gather(1, kept.positions) - others.logsumexp(1, keepdim=True)).sigmoid()[..., None]
-    mixed = own * rows_at(features, kept.positions) + (1 - own) * instead[:, None]
+    mixed = own * gather_rows(features, kept.positions) + (1 - own) * instead[:, None]
     return (kept.features.float() + (mixed - mixed.detach())).to(kept.features.dtype)  # the values to the bit

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..arguments import check_range
-from .base import register_pruner
+from ..utils.validation import check_range
+from .base import LayerPruner
 from .config import PrunerConfig
-from .layers import LayerPruner
+from .registry import register_pruner
 
 
 @dataclass

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .base import PrunedTokens, Pruner, VisualTokens, counts, means, register_pruner, take
+from .base import Pruner
+from .ops import counts, means, take
+from .registry import register_pruner
+from .tokens import PrunedTokens, VisualTokens
 
 
 def row_layout(grid: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..arguments import check_range
-from .base import Pruner, VisualTokens, highest, register_pruner
+from ..utils.validation import check_range
+from .base import Pruner
 from .config import PrunerConfig
 from .grid import cells
+from .ops import top_k
+from .registry import register_pruner
+from .tokens import VisualTokens
 
 ROWS_AT_ONCE = 256
 EPSILON = 1e-6
@@ -70,7 +73,7 @@ class HoloVPruner(Pruner):
         variance = variance * mean(attention) / (mean(variance) + EPSILON)
         scores = attention + self.config.variance_weight * variance
         seats = mean(scores) / (place_in_crop(scores, crop) + 0.5)
-        return highest(seats.masked_fill(~seen, -1), tokens.valid, most)
+        return top_k(seats.masked_fill(~seen, -1), tokens.valid, most)
 
 
 def similarity_variance(features: torch.Tensor, crop: torch.Tensor) -> torch.Tensor:

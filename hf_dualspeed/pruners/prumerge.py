@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..arguments import check_range
-from .base import PrunedTokens, Pruner, VisualTokens, highest, kept_mask, register_pruner, rows_at
+from ..utils.validation import check_range
+from .base import Pruner
+from .clustering import first, on_device, patches, real_tokens
 from .config import PrunerConfig
-from .merging import first, on_device, patches, real_tokens
+from .ops import kept_mask, top_k
+from .registry import register_pruner
+from .tokens import PrunedTokens, VisualTokens, gather_rows
 
 WHISKER = 1.5  # interquartile ranges above the third quartile, beyond which a value is an outlier
 
@@ -62,7 +65,7 @@ class PruMergePruner(Pruner):
 
         def merge(features: torch.Tensor) -> torch.Tensor:
             with torch.autocast(device.type, enabled=False):
-                sums = rows_at(features, positions).float() + weights @ features.float()
+                sums = gather_rows(features, positions).float() + weights @ features.float()
                 return (sums / (1 + weights.sum(-1, keepdim=True))).to(features.dtype)
 
         return PrunedTokens(merge(tokens.features), positions, kept_mask(lengths, device), lengths, merge)
@@ -73,7 +76,7 @@ def chosen(tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
     count = tokens.features.shape[1]
     patch = patches(tokens)
     attention = tokens.attention.float()
-    by_attention = highest(attention.masked_fill(~patch, float("-inf")), real_tokens(tokens), count)
+    by_attention = top_k(attention.masked_fill(~patch, float("-inf")), real_tokens(tokens), count)
     outlier = patch & (attention > upper_fence(attention, patch))
     spatial = spaced(patch, (on_device(lengths, tokens) - outlier.sum(1, keepdim=True)).clamp(min=0), max(lengths))
     tier = torch.where(outlier, 2, spatial.long()).gather(1, by_attention)
@@ -102,7 +105,7 @@ def absorbed(tokens: VisualTokens, positions: torch.Tensor, neighbours: int) -> 
     """Weights with which each of the `(B, K)` positions absorbs the tokens, `(B, K, N)`; itself by 0."""
     patch = patches(tokens)
     keys = F.normalize(tokens.keys.float(), dim=-1)
-    similarity = rows_at(keys, positions) @ keys.mT
+    similarity = gather_rows(keys, positions) @ keys.mT
     similarity = similarity.masked_fill(~patch[:, None], float("-inf")).scatter(2, positions[..., None], float("-inf"))
     order = similarity.sort(dim=2, descending=True, stable=True).indices[..., :neighbours]
     near = torch.zeros_like(similarity).scatter(2, order, 1.0)

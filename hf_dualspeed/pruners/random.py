@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .base import Pruner, VisualTokens, highest, register_pruner
+from .base import Pruner
+from .ops import top_k
+from .registry import register_pruner
+from .tokens import VisualTokens
 
 
 @register_pruner("random")
@@ -20,4 +23,4 @@ class RandomPruner(Pruner):
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
         shape = tokens.features.shape[:2]
         draws = torch.rand(shape, generator=tokens.generator, device=tokens.features.device)
-        return highest(draws, tokens.valid, most)
+        return top_k(draws, tokens.valid, most)

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..arguments import check_range
-from .base import PrunedTokens, Pruner, VisualTokens, in_source_order, register_pruner
+from ..utils.validation import check_range
+from .base import Pruner
 from .config import PrunerConfig, budget
-from .float32 import Float32Linear, check_width
+from .learned import Float32Linear, check_width
+from .ops import in_source_order
+from .registry import register_pruner
+from .tokens import PrunedTokens, VisualTokens
 
 # Multiples of these, modulo 1, fill a line, a square and a cube evenly from the first one on: powers of the inverse
 # of the plastic number for (row, column), and the like of the next dimension for t.

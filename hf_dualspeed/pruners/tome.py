@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .base import VisualTokens, highest, register_pruner
+from .clustering import ClusteringPruner, nearest, on_device, real_tokens, slots
 from .grid import pool
-from .merging import ClusteringPruner, nearest, on_device, real_tokens, slots
+from .ops import top_k
+from .registry import register_pruner
+from .tokens import VisualTokens
 
 
 @register_pruner("tome")
@@ -55,7 +57,7 @@ def parents(
     units = F.normalize(pool(features, cluster, most), dim=-1)
     there = torch.arange(most, device=home.device) < left
     similarity, match = nearest(units[:, ::2], units[:, 1::2], there[:, 1::2])
-    rank = highest(similarity, there[:, ::2], most).argsort(dim=1)
+    rank = top_k(similarity, there[:, ::2], most).argsort(dim=1)
     source = torch.where(rank < removed, positions[:, ::2], count)
     target = positions[:, 1::2].gather(1, match)
     parent = torch.arange(count + 1, device=home.device).repeat(len(home), 1).scatter(1, source, target)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .base import PrunedTokens, Pruner, VisualTokens, highest, in_source_order, register_pruner, rows_at
-from .merging import on_device, real_tokens
+from .base import Pruner
+from .clustering import on_device, real_tokens
+from .ops import in_source_order, top_k
+from .registry import register_pruner
+from .tokens import PrunedTokens, VisualTokens, gather_rows
 
 
 @register_pruner("trim")
@@ -37,7 +40,7 @@ class TrimPruner(Pruner):
         def merge(features: torch.Tensor) -> torch.Tensor:
             # In float32, since `share` is; a matrix product would follow autocast.
             mean = (share[..., None] * features).sum(1, keepdim=True).to(features.dtype)
-            return torch.where((positions == centre)[..., None], mean, rows_at(features, positions))
+            return torch.where((positions == centre)[..., None], mean, gather_rows(features, positions))
 
         return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge, sizes)
 
@@ -52,7 +55,7 @@ class TrimPruner(Pruner):
         similarity = F.cosine_similarity(features, direction[:, None], dim=-1)
 
         count = features.shape[1]
-        order = highest(similarity, tokens.valid, count)
+        order = top_k(similarity, tokens.valid, count)
         last = on_device(lengths, tokens) - 1
         slot = torch.arange(count, device=features.device)
         rest = torch.zeros_like(real).scatter(1, order, slot >= last) & real

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..arguments import check_range
-from .base import VisualTokens, highest, register_pruner, rows_at
+from ..utils.validation import check_range
+from .clustering import ClusteringPruner, nearest, on_device, patches, real_tokens
 from .config import PrunerConfig
-from .merging import ClusteringPruner, nearest, on_device, patches, real_tokens
+from .ops import top_k
+from .registry import register_pruner
+from .tokens import VisualTokens, gather_rows
 
 
 @dataclass
@@ -57,7 +59,7 @@ class VisionZipPruner(ClusteringPruner):
         kept, aside = on_device(lengths, tokens), on_device(contextual, tokens)
         index = torch.arange(count, device=kept.device).expand(batch, -1)
 
-        dominant = highest(tokens.attention, tokens.valid, count).argsort(dim=1) < kept - aside
+        dominant = top_k(tokens.attention, tokens.valid, count).argsort(dim=1) < kept - aside
         home = torch.where(dominant, index, count)
         if not most:
             return home
@@ -70,7 +72,7 @@ class VisionZipPruner(ClusteringPruner):
         targets = in_line.gather(1, place)
 
         keys = F.normalize(tokens.keys.float(), dim=-1)
-        _, joined = nearest(keys, rows_at(keys, targets), slot < aside)
+        _, joined = nearest(keys, gather_rows(keys, targets), slot < aside)
         # An image without contextual tokens drops the rest.
         home = torch.where(comparable & (aside > 0), targets.gather(1, joined), home)
         own = F.pad(home, (0, 1)).scatter(1, torch.where(slot < aside, targets, count), targets)

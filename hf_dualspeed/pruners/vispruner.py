@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..arguments import check_range
-from .base import PrunedTokens, Pruner, VisualTokens, highest, register_pruner, rows_at, take
+from ..utils.validation import check_range
+from .base import Pruner
+from .clustering import nearest
 from .config import PrunerConfig
-from .merging import nearest
+from .ops import take, top_k
+from .registry import register_pruner
+from .tokens import PrunedTokens, VisualTokens, gather_rows
 
 # The official code drops 8 of 576 tokens a round. Larger images drop the same fraction, so that rounds stay as few.
 FEWEST_DROPPED, MOST_ROUNDS = 8, 72
@@ -59,7 +62,7 @@ class VisPruner(Pruner):
         important = [int(keep * self.config.important_share) for keep in lengths]
         diverse = [keep - n for keep, n in zip(lengths, important, strict=True)]
         left = [n - i if d else 0 for n, i, d in zip(tokens.lengths, important, diverse, strict=True)]
-        order = highest(tokens.attention, tokens.valid, count)
+        order = top_k(tokens.attention, tokens.valid, count)
         first = torch.tensor(important).to(device, non_blocking=True)[:, None]
         slot = torch.arange(count, device=device)
         rest = order.gather(1, (first + slot[: max(left)]).clamp(max=count - 1))
@@ -90,7 +93,7 @@ def without_duplicates(
         even, odd = rest[:, ::2], rest[:, 1::2]
         index = torch.arange(even.shape[1], device=rest.device)
         real_even, real_odd = 2 * index < counts, 2 * index[: odd.shape[1]] + 1 < counts
-        similarity, _ = nearest(rows_at(units, even), rows_at(units, odd), real_odd)
+        similarity, _ = nearest(gather_rows(units, even), gather_rows(units, odd), real_odd)
         order = similarity.masked_fill(~real_even, float("-inf")).sort(dim=1, descending=True, stable=True).indices
         stays = torch.cat([(index >= dropped) & real_even, real_odd], dim=1)
         most = max(n - d for n, d in zip(left, drop, strict=True))

@@ -1,0 +1,1 @@
+"""What is DualSpeed worth? Measurements for the documents; no part of the library."""

@@ -1,0 +1,148 @@
+"""What the ablation trains: ways to train, and the groups in which they are compared.
+
+Every way says all that it depends on, so that results keep their meaning when defaults change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train: its key, its name in tables, and its options of [`DualSpeedTrainingArguments`]."""
+
+    key: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    plain: bool = False  # transformers.Trainer on all tokens
+    same_time: bool = False  # as many steps as the reference's time allows, not as many as the reference has
+    speed_up: float = 1.0  # the steps of all, divided by this
+
+
+FORMAT = 2  # of result files; in the first, all that was pruned was discarded
+BASELINE, REFERENCE = "full-tokens", "dualspeed"
+TIMED, ORIGINAL, PAPER = "time:", ":original", "paper:"
+# What the fast view consists of: the other tokens averaged into the kept ones, which then count for as many; or, as the
+# paper has it, tokens that are kept as they are, and the others gone.
+MERGED = {"proportional_attention": True}
+DISCARDED = {"proportional_attention": False, "pruner_kwargs": {"dropped_tokens": "discard"}}
+# What else a run may have, one after the other.
+NONE = {"slow_mode_ratio": 0.0, "isolator_length": 0, "distillation_weight": 0.0}
+ISOLATED, DISTILLED = {"isolator_length": 4}, {"distillation_weight": 1.0}
+ALL = {**ISOLATED, **DISTILLED}
+
+
+def slow(ratio: float) -> dict[str, float]:
+    return {"slow_mode_ratio": ratio}
+
+
+FULL = Way(BASELINE, "full tokens", plain=True)
+DUALSPEED = Way(REFERENCE, "DualSpeed", {**MERGED, **NONE, **ALL, **slow(0.05)})
+# The paper's own ablation: each has one thing more than the one before.
+PAPERS = (
+    Way("paper:pruned-only", "the paper's: pruned only", {**DISCARDED, **NONE}),
+    Way("paper:fast-slow", "the paper's: + 10 % slow", {**DISCARDED, **NONE, **slow(0.1)}),
+    Way("paper:isolator", "the paper's: + isolator", {**DISCARDED, **NONE, **slow(0.1), **ISOLATED}),
+    Way("paper:dualspeed", "the paper's: + distillation", {**DISCARDED, **NONE, **slow(0.1), **ALL}),
+)
+# The same with a fast view that looks like the full one.
+MERGED_ONLY = Way("pruned-only", "merged, log(size)", {**MERGED, **NONE})
+PARTS = (
+    Way("sizes-only", "log(size), others gone", {**DISCARDED, **MERGED, **NONE}),
+    Way("merged-only", "merged, no log(size)", {"proportional_attention": False, **NONE}),
+    MERGED_ONLY,
+    Way("fast-slow", "+ 5 % slow", {**MERGED, **NONE, **slow(0.05)}),
+    Way("isolator", "+ isolator", {**MERGED, **NONE, **slow(0.05), **ISOLATED}),
+    DUALSPEED,
+)
+SLOW_RATIOS = (
+    *(
+        Way(f"{PAPER}slow-{ratio}", f"the paper's: {ratio:.0%} slow", {**DISCARDED, **NONE, **ALL, **slow(ratio)})
+        for ratio in (0.0, 0.02, 0.05)
+    ),
+    PAPERS[-1],
+    *(
+        Way(f"slow-{ratio}", f"merged: {ratio:.0%} slow", {**MERGED, **NONE, **ALL, **slow(ratio)})
+        for ratio in (0.0, 0.02, 0.05, 0.1)
+    ),
+)
+RATIOS = (0.5, 0.75, 0.9, 0.95)
+PRUNING_RATIOS = tuple(
+    Way(f"{kind}pruning-{ratio}", f"{name}{ratio:.0%} pruned", {**options, "pruning_ratio": ratio})
+    for kind, name, options in ((PAPER, "the paper's: ", PAPERS[-1].options), ("", "merged: ", DUALSPEED.options))
+    for ratio in RATIOS
+)
+# Those that need no more of the tower than what it returns.
+OTHERS = (
+    "random",
+    "grid",
+    "cdpruner",
+    "dynamicvit",
+    "avg_pool",
+    "tome",
+    "trim",
+    "token_learner",
+    "fastv",
+    "pyramiddrop",
+)
+PRUNERS = (
+    PAPERS[-1],
+    Way(REFERENCE, "divprune", DUALSPEED.options),
+    *(Way(f"pruner-{name}", name, {**DUALSPEED.options, "pruner": name}) for name in OTHERS),
+)
+
+# When slow steps come, which matters only where they repair something.
+PAPERS_10 = PAPERS[-1].options
+PAPERS_5, TAIL = {**PAPERS_10, **slow(0.05)}, {**PAPERS_10, **slow(0.0)}
+SCHEDULES = (
+    Way(f"{PAPER}dualspeed", "random, 10 %", PAPERS_10),
+    Way(f"{PAPER}periodic-0.1", "every 10th", {**PAPERS_10, "mode_schedule": "periodic"}),
+    Way(f"{PAPER}growing-0.1", "growing, 10 % on average", {**PAPERS_10, "mode_schedule": "growing"}),
+    Way(f"{PAPER}shrinking-0.1", "shrinking, 10 % on average", {**PAPERS_10, "mode_schedule": "shrinking"}),
+    Way(f"{PAPER}tail-0.1", "the last 10 %", {**TAIL, "slow_tail_ratio": 0.1}),
+    Way(f"{PAPER}slow-0.05", "random, 5 %", PAPERS_5),
+    Way(f"{PAPER}growing-0.05", "growing, 5 % on average", {**PAPERS_5, "mode_schedule": "growing"}),
+    Way(f"{PAPER}shrinking-0.05", "shrinking, 5 % on average", {**PAPERS_5, "mode_schedule": "shrinking"}),
+    Way(f"{PAPER}tail-0.05", "the last 5 %", {**TAIL, "slow_tail_ratio": 0.05}),
+    Way(f"{PAPER}adaptive", "adaptive", {**PAPERS_10, "mode_schedule": "adaptive"}),
+)
+
+
+def original(way: Way) -> Way:
+    """The same with the positions that the kept tokens had."""
+    return Way(way.key + ORIGINAL, f"{way.name}, original", {**way.options, "position_ids": "original"})
+
+
+def timed(way: Way) -> Way:
+    """The same, for the time of the reference."""
+    return Way(TIMED + way.key, f"{way.name}, same time", way.options, way.plain, same_time=True)
+
+
+def of_seven_billion(speed_up: float) -> Way:
+    """Full tokens for the steps that fit into DualSpeed's time where a model of 7 B parameters has this speed-up."""
+    return Way(f"7b:{speed_up}", f"full tokens, same time at {speed_up}x", plain=True, speed_up=speed_up)
+
+
+# The speed-ups of the paper's DualSpeed measured at 7 B parameters, LLaVA-1.5 and LLaVA-NeXT.
+MEASURED = (2.83, 3.81)
+# What is compared in one table, in the order of training.
+GROUPS: dict[str, tuple[Way, ...]] = {
+    "parts": (FULL, *PAPERS, *PARTS),
+    "slow ratios": (FULL, *SLOW_RATIOS),
+    "equal time": (
+        FULL,
+        PAPERS[-1],
+        MERGED_ONLY,
+        DUALSPEED,
+        timed(FULL),
+        timed(PAPERS[-1]),
+        timed(MERGED_ONLY),
+        *map(of_seven_billion, MEASURED),
+    ),
+    "positions": (FULL, *(way for own in (MERGED_ONLY, DUALSPEED) for way in (own, original(own)))),
+    "schedules": (FULL, *SCHEDULES),
+    "pruning ratios": (FULL, *PRUNING_RATIOS),
+    "pruners": (FULL, *PRUNERS),
+}

@@ -1,0 +1,147 @@
+"""What `python -m benchmarks.ablation` shows: a table for each group, and a plot, from the results file alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.table import Column, Table
+
+from hf_dualspeed.utils.text import markdown_table
+
+from .plan import BASELINE, FORMAT, MEASURED, ORIGINAL, PAPER, of_seven_billion
+
+HEADER = ("trained with", "all tokens", "pruned tokens", "retention", "seconds", "speed-up", "steps", "slow")
+SECONDS = slice(4, 6)  # the columns of what is timed
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+MERGED, DISCARDED, KEPT = "merged, log(size)", "discarded, as in the paper", "original positions"
+LOOKS = {
+    MERGED: ("#0072B2", "o"),
+    DISCARDED: ("#D55E00", "s"),
+    KEPT: ("#009E73", "^"),
+    "full tokens": ("#000000", "D"),
+}
+PLAIN = {BASELINE, *(of_seven_billion(speed_up).key for speed_up in MEASURED)}
+
+
+def write_report(results: dict, path: Path) -> None:
+    """Writes tables and plot beside the results file `path`, and prints the tables."""
+    for group in results["groups"]:
+        table = Table(*(Column(name, overflow="fold") for name in header(results)), title=group)
+        for row in group_rows(results, group):
+            table.add_row(*row)
+        Console().print(table)
+    path.with_suffix(".md").write_text(f"# Ablation\n\n{readme_table(results)}\n", encoding="utf-8")
+    plot(results, path.with_suffix(".png"))
+
+
+def readme_table(results: dict) -> str:
+    """The Markdown tables of all groups, behind what their numbers are."""
+    tables = [f"**{group.capitalize()}**\n\n{group_table(results, group)}" for group in results["groups"]]
+    return "\n\n".join([caption(results), *tables])
+
+
+def caption(results: dict) -> str:
+    """What the numbers of the tables are."""
+    settings, here, installed = results["settings"], results["machine"], results["versions"]
+    size = settings["size"]
+    where = here["cpu"] if settings["cpu"] else here["accelerator"]
+    compared = (
+        "Retention and speed-up compare with full tokens of the same seed; the vision tower, whose features are "
+        "stored, is in no time."
+        if results.get("timed", True)
+        else "Retention compares with full tokens of the same seed. Other work ran beside some runs, so none is timed."
+    )
+    return (
+        f"{settings['steps']} optimizer steps of {settings['batch_size']} conversations about "
+        f"{size['train_grids'] // 2:,} grids of Fashion-MNIST; accuracy on {results['n']:,} questions about "
+        f"{size['test_grids']:,} grids of the test split, of which the most frequent answer to each kind of question "
+        f"has {results['majority']:.1%}. Mean over {len(results['seeds'])} seed(s), in brackets the smallest and the "
+        f"largest value. {compared} Machine: {where}, {results['jobs']} run(s) at a time with "
+        f"{settings['threads']} CPU thread(s) each; torch {installed['torch']}, transformers "
+        f"{installed['transformers']}. Command: `{results['command']}`"
+    )
+
+
+def group_table(results: dict, group: str) -> str:
+    """The Markdown table of a group."""
+    return markdown_table(header(results), group_rows(results, group))
+
+
+def header(results: dict) -> tuple[str, ...]:
+    """The columns of a group's table."""
+    return HEADER if results.get("timed", True) else (*HEADER[: SECONDS.start], *HEADER[SECONDS.stop :])
+
+
+def group_rows(results: dict, group: str) -> list[tuple[str, ...]]:
+    """The rows of a group's table."""
+    rows = []
+    for key, name in results["groups"][group]:
+        own = results["summary"][key]
+        shares = [_cell(own[column], ".1%") for column in ("full", "pruned", "retention")]
+        times = [f"{own['seconds']['mean']:.0f}", _cell(own["speed_up"], ".2f", "x")]
+        times = times if results.get("timed", True) else []
+        steps = own["steps"]
+        rows.append((name, *shares, *times, f"{sum(steps.values()):.0f}", f"{steps['slow']:.0f}"))
+    return rows
+
+
+def _cell(spread: dict[str, float] | None, form: str, unit: str = "") -> str:
+    if spread is None:
+        return "n/a"
+    center, low, high = (format(spread[key], form) for key in ("mean", "min", "max"))
+    return f"{center}{unit}" if low == high else f"{center}{unit} ({low} to {high})"
+
+
+def kind_of(key: str, results: dict) -> str:
+    """What a way's fast view is like; files of the first format know the paper's alone."""
+    if key.endswith(BASELINE) or key in PLAIN:
+        return "full tokens"
+    if key.endswith(ORIGINAL):
+        return KEPT
+    return DISCARDED if PAPER in key or results.get("format", 1) < FORMAT else MERGED
+
+
+def plot(results: dict, path: Path) -> None:
+    """Draws accuracy with all tokens: a panel per group, small marks for seeds and large ones for their mean."""
+    groups = list(results["groups"])
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    most = max(len(results["groups"][group]) for group in groups)
+    figure = Figure(figsize=(7 * columns, lines * (1.2 + 0.3 * most)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, group in zip(panels, groups, strict=False):
+        _draw_group(axis, results, group)
+    for axis in panels[len(groups) :]:
+        axis.set_axis_off()
+    handles = {
+        label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    figure.savefig(path)
+
+
+def _draw_group(axis: Axes, results: dict, group: str) -> None:
+    ways = results["groups"][group]
+    for row, (key, _) in enumerate(ways):
+        kind = kind_of(key, results)
+        colour, marker = LOOKS[kind]
+        own = [run["full"]["all"] for run in results["runs"] if run["way"] == key]
+        axis.scatter(own, [row] * len(own), s=14, color=colour, marker=marker, linewidths=0)
+        mean = results["summary"][key]["full"]["mean"]
+        axis.scatter(mean, row, s=110, facecolors="none", edgecolors=colour, marker=marker, linewidths=1.8, label=kind)
+    base = results["summary"].get(BASELINE)
+    if base is not None:
+        axis.axvline(base["full"]["mean"], color="#000000", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(ways)), [name for _, name in ways], fontsize=10)
+    axis.set_ylim(len(ways) - 0.4, -0.6)
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.set_xlabel("accuracy with all tokens")
+    axis.set_title(group.capitalize(), fontsize=12)
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,1 @@
+"""Training with and without DualSpeed, compared: `python -m benchmarks.compare`."""

@@ -1,0 +1,183 @@
+"""What `python -m benchmarks.compare` shows: a table, its caption and a plot, from the results file alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from statistics import mean
+
+from huggingface_hub import EvalResult, ModelCardData
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.table import Column, Table
+
+from hf_dualspeed.publishing.cards import heading, merge_card
+from hf_dualspeed.publishing.model_card import assembled, citation, environment, pruning_words, settings_table
+from hf_dualspeed.utils.text import markdown_table
+
+MAJORITY = "guessing from the question alone"
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+LOOKS = {
+    "full-tokens": ("#000000", "o"),
+    "pruned-only": ("#D55E00", "s"),
+    "fast-slow": ("#0072B2", "^"),
+    "dualspeed": ("#009E73", "D"),
+}
+
+
+def write_report(results: dict, path: Path) -> None:
+    """Writes table and plot beside the results file `path`, and prints the table."""
+    path.with_suffix(".md").write_text(f"{caption(results)}\n\n{readme_table(results)}\n", encoding="utf-8")
+    plot(results, path.with_suffix(".png"))
+    header, *rows = table_rows(results)
+    table = Table(*(Column(name, overflow="fold") for name in header))
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def write_card(results: dict, source: Path, folder: Path) -> None:
+    """Writes the card of the comparison's DualSpeed runs into `folder`, with results and plot beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, picture = folder / "README.md", source.with_suffix(".png")
+    for file in (source, picture):
+        shutil.copy(file, folder / file.name)
+    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+    path.write_text(merge_card(earlier, card(results, picture.name)), encoding="utf-8")
+
+
+def card(results: dict, picture: str) -> str:
+    """The model card of the models that a comparison trained with DualSpeed, over its seeds."""
+    own = results["summary"]["dualspeed"]
+    accuracy = EvalResult(
+        task_type="image-text-to-text",
+        dataset_type=results["eval_dataset"],
+        dataset_name=results["eval_dataset"],
+        dataset_split=results["eval_split"],
+        metric_type="accuracy",
+        metric_name=f"Accuracy with all visual tokens, mean over {len(results['seeds'])} seeds",
+        metric_value=own["accuracy_full"]["mean"],
+    )
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["dualspeed"],
+        model_name="compare",
+        eval_results=[accuracy],
+    )
+    limits = (
+        f"{heading('Limits')}\n\nOne task, one size of model, one machine. Where all ways learn the task, differences "
+        "between their accuracies are smaller than those between seeds: read the times."
+    )
+    return assembled(
+        data, _what(results), _how(results), _results(results, picture), environment(results), limits, citation()
+    )
+
+
+def _what(results: dict) -> str:
+    model = results["model"] if isinstance(results["model"], str) else "a small LLaVA, from scratch"
+    seeds = ", ".join(map(str, results["seeds"]))
+    return (
+        f"{heading('compare', level=1)}\n\nModels trained with DualSpeed on `{results['dataset']}` "
+        f"({results['dataset_split']}) that differ by their seed alone ({seeds}), compared with the same model trained "
+        f"in other ways. Model: {model}. The weights are not published; `{results['command']}` trains them anew."
+    )
+
+
+def _how(results: dict) -> str:
+    steps = results["summary"]["dualspeed"]["steps"]
+    settings = {part: results[part] for part in ("settings", "training")}
+    return (
+        f"{heading('How they were trained')}\n\nFast steps trained on what the pruner "
+        f"{pruning_words(results['settings']['pruner'])}; slow steps on all. Of {results['steps']} optimizer steps, "
+        f"{steps['fast']:.1f} were fast and {steps['slow']:.1f} slow, on average.\n\n{settings_table(settings)}"
+    )
+
+
+def _results(results: dict, picture: str) -> str:
+    deviation = results["summary"]["dualspeed"]["accuracy_full"]["sd"]
+    return (
+        f"{heading('Results')}\n\nAccuracy on {results['n']} questions of `{results['eval_dataset']}` "
+        f"({results['eval_split']}): mean over the seeds, in brackets the smallest and the largest value. The standard "
+        f"deviation with DualSpeed is {deviation:.2%}. Speed-up and retention compare whole trainings with the one by "
+        "`transformers.Trainer` on all tokens of the same seed.\n\n"
+        f"{readme_table(results)}\n\n![Accuracy with full tokens against training time]({picture})"
+    )
+
+
+def caption(results: dict) -> str:
+    """What the numbers of the table are."""
+    here, used, installed = results["machine"], results["settings"], results["versions"]
+    baseline = next(iter(results["summary"].values()))
+    return (
+        f"{results['steps']} optimizer steps on {results['dataset']} ({results['dataset_split']}); accuracy "
+        f"on {results['n']} questions of {results['eval_dataset']} ({results['eval_split']}). Mean over "
+        f"{len(results['seeds'])} seed(s), in brackets the smallest and the largest value. Baseline: "
+        f"`transformers.Trainer` with {baseline['name']}; retention (of accuracy with all tokens) and speed-up "
+        "compare with its run of the same seed. Seconds are those of training, without evaluation. Pruned: "
+        f"{used['pruning_ratio']:.0%} of the visual tokens removed by {used['pruner']['pruner_type']}. "
+        f"Machine: {here['accelerator'] or here['cpu']}, {here['threads']} CPU thread(s); torch "
+        f"{installed['torch']}, transformers {installed['transformers']}; {results['date'][:10]}. "
+        f"Command: `{results['command']}`"
+    )
+
+
+def table_rows(results: dict) -> list[list[str]]:
+    """Header and rows of the table."""
+    shares = ("accuracy_full", "accuracy_pruned", "retention")
+    header = ["trained with", "accuracy, all tokens", "accuracy, pruned tokens", "retention"]
+    rows = [[*header, "speed-up", "seconds", "steps/s"]]
+    for own in results["summary"].values():
+        times = (("speed_up", ".2fx"), ("train_seconds", ".1f"), ("steps_per_second", ".2f"))
+        forms = [*((key, ".1%") for key in shares), *times]
+        rows.append([own["name"], *(_cell(own[key], form) for key, form in forms)])
+    if "majority_accuracy" in results:
+        rows.append([MAJORITY, f"{results['majority_accuracy']:.1%}", *["n/a"] * 5])
+    return rows
+
+
+def _cell(spread: dict[str, float] | None, form: str) -> str:
+    if spread is None:
+        return "n/a"
+    unit = "x" if form.endswith("x") else ""
+    center, low, high = (format(spread[key], form.rstrip("x")) + unit for key in ("mean", "min", "max"))
+    return center if low == high else f"{center} ({low} to {high})"
+
+
+def readme_table(results: dict) -> str:
+    """The Markdown table of a comparison's results."""
+    header, *rows = table_rows(results)
+    return markdown_table(header, rows)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Draws accuracy with all tokens against training time: small markers for seeds, large ones for means."""
+    figure = Figure(figsize=(8, 5.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for way, look in LOOKS.items():
+        _draw_way(axis, results, way, *look)
+    if "majority_accuracy" in results:
+        axis.axhline(results["majority_accuracy"], color="#666666", linestyle="--", label=MAJORITY)
+    axis.set_xlabel("training time in seconds (small: each seed, large: their mean)", fontsize=13)
+    axis.set_ylabel("accuracy with all visual tokens", fontsize=13)
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.margins(x=0.1, y=0.12)
+    axis.set_xlim(left=0)
+    axis.tick_params(labelsize=12)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    figure.savefig(path)
+
+
+def _draw_way(axis: Axes, results: dict, way: str, colour: str, marker: str) -> None:
+    runs = [run for run in results["runs"] if run["way"] == way]
+    seconds, accuracy = [run["seconds"]["total"] for run in runs], [run["accuracy_full"] for run in runs]
+    axis.scatter(seconds, accuracy, s=22, marker=marker, color=colour, linewidths=0)
+    # Hollow, so that it does not hide the seeds, which lie close to their mean.
+    look = {"s": 220, "marker": marker, "facecolors": "none", "edgecolors": colour, "linewidths": 2.2}
+    axis.scatter(mean(seconds), mean(accuracy), label=results["summary"][way]["name"], **look)

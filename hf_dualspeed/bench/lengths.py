@@ -1,0 +1,308 @@
+"""`dualspeed bench --lengths`: what grouping samples by the length that counts in each mode saves.
+
+The same samples, in the same modes, batched at random and by length, and every step of both timed in turn. Text lengths
+are drawn, not those of a data set: from a log-normal distribution, cut to a range.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.progress import Progress
+
+from ..data.lengths import SampleLengths
+from ..trainer.length_grouping import MEGABATCH, ModeLengthSampler, grouped
+from ..trainer.schedule import FAST, SLOW, ModeSchedule
+from ..utils.text import markdown_table
+from .measure import Bench, order, surroundings
+from .options import BenchArguments
+from .plots import ARMS, figure_of
+from .report import check_format, milliseconds, print_table, quartiles, run_line, setting_line, spread
+from .shapes import PAD, supervised_tokens
+
+KIND = "steps on batches of like length"
+RANDOM, GROUPED = "random", "grouped"
+LEAST_SLOW = 4  # steps
+MEDIAN, SIGMA, SHORTEST, SEED = 60, 0.9, 16, 0
+EPOCH_STEPS = 200  # of which the padding alone is counted; enough to be grouped as those of a long training are
+HEADER = ("steps", "padding, random", "padding, by length", "random, ms", "by length, ms", "gain", "gain by FLOPs")
+
+
+def measure(options: BenchArguments) -> dict:
+    """Times both kinds of batches; the first setting of checkpointing."""
+    threads = torch.get_num_threads()
+    try:
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        with tempfile.TemporaryDirectory() as folder:
+            run = LengthBench(options, folder).run_steps()
+        run |= derive(run, options.slow_ratio)
+        return {**surroundings(options), "benchmark": KIND, "runs": [run]}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def drawn_lengths(count: int, longest: int) -> list[int]:
+    """Text tokens of each sample, log-normally distributed and cut."""
+    generator = torch.Generator().manual_seed(SEED)
+    lengths = torch.exp(math.log(MEDIAN) + SIGMA * torch.randn(count, generator=generator))
+    return lengths.round().clamp(SHORTEST, longest).long().tolist()
+
+
+def padding(batches: list[list[int]], lengths: torch.Tensor) -> dict[str, int]:
+    """Tokens of batches, and how many of them are padding."""
+    shares = [lengths[torch.tensor(batch)] for batch in batches]
+    tokens = sum(len(share) * share.amax().item() for share in shares)
+    return {"tokens": tokens, "padding": tokens - sum(share.sum().item() for share in shares)}
+
+
+class LengthBench(Bench):
+    """Steps of one trainer on the same samples in two orders."""
+
+    def __init__(self, options: BenchArguments, folder: str):
+        shape = options.shapes()[0]
+        super().__init__(options, shape, options.checkpointing[0], folder)
+        self.whole, self.visual = self.batch, shape.visual_tokens
+        steps, rows = options.steps, len(self.batch["input_ids"])
+        # Those are few in a short run, and two batches tell little of grouping; costs are weighted by the ratio.
+        slow = min(steps - 1, max(min(LEAST_SLOW, steps // 2), round(steps * options.slow_ratio)))
+        self.modes = [SLOW if step < slow else FAST for step in range(steps)]
+        self.texts = drawn_lengths(max(steps, EPOCH_STEPS) * rows, options.text_tokens)
+        self.lengths = self.lengths_of(self.texts)
+        chunks = torch.arange(steps * rows).split(rows)  # drawn independently, they are in random order
+        generator = torch.Generator().manual_seed(SEED)
+        self.plans = {
+            RANDOM: [chunk.tolist() for chunk in chunks],
+            GROUPED: grouped(chunks, self.modes, self.lengths, generator),
+        }
+        names = [(arm, step) for step in range(steps) for arm in (RANDOM, GROUPED)]
+        self.variants = {name: partial(self.run_step, *name) for name in names}
+
+    def lengths_of(self, texts: list[int]) -> dict[str, torch.Tensor]:
+        """Lengths by mode of samples with one image each."""
+        lengths = SampleLengths([text + self.visual for text in texts], [[self.visual]] * len(texts))
+        return {FAST: lengths.pruned(self.options.pruning_ratio, self.dual.args.isolator_length), SLOW: lengths.full}
+
+    def run_step(self, arm: str, step: int) -> None:
+        """Forward and backward of one of the batches."""
+        self.batch = padded(self.whole, self.visual, [self.texts[sample] for sample in self.plans[arm][step]])
+        self.items = (self.batch["labels"] != -100).sum()
+        self.step(self.modes[step])
+
+    def run_steps(self) -> dict:
+        """Counts and times every step of both."""
+        flops = {arm: {FAST: 0, SLOW: 0} for arm in self.plans}
+        seconds = {arm: {mode: [0.0] * self.options.rounds for mode in (FAST, SLOW)} for arm in self.plans}
+        with Progress(transient=True) as progress:
+            task = progress.add_task("batches", total=(self.options.rounds + 1) * len(self.variants))
+            for number in range(-1, self.options.rounds):
+                for step, mode in enumerate(self.modes):
+                    for arm, _ in order([(arm, step) for arm in self.plans], number + step):
+                        if number < 0:  # counting warms up, too
+                            flops[arm][mode] += self.count_flops((arm, step))
+                        else:
+                            seconds[arm][mode][number] += self._time((arm, step))
+                        progress.advance(task)
+        texts = self.texts[: len(self.modes) * len(self.whole["input_ids"])]
+        return {
+            **self.subject.said,
+            "text_tokens": sum(texts) / len(texts),
+            "supervised_tokens": sum(map(supervised_tokens, texts)) / len(texts),
+            "checkpointing": self.checkpointing,
+            "slow_splits": self.splits,
+            "slow_parts": self.dual._slow_parts(self.model, self.whole, self.items)[0],
+            "text_lengths": texts,
+            "steps": {mode: self.modes.count(mode) for mode in (FAST, SLOW)},
+            "padding": {arm: self.padding_of(plan, self.modes) for arm, plan in self.plans.items()},
+            "epoch_padding": self.epoch_padding(),
+            "flops": flops,
+            "seconds_by_round": seconds,
+        }
+
+    def padding_of(self, batches: list[list[int]], modes: list[str]) -> dict[str, dict[str, int]]:
+        """The padding of steps by mode."""
+        return {
+            mode: padding([b for b, m in zip(batches, modes, strict=True) if m == mode], self.lengths[mode])
+            for mode in (FAST, SLOW)
+        }
+
+    def epoch_padding(self) -> dict[str, dict]:
+        """The padding of an epoch as the trainer plans it, and of one in random order."""
+        rows, schedule = len(self.whole["input_ids"]), ModeSchedule(self.options.slow_ratio, "periodic")
+        sampler = ModeLengthSampler(self.lengths, rows, schedule.mode_at, seed=SEED)
+        modes = [schedule.mode_at(step) for step in range(sampler.steps_per_epoch)]
+        at_random = [chunk.tolist() for chunk in torch.arange(len(sampler)).split(rows)]
+        plans = {RANDOM: at_random, GROUPED: sampler.plan(0)[0]}
+        return {arm: self.padding_of(plan, modes) for arm, plan in plans.items()}
+
+
+def padded(whole: dict[str, torch.Tensor], visual: int, texts: list[int]) -> dict[str, torch.Tensor]:
+    """The rows of a batch `(B, S)`, each cut to so many text tokens and padded on the right; the ends supervised."""
+    device = whole["input_ids"].device
+    text = torch.tensor(texts, device=device)[:, None]
+    supervised = torch.tensor([supervised_tokens(count) for count in texts], device=device)[:, None]
+    ids = whole["input_ids"][:, : visual + max(texts)]
+    place = torch.arange(ids.shape[1], device=device)
+    mask = place < visual + text
+    ids = ids.masked_fill(~mask, PAD)
+    labels = ids.masked_fill(~mask | (place < visual + text - supervised), -100)
+    return {**whole, "input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+def derive(run: dict, slow_ratio: float) -> dict:
+    """Seconds and FLOPs per step, of a mix of fast and slow ones too, and what they are at random over by length."""
+    steps, shares = run["steps"], {FAST: 1 - slow_ratio, SLOW: slow_ratio}
+    seconds, flops, gains = {}, {}, {}
+    for arm in (RANDOM, GROUPED):
+        rounds = run["seconds_by_round"][arm]
+        times = {mode: torch.tensor(rounds[mode], dtype=torch.float64) / steps[mode] for mode in shares}
+        seconds[arm] = {**times, "mix": sum(share * times[mode] for mode, share in shares.items())}
+        work = {mode: run["flops"][arm][mode] / steps[mode] for mode in shares}
+        flops[arm] = {**work, "mix": sum(share * work[mode] for mode, share in shares.items())}
+    for name in (FAST, SLOW, "mix"):
+        gains[name] = {
+            **quartiles(seconds[RANDOM][name] / seconds[GROUPED][name]),
+            "by_flops": flops[RANDOM][name] / flops[GROUPED][name],
+        }
+    times = {arm: {name: quartiles(values) for name, values in seconds[arm].items()} for arm in seconds}
+    return {"seconds": times, "flops_per_step": flops, "gains": gains}
+
+
+def share_of_padding(padding: dict[str, dict[str, int]], name: str, slow_ratio: float, steps: dict[str, int]) -> float:
+    """Padding over tokens, of fast, of slow, or of a mix of steps."""
+    weights = {FAST: (1 - slow_ratio) / steps[FAST], SLOW: slow_ratio / steps[SLOW]}
+    modes = weights if name == "mix" else [name]
+    tokens, padded = (sum(weights[mode] * padding[mode][key] for mode in modes) for key in ("tokens", "padding"))
+    return padded / tokens if tokens else 0.0
+
+
+def report(results: dict, path: Path) -> None:
+    """Prints the table; writes Markdown and plot beside the JSON file `path`."""
+    from .lengths import plot_lengths
+
+    check_format(results, KIND)
+    console = Console()
+    console.print(setting_line(results), highlight=False)
+    print_table(console, HEADER, rows(results))
+    console.print(epoch_line(results), highlight=False)
+    plot = plot_lengths(results, path.with_suffix(".png"))
+    path.with_suffix(".md").write_text(markdown(results, plot.name), encoding="utf-8")
+
+
+def labels(results: dict) -> dict[str, str]:
+    """Kinds of steps in words."""
+    return {FAST: "fast", SLOW: "slow", "mix": f"mix, {results['settings']['slow_ratio']:.0%} slow"}
+
+
+def shares(results: dict, arm: str) -> dict[str, float]:
+    """The share of padding by kind of steps."""
+    run, ratio = results["runs"][0], results["settings"]["slow_ratio"]
+    return {name: share_of_padding(run["padding"][arm], name, ratio, run["steps"]) for name in labels(results)}
+
+
+def rows(results: dict) -> list[tuple[str, ...]]:
+    """A line per kind of steps."""
+    run = results["runs"][0]
+    at_random, by_length = shares(results, RANDOM), shares(results, GROUPED)
+    return [
+        (
+            label,
+            f"{at_random[name]:.1%}",
+            f"{by_length[name]:.1%}",
+            *(milliseconds(run["seconds"][arm][name]["median"]) for arm in (RANDOM, GROUPED)),
+            spread(run["gains"][name], 2) + " x",
+            f"{run['gains'][name]['by_flops']:.2f} x",
+        )
+        for name, label in labels(results).items()
+    ]
+
+
+def epoch_line(results: dict) -> str:
+    """The padding of a whole epoch in words."""
+    run = results["runs"][0]
+    found = run["epoch_padding"]
+    both = {
+        mode: " in place of ".join(
+            f"{found[arm][mode]['padding'] / max(1, found[arm][mode]['tokens']):.1%}" for arm in (GROUPED, RANDOM)
+        )
+        for mode in (FAST, SLOW)
+    }
+    return (
+        f"In an epoch of {max(EPOCH_STEPS, sum(run['steps'].values()))} steps, of which the trainer groups up to "
+        f"{MEGABATCH} at a time, padding is "
+        f"{both[FAST]} of the tokens of fast steps, and {both[SLOW]} of those of slow ones."
+    )
+
+
+def readme_table(results: dict) -> str:
+    """The setting and the table, for a page that shows the plot itself."""
+    check_format(results, KIND)
+    return "\n\n".join([setting_line(results), markdown_table(HEADER, rows(results)), epoch_line(results)])
+
+
+def markdown(results: dict, plot: str) -> str:
+    """The Markdown page."""
+    run = results["runs"][0]
+    texts = torch.tensor(run["text_lengths"], dtype=torch.float64)
+    parts = [
+        "# Batches of samples of like length",
+        f"{len(texts)} samples, each with one image of {run['visual_tokens']:.0f} visual tokens, in batches of "
+        f'{run["batch"]}: once at random, once grouped as `train_sampling_strategy="group_by_length"` does, by the '
+        f"pruned length for the {run['steps'][FAST]} fast steps and by the whole length for the {run['steps'][SLOW]} "
+        f"slow ones. The lengths of the texts are drawn, not those of a data set: log-normal with a median of {MEDIAN} "
+        f"tokens and sigma {SIGMA}, cut to {SHORTEST} to {results['settings']['text_tokens']} (drawn: median "
+        f"{texts.median():.0f}, mean {texts.mean():.0f}, longest {texts.max():.0f}). With other texts the gain is "
+        "another. Both see the same samples in the same modes; their steps are timed in turn, and the gain is taken "
+        "within a round.",
+        readme_table(results),
+        f"![Padding and time]({plot})",
+        run_line(run),
+        f"FLOPs: {results['flop_counting']}.",
+        f"Measured {results['date']} UTC with `dualspeed bench --lengths`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot_lengths(results: dict, path: Path) -> Path:
+    """Draws the share of padding, and the time of a step over one of random batches, by kind of steps."""
+    from .lengths import GROUPED, RANDOM, labels, shares
+
+    figure, (axes,) = figure_of(9, 3.6, 1, 2)
+    run, names = results["runs"][0], labels(results)
+    seconds = {arm: run["seconds"][arm] for arm in (RANDOM, GROUPED)}
+    panels = {
+        "padding, share of tokens": {arm: list(shares(results, arm).values()) for arm in seconds},
+        "time of a step, random batches = 1": {
+            RANDOM: [1.0] * len(names),
+            GROUPED: [1 / run["gains"][name]["median"] for name in names],
+        },
+    }
+    for axis, (label, values) in zip(axes, panels.items(), strict=True):
+        form = "{:.0%}" if label.startswith("padding") else "{:.2f}"
+        for offset, (arm, (colour, hatch, said)) in zip((-0.2, 0.2), ARMS.items(), strict=True):
+            places = [place + offset for place in range(len(names))]
+            style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0, "label": said}
+            bars = axis.bar(places, values[arm], 0.38, **style)
+            axis.bar_label(bars, [form.format(value) for value in values[arm]], padding=2, fontsize=9)
+        axis.set_xticks(range(len(names)), list(names.values()))
+        axis.set_ylabel(label)
+        if label.startswith("padding"):
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_ylim(0, 1.15 * max(max(column) for column in values.values()))
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, said = axes[0].get_legend_handles_labels()
+    figure.legend(handles, said, frameon=False, loc="outside lower center", ncols=2)
+    settings = results["settings"]
+    figure.suptitle(
+        f"{run['shape']}, batch {run['batch']}, texts of drawn lengths, {settings['pruner']} removing "
+        f"{settings['pruning_ratio']:.0%} ({results['device']}, {results['dtype']})",
+        fontsize=11,
+    )
+    figure.savefig(path)
+    return path

@@ -1,0 +1,370 @@
+"""`dualspeed bench`: what a fast step costs beside a full one, in time, in floating-point operations and in memory.
+
+One model in random weights, one batch, and the trainers' own `training_step` (forward and backward; the optimizer's
+update, alike for all, is not in it). Every round measures every variant once, in changing order, so that noise meets
+all of them alike; ratios are taken within a round. Activation checkpointing is the trainers' own option, for both.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from ..feature_cache.units import UNITS
+from ..models.components import parameter_roles
+from ..models.interface import unwrap, visual_token_ids
+from ..pruners import PrunedTokens, VisualTokens
+from ..pruners.config import DISCARD
+from ..pruning.encoding import encode
+from ..pruning.inputs import shorten_inputs
+from ..trainer.schedule import FAST, SLOW
+from ..trainer.trainer import DualSpeedTrainer
+from ..trainer.training_args import DualSpeedTrainingArguments
+from ..utils.environment import machine, versions
+from ..utils.text import one_line, without_paths
+from .counters import FLOP_COUNTING, MEMORY_COUNTING, cached_batch, device_waits, flops_of, host_waits, peak_memory
+from .options import BenchArguments
+from .report import PARTS, STEPS, check_format, derive, markdown, print_report
+from .shapes import Shape, build_batch, build_model, encoder_ratio, given_batch, given_model
+from .step_plot import plot_steps
+
+SEEDS = {"weights": 0, "batch": 0, "training": 0}
+WARM_UP_ROUNDS = 1
+PART = ".part.json"  # what is cut short leaves the runs that it has done
+
+
+def write(results: dict, path: Path) -> None:
+    """Writes the results as JSON."""
+    path.write_text(json.dumps(without_paths(results), indent=2) + "\n", encoding="utf-8")
+
+
+def report(results: dict, path: Path) -> None:
+    """Prints the tables; writes Markdown and plot beside the JSON file `path`."""
+    check_format(results)
+    print_report(results)
+    plot = plot_steps(results, path.with_suffix(".png"))
+    path.with_suffix(".md").write_text(markdown(results, plot.name), encoding="utf-8")
+
+
+def measure(options: BenchArguments) -> dict:
+    """All runs: each shape with each setting of checkpointing."""
+    return measured(options, list(STEPS) + list(PARTS), derive)
+
+
+def measured(
+    options: BenchArguments,
+    names: list[str],
+    evaluate: Callable[[dict, float], dict],
+    run_of: Callable[[Bench, list[str]], dict] = lambda bench, names: bench.run(names),
+) -> dict:
+    """Measures the variants `names` of each shape and setting by `run_of`, and adds what `evaluate` makes of a run."""
+    threads, runs = torch.get_num_threads(), []
+    try:
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        for shape in options.shapes() or [None]:
+            for checkpointing in options.checkpointing:
+                gc.collect()  # the last run's model
+                with tempfile.TemporaryDirectory() as folder:
+                    run = run_or_say(options, shape, checkpointing, folder, partial(run_of, names=names))
+                runs.append({**run, **evaluate(run, options.slow_ratio)})
+                if options.kind == "steps":  # whose report asks for no number of runs
+                    write({**surroundings(options), "runs": runs}, Path(options.output).with_suffix(PART))
+        return {**surroundings(options), "runs": runs}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_or_say(
+    options: BenchArguments, shape: Shape | None, checkpointing: str, folder: str, run: Callable[[Bench], dict]
+) -> dict:
+    """One run; where memory runs out, an error that says which, and the remedy."""
+    try:
+        return run(Bench(options, shape, checkpointing, folder))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{options.model or shape.name} with a batch of {options.rows(shape)} and checkpointing {checkpointing} "
+            f"does not fit into memory ({one_line(error)}). Use a smaller --batch, --lora, or --checkpointing on."
+        ) from error
+
+
+def surroundings(options: BenchArguments) -> dict:
+    """What all runs have in common."""
+    device = default_device()
+    return {
+        "benchmark": "training steps, forward and backward",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "machine": machine(),
+        "versions": versions(),
+        "device": device.type,
+        "dtype": str(default_dtype(device)).removeprefix("torch."),
+        "rounds": options.rounds,
+        "seeds": SEEDS,
+        "settings": options.recorded(),
+        "flop_counting": FLOP_COUNTING,
+        "memory_counting": MEMORY_COUNTING,
+    }
+
+
+def default_device() -> torch.device:
+    """A CUDA device where there is one, else the CPU: memory is counted on no other."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The precision of weights and activations on a device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@dataclass
+class Subject:
+    """A model, a batch on its device, and what the result file says of them."""
+
+    model: nn.Module
+    batch: dict[str, torch.Tensor]
+    said: dict
+
+
+def build_subject(options: BenchArguments, shape: Shape | None, device: torch.device) -> Subject:
+    """What is measured: a shape in random weights, or the model that the options name."""
+    dtype, rows = default_dtype(device), options.rows(shape)
+    if shape is None:
+        model, processor = given_model(options.model, dtype, device, options.lora)
+        batch = given_batch(processor, rows, options.text_tokens, options.image_size or 336)
+        said = {"shape": Path(options.model).name, "like": type(unwrap(model)).__name__}
+    else:
+        if options.scale == "full" and device.type != "cuda":
+            raise ValueError("`scale` is 'full', but PyTorch finds no GPU, which 7 B parameters need. Use small.")
+        sizes = shape.sizes(options.scale, options.hidden_size, options.layers)
+        model = build_model(shape, sizes, options.text_tokens, dtype, device, SEEDS["weights"], options.lora)
+        batch = build_batch(shape, sizes, rows, options.text_tokens, SEEDS["batch"])
+        ratios = {"encoder_ratio": encoder_ratio(shape, sizes), "real_encoder_ratio": encoder_ratio(shape, shape.real)}
+        said = {"shape": shape.name, "like": shape.like, **ratios}
+    floating = {key: value.to(dtype) for key, value in batch.items() if value.is_floating_point()}
+    batch = {key: value.to(device) for key, value in {**batch, **floating}.items()}
+    return Subject(model, batch, {**said, **counted(unwrap(model), batch)})
+
+
+def counted(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict:
+    """Parameters by role, and the batch's tokens by kind."""
+    ids = batch["input_ids"]
+    placeholders = torch.tensor(sorted(visual_token_ids(model.config)), device=ids.device)
+    visual = torch.isin(ids, placeholders).sum().item()
+    sizes = {"language_model_without_embeddings": 0, "vision_tower": 0, "projector": 0, "embeddings": 0}
+    tables = {id(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings())}
+    roles = parameter_roles(model)
+    for name, parameter in model.named_parameters():
+        role = roles[name].replace("language_model", "language_model_without_embeddings")
+        sizes["embeddings" if id(parameter) in tables else role] += parameter.numel()
+    return {
+        "batch": len(ids),
+        "visual_tokens": visual / len(ids),
+        "text_tokens": (batch["attention_mask"].sum().item() - visual) / len(ids),
+        "supervised_tokens": (batch["labels"] != -100).sum().item() / len(ids),
+        "parameters": sizes,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+class SteppedTrainer(DualSpeedTrainer):
+    """A trainer each of whose steps is in the mode that was set last."""
+
+    mode = FAST
+
+    def mode_at(self, step: int) -> str:
+        return self.mode
+
+
+class KnownAnswer:
+    """In the place of a pruner, one whose answer is known beforehand: it leaves everything else of shortening."""
+
+    in_language_model = False
+
+    def __init__(self, answer: PrunedTokens):
+        self.answer = answer
+
+    def __call__(self, tokens: VisualTokens) -> PrunedTokens:
+        return self.answer
+
+
+class Bench:
+    """The steps of two trainers on one model, and the parts of the fast step."""
+
+    def __init__(self, options: BenchArguments, shape: Shape | None, checkpointing: str, folder: str):
+        self.options, self.checkpointing = options, checkpointing
+        self.device = default_device()
+        self.subject = build_subject(options, shape, self.device)
+        self.model, self.batch = self.subject.model, self.subject.batch
+        # As training counts them over the accumulated batches of a step.
+        self.items = (self.batch["labels"] != -100).sum()
+        common = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "seed": SEEDS["training"]}
+        common |= {"activation_checkpointing": checkpointing == "on", "disable_tqdm": True}
+        common |= {"use_cpu": self.device.type == "cpu"}
+        self.splits = options.splits(checkpointing)
+        settings = {"pruner": options.pruner, "pruning_ratio": options.pruning_ratio, "slow_mode_splits": self.splits}
+        self.dual = SteppedTrainer(model=self.model, args=DualSpeedTrainingArguments(**settings, **common))
+        self.plain = Trainer(model=self.model, args=TrainingArguments(**common))
+        self._begin()
+        self.losses: dict[str, float] = {}
+        self.dropped_tokens = self.dual.mode_pass.pruner.config.dropped_tokens
+        self.step("fast")  # whose size tells slow steps their parts
+        self._clean("fast")
+        # Growth, profiles and lengths have no step with it.
+        self.cached = cached_batch(self.dual, self.batch, f"{folder}/features") if options.kind == "steps" else None
+        absent = {"fast_cached"} if self.cached is None else set()
+        absent |= {"fast_discarding"} if self.dual.mode_pass.pruner.merges else set()  # it has no other way
+        self.steps = [name for name in STEPS if name not in absent]
+        self.variants = {**{name: partial(self.step, name) for name in self.steps}, **self._parts()}
+
+    def _begin(self) -> None:
+        """What `train` does in front of the first step."""
+        if self.plain.args.activation_checkpointing:
+            self.model.activation_checkpointing_enable()
+        for trainer in (self.plain, self.dual):
+            trainer.current_gradient_accumulation_steps = 1
+            trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+    def step(self, name: str) -> None:
+        """Forward and backward of one micro-batch, through the trainer's own `training_step`."""
+        self.dual.mode = FAST if name.startswith("fast") else SLOW
+        self.dual.args.distillation_weight = 0.0 if name == "slow_without_distillation" else 1.0
+        trainer, mode_pass = self.plain if name == "plain" else self.dual, self.dual.mode_pass
+        if not mode_pass.pruner.merges:
+            dropped = DISCARD if name == "fast_discarding" else self.dropped_tokens
+            mode_pass.pruner.config = replace(mode_pass.pruner.config, dropped_tokens=dropped)
+        mode_pass.proportional_attention = name != "fast_discarding"
+        batch = self.cached if name == "fast_cached" else self.batch
+        self.loss = trainer.training_step(self.model, batch, self.items)
+
+    def _parts(self) -> dict[str, Callable]:
+        """The fast step's parts alone: encoding, the pruner, and what else shortens the batch; and the teacher."""
+        model, mode_pass = self.model.train(), self.dual.mode_pass
+        pruner = mode_pass.pruner
+        with torch.no_grad():
+            encodings = encode(model, self.batch, pruner.needs)
+        generator = torch.Generator(self.device).manual_seed(SEEDS["training"])
+        tokens = encodings[0].tokens(generator)
+        pruned = pruner(tokens)
+        shorten = partial(shorten_inputs, model, self.batch, encodings, KnownAnswer(pruned))
+
+        def teach() -> None:
+            mode_pass.begin(SLOW, True, generator)
+            mode_pass._teach(model, self.batch, encodings)
+            mode_pass.end()
+
+        self.encoded = [tensor for encoding in encodings for tensor in _tensors(vars(encoding).values())]
+        self.encoded += _tensors(self.cached[UNITS].features.values() if self.cached else [])
+        self.encoded += [*_tensors(vars(pruned).values()), *_tensors(vars(tokens).values())]
+        return {
+            "teacher": teach,
+            "encoder": partial(encode, model, self.batch, pruner.needs),
+            "selection": partial(pruner, tokens),
+            "shortening": partial(shorten, mode_pass.isolator, mode_pass.position_ids),
+        }
+
+    def run(self, names: list[str]) -> dict:
+        """Counts and measures those of the variants `names` that there are."""
+        names = [name for name in names if name in self.variants]
+        parts, _ = self.dual._slow_parts(self.model, self.batch, self.items)
+        counts = {
+            "flops": {name: self.count_flops(name) for name in names},
+            "memory": {name: self.count_memory(name) for name in names},
+            "host_waits": {name: sum(self.count_waits(name).values()) for name in names if name in PARTS},
+        }
+        if self.device.type == "cuda":
+            counts["device_waits"] = {name: self.count_waits(name, device_waits) for name in names}
+        gradients = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        return {
+            **self.subject.said,
+            "checkpointing": self.checkpointing,
+            "slow_splits": self.splits,
+            "slow_parts": parts,
+            "weights_bytes": sum(p.nbytes for p in self.model.parameters()),
+            "gradients_bytes": gradients,
+            **counts,
+            "seconds_by_round": self.measure(names),
+            "losses": self.losses,
+        }
+
+    def count_flops(self, name: str) -> int:
+        """Floating-point operations of one variant."""
+        flops = flops_of(self.variants[name])
+        self._clean(name)
+        return flops
+
+    def count_memory(self, name: str) -> int:
+        """The most bytes that a variant holds beside weights and gradients."""
+        known = [*self.model.parameters(), *self.model.buffers(), *self.batch.values(), self.items, *self.encoded]
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                known.append(parameter.grad)
+        peak = peak_memory(self.variants[name], known)
+        self._clean(name)
+        return peak
+
+    def count_waits(self, name: str, told: Callable[[], AbstractContextManager] = host_waits) -> dict[str, int]:
+        """How often a variant waits for the device, by what `told` tells of each time."""
+        with told() as waits:
+            self.variants[name]()
+        self._clean(name)
+        return dict(Counter(waits))
+
+    def measure(self, names: list[str]) -> dict[str, list[float]]:
+        """Seconds of each variant by round."""
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        with Progress(transient=True) as progress:
+            said = f"{self.subject.said['shape']}, checkpointing {self.checkpointing}"
+            task = progress.add_task(said, total=(self.options.rounds + WARM_UP_ROUNDS) * len(names))
+            for number in range(-WARM_UP_ROUNDS, self.options.rounds):
+                for name in order(names, number):
+                    taken = self._time(name)
+                    progress.advance(task)
+                    if number >= 0:
+                        seconds[name].append(taken)
+        return seconds
+
+    def _time(self, name: str) -> float:
+        self._synchronize()
+        begun = time.perf_counter()
+        self.variants[name]()
+        self._synchronize()
+        taken = time.perf_counter() - begun
+        self._clean(name)
+        return taken
+
+    def _clean(self, name: str) -> None:
+        if name in STEPS:
+            self.losses[name] = self.loss.item()
+        self.model.zero_grad()
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def _tensors(values) -> list[torch.Tensor]:
+    """The tensors among values and lists of them."""
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return [item for item in flat if isinstance(item, torch.Tensor)]
+
+
+def order(names: list[str], number: int) -> list[str]:
+    """The names, rotated by the round's number; every other round backwards, to change neighbours too."""
+    start = number % len(names)
+    rotated = names[start:] + names[:start]
+    return rotated[::-1] if number % 2 else rotated

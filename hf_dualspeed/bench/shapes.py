@@ -1,0 +1,358 @@
+"""The models and batches of `dualspeed bench`, in random weights: the sizes of real models, and small ones like them.
+
+| shape | real model | sizes from | per sample |
+| --- | --- | --- | --- |
+| llava-1.5 | LLaVA-1.5-7B: Vicuna-7B (6.48 B) behind CLIP ViT-L/14 (302 M) | config.json of llava-hf/llava-1.5-7b-hf | one image of 336 px, 576 tokens |
+| llava-next | LLaVA-NeXT-7B: the same two | llava-hf/llava-v1.6-vicuna-7b-hf | 5 tiles, 576 + 48 x (48 + 1) tokens |
+| qwen2.5-vl | Qwen2.5-VL-7B (6.53 B) with its tower (630 M) | Qwen/Qwen2.5-VL-7B-Instruct | one image of 896 px, 4096 patches, 1024 tokens |
+| smolvlm | SmolVLM-500M: SmolLM2-360M (315 M) behind SigLIP-B/16 (85 M) | HuggingFaceTB/SmolVLM-500M-Instruct | 17 tiles of 512 px, 64 tokens each |
+
+The parameters are those of the layers. The small language models have about 25 M of them; the width of their
+feed-forward, the sharing of keys and the size of the vocabulary next to the layers are the real ones. The small towers
+are as deep as makes the ratio of FLOPs, of encoding a visual token to a token's forward pass in the language model, the
+real one, as near as whole layers of whole 64-wide heads allow ([`encoder_ratio`], attention included): 0.049, 0.045,
+0.41 and 4.2 in the real ones. What cannot be kept at this width is the share of attention in the language model's work:
+0.20 in place of 0.03 at 776 tokens.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    SmolVLMConfig,
+)
+
+from ..data.collators import VisionLanguageCollator
+from ..data.media import pattern
+from ..models.adapters import add_lora
+from ..models.components import freeze_roles
+
+HEAD = 64
+PAD, IMAGE_ID, VIDEO_ID, VISION_START, VISION_END, FIRST_WORD = 0, 3, 4, 5, 6, 8
+SUPERVISED_TOKENS = 64
+WINDOW = 8  # patches along the edge of a window of Qwen2.5-VL's tower: 112 px
+# As LLaVA's own LoRA script: https://github.com/haotian-liu/LLaVA, scripts/v1_5/finetune_lora.sh
+LORA = {
+    "r": 128,
+    "lora_alpha": 256,
+    "lora_dropout": 0.05,
+    "target_modules": r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a language model and of the vision tower in front of it."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tower_hidden: int
+    tower_layers: int
+    tower_intermediate: int
+    tower_heads: int
+
+    def resized(self, hidden: int | None, layers: int | None) -> Sizes:
+        """Another width (a multiple of 64) or depth of the language model; all else follows in proportion."""
+        wide, deep = (hidden or self.hidden) / self.hidden, (layers or self.layers) / self.layers
+        if wide == deep == 1:
+            return self
+        heads, tower_heads = max(1, round(self.heads * wide)), max(1, round(self.tower_heads * wide))
+        tower = self.tower_hidden // self.tower_heads
+        return replace(
+            self,
+            hidden=hidden or self.hidden,
+            layers=layers or self.layers,
+            intermediate=round(self.intermediate * wide),
+            heads=heads,
+            kv_heads=max(k for k in range(1, heads + 1) if not heads % k and (k == 1 or k <= self.kv_heads * wide)),
+            tower_hidden=tower * tower_heads,
+            tower_layers=max(2, round(self.tower_layers * deep)),
+            tower_intermediate=round(self.tower_intermediate * tower_heads / self.tower_heads),
+            tower_heads=tower_heads,
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A kind of model and batch.
+
+    Args:
+        name (`str`): as the command line has it.
+        kind (`str`): transformers' model type.
+        like (`str`): the real model.
+        real, small (`Sizes`): its sizes, and those of one like it for a CPU.
+        batch (`int`): samples, enough of them that a slow step's parts can be as small as a fast step.
+        image_size, patch, merge (`int`): edge of a tile and of a patch in pixels, of a token in patches.
+        tiles (`int`): tiles of a sample's one image.
+    """
+
+    name: str
+    kind: str
+    like: str
+    real: Sizes
+    small: Sizes
+    batch: int
+    image_size: int = 336
+    patch: int = 14
+    merge: int = 1
+    tiles: int = 1
+
+    @property
+    def grid(self) -> int:
+        """Patches along the edge of a tile."""
+        return self.image_size // self.patch
+
+    @property
+    def visual_tokens(self) -> int:
+        """Placeholders of a sample."""
+        if self.kind == "llava_next":  # the whole image, and 2 x 2 tiles with the mark of each row's end
+            return self.grid**2 + 2 * self.grid * (2 * self.grid + 1)
+        return self.tiles * (self.grid // self.merge) ** 2
+
+    @property
+    def separators(self) -> int:
+        """Text tokens between the tiles."""
+        return self.tiles - 1 if self.kind == "smolvlm" else 0
+
+    def sizes(self, scale: str, hidden: int | None = None, layers: int | None = None) -> Sizes:
+        """The sizes at `scale` "small" or "full", with another width or depth where one is given."""
+        return (self.real if scale == "full" else self.small).resized(hidden, layers)
+
+
+VICUNA = {"hidden": 4096, "layers": 32, "intermediate": 11008, "heads": 32, "kv_heads": 32, "vocabulary": 32064}
+CLIP_LARGE = {"tower_hidden": 1024, "tower_layers": 24, "tower_intermediate": 4096, "tower_heads": 16}
+SMALL_LLAMA = {"hidden": 512, "layers": 8, "intermediate": 1376, "heads": 8, "kv_heads": 8, "vocabulary": 1024}
+SMALL_CLIP = {"tower_hidden": 128, "tower_intermediate": 512, "tower_heads": 2}
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(
+            "llava-1.5",
+            "llava",
+            "LLaVA-1.5-7B",
+            Sizes(**VICUNA, **CLIP_LARGE),
+            Sizes(**SMALL_LLAMA, **SMALL_CLIP, tower_layers=5),
+            batch=8,
+        ),
+        Shape(
+            "llava-next",
+            "llava_next",
+            "LLaVA-NeXT-7B",
+            Sizes(**VICUNA, **CLIP_LARGE),
+            Sizes(**SMALL_LLAMA, **SMALL_CLIP, tower_layers=7),
+            batch=6,
+            tiles=5,
+        ),
+        Shape(
+            "qwen2.5-vl",
+            "qwen2_5_vl",
+            "Qwen2.5-VL-7B",
+            Sizes(3584, 28, 18944, 28, 4, 152064, 1280, 32, 3420, 16),
+            Sizes(512, 5, 2706, 8, 1, 3840, 128, 9, 342, 2),
+            batch=6,
+            image_size=896,
+            merge=2,
+        ),
+        Shape(
+            "smolvlm",
+            "smolvlm",
+            "SmolVLM-500M",
+            Sizes(960, 32, 2560, 15, 5, 49280, 768, 12, 3072, 12),
+            Sizes(512, 9, 1365, 8, 2, 7296, 256, 7, 1024, 4),
+            batch=6,
+            image_size=512,
+            patch=16,
+            merge=4,
+            tiles=17,
+        ),
+    )
+}
+
+
+def encoder_ratio(shape: Shape, sizes: Sizes, text_tokens: int = 200) -> float:
+    """FLOPs of encoding a visual token over those of a token's forward pass in the language model's layers."""
+    tokens, head = shape.visual_tokens + text_tokens, sizes.hidden // sizes.heads
+    layer = 2 * sizes.hidden * (sizes.hidden + sizes.kv_heads * head) + 3 * sizes.hidden * sizes.intermediate
+    language = sizes.layers * (2 * layer + 4 * tokens * sizes.hidden)
+    width, patches = sizes.tower_hidden, shape.tiles * shape.grid**2
+    matrices = 3 if shape.kind == "qwen2_5_vl" else 2
+    layer = 4 * width**2 + matrices * width * sizes.tower_intermediate
+    seen = sizes.tower_layers * shape.grid**2
+    if shape.kind == "qwen2_5_vl":
+        full = len(full_attention(sizes))
+        seen = full * shape.grid**2 + (sizes.tower_layers - full) * min(WINDOW, shape.grid) ** 2
+    tower = patches * (2 * sizes.tower_layers * layer + 4 * seen * width)
+    return tower / shape.visual_tokens / language
+
+
+def full_attention(sizes: Sizes) -> list[int]:
+    """Layers of Qwen2.5-VL's tower that attend beyond their window: every eighth, and at least the last."""
+    return list(range(7, sizes.tower_layers, 8)) or [sizes.tower_layers - 1]
+
+
+def build_model(
+    shape: Shape, sizes: Sizes, text_tokens: int, dtype: torch.dtype, device: torch.device, seed: int, lora: bool
+) -> PreTrainedModel:
+    """A model in random weights, made on `device`, its tower frozen; with `lora`, adapters in place of the language
+    model's weights, and the projector as it is."""
+    config = build_config(shape, sizes, shape.visual_tokens + text_tokens)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        return prepared(model, lora)
+
+
+def prepared(model: PreTrainedModel, lora: bool) -> PreTrainedModel:
+    """The model with its tower frozen, and with adapters where asked for."""
+    outer = model
+    if lora:
+        outer = add_lora(model, LORA).to(model.dtype)
+        for name, parameter in model.named_parameters():
+            if "projector" in name or "connector" in name or "merger" in name:
+                parameter.requires_grad_(True)
+    freeze_roles(model, train_vision_tower=False, train_projector=True, train_language_model=True)
+    return outer
+
+
+def build_config(shape: Shape, sizes: Sizes, length: int) -> PreTrainedConfig:
+    """The configuration of a shape, for sequences of `length` tokens."""
+    text = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "max_position_embeddings": length,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    tower = {
+        "hidden_size": sizes.tower_hidden,
+        "intermediate_size": sizes.tower_intermediate,
+        "num_hidden_layers": sizes.tower_layers,
+        "num_attention_heads": sizes.tower_heads,
+        "image_size": shape.image_size,
+        "patch_size": shape.patch,
+    }
+    if shape.kind == "qwen2_5_vl":
+        return qwen_config(shape, sizes, text)
+    if shape.kind == "smolvlm":
+        text = LlamaConfig(**text)
+        return SmolVLMConfig(vision_config=tower, text_config=text, image_token_id=IMAGE_ID, scale_factor=shape.merge)
+    parts = {"vision_config": CLIPVisionConfig(**tower), "text_config": LlamaConfig(**text)}
+    common = {**parts, "image_token_index": IMAGE_ID, "image_seq_length": shape.visual_tokens}
+    if shape.kind == "llava":
+        return LlavaConfig(**common)
+    return LlavaNextConfig(**common, image_grid_pinpoints=[[2 * shape.image_size] * 2])
+
+
+def qwen_config(shape: Shape, sizes: Sizes, text: dict) -> Qwen2_5_VLConfig:
+    """M-RoPE in the real proportions of its sections, 16 : 24 : 24, and the tower's windows of 112 px."""
+    half = sizes.hidden // sizes.heads // 2
+    time = half // 4
+    sections = [time, (half - time) // 2, half - time - (half - time) // 2]
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": sizes.tower_layers,
+            "hidden_size": sizes.tower_hidden,
+            "intermediate_size": sizes.tower_intermediate,
+            "num_heads": sizes.tower_heads,
+            "patch_size": shape.patch,
+            "spatial_merge_size": shape.merge,
+            "window_size": WINDOW * shape.patch,
+            "fullatt_block_indexes": full_attention(sizes),
+            "out_hidden_size": sizes.hidden,
+        },
+        text_config={**text, "rope_parameters": {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}},
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+
+
+def build_batch(shape: Shape, sizes: Sizes, rows: int, text_tokens: int, seed: int) -> dict[str, torch.Tensor]:
+    """A batch without padding, on the CPU: two text tokens, the image, the rest of the text, its end supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(FIRST_WORD, sizes.vocabulary, (rows, text_tokens), generator=generator)
+    ids = torch.cat([words[:, :2], placed(shape, words), words[:, 2 + shape.separators :]], dim=1)
+    if shape.kind == "qwen2_5_vl":
+        ids[:, 1], ids[:, 2 + shape.visual_tokens] = VISION_START, VISION_END
+    labels = ids.clone()
+    labels[:, : -supervised_tokens(text_tokens - shape.separators)] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {**batch, **pixels(shape, rows, ids, generator)}
+
+
+def supervised_tokens(text_tokens: int) -> int:
+    """Supervised positions per sample."""
+    return min(SUPERVISED_TOKENS, text_tokens // 2)
+
+
+def placed(shape: Shape, words: torch.Tensor) -> torch.Tensor:
+    """Placeholders `(rows, visual_tokens + separators)`, a word between those of two tiles where the model has one."""
+    image = words.new_full((len(words), shape.visual_tokens), IMAGE_ID)
+    if not shape.separators:
+        return image
+    tiles = image.view(len(words), shape.tiles, -1)
+    marks = torch.nn.functional.pad(words[:, 2 : 2 + shape.separators], (0, 1))
+    return torch.cat([tiles, marks[..., None]], dim=2).flatten(1)[:, :-1]
+
+
+def pixels(shape: Shape, rows: int, ids: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Noise in the form in which the model's processor hands over images."""
+    size = shape.image_size
+    if shape.kind == "qwen2_5_vl":
+        values = 3 * 2 * shape.patch**2  # two frames of a patch, which a still image repeats
+        return {
+            "pixel_values": torch.randn(rows * shape.grid**2, values, generator=generator),
+            "image_grid_thw": torch.tensor([[1, shape.grid, shape.grid]] * rows),
+            "mm_token_type_ids": (ids == IMAGE_ID).long(),
+        }
+    if shape.kind == "llava":
+        return {"pixel_values": torch.randn(rows, 3, size, size, generator=generator)}
+    found = {"pixel_values": torch.randn(rows, shape.tiles, 3, size, size, generator=generator)}
+    return found if shape.kind == "smolvlm" else {**found, "image_sizes": torch.tensor([[2 * size, 2 * size]] * rows)}
+
+
+def given_model(
+    name: str, dtype: torch.dtype, device: torch.device, lora: bool
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor of a folder or of the Hub."""
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device)
+    return prepared(model, lora), AutoProcessor.from_pretrained(name)
+
+
+def given_batch(processor: ProcessorMixin, rows: int, text_tokens: int, image_size: int) -> dict[str, torch.Tensor]:
+    """A batch of drawn images, each with a question and an answer of together about `text_tokens` tokens."""
+    words = " ".join(f"{number} and" for number in range(text_tokens))
+    ids = processor.tokenizer(words, add_special_tokens=False)["input_ids"]
+    supervised = supervised_tokens(text_tokens)
+    answer = processor.tokenizer.decode(ids[:supervised])
+    question = processor.tokenizer.decode(ids[supervised:text_tokens])
+    said = [{"type": "image"}, {"type": "text", "text": question}]
+    turns = [
+        {"role": "user", "content": said},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    image = pattern(image_size, image_size)
+    return dict(VisionLanguageCollator(processor)([{"messages": turns, "images": [image]}] * rows))

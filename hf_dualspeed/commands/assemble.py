@@ -1,0 +1,51 @@
+"""`dualspeed assemble`: joins two small pretrained models to a LLaVA."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+
+from ..recipes.assemble import LANGUAGE, VISION, build_llava, given_file, origin, write_card
+from ..recipes.wheels import default_cache, fetch
+
+
+def main(argv: list[str]) -> None:
+    """Runs `dualspeed assemble` on the given words."""
+    parser = argparse.ArgumentParser(prog="dualspeed assemble", description=__doc__.partition(": ")[2])
+    parser.add_argument("output_dir", help="Folder to write; it must be empty or not exist yet.")
+    for source in (VISION, LANGUAGE):
+        names = [f"--{source.option}", f"--{source.option.replace('_', '-')}"]
+        parser.add_argument(*names, help=f"Your own file instead of that of {source.package} {source.version}.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the new projector.")
+    parser.add_argument("--cache_dir", default=str(default_cache()), help="Where the two files are kept.")
+    words = parser.parse_args(argv)
+    output, console = Path(words.output_dir), Console(soft_wrap=True, highlight=False)
+    check_output(output)
+    check_readers()
+    files = []
+    for source in (VISION, LANGUAGE):
+        own = getattr(words, source.option)
+        files.append(fetch(source, Path(words.cache_dir)) if own is None else given_file(source.option, own))
+        console.print(origin(source, own))
+    model, processor = build_llava(*files, seed=words.seed)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    write_card(output, [origin(VISION, words.vision_onnx), origin(LANGUAGE, words.language_gguf)])
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    console.print(f"{count:.0f} M parameters, {model.config.image_seq_length} visual tokens per image: {output}")
+
+
+def check_output(folder: Path) -> None:
+    """Raises a `ValueError` where `folder` holds anything: it might be a model that took days to train."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"`output_dir` is {str(folder)!r}, which is not empty. Name a new folder, or delete this one.")
+
+
+def check_readers() -> None:
+    """Raises an `ImportError` where a package is missing that reads the two formats."""
+    missing = [name for name in ("onnx", "gguf") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"Not installed: {', '.join(missing)}. Run `pip install hf-dualspeed[assemble]`.")

@@ -1,0 +1,36 @@
+"""`dualspeed bench`: what a fast step costs beside a full one, in time, in floating-point operations and in memory."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+from ..bench.measure import PART, write
+from ..bench.options import parse_arguments
+from ..utils.text import without_paths
+
+
+def main(argv: list[str]) -> None:
+    """Measures, or reads an earlier measurement, and writes JSON, Markdown and plot.
+
+    Args:
+        argv (`list[str]`): The words after `dualspeed bench`.
+    """
+    options = parse_arguments(argv)
+    kind = import_module(
+        "hf_dualspeed.bench.measure" if options.kind == "steps" else f"hf_dualspeed.bench.{options.kind}"
+    )
+    path = Path(options.output)
+    if options.render_only:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`output` is {options.output!r}, but there is no such file to render. Measure first."
+            )
+        results = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results = without_paths(kind.measure(options))
+        write(results, path)
+        path.with_suffix(PART).unlink(missing_ok=True)
+    kind.report(results, path)

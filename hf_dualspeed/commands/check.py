@@ -1,0 +1,80 @@
+"""`dualspeed check`: does a model, with its processor, work with DualSpeed?"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from ..conformance import Batch, Check, check_model
+from ..data.collators import VisionLanguageCollator
+from ..data.media import pattern
+from ..models.interface import check_protocol, position_scheme
+from ..utils.constants import POSITION_IDS
+
+QUESTIONS = ("What is this?", "What is the difference between the two?", "What is the capital of France?")
+ANSWER = "I cannot tell."
+WORDS = {True: "[green]yes[/]", False: "[red]no[/]", None: "n/a"}
+
+
+def main(argv: list[str]) -> int:
+    """Prints the outcome of each check; 1 where one failed."""
+    options = parse(argv)
+    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
+    check_protocol(model)
+    position_scheme(model, options.position_ids)
+    processor = AutoProcessor.from_pretrained(options.model)
+    images = [Image.open(path) for path in options.image] or [pattern(320, 240), pattern(240, 320)]
+    checks = check_model(model, batch_of(model, processor, images, options.position_ids))
+    show(checks, type(model).__name__)
+    return int(any(check.passed is False for check in checks))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dualspeed check", description=__doc__)
+    parser.add_argument("model", help="a Hub id or a folder with model and processor")
+    parser.add_argument("--image", nargs="+", default=[], help="image files; without any, patterns are drawn")
+    parser.add_argument("--position_ids", choices=POSITION_IDS[1:], default="original")
+    return parser.parse_args(argv)
+
+
+def batch_of(model: PreTrainedModel, processor: ProcessorMixin, images: list[Image.Image], positions: str) -> Batch:
+    """One image, two, and none, in conversations of different lengths, padded on the left."""
+    processor.tokenizer.padding_side = "left"
+    collator = VisionLanguageCollator(processor)
+    shown = [images[:1], [images[0], images[-1]], []]
+    samples = [
+        {
+            "messages": [
+                {"role": "user", "content": [*[{"type": "image"}] * len(pictures), {"type": "text", "text": question}]},
+                {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+            ],
+            "images": pictures,
+        }
+        for question, pictures in zip(QUESTIONS, shown, strict=True)
+    ]
+    inputs, alone = collator(samples), collator(samples[:1])
+    return Batch(inputs, alone, masks_tokens=removal_is_masking(model, alone["input_ids"]), position_ids=positions)
+
+
+@torch.no_grad()
+def removal_is_masking(model: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """Whether a masked token leaves the logits of the others as if it were not there, as attention alone does."""
+    ids = ids[:1, -8:]  # of the answer: no placeholders
+    places = torch.arange(ids.shape[1])
+    left = places != 3
+    mask = left.long()[None]
+    masked = model(input_ids=ids, attention_mask=mask, position_ids=places[None]).logits[:, left]
+    removed = model(input_ids=ids[:, left], attention_mask=mask[:, left], position_ids=places[None, left]).logits
+    return torch.allclose(masked[:, 3:], removed[:, 3:], rtol=1e-3, atol=1e-4)
+
+
+def show(checks: list[Check], name: str) -> None:
+    table = Table("check", name, "why")
+    for check in checks:
+        table.add_row(check.name, WORDS[check.passed], check.detail)
+    Console().print(table)

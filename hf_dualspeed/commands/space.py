@@ -1,0 +1,169 @@
+"""`dualspeed demo` and `dualspeed space`: the Space run locally, and published on the Hub.
+
+Its files are an app of their own, in `spaces_demo/` of the repository and in `hf_dualspeed/space_files` once installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shutil
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from ..hub.errors import explained
+from ..hub.source import is_repo_id
+from ..publishing.files import check_no_token
+from ..publishing.results import read_results
+
+# In the checkout they lie beside the package.
+PACKAGE = Path(__file__).parent.parent
+PLACES = (PACKAGE / "space_files", PACKAGE.parent / "spaces_demo")
+FILES = ("README.md", "requirements.txt", "app.py", "inference.py", "overlay.py", "slots.py", "views.py", "style.css")
+# Of each role the run that stands for it, as in spaces_demo/slots.py, where its folder knows the repo it was pushed to.
+RUNS = {"baseline": "runs/quickstart_full", "dualspeed": "runs/quickstart", "pruned": "runs/quickstart_pruned"}
+COMPARE = "docs/results/compare.json"
+CHECKPOINTS = "checkpoints.json"
+
+
+def demo_command(argv: list[str]) -> None:
+    """Runs the Space on this machine until it is stopped.
+
+    Args:
+        argv (`list[str]`): The words after `dualspeed demo`.
+
+    Raises:
+        ImportError: gradio is not installed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="dualspeed demo", description="Asks up to three checkpoints the same question, in the browser."
+    )
+    for key, run in RUNS.items():
+        parser.add_argument(f"--{key}", metavar="NAME", help=f"folder or Hub id of a checkpoint (default: {run})")
+    parser.add_argument("--webcam", action="store_true", help="let visitors use their webcam")
+    parser.add_argument("--port", type=int, help="the port (default: 7860, or the next that is free)")
+    options = parser.parse_args(argv)
+    if find_spec("gradio") is None:
+        raise ImportError('The demo needs gradio. Run `pip install "hf-dualspeed[demo]"`.')
+    sys.path.insert(0, str(source_folder()))  # on a Space, app.py is a script that finds its parts beside it
+    names = {key: getattr(options, key) for key in RUNS}
+    importlib.import_module("app").main(names, options.webcam, options.port)
+
+
+def space_command(argv: list[str]) -> None:
+    """Publishes the Space.
+
+    Args:
+        argv (`list[str]`): The words after `dualspeed space`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="dualspeed space",
+        description="Publishes the demo as a Space on the Hub, with published checkpoints.",
+        epilog="The token is that of `hf auth login` or of the environment variable HF_TOKEN.",
+    )
+    parser.add_argument("--push", metavar="REPO", required=True, help="the Space, user/name; made if need be")
+    parser.add_argument("--private", action="store_true", help="make a new Space private")
+    for key, run in RUNS.items():
+        parser.add_argument(f"--{key}", metavar="REPO", help=f"Hub id of a model (default: where {run} was pushed to)")
+    parser.add_argument(
+        "--compare", metavar="FILE", help=f"results of `python -m benchmarks.compare` (default: {COMPARE})"
+    )
+    options = parser.parse_args(argv)
+    names = published_names({key: getattr(options, key) for key in RUNS})
+    print(push_space(options.push, names, options.private or None, compare_file(options.compare)))
+    if not names:
+        print(
+            "The Space has no model yet. Push one by `dualspeed push runs/quickstart user/model`, then run this again "
+            "with --dualspeed user/model, or set the variable DEMO_DUALSPEED in the Space's settings.",
+            file=sys.stderr,
+        )
+
+
+def source_folder() -> Path:
+    """Where the Space's files are.
+
+    Raises:
+        FileNotFoundError: they are neither installed nor in the checkout.
+    """
+    found = next((place for place in PLACES if (place / "app.py").is_file()), None)
+    if found is None:
+        raise FileNotFoundError("The Space's files are missing from this installation. Install hf-dualspeed anew.")
+    return found
+
+
+def published_names(given: dict[str, str | None]) -> dict[str, str]:
+    """The Hub id of each role: as given, else the repo that the role's run was pushed to.
+
+    Raises:
+        ValueError: a name is no Hub id; a Space cannot see this machine's folders.
+    """
+    names = {}
+    for key, run in RUNS.items():
+        name = given.get(key) or read_results(run).get("hub", {}).get("repo_id")
+        if name is None:
+            continue
+        if not is_repo_id(name) or Path(name).is_dir():
+            raise ValueError(
+                f"`{key}` must be a model on the Hub, 'user/name', got {name!r}, which a Space cannot see. Push it "
+                f"first: dualspeed push {name} user/name"
+            )
+        names[key] = name
+    return names
+
+
+def compare_file(given: str | None) -> Path | None:
+    """The results of `python -m benchmarks.compare` to show, if there are any.
+
+    Raises:
+        FileNotFoundError: a file was given and is not there.
+    """
+    path = Path(given or COMPARE)
+    if given is not None and not path.is_file():
+        raise FileNotFoundError(f"`compare` is {given!r}, but there is no such file.")
+    return path if path.is_file() else None
+
+
+def push_space(repo_id: str, names: dict[str, str], private: bool | None = None, compare: Path | None = None) -> str:
+    """Publishes the Space's files in one commit, and returns its address.
+
+    Args:
+        repo_id (`str`): "user/name"; made where it does not exist.
+        names (`dict[str, str]`): Hub ids of checkpoints by role: "baseline", "dualspeed", "pruned".
+        private (`bool`, *optional*): whether a new Space is private.
+        compare (`Path`, *optional*): results of `python -m benchmarks.compare`, shown with the plot beside them.
+
+    Raises:
+        ValueError: `repo_id` is no "user/name", or a token stands in a file.
+        HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
+    """
+    if not is_repo_id(repo_id):
+        raise ValueError(f"`push` must be a Space 'user/name', got {repo_id!r}.")
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside)
+        write_space(folder, names, compare)
+        check_no_token(folder, {path.name: path for path in folder.iterdir()})
+        with explained("push to", f"the Space {repo_id!r}"):
+            url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+            message = "Upload the DualSpeed demo"
+            api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, commit_message=message)
+    return str(url)
+
+
+def write_space(folder: Path, names: dict[str, str], compare: Path | None = None) -> None:
+    """Writes all files of the Space into an empty folder."""
+    for name in FILES:
+        shutil.copy(source_folder() / name, folder / name)
+    card = folder / "README.md"
+    models = json.dumps(sorted(set(names.values())))  # which is YAML, too
+    card.write_text(card.read_text(encoding="utf-8").replace("models: []", f"models: {models}"), encoding="utf-8")
+    (folder / CHECKPOINTS).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+    if compare is not None:
+        for path in (compare, compare.with_suffix(".png")):
+            if path.is_file():
+                shutil.copy(path, folder / f"compare{path.suffix}")

@@ -1,0 +1,161 @@
+"""The checkpoint that an evaluation asks: checked before it is loaded, with what a run left beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
+
+from ..hub.errors import explained
+from ..hub.source import is_repo_id
+from ..pruning.isolator import ModeIsolator, saved_length
+from ..publishing.results import read_results
+from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
+
+# What a run leaves beside its model, to answer from pruned tokens as its fast steps did.
+BESIDE = (ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that answers.
+
+    Args:
+        name (`str`): A folder or a Hub repo.
+        dtype (`str`): Type of the loaded weights, or "auto".
+        trust_remote_code (`bool`): Run the code that the checkpoint brings along.
+        base (`str`, *optional*): The model below, where the checkpoint is a PEFT adapter.
+        commit (`str`, *optional*): That of a Hub repo.
+        weights (`str`): Changes when the weights do: a hash of the files' sizes and times, or the Hub's commit.
+        beside (`Path`, *optional*): The folder of isolator, pruner and results of the run, where it has any.
+    """
+
+    name: str
+    dtype: str
+    trust_remote_code: bool
+    base: str | None
+    commit: str | None
+    weights: str
+    beside: Path | None
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of the run that trained it, where that lies here and has results."""
+        folder = Path(self.name)
+        return folder if (folder / RESULTS_NAME).is_file() else None
+
+    def processor(self) -> ProcessorMixin:
+        """The processor; a `ValueError` where it has no chat template."""
+        name, revision = self.name, self.commit
+        if self.base is not None and _file(name, PROCESSOR_NAME, revision) is None:
+            name, revision = self.base, None
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=self.trust_remote_code)
+        if not isinstance(processor, ProcessorMixin):
+            kind = type(processor).__name__
+            raise ValueError(
+                f"{name!r} has no processor of images and texts, only a {kind}. Save one beside the model."
+            )
+        if not (processor.chat_template or processor.tokenizer.chat_template):
+            raise ValueError(f"The processor of {name!r} has no chat template. Set `chat_template` and save it again.")
+        return processor
+
+    def model(self) -> PreTrainedModel:
+        """The model, on the accelerator where there is one."""
+        options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        options |= {"revision": None if self.base else self.commit}
+        model = AutoModelForImageTextToText.from_pretrained(self.base or self.name, **options)
+        if self.base is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, self.name, revision=self.commit)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        return model.to(device).eval()
+
+    def isolator_length(self) -> int | None:
+        """How many tokens the run's isolator has; None where there is none."""
+        return None if self.beside is None else saved_length(self.beside) or None
+
+    def isolator(self, model: PreTrainedModel) -> ModeIsolator | None:
+        """The run's isolator, where it has one."""
+        length = self.isolator_length()
+        if length is None:
+            return None
+        isolator = ModeIsolator(length, model.config.get_text_config().hidden_size)
+        isolator.load_pretrained(self.beside)
+        return isolator.to(model.device, model.dtype)
+
+    def settings(self) -> dict[str, str | bool]:
+        """How the run's fast steps numbered positions, budgeted videos and attended, as far as it says so."""
+        known = read_results(self.beside).get("settings", {}) if self.beside is not None else {}
+        return {key: known[key] for key in ("position_ids", "video_budget", "proportional_attention") if key in known}
+
+
+def find_checkpoint(
+    name: str, dtype: str = "auto", trust_remote_code: bool = False, pruned: bool = False
+) -> Checkpoint:
+    """Looks at a checkpoint without loading it; where it is to be `pruned`, also at what a run left beside it.
+
+    Raises:
+        ValueError: it is no vision-language model.
+        OSError: there is none, or the Hub refuses, fails or cannot be reached.
+    """
+    folder = Path(name) if Path(name).is_dir() else None
+    if folder is None and not is_repo_id(name):
+        raise FileNotFoundError(f"`checkpoint` is {name!r}, which is neither a folder nor a Hub repo 'user/name'.")
+    found, base = _file(name, CONFIG_NAME), None
+    if found is None:
+        found = _file(name, ADAPTER_CONFIG_NAME)
+        if found is None:
+            raise ValueError(f"{name!r} holds no checkpoint: neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} is there.")
+        base = json.loads(found.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    commit = None if folder is not None else found.parent.name  # as the Hub's cache is laid out
+    _check_kind(name, base or name, None if base else commit, trust_remote_code)
+    weights = _files(folder) if folder is not None else f"{name}@{commit}"
+    beside = folder
+    if folder is None and pruned:
+        paths = [path for path in (_file(name, file, commit) for file in BESIDE) if path is not None]
+        beside = paths[0].parent if paths else None
+    return Checkpoint(name, dtype, trust_remote_code, base, commit, weights, beside)
+
+
+def _check_kind(name: str, model: str, revision: str | None, trust_remote_code: bool) -> None:
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if not known and "AutoModelForImageTextToText" not in (getattr(config, "auto_map", None) or {}):
+        raise ValueError(
+            f"`checkpoint` {name!r} is no vision-language model: transformers has no model of images and texts for "
+            f"its type, {config.model_type!r}. Name one that AutoModelForImageTextToText loads."
+        )
+
+
+def _file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a folder or of a Hub repo, where there is one."""
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    try:
+        with explained("read", f"the Hub repo {name!r}", file):
+            return Path(hf_hub_download(name, file, revision=revision))
+    except EntryNotFoundError:
+        return None
+
+
+def _files(folder: Path) -> str:
+    names = [CONFIG_NAME, ADAPTER_CONFIG_NAME, "*.safetensors", "*.bin", PRUNER_CONFIG_NAME]
+    paths = sorted({path for name in names for path in folder.glob(name)})
+    facts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

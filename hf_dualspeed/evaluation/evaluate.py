@@ -1,0 +1,209 @@
+"""Answers a data set's questions from all visual tokens and from pruned ones, and scores them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..metrics import load_metric, needs_options
+from ..pruners import Pruner
+from ..publishing.cards import split_front_matter
+from ..publishing.model_card import read_card
+from ..publishing.push import render
+from ..publishing.results import merged_evaluations, read_results, write_results
+from ..utils.constants import CARD_NAME
+from ..utils.text import without_paths
+from .checkpoint import Checkpoint, find_checkpoint
+from .generation import answers_in_batches, prompts, question_and_answers
+from .predictions import Predictions
+from .pruned_prompts import PrunedPrompts, prompt_pruner
+from .questions import Questions, check_options, load_questions
+
+FULL = "full"
+SUMMARY = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class View:
+    """What of the visual tokens the model sees: all without a pruner."""
+
+    name: str
+    pruner: Pruner | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of the command: what is asked of which model, from which tokens."""
+
+    options: argparse.Namespace
+    checkpoint: Checkpoint
+    questions: Questions
+    views: list[View]
+    folder: Path
+
+
+def prepare(options: argparse.Namespace) -> Evaluation:
+    """Looks at checkpoint, pruners and data, and fails here for all that can be known without the model."""
+    pruned = bool(options.pruner or options.pruning_ratio)
+    checkpoint = find_checkpoint(options.checkpoint, options.dtype, options.trust_remote_code, pruned)
+    if checkpoint.run is not None:
+        # The results go there: what is wrong with them, or with the card, is said before.
+        read_results(checkpoint.run)
+        split_front_matter(read_card(checkpoint.run / CARD_NAME))
+    views = [View(FULL), *(pruned_views(options, checkpoint.beside) if pruned else [])]
+    questions = load_questions(options.dataset, options.split, options.image_folder, options.limit)
+    for metric in options.metric:
+        if needs_options(metric):
+            check_options(questions, metric)
+        score(metric, questions.table, [""] * len(questions.table))  # says what is wrong with references
+    place = "-".join(filter(None, (questions.name, questions.split)))
+    folder = output_folder(options) / re.sub(r"[^\w.-]+", "--", place)
+    return Evaluation(options, checkpoint, questions, views, folder)
+
+
+def pruned_views(options: argparse.Namespace, beside: Path | None) -> list[View]:
+    """Every pruner with every ratio."""
+    views = []
+    for name in options.pruner or [None]:
+        for ratio in options.pruning_ratio or [None]:
+            pruner = prompt_pruner(name, beside, ratio)
+            views.append(View(f"{pruner.config.pruner_type}-{pruner.config.pruning_ratio:g}", pruner))
+    names = [view.name for view in views]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`pruner` and `pruning_ratio` must differ from each other, got {', '.join(names)}.")
+    return views
+
+
+def output_folder(options: argparse.Namespace) -> Path:
+    if options.output is not None:
+        return Path(options.output)
+    if Path(options.checkpoint).is_dir():
+        return Path(options.checkpoint) / "evaluations"
+    return Path("runs") / "evaluations" / options.checkpoint.replace("/", "--")
+
+
+def identity(evaluation: Evaluation, view: View) -> dict[str, Any]:
+    """All that a view's answers depend on."""
+    options, questions = evaluation.options, evaluation.questions
+    names = ("batch_size", "max_new_tokens", "dtype")
+    found = {"weights": evaluation.checkpoint.weights, "questions": questions.fingerprint, "n": len(questions.table)}
+    found |= {name: getattr(options, name) for name in names}
+    if view.pruner is not None:
+        found |= {"pruner": view.pruner.config.to_dict(), "no_isolator": options.no_isolator, "seed": options.seed}
+        found |= evaluation.checkpoint.settings()
+    return found
+
+
+def evaluate(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Answers what has not been answered before, and scores all of it."""
+    options = evaluation.options
+    stores = [
+        Predictions(evaluation.folder, v.name, identity(evaluation, v), options.batch_size, options.overwrite)
+        for v in evaluation.views
+    ]
+    if not all(store.finished for store in stores):
+        answer(evaluation, stores)
+    return [
+        entry(evaluation, view, store, metric)
+        for view, store in zip(evaluation.views, stores, strict=True)
+        for metric in options.metric
+    ]
+
+
+def answer(evaluation: Evaluation, stores: list[Predictions]) -> None:
+    """Generates the answers that are missing, the model loaded once."""
+    processor = evaluation.checkpoint.processor()
+    model = evaluation.checkpoint.model()
+    prepares = [prompts_of(evaluation, view, model) for view in evaluation.views]
+    dataset, options = evaluation.questions.dataset, evaluation.options
+    sample = next((row for row in dataset if question_and_answers(row)[0]["images"]), dataset[0])
+    for prune in filter(None, prepares):  # what the model has not, a pruner may need: said before hours of answers
+        replace(prune)(prompts(model, processor, [sample]))
+    for view, store, prune in zip(evaluation.views, stores, prepares, strict=True):
+        if store.finished:
+            continue
+        done = len(store.rows)
+        if prune is not None:
+            prune.batch = done // options.batch_size
+        batches = answers_in_batches(
+            model,
+            processor,
+            dataset,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            prepare=prune,
+            start=done,
+            description=f"{view.name}, {done} of {len(dataset)} answered before" if done else view.name,
+        )
+        keep(store, evaluation.questions.table, batches)
+
+
+def prompts_of(evaluation: Evaluation, view: View, model: PreTrainedModel) -> PrunedPrompts | None:
+    if view.pruner is None:
+        return None
+    isolator = None if evaluation.options.no_isolator else evaluation.checkpoint.isolator(model)
+    settings = evaluation.checkpoint.settings()
+    return PrunedPrompts(model, view.pruner.to(model.device), isolator, seed=evaluation.options.seed, **settings)
+
+
+def keep(store: Predictions, table: list[dict[str, Any]], batches: Iterator[list[str]]) -> None:
+    """Stores each batch of answers as it comes, with the seconds that an answer took."""
+    began = time.perf_counter()
+    for texts in batches:
+        seconds = round((time.perf_counter() - began) / len(texts), 6)
+        asked = table[len(store.rows) : len(store.rows) + len(texts)]
+        store.append([{**one, "prediction": text, "seconds": seconds} for one, text in zip(asked, texts, strict=True)])
+        began = time.perf_counter()
+    store.finish()
+
+
+def score(metric: str, table: list[dict[str, Any]], predictions: list[str]) -> float:
+    """What a metric makes of answers."""
+    columns = {"references": [row["references"] for row in table]}
+    if needs_options(metric):
+        columns["options"] = [row["options"] for row in table]
+    return load_metric(metric).compute(predictions=predictions, **columns)[metric]
+
+
+def entry(evaluation: Evaluation, view: View, store: Predictions, metric: str) -> dict[str, Any]:
+    """A score as results.json holds it."""
+    config = view.pruner and view.pruner.config
+    isolated = config and not evaluation.options.no_isolator
+    found = {
+        "dataset": evaluation.questions.name,
+        "split": evaluation.questions.split,
+        "metric": metric,
+        "view": view.name,
+        "pruner": config and config.pruner_type,
+        "pruning_ratio": config and config.pruning_ratio,
+        "isolator_length": evaluation.checkpoint.isolator_length() if isolated else None,
+        "value": score(metric, store.rows, [row["prediction"] for row in store.rows]),
+        "n": len(store.rows),
+        "seconds": round(sum(row["seconds"] for row in store.rows), 3),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def record(evaluation: Evaluation, entries: list[dict[str, Any]]) -> None:
+    """Writes the scores beside the answers, and into results and card of the run whose folder the checkpoint is."""
+    path, head = evaluation.folder / SUMMARY, {"weights": evaluation.checkpoint.weights}
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = earlier.get("evaluations", []) if earlier.get("weights") == head["weights"] else []
+    summary = {**head, "evaluations": merged_evaluations(same, entries)}
+    path.write_text(json.dumps(without_paths(summary), indent=2) + "\n", encoding="utf-8")
+    run = evaluation.checkpoint.run
+    if run is not None:
+        results = read_results(run)
+        results["evaluations"] = merged_evaluations(results.get("evaluations", []), entries)
+        write_results(run, results)
+        render(run)

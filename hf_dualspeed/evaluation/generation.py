@@ -1,0 +1,161 @@
+"""Answers of a model to the questions of a data set, by greedy generation, and their accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.progress import track
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..data.collators import encode
+from ..data.conversations import sample_name, texts_of, to_messages
+from ..data.media import IMAGE_ERRORS, open_image, open_video
+from ..metrics import load_metric
+from ..utils.validation import check_range
+
+CONVERSATIONS = ("messages", "prompt", "conversations")
+
+
+def answer_accuracy(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 8,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    limit: int | None = None,
+    description: str = "evaluating",
+) -> dict[str, Any]:
+    """The share of rows whose generated answer equals an expected one, but for case and white space.
+
+    Args:
+        model (`PreTrainedModel`): Generates on its own device; its training mode is restored.
+        processor (`ProcessorMixin`): The model's processor, with a chat template.
+        dataset (`datasets.Dataset`): Questions and what is expected, as [`question_and_answers`] reads them.
+        batch_size (`int`, *optional*, defaults to 64): Rows that generate at once.
+        max_new_tokens (`int`, *optional*, defaults to 8): Longest answer.
+        prepare (`Callable`, *optional*): Makes `generate`'s inputs from the processor's, to prune for
+            example.
+        limit (`int`, *optional*): Only the first so many rows.
+        description (`str`, *optional*, defaults to `"evaluating"`): Caption of the progress bar.
+
+    Returns:
+        `dict` with `accuracy` (`float`), `n` (`int`) and `predictions` (`list[str]`, in the order of the
+        rows).
+    """
+    dataset = first_rows(dataset, limit)
+    expected = [question_and_answers(row)[1] for row in dataset]
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "prepare": prepare}
+    batches = answers_in_batches(model, processor, dataset, description=description, **options)
+    predictions = [answer for batch in batches for answer in batch]
+    accuracy = load_metric("exact_match").compute(predictions=predictions, references=expected)["exact_match"]
+    return {"accuracy": accuracy, "n": len(predictions), "predictions": predictions}
+
+
+def first_rows(dataset: Dataset, limit: int | None) -> Dataset:
+    """The first `limit` rows, or all; a `ValueError` where there are none."""
+    if limit is not None:
+        check_range("limit", limit, 1, off="Use None for all rows.")
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    if not len(dataset):
+        raise ValueError("`dataset` has no rows to evaluate on.")
+    return dataset
+
+
+def answers_in_batches(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    start: int = 0,
+    description: str = "evaluating",
+) -> Iterator[list[str]]:
+    """Generates batch by batch, in the order of the rows, and yields the answers of each.
+
+    The arguments are those of [`answer_accuracy`]; `start` is the first row to answer.
+    """
+    check_range("batch_size", batch_size, 1)
+    check_range("max_new_tokens", max_new_tokens, 1)
+    training = model.training
+    model.eval()
+    try:
+        for first in track(range(start, len(dataset), batch_size), description=description, transient=True):
+            rows = [dataset[index] for index in range(first, min(first + batch_size, len(dataset)))]
+            yield answers(model, processor, rows, max_new_tokens, prepare)
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: list[dict[str, Any]],
+    max_new_tokens: int,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> list[str]:
+    """Answers the questions of some rows at once, greedily."""
+    inputs = prompts(model, processor, rows)
+    if prepare is not None:
+        inputs = prepare(inputs)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    # A `prepare` that prunes shortens the prompt, so its length is that of what `generate` got.
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def prompts(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The questions of some rows as inputs of the model: ids and mask `(B, S)`, padded on the left, and pixels."""
+    samples = [question_and_answers(row)[0] for row in rows]
+    texts = [
+        processor.apply_chat_template(sample["messages"], tokenize=False, add_generation_prompt=True)
+        for sample in samples
+    ]
+    images, videos = [], []
+    for row, sample in zip(rows, samples, strict=True):
+        try:
+            images.append([open_image(image) for image in sample["images"]])
+            videos.append([open_video(video) for video in sample["videos"]])
+        except IMAGE_ERRORS as error:
+            raise ValueError(f"An image or a video cannot be read ({sample_name(row)}): {error}") from error
+    # Generation continues the last column, which therefore must not be padding.
+    return dict(encode(processor, texts, images, videos, padding_side="left").to(model.device, model.dtype))
+
+
+def question_and_answers(row: dict[str, Any]) -> tuple[dict[str, list], list[str]]:
+    """What a row asks, and all that is right.
+
+    Asked are the messages before the last answer of the assistant, or, where there is no conversation, the column
+    `question` about the row's images. Right is what the column `answers` holds (texts, or VQAv2's records), else
+    `answer`, else the last message.
+
+    Returns:
+        `dict` with `messages`, `images` and `videos`, and `list[str]`.
+
+    Raises:
+        ValueError: the row holds neither conversation nor question, or nothing that is right.
+    """
+    if row.get("question") and not any(row.get(key) for key in CONVERSATIONS):
+        row = {**row, "messages": [{"role": "user", "content": row["question"]}]}
+    sample = to_messages(row)
+    messages, right = sample["messages"], []
+    if messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        right = ["".join(part.get("text", "") for part in last["content"])]
+    if not messages:
+        raise ValueError(f"The sample ({sample_name(row)}) asks nothing: the assistant's message is its only one.")
+    for column in ("answer", "answers"):
+        right = right if row.get(column) is None else texts_of(row[column])
+    right = [text for text in right if text.strip()]
+    if not right:
+        raise ValueError(
+            f"The sample ({sample_name(row)}) says nothing of what is right. It must end with the assistant's answer, "
+            "or have a column `answer` or `answers` that is not empty; leave it out, or name a split with answers."
+        )
+    return {**sample, "messages": messages}, right

@@ -1,0 +1,109 @@
+"""Prompts with pruned visual tokens, to generate from: which pruner, behind which isolator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
+from ..pruning.api import prune_inputs
+from ..pruning.isolator import ModeIsolator
+from ..trainer.dual_forward import ModePass
+from ..utils.constants import PRUNER_CONFIG_NAME
+
+
+@dataclass
+class PrunedPrompts:
+    """Prunes one batch of prompts after the other: the `prepare` of [`answer_accuracy`].
+
+    Args:
+        model (`PreTrainedModel`): The model that generates.
+        pruner ([`Pruner`]): One that works in front of the language model.
+        isolator ([`ModeIsolator`], *optional*): In front of each image's kept tokens.
+        position_ids (`str`, *optional*, defaults to `"auto"`): As in [`prune_inputs`].
+        video_budget (`str`, *optional*, defaults to `"clip"`): As in [`prune_inputs`].
+        proportional_attention (`bool`, *optional*, defaults to `True`): As in [`prune_inputs`].
+        seed (`int`, *optional*, defaults to 0): For pruners that draw.
+        batch (`int`, *optional*, defaults to 0): Number of the next batch. It is part of the seed, so that a batch is
+            pruned the same whether or not others were before it.
+    """
+
+    model: PreTrainedModel
+    pruner: Pruner
+    isolator: ModeIsolator | None = None
+    position_ids: str = "auto"
+    video_budget: str = "clip"
+    proportional_attention: bool = True
+    seed: int = 0
+    batch: int = 0
+
+    def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Generators of CPUs go by the lower 32 bits alone.
+        generator = torch.Generator(self.model.device).manual_seed((self.seed * 1_000_003 + self.batch) % 2**32)
+        self.batch += 1
+        return prune_inputs(
+            self.model,
+            inputs,
+            self.pruner,
+            self.isolator,
+            self.position_ids,
+            generator,
+            self.video_budget,
+            self.proportional_attention,
+        )
+
+
+def prompts_of(mode_pass: ModePass, model: PreTrainedModel, seed: int = 0) -> PrunedPrompts:
+    """Prunes prompts as the fast steps of a training do."""
+    return PrunedPrompts(
+        model,
+        mode_pass.pruner,
+        mode_pass.isolator,
+        mode_pass.position_ids,
+        mode_pass.video_budget,
+        mode_pass.proportional_attention,
+        seed,
+    )
+
+
+def check_prompt_pruner(name: str) -> None:
+    """Raises a `ValueError` for a registered pruner that shortens no prompt."""
+    if name in available_pruners() and pruner_class(name).in_language_model:
+        raise ValueError(
+            f"`pruner` is {name!r}, which drops tokens inside the language model: it shortens no prompt to "
+            "answer from. Name one that works in front of it, such as 'divprune'."
+        )
+
+
+def prompt_pruner(name: str | None, folder: Path | None, ratio: float | None) -> Pruner:
+    """A pruner to answer with: that of a run, with what it has learnt and its settings, or another one.
+
+    Args:
+        name (`str`, *optional*): A registered pruner, a folder, or a Hub repo; by default the run's own.
+        folder (`Path`, *optional*): Where a run keeps its pruner.
+        ratio (`float`, *optional*): Fraction of the visual tokens removed; by default the pruner's own.
+
+    Raises:
+        ValueError: there is no pruner to take, it is learnt and its weights are not there, or it shortens no prompt.
+    """
+    own = folder if folder is not None and (folder / PRUNER_CONFIG_NAME).is_file() else None
+    if name is None and own is None:
+        raise ValueError("`pruner` is not set, and the checkpoint brings none along. Name one, such as 'divprune'.")
+    if name is not None:
+        check_prompt_pruner(name)
+    if own is not None and name in (None, PrunerConfig.from_pretrained(own).pruner_type):
+        pruner = AutoPruner.from_pretrained(own)
+    elif name in available_pruners():
+        pruner = AutoPruner.from_name(name)
+        if pruner.state_dict():
+            raise ValueError(f"`pruner` is {name!r}, which is learnt, but the checkpoint holds no weights of it.")
+    else:
+        pruner = AutoPruner.from_pretrained(name)
+    check_prompt_pruner(pruner.config.pruner_type)
+    if ratio is not None:
+        pruner.reconfigure(pruning_ratio=ratio)
+    return pruner.eval()

@@ -1,0 +1,177 @@
+"""Which tokens of an image a pruner keeps, as a picture."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from PIL import Image, ImageDraw, ImageEnhance
+
+from ..data.conversations import to_messages
+from ..data.media import open_image
+from ..pruners import Pruner
+from ..utils.text import one_line
+from .generation import prompts
+from .pruned_prompts import PrunedPrompts
+
+logger = logging.getLogger(__name__)
+
+PICTURE_NAME = "kept_tokens.png"
+GAP = 16  # pixels between pictures
+EDGE = 448
+FRAME = (0, 158, 115)  # Okabe and Ito's green
+VEIL = (255, 255, 255)
+
+
+@dataclass
+class View:
+    """Where the kept tokens of an image lie.
+
+    Args:
+        image (`PIL.Image.Image`): what the model saw: cut and scaled by its processor.
+        rows, columns (`int`): the grid of its tokens.
+        kept (`set[tuple[int, int]]`): (row, column) of the kept ones.
+        elsewhere (`int`): kept tokens that lie in tiles, and not on this grid.
+    """
+
+    image: Image.Image
+    rows: int
+    columns: int
+    kept: set[tuple[int, int]]
+    elsewhere: int = 0
+
+
+def view_of(calls: list[tuple], inputs: Mapping, image: Image.Image, processor: object) -> View | None:
+    """The view of the one image of a batch, for models of tiles that of the whole image in front of them.
+
+    Args:
+        calls (`list[tuple]`): what the pruner got and gave.
+        inputs (`Mapping`): the processor's output.
+        image (`PIL.Image.Image`): what the processor got.
+        processor: the model's.
+
+    Returns:
+        `View`, or None where tiles are pruned each by itself, so that there is no one grid.
+    """
+    if len(calls) != 1 or len(calls[0][1].lengths) != 1 or calls[0][0].grid is None:
+        return None
+    tokens, pruned = calls[0]
+    grid = tokens.grid[0].cpu()
+    base = grid[grid[:, 0] == 0]
+    kept = grid[pruned.positions[0, : pruned.lengths[0]].cpu()]
+    shown = kept[kept[:, 0] == 0]
+    rows, columns = (base[:, 1:].amax(0) + 1).tolist()
+    places = set(map(tuple, shown[:, 1:].tolist()))
+    return View(seen(inputs, image, processor), rows, columns, places, len(kept) - len(shown))
+
+
+def seen(inputs: Mapping, image: Image.Image, processor: object) -> Image.Image:
+    """What the model saw: its pixels, where the processor gives an image, else the image as it was."""
+    pixels, reader = inputs.get("pixel_values"), getattr(processor, "image_processor", None)
+    while isinstance(pixels, torch.Tensor) and pixels.dim() > 3:
+        pixels = pixels[0]
+    mean, std = (getattr(reader, name, None) for name in ("image_mean", "image_std"))
+    if not isinstance(pixels, torch.Tensor) or pixels.dim() != 3 or len(pixels) != 3 or not mean or not std:
+        return image
+    pixels = pixels.float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def draw(view: View) -> Image.Image:
+    """The kept tokens in colour and framed, the others grey and veiled."""
+    width, height = view.image.size
+    scale = EDGE / max(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    colour = view.image.resize(size, Image.Resampling.BICUBIC)
+    grey = ImageEnhance.Contrast(colour.convert("L").convert("RGB")).enhance(0.7)
+    out = Image.blend(grey, Image.new("RGB", size, VEIL), 0.62)
+    pen = ImageDraw.Draw(out)
+    for row, column in sorted(view.kept):
+        left, right = (round(size[0] * edge / view.columns) for edge in (column, column + 1))
+        top, bottom = (round(size[1] * edge / view.rows) for edge in (row, row + 1))
+        out.paste(colour.crop((left, top, right, bottom)), (left, top))
+        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=FRAME, width=2)
+    return out
+
+
+def watch_calls(pruner: Pruner) -> tuple[list[tuple], Callable[[], None]]:
+    """A list to which each call of the pruner adds the tokens it got and those it gave, grids included; and what ends
+    it."""
+    calls: list[tuple] = []
+    needs, pruner.needs = pruner.needs, pruner.needs | {"grid"}
+    hook = pruner.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+
+    def end() -> None:
+        hook.remove()
+        pruner.needs = needs
+
+    return calls, end
+
+
+def draw_images(prepare: PrunedPrompts, processor: object, rows: Dataset, path: Path) -> str | None:
+    """Draws the first image of each row, and under it what is kept of it, into a PNG file.
+
+    Args:
+        prepare ([`PrunedPrompts`]): prunes the rows' questions.
+        processor: the model's.
+        rows (`datasets.Dataset`): questions about images, as in evaluation.
+        path (`Path`): the file to write.
+
+    Returns:
+        `str`: The file's name, or None where the family's tokens lie on no grid, or an image cannot be had: not worth
+        a training that is over.
+    """
+    model, training, pairs = prepare.model, prepare.model.training, []
+    calls, watch = watch_calls(prepare.pruner)
+    model.eval()
+    try:
+        for row in rows:
+            calls.clear()
+            inputs, image = prompts(model, processor, [row]), open_image(to_messages(row)["images"][0])
+            with torch.no_grad():
+                prepare(inputs)
+            view = view_of(calls, inputs, image, processor)
+            if view is None:
+                logger.info("No picture of kept tokens: those of %s lie on no one grid.", type(model).__name__)
+                return None
+            pairs.append((view.image, draw(view)))
+    except (ValueError, OSError, IndexError) as error:
+        logger.warning("No picture of kept tokens: %s", one_line(error))
+        return None
+    finally:
+        watch()
+        model.train(training)
+    sheet(pairs).save(path)
+    return path.name
+
+
+def first_images(rows: Dataset, count: int) -> Dataset:
+    """The first rows of `count` different images, as far as their bytes or paths tell."""
+    seen, chosen = set(), []
+    for index, row in enumerate(rows):
+        images = to_messages(row)["images"]
+        image = images[0] if len(images) == 1 else None
+        key = (image.get("path") or image.get("bytes")) if isinstance(image, dict) else id(image)
+        if image is not None and key not in seen:
+            seen.add(key)
+            chosen.append(index)
+        if len(chosen) == count:
+            break
+    return rows.select(chosen)
+
+
+def sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
+    """Pairs side by side, the image above and the kept tokens below."""
+    pairs = [(image.resize(drawn.size, Image.Resampling.BICUBIC), drawn) for image, drawn in pairs]
+    width = sum(drawn.width for _, drawn in pairs) + GAP * (len(pairs) - 1)
+    height = max(drawn.height for _, drawn in pairs)
+    whole, left = Image.new("RGB", (width, 2 * height + GAP), VEIL), 0
+    for image, drawn in pairs:
+        whole.paste(image, (left, 0))
+        whole.paste(drawn, (left, height + GAP))
+        left += drawn.width + GAP
+    return whole

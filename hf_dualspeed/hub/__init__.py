@@ -1,0 +1,1 @@
+"""What comes from the Hub and goes there: found, checked, explained."""

@@ -1,0 +1,256 @@
+"""Published parts in a folder or a Hub repo: found, and checked before they are read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+
+from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.validation import nearest
+from .errors import explained
+
+logger = logging.getLogger(__name__)
+
+# The only files that are read, and the most bytes they may have. The largest learnt pruners hold some 100 MB.
+LIMITS = {PRUNER_CONFIG_NAME: 2**20, PRUNER_WEIGHTS_NAME: 2**30, CARD_NAME: 2**20}
+CODE_NAME, CODE_LIMIT = re.compile(r"[A-Za-z_]\w*\.py", re.ASCII), 2**20
+REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# The words of safetensors for dtypes. A weight may be stored in another precision, but never as another kind of number.
+FLOATS = ("F64", "F32", "F16", "BF16")
+OTHERS = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder, or a Hub repo at a revision; once `commit` is known, every file comes from it.
+
+    Args:
+        name (`str`): the folder, or the repo as "user/name".
+        local (`bool`): whether it is a folder.
+        revision, token, cache_dir, force_download, local_files_only: those of [`~huggingface_hub.hf_hub_download`].
+        commit (`str`, *optional*): the commit's hash.
+    """
+
+    name: str
+    local: bool
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+    commit: str | None = None
+
+    def __str__(self) -> str:
+        if self.local:
+            return f"the folder {self.name!r}"
+        return f"the Hub repo {self.name!r} at revision {self.commit or self.revision or 'main'!r}"
+
+    def fetch(self, filename: str) -> Path:
+        """The path of a file, downloaded where needed; its size is checked first.
+
+        Raises:
+            FileNotFoundError, EntryNotFoundError: the folder, or the repo, has no such file.
+            RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError: the Hub refuses or fails.
+            ConnectionError: the Hub cannot be reached, or breaks off, and the cache has no such file.
+            ValueError: the name is not one of those that are ever read, or the file is too large.
+        """
+        limit = CODE_LIMIT if CODE_NAME.fullmatch(filename) else LIMITS.get(filename)
+        if limit is None:
+            raise ValueError(f"{filename!r} is no file of a pruner: only {', '.join(LIMITS)} and its code are read.")
+        path = self._in_folder(filename) if self.local else self._in_repo(filename, limit)
+        check_size(filename, path.stat().st_size, limit, self)
+        return path
+
+    def pinned(self, path: Path) -> Source:
+        """This source at the commit that the downloaded `path` came from."""
+        return self if self.local else replace(self, commit=path.parent.name)
+
+    def _in_folder(self, filename: str) -> Path:
+        path = Path(self.name) / filename
+        if not path.is_file():
+            raise FileNotFoundError(f"No {filename} in {self.name!r}: save one with `pruner.save_pretrained`.")
+        return path
+
+    def _in_repo(self, filename: str, limit: int) -> Path:
+        revision = self.commit or self.revision
+        cached = try_to_load_from_cache(self.name, filename, cache_dir=self.cache_dir, revision=revision)
+        cached = Path(cached) if isinstance(cached, str) and not self.force_download else None
+        # A commit never changes.
+        if cached is not None and (self.local_files_only or COMMIT.fullmatch(revision or "")):
+            return cached
+        try:
+            with explained("load", str(self), filename):
+                return self._download(filename, limit, hurried=cached is not None)
+        except (RevisionNotFoundError, EntryNotFoundError):
+            raise
+        except OSError as error:
+            if cached is None:
+                raise
+            logger.warning("%s Using the copy of commit %s in the cache.", error, cached.parent.name)
+            return cached
+
+    def _download(self, filename: str, limit: int, hurried: bool) -> Path:
+        options = {"token": self.token, "cache_dir": self.cache_dir, "revision": self.commit or self.revision}
+        if not self.local_files_only:
+            url = hf_hub_url(self.name, filename, revision=options["revision"])
+            size = get_hf_file_metadata(url, token=self.token, retry_on_errors=not hurried).size
+            check_size(filename, size or 0, limit, self)
+            options["force_download"] = self.force_download
+        return Path(hf_hub_download(self.name, filename, local_files_only=self.local_files_only, **options))
+
+
+def find_source(name: str | Path, registered: list[str], **options) -> Source:
+    """Where a pruner's files are: an existing folder, else a Hub repo "user/name".
+
+    Raises:
+        ValueError: it is neither; the message lists what may be given, and the nearest registered name.
+    """
+    if Path(name).is_dir():
+        return Source(str(name), local=True)
+    if isinstance(name, str) and is_repo_id(name):
+        return Source(name, local=False, **options)
+    if name in registered:
+        raise ValueError(f"`pruner` {name!r} is a registered name: build it by AutoPruner.from_name({name!r}).")
+    raise ValueError(
+        f"`pruner` must be one of the registered names {', '.join(map(repr, registered))}, an existing folder with a "
+        f"{PRUNER_CONFIG_NAME}, or a Hub repo 'user/name', got {str(name)!r}.{nearest(str(name), registered)}"
+    )
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether `name` can be a Hub repo "user/name"; never a path out of a folder, nor an absolute one."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def check_size(filename: str, size: int, limit: int, source: Source) -> None:
+    if size > limit:
+        raise ValueError(f"{filename} of {source} has {size} bytes; at most {limit} are read. Is it a pruner's?")
+
+
+def read_json(path: Path, source: Source) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file holds anything else, or a number that is not finite.
+    """
+    problem = "a JSON object"
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        values, problem = None, f"a JSON object: {error}"
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} of {source} is not {problem}. Save it with `save_pretrained`.")
+    return values
+
+
+def _refuse_constant(word: str):
+    raise ValueError(f"{word} is no JSON number")
+
+
+def check_weights(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Reads the header of a safetensors file alone and compares names, shapes and kinds of numbers.
+
+    Args:
+        path (`Path`): the file.
+        expected (`dict[str, torch.Tensor]`): tensors of any device, "meta" too; floating-point ones may be stored in
+            another precision, others in their own dtype alone.
+
+    Raises:
+        ValueError: the file is no safetensors file, or holds other weights than `expected`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is no whole safetensors file: {error}. Save or download it again.") from None
+    remedy = "Save both together by `pruner.save_pretrained`."
+    for name in sorted(found.keys() | expected.keys()):
+        shape, kind = found.get(name, ("missing", None))
+        wanted = expected.get(name)
+        if wanted is None or shape != tuple(wanted.shape):
+            raise ValueError(
+                f"{str(path)!r} does not fit its {PRUNER_CONFIG_NAME}: {name!r} is {shape} there and "
+                f"{'nothing' if wanted is None else tuple(wanted.shape)} in the pruner. {remedy}"
+            )
+        if kind not in (FLOATS if wanted.is_floating_point() else [OTHERS.get(wanted.dtype)]):
+            raise ValueError(f"{str(path)!r} holds {name!r} as {kind}, but the pruner's is {wanted.dtype}. {remedy}")
+
+
+def check_numbers(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises a `ValueError` where one of the tensors read from `path` holds NaN."""
+    for name, tensor in tensors.items():
+        if tensor.isnan().any():
+            raise ValueError(f"{name!r} in {str(path)!r} holds NaN: the training that wrote it diverged.")
+
+
+def save_code(part: object, kind: str, folder: Path) -> dict:
+    """Copies the module that defines `part` into `folder`; the `auto_map` for the config, {} where it has no file.
+
+    What is written in `__main__`, in a notebook or in a function cannot be imported by others.
+    """
+    cls = type(part)
+    module, name = sys.modules.get(cls.__module__), cls.__module__.rpartition(".")[2]
+    file = Path(getattr(module, "__file__", None) or "")
+    if name == "__main__" or file.name != f"{name}.py" or getattr(module, cls.__name__, None) is not cls:
+        logger.info("%s lies in no module: whoever loads it from %s must register it first.", cls.__name__, folder)
+        return {}
+    part._auto_class = kind
+    config: dict = {}
+    custom_object_save(part, folder, config)
+    return config
+
+
+def code_file(reference: object, source: Source) -> str:
+    """The Python file of "file.ClassName", which lies beside the config.
+
+    Raises:
+        ValueError: the reference is of another form, such as one that names another repo or a package.
+    """
+    match = REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+    if match is None:
+        raise ValueError(
+            f"`auto_map` in {PRUNER_CONFIG_NAME} of {source} must name 'file.ClassName', a class in a file beside it, "
+            f"got {reference!r}. It is not loaded."
+        )
+    return f"{match[1]}.py"
+
+
+def load_class(reference: str, source: Source) -> type:
+    """Runs the code of "file.ClassName" at the source's commit; only for a source that the user trusts."""
+    file = source.fetch(code_file(reference, source))
+    if source.local:
+        return get_class_from_dynamic_module(reference, str(file.parent.resolve()))
+    with explained("load", str(source), file.name):
+        return get_class_from_dynamic_module(
+            reference,
+            source.name,
+            revision=source.commit,
+            token=source.token,
+            cache_dir=source.cache_dir,
+            local_files_only=source.local_files_only,
+        )

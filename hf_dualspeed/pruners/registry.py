@@ -1,0 +1,83 @@
+"""Pruners by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from ..utils.validation import check_choice
+from .tokens import NEEDS
+
+if TYPE_CHECKING:
+    from .base import Pruner
+
+
+_REGISTRY: dict[str, type[Pruner]] = {}
+
+
+def register_pruner(name: str) -> Callable[[type[Pruner]], type[Pruner]]:
+    """Class decorator that makes a pruner known to configs, arguments and the command line under `name`.
+
+    Raises:
+        ValueError: another class holds the name, or the class's `needs` names an unknown input.
+    """
+
+    def register(cls: type[Pruner]) -> type[Pruner]:
+        known = _REGISTRY.get(name)
+        # A class of the same qualified name replaces itself, so that a notebook cell can be run twice; code from the
+        # Hub gives way, so that two revisions can be loaded.
+        twin = known is None or (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+        if not twin and not is_fetched(known):
+            raise ValueError(f"`name` {name!r} is taken by {known.__qualname__}. Choose another name.")
+        unknown = sorted(cls.needs - NEEDS)
+        if unknown:
+            raise ValueError(f"`needs` of {cls.__name__} must be among {sorted(NEEDS)}, got {unknown}.")
+        # A config of its own, so that pruners that share their settings still differ in name; pickle finds it here.
+        known_as = {"pruner_type": name, "merges": cls.merges}
+        known_as |= {"__module__": cls.__module__, "__doc__": cls.config_class.__doc__}
+        config = type(f"{cls.__name__}Config", (cls.config_class,), known_as)
+        config.__qualname__ = f"{cls.__qualname__}.config_class"
+        cls.config_class = dataclass(config)
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def available_pruners() -> list[str]:
+    """Sorted names of the registered pruners."""
+    return sorted(_REGISTRY)
+
+
+def pruner_class(name: str) -> type[Pruner]:
+    """The class registered under `name`; a `ValueError` lists the known names."""
+    check_choice("pruner", name, available_pruners())
+    return _REGISTRY[name]
+
+
+def known_class(name: object) -> type[Pruner] | None:
+    """The class registered under `name`, or None."""
+    return _REGISTRY.get(name) if isinstance(name, str) else None
+
+
+def keep_class(name: str, cls: type[Pruner]) -> None:
+    """Registers a fetched class, in place of an earlier one of that name."""
+    _REGISTRY[name] = cls
+
+
+def is_own(cls: type[Pruner]) -> bool:
+    """Whether the class is one of this library."""
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def is_fetched(cls: type[Pruner]) -> bool:
+    """Whether the class is code that was loaded beside a config, and not registered by the user's own program."""
+    return cls.__module__.startswith("transformers_modules.")
+
+
+def kind_of(cls) -> str:
+    """What sets a class of pruners apart from those that select tokens by a fixed rule."""
+    learnt = "hidden_size" in {f.name for f in fields(cls.config_class)}
+    kinds = {"learnt": learnt, "merges": cls.merges, "in the LLM": cls.in_language_model}
+    return ", ".join(kind for kind, is_so in kinds.items() if is_so) or "selects"

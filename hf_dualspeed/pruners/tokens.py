@@ -1,0 +1,92 @@
+"""What a pruner gets, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+NEEDS = frozenset({"grid", "attention", "keys", "text"})
+
+
+@dataclass
+class VisualTokens:
+    """The visual tokens of B images, padded to N.
+
+    Args:
+        features (`torch.Tensor` of shape `(B, N, D)`): projected visual tokens.
+        valid (`torch.BoolTensor` of shape `(B, N)`, *optional*): False on padding, which lies at the end of a row.
+        grid (`torch.LongTensor` of shape `(B, N, 3)`, *optional*): (t, row, column) of each token.
+        attention (`torch.Tensor` of shape `(B, N)`, *optional*): attention each token receives in the vision tower.
+        keys (`torch.Tensor` of shape `(B, N, Dk)`, *optional*): attention keys of the vision tower, mean over heads;
+            zeros where no patch made the token.
+        text (`torch.Tensor` of shape `(B, T, D)`, *optional*): instruction embeddings; never answer tokens.
+        text_valid (`torch.BoolTensor` of shape `(B, T)`, *optional*): False where `text` is no instruction token; an
+            image may have none at all.
+        generator (`torch.Generator`, *optional*): source of randomness, on the features' device.
+        lengths (`list[int]`, *optional*): tokens per image. Given beside `valid`, it spares a host synchronisation.
+        checked_later (`bool`): the caller reads `PrunedTokens.finite` itself, where it waits for the device anyway.
+    """
+
+    features: torch.Tensor
+    valid: torch.Tensor | None = None
+    grid: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    text_valid: torch.Tensor | None = None
+    generator: torch.Generator | None = None
+    lengths: list[int] | None = None
+    checked_later: bool = False
+
+    def __post_init__(self):
+        if self.features.dim() != 3:
+            raise ValueError(f"`features` must be of shape (B, N, D), got {tuple(self.features.shape)}.")
+        batch, count, _ = self.features.shape
+        for name in ("valid", "grid", "attention", "keys"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape[:2] != (batch, count):
+                raise ValueError(
+                    f"`{name}` must begin with the shape ({batch}, {count}) of `features`, got {tuple(tensor.shape)}."
+                )
+        if self.text is not None and (self.text.dim() != 3 or len(self.text) != batch):
+            raise ValueError(f"`text` must be of shape ({batch}, T, D), got {tuple(self.text.shape)}.")
+        if self.text_valid is not None and (self.text is None or self.text_valid.shape != self.text.shape[:2]):
+            raise ValueError(f"`text_valid` must be of the shape (B, T) of `text`, got {tuple(self.text_valid.shape)}.")
+        if self.lengths is None:
+            self.lengths = [count] * batch if self.valid is None else self.valid.sum(1).tolist()
+
+
+def gather_rows(features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Gathers rows of `features` `(B, N, D)` at `positions` `(B, K)`: `(B, K, D)`."""
+    return features.gather(1, positions[..., None].expand(-1, -1, features.shape[-1]))
+
+
+@dataclass
+class PrunedTokens:
+    """What a pruner returns.
+
+    Args:
+        features (`torch.Tensor` of shape `(B, K, D)`): kept or merged tokens.
+        positions (`torch.LongTensor` of shape `(B, K)`): their source positions, ascending in each row.
+        valid (`torch.BoolTensor` of shape `(B, K)`, *optional*): False on padding; None where every row holds K.
+        lengths (`list[int]`): kept tokens per image.
+        merge (`Callable`, *optional*): what a merging pruner did to the features, to be done to others of the same
+            tokens: `(B, N, D')` to `(B, K, D')`.
+        sizes (`torch.Tensor` of shape `(B, K)`, *optional*): how many source tokens each one stands for, in float32;
+            N in each row together, 0 on padding. Left out by `reduce`, they are counted by the nearest kept token.
+        finite (`torch.BoolTensor` of no dimensions, *optional*): whether the features were; None where none was pruned.
+    """
+
+    features: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor | None
+    lengths: list[int]
+    merge: Callable[[torch.Tensor], torch.Tensor] | None = None
+    sizes: torch.Tensor | None = None
+    finite: torch.Tensor | None = None
+
+    def carry(self, features: torch.Tensor) -> torch.Tensor:
+        """Other features of the same tokens, `(B, N, D')`, pruned alike: `(B, K, D')`."""
+        return self.merge(features) if self.merge is not None else gather_rows(features, self.positions)

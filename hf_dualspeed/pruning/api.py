@@ -1,0 +1,134 @@
+"""Pruning for inference: a batch of a model without a trainer, and generation from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..models.interface import check_protocol, position_scheme
+from ..pruners import Pruner
+from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
+from ..utils.validation import check_choice
+from .decoder import LayerPass
+from .encoding import encode
+from .inputs import check_inputs, check_pruner, shorten_inputs
+from .isolator import ModeIsolator
+from .proportional_attention import carry, check_used, note, watch_calls
+
+
+def prune_inputs(
+    model: nn.Module,
+    inputs: Mapping,
+    pruner: Pruner,
+    isolator: ModeIsolator | None = None,
+    position_ids: str = "auto",
+    generator: torch.Generator | None = None,
+    video_budget: str = "clip",
+    proportional_attention: bool = True,
+) -> dict:
+    """Encodes the images of a batch, prunes their tokens and shortens every `[B, S]` tensor alike.
+
+    Args:
+        model (`nn.Module`): a vision-language model of transformers, PEFT-wrapped or not.
+        inputs (`Mapping`): what its processor or collator gives, labels included or not.
+        pruner (`Pruner`): keeps K tokens of each image, in front of the language model.
+        isolator (`ModeIsolator`, *optional*): l learnt tokens in front of each image's kept tokens.
+        position_ids (`str`): "original": each kept token keeps its place, the isolator takes its image's first;
+            "compact": the shortened sequence is renumbered 0, 1, ... (on all three axes for M-RoPE); "auto": compact,
+            or original for M-RoPE.
+        generator (`torch.Generator`, *optional*): for pruners that draw.
+        video_budget (`str`): "clip": the tokens of a video are pruned as one; "frame": those of each frame by
+            themselves, each frame behind an isolator of its own.
+        proportional_attention (`bool`): a kept token that stands for s tokens gets log(s) added to its attention
+            logits in every layer of the language model; False is the paper's.
+
+    Returns:
+        `dict`: for `model(**short)` and `model.generate(**short)` of this very model, which knows from now on how to
+        take the sizes that lie in it. It holds no pixels. A batch without images comes back as it is. Where
+        activations are recomputed, run backward before the model's next call. `generate` expands its tensors in place
+        for beams, so make a new one for each call; to go on from its cache, prune with `position_ids="compact"`, for
+        transformers numbers what follows by counting. Call the model itself, not its `forward`, and leave
+        `prefill_chunk_size` alone, or pass `proportional_attention=False`.
+
+    Raises:
+        ValueError: the model does not speak the protocol, features and placeholders differ in number, the pruner
+            drops tokens inside the language model, or, when the model is called, its attention cannot be made
+            proportional.
+    """
+    position_ids = check_options(model, position_ids, video_budget)
+    check_inputs(inputs)
+    encodings = encode(model, inputs, pruner.needs, video_budget)
+    short, log_sizes = shorten_inputs(model, inputs, encodings, pruner, isolator, position_ids, generator)
+    return short if log_sizes is None or not proportional_attention else carry(model, short, log_sizes)
+
+
+@contextmanager
+def prune_visual_tokens(
+    model: nn.Module,
+    pruner: Pruner,
+    isolator: ModeIsolator | None = None,
+    position_ids: str = "auto",
+    generator: torch.Generator | None = None,
+    video_budget: str = "clip",
+    proportional_attention: bool = True,
+) -> Iterator[nn.Module]:
+    """[`prune_inputs`] as a context: `model(**inputs)` runs pruned inside it.
+
+    Pruners that drop tokens inside the language model work here too, without a cache; the logits have the full length
+    then. `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))`
+    and raises inside this context.
+    """
+    position_ids = check_options(model, position_ids, video_budget)
+    check_pruner(model, pruner)
+    layer_passes: list[LayerPass] = []
+    key_sizes = watch_calls(model)
+
+    def shorten(module, args, kwargs):
+        if args:
+            raise ValueError("Inside `prune_visual_tokens` call the model with keyword arguments: model(**inputs).")
+        if kwargs.get("mm_encoder_outputs") is not None or kwargs.get("past_key_values") is not None:
+            raise ValueError("`prune_visual_tokens` covers forward. Use model.generate(**prune_inputs(model, ...)).")
+        check_inputs(kwargs)
+        encodings = encode(model, kwargs, pruner.needs, video_budget)
+        layers = None
+        if pruner.in_language_model:
+            layers = LayerPass(model, pruner, proportional_attention)
+            layer_passes.append(layers)
+        short, log_sizes = shorten_inputs(model, kwargs, encodings, pruner, isolator, position_ids, generator, layers)
+        key_sizes.take(model)
+        key_sizes.set(log_sizes if proportional_attention else None)
+        if layers is None:
+            return (), short
+        layers.open()
+        return (), {**short, "use_cache": False}
+
+    def close(module, args, kwargs, output):
+        while layer_passes:
+            layer_passes.pop().close()
+        if key_sizes.taken_by is model:
+            key_sizes.taken_by = None
+            if output is not None:  # None after an error
+                check_used(model, key_sizes)
+                note(key_sizes, kwargs, output)
+
+    handles = [
+        model.register_forward_pre_hook(shorten, with_kwargs=True),
+        model.register_forward_hook(close, with_kwargs=True, always_call=True),
+    ]
+    try:
+        yield model
+    finally:
+        close(model, (), {}, None)
+        for handle in handles:
+            handle.remove()
+
+
+def check_options(model: nn.Module, position_ids: str, video_budget: str) -> str:
+    """The scheme of positions; a `ValueError` for a model that cannot be pruned, or not in this way."""
+    check_choice("position_ids", position_ids, POSITION_IDS)
+    check_choice("video_budget", video_budget, VIDEO_BUDGETS)
+    check_protocol(model)
+    return position_scheme(model, position_ids)

@@ -1,0 +1,395 @@
+"""Drops visual tokens between the layers of the language model, by hooks on its decoder layers.
+
+A stage is a decoder layer in front of which tokens are dropped. From there on hidden states, masks and positions are
+cut to the kept tokens; behind the last layer the states are laid out over the full length again, so that labels and
+`logits_to_keep` stay right. Sliding windows reach as far as they would without dropping, but for FlashAttention, which
+counts what is left. Shapes: B batch, S sequence, L shortened sequence of a stage, U units (images, clips),
+N tokens of a unit (padded), D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..models.attention import attention_of, listening, query_obstacle
+from ..models.families import family_of
+from ..models.interface import unwrap
+from ..pruners import VisualTokens, budget
+from ..pruners.base import LayerPruner
+from ..pruners.config import MERGE
+from ..pruners.ops import in_source_order, kept_mask, members, nearest_kept
+from .encoding import VisualEncoding
+from .instructions import flat_places
+from .layer_arguments import Cut, cut_argument, names_of
+from .packing import VARLEN, is_flash, varlen
+from .proportional_attention import ATTRIBUTE, KeySizes, check_used, key_sizes_of
+
+REMEDY = "Choose a pruner that works in front of the language model, such as 'divprune'."
+# Kinds of layers whose tokens meet in attention alone.
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
+# Arguments that layers are handed and do not read.
+UNREAD = {"labels", "logits_to_keep"}
+
+
+def refused(model: nn.Module, pruner: LayerPruner, reason: str, remedy: str = REMEDY) -> ValueError:
+    name, model_name = pruner.config.pruner_type, type(unwrap(model)).__name__
+    return ValueError(f"The pruner {name!r} cannot drop tokens inside {model_name}: {reason}. {remedy}")
+
+
+def check_layers(model: nn.Module, pruner: LayerPruner) -> dict[int, float]:
+    """The pruner's stages in this model, in order.
+
+    Raises:
+        ValueError: tokens cannot be dropped between its layers, or not there; the message says why.
+    """
+    outer = unwrap(model)
+    config, family = outer.config.get_text_config(), family_of(outer.config)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    foreign = sorted(set(kinds) - ATTENDING)
+    if foreign:
+        raise refused(model, pruner, f"it has layers of kind {', '.join(map(repr, foreign))}")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise refused(model, pruner, "some of its layers share keys and values, which would be of different lengths")
+    if family.layered:
+        raise refused(model, pruner, "it adds visual features to the hidden states of several layers")
+    if family.places:
+        raise refused(model, pruner, "its attention takes position ids for places in the sequence")
+    count = len(decoder_layers(model, pruner)[1])
+    stages = pruner.stages(count)
+    outside = [index for index in stages if not 1 <= index < count]
+    if outside or not stages:
+        reason = f"none of its {count} layers has another in front of it and the number {outside}"
+        raise refused(model, pruner, reason, "Let the pruner's stages lie inside.")
+    return dict(sorted(stages.items()))
+
+
+def decoder_layers(model: nn.Module, pruner: LayerPruner) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the language model's layers, and these."""
+    outer = unwrap(model)
+    count = outer.config.get_text_config().num_hidden_layers
+    for module in outer.get_decoder().modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers) == count:
+            return module, layers
+    raise refused(model, pruner, f"its decoder has no list of {count} `layers`")
+
+
+@dataclass
+class Units:
+    """The droppable tokens of all units of a batch.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(U, 1)`): the row a unit lies in.
+        turns (`torch.LongTensor` of shape `(U, 1)`): which unit of its row it is.
+        places (`torch.LongTensor` of shape `(U, N)`): of its tokens in the row; padding repeats the first.
+        query (`torch.LongTensor` of shape `(U, 1)`): the place of its last instruction token.
+        lengths (`list[int]`): tokens of each unit.
+        sizes (`torch.Tensor` of shape `(U, N)`): how many tokens each one stands for; 0 on padding.
+    """
+
+    rows: torch.Tensor
+    turns: torch.Tensor
+    places: torch.Tensor
+    query: torch.Tensor
+    lengths: list[int]
+    sizes: torch.Tensor
+
+
+@dataclass
+class Budget:
+    """What a stage leaves, known on the host.
+
+    Args:
+        lengths (`list[int]`): tokens of each unit.
+        rows (`list[int]`): tokens of each row, text and isolators included.
+    """
+
+    lengths: list[int]
+    rows: list[int]
+
+
+class LayerPass:
+    """One batch's way through the language model, with visual tokens dropped between its layers.
+
+    [`locate`] reads the batch; between [`open`] and [`close`] the model's forward then drops tokens. Decisions are kept
+    that long, for layers that are computed again in backward.
+    """
+
+    def __init__(self, model: nn.Module, pruner: LayerPruner, proportional_attention: bool = True):
+        self.model, self.pruner = model, pruner
+        self._shared = key_sizes_of(model) if proportional_attention else None
+        self.stages = check_layers(model, pruner)
+        self.owner, self.layers = decoder_layers(model, pruner)
+        # A layer is known by the module that calls the attention function.
+        self._watched = {id(m): index for index in self.stages for m in self.layers[index - 1].modules()}
+        self._budgets: dict[int, Budget] = {}
+        self._cuts: dict[int, Cut] = {}
+        self._scores: dict[int, torch.Tensor] = {}
+        self._obstacle: str | None = None
+        self._handed: list[tuple] = []
+        # What keys stand for from each stage on, kept for layers that are computed again.
+        self._key_sizes: dict[int, KeySizes] = {}
+        self._hooks, self._ear = ExitStack(), ExitStack()
+
+    def locate(self, inputs: Mapping, encodings: list[VisualEncoding], isolator_length: int, packed: bool) -> None:
+        """Finds the tokens that may be dropped in a batch that holds all of them.
+
+        Args:
+            inputs (`Mapping`): `input_ids` and `attention_mask` `(B, S)`, and `labels` if there are some.
+            encodings (`list[VisualEncoding]`): whose tokens are in it, each unit behind an isolator.
+            isolator_length (`int`): tokens of the isolator.
+            packed (`bool`): whether rows hold several samples.
+
+        Raises:
+            ValueError: such a batch cannot be cut.
+        """
+        if packed:
+            raise refused(self.model, self.pruner, "rows of the batch hold several samples", "Pad the batch instead.")
+        self._units, row_of, counts = find_units(inputs, encodings, isolator_length)
+        self._budgets = budgets(self.stages, self._units.lengths, row_of, counts)
+        deepest = max((len(levels) for e in encodings for levels in e.companions.values()), default=0)
+        if deepest > min(self._budgets, default=deepest):
+            reason = f"it adds visual features to the hidden states of its first {deepest} layers"
+            raise refused(self.model, self.pruner, reason, f"Let the first stage lie behind them. {REMEDY}")
+        self._most = max(map(row_of.count, row_of))
+        mask, rows, places = inputs["attention_mask"].bool(), self._units.rows, self._units.places
+        self._fixed = mask.index_put((rows, places), mask.new_zeros(()))  # text and isolators
+
+    def open(self) -> None:
+        """Hooks the layers."""
+        hooks = [
+            self.owner.register_forward_pre_hook(self._enter),
+            self.owner.register_forward_hook(self._leave, always_call=True),
+        ]
+        for index, layer in enumerate(self.layers):
+            if any(stage <= index for stage in self._budgets):
+                hook = partial(self._cut_inputs, index)
+                hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for handle in hooks:
+            self._hooks.callback(handle.remove)
+        if self._shared is None:
+            return
+        self._key_sizes = {stage: KeySizes() for stage in self._budgets}
+        for index, layer in enumerate(self.layers):
+            stage = max((stage for stage in self._budgets if stage <= index), default=None)
+            if stage is not None:
+                self._hand_out(layer, self._key_sizes[stage])
+                self._hooks.callback(self._hand_out, layer, self._shared)
+
+    def _hand_out(self, layer: nn.Module, sizes: KeySizes) -> None:
+        for module in layer.modules():
+            module.__dict__[ATTRIBUTE] = sizes
+
+    def close(self) -> None:
+        """Takes the hooks away and forgets the batch."""
+        self._ear.close()
+        self._hooks.close()
+        self._budgets, self._cuts, self._scores, self._handed = {}, {}, {}, []
+
+    # --- in the forward pass --------------------------------------------------------------------------------------
+
+    def _enter(self, owner: nn.Module, args: tuple) -> None:
+        self._ear.enter_context(listening(self))
+
+    def _leave(self, owner: nn.Module, args: tuple, output):
+        """Lays the states out over the full length: each place gets those of the last kept token up to it, which is
+        the one that predicts what follows."""
+        self._ear.close()
+        self._handed = []
+        for sizes in self._key_sizes.values() if output is not None else ():
+            check_used(self.model, sizes)
+        if output is None or not self._cuts:  # None after an error
+            return output
+        cut = self._cuts[max(self._cuts)]
+        states = output[0]
+        states = states.gather(1, cut.back[..., None].expand(-1, -1, states.shape[-1]))
+        if isinstance(output, tuple):
+            return states, *output[1:]
+        output["last_hidden_state"] = states
+        return output
+
+    def listens_to(self, module: nn.Module) -> bool:
+        return id(module) in self._watched
+
+    def hear(self, module, query, key, mask, rest: tuple, options: dict) -> None:
+        """Keeps, of the attention in front of a stage, what the instruction pays to each droppable token, `(U, N)`."""
+        index = self._watched[id(module)]
+        if index not in self._budgets or index in self._cuts or self._obstacle:
+            return
+        self._obstacle = query_obstacle(query, key, mask, rest, options)
+        if self._obstacle is None:
+            units = self._units
+            asked = self._slots(index, units.query)
+            places = asked.new_zeros(len(query), self._most).index_put((units.rows, units.turns), asked)
+            sizes = module.__dict__[ATTRIBUTE].log_sizes if self._key_sizes else None
+            paid = attention_of(module, places, query, key, mask, options, sizes)
+            self._scores[index] = paid[units.rows, units.turns, self._slots(index, units.places)]
+
+    def _slots(self, index: int, places: torch.Tensor) -> torch.Tensor:
+        """Where tokens at `places` `(U, n)` lie in front of stage `index`."""
+        before = max((stage for stage in self._cuts if stage < index), default=None)
+        return places if before is None else self._cuts[before].back[self._units.rows, places]
+
+    def _cut_inputs(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Cuts what layer `index` is handed, and says how many tokens each of its keys stands for."""
+        stage = max(stage for stage in self._budgets if stage <= index)
+        named = names_of(layer, args)
+        values = dict(zip(named, args, strict=True)) | kwargs
+        hidden = values.pop("hidden_states", None)
+        if hidden is None or hidden.dim() != 3:
+            shape = None if hidden is None else tuple(hidden.shape)
+            raise refused(self.model, self.pruner, f"its {type(layer).__name__} is handed hidden states {shape}")
+        if stage == index and index not in self._cuts:
+            self._cuts[index] = self._decide(index, hidden)
+        cut = self._cuts[stage]
+        if self._key_sizes:
+            self._key_sizes[stage].set(cut.log_sizes)
+        short = {name: self._handed_on(name, value, layer, cut) for name, value in values.items()}
+        if stage == index:
+            left = hidden.gather(1, cut.slots[..., None].expand(-1, -1, hidden.shape[-1]))
+            hidden = left if cut.merge is None else cut.merge(hidden, left)
+        short["hidden_states"] = hidden
+        if len(hidden) == 1 and is_flash(unwrap(self.model).config.get_text_config()):
+            # One sample, whatever its position ids look like.
+            ends = torch.tensor([0, hidden.shape[1]], dtype=torch.int32).to(hidden.device, non_blocking=True)
+            short |= varlen(ends, hidden.shape[1])
+        return tuple(short.pop(name) for name in named), short
+
+    @torch.no_grad()
+    def _decide(self, index: int, hidden: torch.Tensor) -> Cut:
+        """Chooses what is kept from layer `index` on."""
+        if index not in self._scores:
+            attention = self._obstacle or "does not call transformers' attention function"
+            raise refused(self.model, self.pruner, f"its layer {index - 1} {attention}")
+        units, left = self._units, self._budgets[index]
+        scores, slots = self._scores.pop(index), self._slots(index, self._units.places)
+        features = hidden[units.rows, slots]
+        with torch.autocast(hidden.device.type, enabled=False):
+            valid = kept_mask(units.lengths, hidden.device)
+            tokens = VisualTokens(features, valid, attention=scores, lengths=units.lengths)
+            ranked = self.pruner.rank(tokens, max(left.lengths))
+        positions, _, valid = in_source_order(ranked, left.lengths, scores.shape[1])
+        places = units.places.gather(1, positions)
+        if valid is not None:
+            places = torch.where(valid, places, places[:, :1])
+        # How much of each token goes into each kept one, (U, K, N).
+        weights = members(nearest_kept(tokens, positions, valid), positions.shape[1]) * units.sizes[:, None]
+        self._units = replace(units, places=places, lengths=left.lengths, sizes=weights.sum(2))
+        kept = self._fixed.index_put((units.rows, places), self._fixed.new_ones(()))
+        before = max((stage for stage in self._cuts if stage < index), default=None)
+        cut = cut_of(kept, left.rows, None if before is None else self._cuts[before])
+        # Where the kept tokens of all units lie now, (sum K_i,).
+        real = torch.cat([torch.arange(k) + unit * positions.shape[1] for unit, k in enumerate(left.lengths)])
+        real = real.to(hidden.device, non_blocking=True)
+        rows = units.rows.expand_as(places).flatten()[real]
+        there = cut.back[units.rows, places].flatten()[real]
+        sizes = torch.zeros(cut.slots.shape, device=hidden.device)
+        cut.log_sizes = sizes.index_put((rows, there), self._units.sizes.flatten()[real].log())
+        if self.pruner.config.dropped_tokens == MERGE:
+            cut.merge = partial(merged, weights, (units.rows, slots), real, (rows, there))
+        return cut
+
+    def _handed_on(self, name: str, value, layer: nn.Module, cut: Cut):
+        """An argument of a layer, cut; layers are often handed the same one."""
+        if value is None or name in UNREAD or isinstance(value, (bool, int, float, str)) or name.startswith(VARLEN):
+            return value
+        known = next((done for given, by, done in self._handed if given is value and by is cut), None)
+        if known is None:
+            try:
+                known = cut_argument(name, value, cut)
+            except ValueError as error:
+                raise refused(self.model, self.pruner, f"its {type(layer).__name__} {error}") from None
+            self._handed = [*self._handed[-7:], (value, cut, known)]
+        return known
+
+
+def merged(
+    weights: torch.Tensor,
+    sources: tuple[torch.Tensor, torch.Tensor],
+    real: torch.Tensor,
+    targets: tuple[torch.Tensor, torch.Tensor],
+    hidden: torch.Tensor,
+    left: torch.Tensor,
+) -> torch.Tensor:
+    """The states `left` `(B, L, D)` behind a stage, in which each kept token is the mean of those that it stands for.
+
+    Args:
+        weights (`torch.Tensor` of shape `(U, K, N)`): how much of each token of a unit goes into each kept one.
+        sources: row `(U, 1)` and slot `(U, N)` of the tokens in `hidden` `(B, L', D)`.
+        real (`torch.LongTensor` of shape `(sum K_i,)`): which of the `U * K` kept ones are no padding.
+        targets: row and slot, both `(sum K_i,)`, of these in `left`.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        means = weights @ hidden[sources].float() / weights.sum(2, keepdim=True).clamp(min=1)
+    return left.index_put(targets, means.flatten(0, 1)[real].to(left.dtype))
+
+
+def find_units(
+    inputs: Mapping, encodings: list[VisualEncoding], isolator_length: int
+) -> tuple[Units, list[int], list[int]]:
+    """The droppable tokens of a batch, the row of each unit, and the real tokens of each row. It waits for the device
+    once: how many tokens a row loses depends on the units that lie in it."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    lengths = [n for encoding in encodings for n in encoding.lengths]
+    flat = torch.cat([places_of(ids, e.token_id, e.lengths, isolator_length, max(lengths)) for e in encodings])
+    rows, places = flat[:, :1] // ids.shape[1], flat % ids.shape[1]
+    known = torch.cat([rows[:, 0], mask.long().sum(1)]).tolist()
+    row_of, counts = known[: len(lengths)], known[len(lengths) :]
+    turns = torch.tensor([[row_of[:unit].count(row)] for unit, row in enumerate(row_of)])
+    last = torch.tensor([[n - 1] for n in lengths]).to(ids.device, non_blocking=True)
+    query = last_instruction(inputs, rows[:, 0], places.gather(1, last))
+    turns = turns.to(ids.device, non_blocking=True)
+    sizes = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float().to(ids.device, non_blocking=True)
+    return Units(rows, turns, places, query, lengths, sizes), row_of, counts
+
+
+def places_of(ids: torch.Tensor, token_id: int, lengths: list[int], isolator_length: int, most: int) -> torch.Tensor:
+    """Where in the flattened batch the tokens of each unit lie, behind its isolator: `(U, most)`; padding repeats the
+    first."""
+    starts = torch.tensor([isolator_length, *(n + isolator_length for n in lengths[:-1])]).cumsum(0)[:, None]
+    place = torch.arange(most)
+    order = starts + torch.where(place < torch.tensor(lengths)[:, None], place, 0)
+    return flat_places(ids, token_id, order.to(ids.device, non_blocking=True))
+
+
+def last_instruction(inputs: Mapping, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The place in front of the first supervised token behind each unit, whose last token lies at `ends` `(U, 1)`;
+    without one, the last token of its row, `(U, 1)`."""
+    ids, labels = inputs["input_ids"], inputs.get("labels")
+    place = torch.arange(ids.shape[1], device=ids.device)
+    last = torch.where(inputs["attention_mask"].bool(), place, 0).amax(1, keepdim=True)[rows]
+    if labels is None:
+        return last
+    behind = (labels != -100)[rows] & (place > ends)
+    return torch.where(behind, place - 1, last).amin(1, keepdim=True)
+
+
+def budgets(stages: dict[int, float], lengths: list[int], row_of: list[int], counts: list[int]) -> dict[int, Budget]:
+    """What each stage leaves of units of `lengths` in the rows `row_of`, which hold `counts` tokens. A stage that drops
+    nothing is left out."""
+    found, now = {}, lengths
+    for index, ratio in stages.items():
+        left = [min(n, budget(whole, ratio)) for n, whole in zip(now, lengths, strict=True)]
+        if left != now:
+            rows = list(counts)
+            for row, whole, n in zip(row_of, lengths, left, strict=True):
+                rows[row] -= whole - n
+            found[index], now = Budget(left, rows), left
+    return found
+
+
+def cut_of(kept: torch.Tensor, counts: list[int], before: Cut | None) -> Cut:
+    """How to keep the `counts[b]` tokens of row b where `kept` `(B, S)` is True."""
+    seen, length = kept.cumsum(1), max(counts)
+    slot = torch.arange(length, device=kept.device)
+    most = seen[:, -1:]
+    places = torch.searchsorted(seen, torch.minimum(slot + 1, most)).clamp(max=kept.shape[1] - 1)
+    slots = places if before is None else before.back.gather(1, places)
+    filler = None if min(counts) == length else slot >= most
+    return Cut(places, slots, (seen - 1).clamp(min=0), filler)

@@ -1,0 +1,329 @@
+"""Runs a model's own encoders and describes the tokens they give.
+
+The seam is transformers' protocol: `get_image_features` and its like encode, `forward(mm_encoder_outputs=...)` takes
+the result in place of pixels. What single families need beyond it stands in `families.py`, where tokens lie in
+`layout.py`. Shapes: U units (images, tiles, frames, clips), N tokens of a unit (padded), T tokens of the batch,
+D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..models.attention import REMEDY, capture_attention
+from ..models.containers import Container, flat_rows, part_lengths, refill
+from ..models.families import Family, family_of
+from ..models.interface import MODALITIES, Modality, encoder_of, modalities_in, placeholder_id, unwrap
+from ..models.token_layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
+from ..pruners import VisualTokens
+from .instructions import instructions
+from .shortening import check_count
+
+# What is read off the vision tower's attention while it runs.
+IN_TOWER = frozenset({"attention", "keys"})
+CONFIGURED = ("vision_feature_layer", "vision_feature_select_strategy")
+# Fields of an encoder's output with a row per token that `forward` reads beside the tokens.
+COMPANIONS = ("deepstack_features",)
+
+
+@dataclass
+class VisualEncoding:
+    """The encoder's answer for one modality of a batch.
+
+    Args:
+        modality (`str`): "image", "video" or "audio".
+        token_id (`int`): the placeholder in `input_ids`.
+        output: what the encoder returned.
+        family (`Family`): how the model's `forward` reads it.
+        features (`torch.Tensor` of shape `(T, D)`): the tokens, in the order of their placeholders.
+        lengths (`list[int]`): tokens of each unit: image, tile, frame or clip.
+        consumed (`set[str]`): inputs that only the encoder reads.
+        grids (`list[torch.Tensor]`, *optional*): (t, row, column) of each token, `(n_i, 3)`, on the CPU.
+        attention (`list[torch.Tensor]`, *optional*): attention each token receives in the tower, `(n_i,)`.
+        keys (`list[torch.Tensor]`, *optional*): its attention key in the tower, `(n_i, Dk)`.
+        text (`torch.Tensor` of shape `(U, L, D)`, *optional*): embeddings of each unit's instruction.
+        text_valid (`torch.BoolTensor` of shape `(U, L)`, *optional*): False on their padding.
+    """
+
+    modality: str
+    token_id: int
+    output: object
+    family: Family
+    features: torch.Tensor
+    lengths: list[int]
+    consumed: set[str]
+    grids: list[torch.Tensor] | None = None
+    attention: list[torch.Tensor] | None = None
+    keys: list[torch.Tensor] | None = None
+    text: torch.Tensor | None = None
+    text_valid: torch.Tensor | None = None
+    companions: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def units(self) -> list[torch.Tensor]:
+        """Tokens of each unit, `(n_i, D)`."""
+        return list(self.features.split(self.lengths))
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the tokens go in as input embeddings, since `forward` takes no encoded ones."""
+        return self.modality == "audio" or self.family.project is not None
+
+    def with_features(
+        self, features: torch.Tensor, companions: dict[str, list[torch.Tensor]], lengths: list[int]
+    ) -> object:
+        """A copy of the encoder's output that holds `features` `(sum K, D)`, in units of `lengths`, as they came."""
+        output, name = copy.copy(self.output), self.family.field
+        old = getattr(output, name)
+        if self.family.layered:
+            levels = zip(old, [features, *companions[name]], strict=True)
+            setattr(output, name, [(layer, refill(was, rows, lengths)) for (layer, was), rows in levels])
+            return output
+        setattr(output, name, refill(old, features, lengths))
+        for name, levels in companions.items():
+            old = getattr(output, name)
+            setattr(output, name, [refill(was, rows, lengths) for was, rows in zip(old, levels, strict=True)])
+        return output
+
+    def detached(self) -> VisualEncoding:
+        """The same without gradients."""
+        beside = {name: [rows.detach() for rows in levels] for name, levels in self.companions.items()}
+        return replace(self, features=self.features.detach(), companions=beside)
+
+    def padded(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(T, D)` as `(U, N, D)`."""
+        if min(self.lengths) == max(self.lengths):
+            return rows.view(len(self.lengths), self.lengths[0], rows.shape[-1])
+        return nn.utils.rnn.pad_sequence(rows.split(self.lengths), batch_first=True)
+
+    def tokens(self, generator: torch.Generator | None = None) -> VisualTokens:
+        """The pruner's view: all units padded to one length."""
+        device = self.features.device
+        valid = None
+        if min(self.lengths) != max(self.lengths):
+            counts = torch.tensor(self.lengths).to(device, non_blocking=True)
+            valid = torch.arange(max(self.lengths), device=device) < counts[:, None]
+        return VisualTokens(
+            features=self.padded(self.features),
+            valid=valid,
+            grid=pad(self.grids, device),
+            attention=pad(self.attention, device),
+            keys=pad(self.keys, device),
+            text=self.text,
+            text_valid=self.text_valid,
+            generator=generator,
+            lengths=self.lengths,
+            checked_later=True,  # by `plan_shortening`
+        )
+
+
+def pad(rows: list[torch.Tensor] | None, device: torch.device) -> torch.Tensor | None:
+    """Pads rows of unequal length with zeros and moves them to `device`."""
+    return None if rows is None else nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
+
+
+def encode(
+    model: nn.Module,
+    inputs: Mapping,
+    needs: frozenset[str] = frozenset(),
+    video_budget: str = "clip",
+    served: Callable[[nn.Module], AbstractContextManager] | None = None,
+    graphs: bool = False,
+) -> list[VisualEncoding]:
+    """Encodes each modality whose raw inputs are in `inputs`; an empty list for a text-only batch.
+
+    `needs` names what the pruner wants beside the features ("grid", "attention", "keys", "text"); `video_budget` says
+    whether the tokens of a video are a unit by "clip" or by "frame". Images are encoded inside `served(tower)`.
+    A frozen tower makes no graph, unless `graphs` says that it should as in the model's own `forward`.
+    """
+    outer = unwrap(model)
+    present, config = modalities_in(inputs), outer.config
+    present = [m for m in MODALITIES if m.name in present and not family_of(config, m.name).whole]
+    return [
+        encode_modality(outer, inputs, m, needs, video_budget, served if m.name == "image" else None, graphs)
+        for m in present
+    ]
+
+
+def encode_modality(
+    outer: nn.Module,
+    inputs: Mapping,
+    modality: Modality,
+    needs: frozenset[str],
+    video_budget: str,
+    served: Callable[[nn.Module], AbstractContextManager] | None = None,
+    graphs: bool = False,
+) -> VisualEncoding:
+    family, token_id = family_of(outer.config, modality.name), placeholder_id(outer.config, modality)
+    owner, encoder = encoder_of(outer, modality)
+    if owner is None or token_id is None:
+        raise ValueError(
+            f"{type(outer).__name__} was given {modality.name} inputs but has no `{modality.method}` or placeholder id."
+        )
+    check_pixels(inputs, modality)
+    arguments, consumed = encoder_arguments(owner, encoder, inputs, modality)
+    tower = outer.get_encoder(modality=modality.name) if needs & IN_TOWER or served is not None else None
+    with ExitStack() as around:
+        capture = around.enter_context(capture_attention(tower)) if needs & IN_TOWER else None
+        if not graphs:
+            around.enter_context(frozen_tower(outer, modality))
+        if served is not None:
+            around.enter_context(served(tower))
+        output = encoder(**arguments, return_dict=True)
+        container, companions = tokens_of(output, family, type(outer).__name__), companions_of(output, family)
+    rows, parts = flat_rows(container), parts_of(container, family, inputs, token_id)
+    if modality.name == "video":
+        parts = clips(owner, parts, inputs, video_budget)
+    encoded, kept = parts, None
+    if inputs.get(family.row_mask) is not None and modality.name != "image":
+        kept = inputs[family.row_mask].bool().flatten()
+        rows, parts = rows[kept], masked_parts(parts, kept)
+        consumed.add(family.row_mask)
+    whole = video_budget == "clip" or modality.name != "video"
+    lengths = [sum(unit) for unit in parts] if whole else [n for unit in parts for n in unit]
+    lengths = [n for n in lengths if n]  # a sample without images may be an empty unit
+    check_count(token_id, sum(lengths), len(rows))
+    encoding = VisualEncoding(modality.name, token_id, output, family, rows, lengths, consumed)
+    encoding.companions = companions
+    if family.project is not None:
+        encoding.features = family.project(owner, rows)
+    if needs & {"grid", *IN_TOWER}:
+        layout = token_layout(owner, inputs, modality.name, encoded, lengths, kept)
+        encoding.grids = layout.grids
+        place = partial(at_tokens, tower=tower, modality=modality, inputs=inputs, layout=layout)
+        if "attention" in needs:
+            encoding.attention = place(capture.received(), absent=float("-inf"))  # what no patch made goes last
+        if "keys" in needs:
+            encoding.keys = place(capture.keys(), absent=0.0)
+    if "text" in needs:
+        found = instructions(outer, inputs, token_id, lengths)
+        encoding.text, encoding.text_valid = found.embedded(outer, inputs["input_ids"])
+    return encoding
+
+
+@contextmanager
+def frozen_tower(outer: nn.Module, modality: Modality) -> Iterator[None]:
+    """Runs a tower of which nothing is trained without a graph. Activation checkpointing in transformers makes the
+    embeddings of every tower require gradients, which would be carried back to where nothing needs them."""
+    tower = outer.get_encoder(modality=modality.name) if hasattr(outer, "get_encoder") else None
+    if tower is None or tower is outer or any(p.requires_grad for p in tower.parameters()):
+        yield
+        return
+    with ExitStack() as hooks:
+        before = torch.is_grad_enabled()
+        begin = tower.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(False) and None)
+        end = tower.register_forward_hook(lambda *_: torch.set_grad_enabled(before) and None, always_call=True)
+        for handle in (begin, end):
+            hooks.callback(handle.remove)
+        yield
+
+
+def parts_of(container: Container, family: Family, inputs: Mapping, token_id: int) -> list[list[int]]:
+    """Tokens of each part of each unit, from the encoder's container or from the runs of placeholders."""
+    parts = part_lengths(container)
+    if parts is not None and not family.runs:
+        return parts
+    runs = placeholder_runs(inputs["input_ids"], token_id)
+    return [[n] for n in runs] if parts is None else units_by_runs(parts, runs)
+
+
+def companions_of(output, family: Family) -> dict[str, list[torch.Tensor]]:
+    """Other features of the same tokens that `forward` reads, each level `(T, D')`."""
+    if family.layered:
+        return {family.field: [flat_rows(tokens) for _, tokens in getattr(output, family.field)[1:]]}
+    levels = {name: getattr(output, name, None) for name in COMPANIONS}
+    return {name: [flat_rows(level) for level in value] for name, value in levels.items() if value is not None}
+
+
+def encoder_arguments(
+    owner: nn.Module, encoder: Callable, inputs: Mapping, modality: Modality
+) -> tuple[dict[str, object], set[str]]:
+    """The encoder's arguments, and the names of the inputs that only it reads."""
+    parameters = inspect.signature(encoder).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    # The forward reads these from the config, the encoder of some families has other defaults.
+    arguments = {key: getattr(owner.config, key) for key in CONFIGURED if key in names and hasattr(owner.config, key)}
+    arguments |= {key: inputs[key] for key in names if key in inputs}
+    consumed = {key for key in inputs if key in arguments or key in modality.raw} - {"input_ids"}
+    raw = next(key for key in modality.raw if inputs.get(key) is not None)
+    # Under another name than the forward's, it is always the first.
+    named = raw if raw in arguments or not names else names[0]
+    arguments[named] = in_dtype_of(owner, inputs[raw])
+    return arguments, consumed
+
+
+def in_dtype_of(owner: nn.Module, raw: object) -> object:
+    """Raw inputs in the precision of a half-precision model, as most forwards make them."""
+    dtype = getattr(owner, "dtype", None)
+    floating = isinstance(raw, torch.Tensor) and raw.is_floating_point()
+    return raw.to(dtype) if floating and dtype in (torch.float16, torch.bfloat16) else raw
+
+
+def check_pixels(inputs: Mapping, modality: Modality) -> None:
+    """Raises a `ValueError` for images without pixels."""
+    for key in modality.raw:
+        pixels = inputs.get(key)
+        if isinstance(pixels, torch.Tensor) and not pixels.numel():
+            raise ValueError(
+                f"`{key}` is of shape {tuple(pixels.shape)}: it holds no {modality.name} data. Leave empty images out "
+                f"of the batch, and leave `{key}` out where there are none."
+            )
+
+
+def tokens_of(output, family: Family, name: str) -> Container:
+    """The visual tokens in the encoder's output."""
+    container = getattr(output, family.field, None)
+    if family.layered:
+        container = container[0][1]
+    known = isinstance(container, (torch.Tensor, list, tuple)) and len(container)
+    if not known or not all(isinstance(unit, torch.Tensor) for unit in container):
+        raise ValueError(
+            f"{name} returned its encoded tokens as {type(container).__name__} in `{family.field}`, which is none of "
+            "the known forms: a tensor, or a list or tuple of tensors. This family is not supported yet."
+        )
+    return container
+
+
+def at_tokens(
+    rows: torch.Tensor, tower: nn.Module, modality: Modality, inputs: Mapping, layout: TokenLayout, absent: float
+) -> list[torch.Tensor]:
+    """From a value per patch of the tower, `(P, ...)`, to those of the tokens of each image, `(n_i, ...)`.
+
+    Args:
+        absent (`float`): the value of tokens that no patch made.
+
+    Raises:
+        ValueError: the tower's patches can't be matched with the model's tokens.
+    """
+    grid_thw, merge = inputs.get(f"{modality.name}_grid_thw"), getattr(tower, "spatial_merge_size", None)
+    if grid_thw is not None and merge and len(rows) == layout.total * merge**2:
+        rows = merged_patches(rows, tower, grid_thw)
+    if layout.total != len(rows):
+        uses = f"uses {layout.total}" if layout.total else "blends several into each of its own"
+        raise ValueError(
+            f"{type(tower).__name__} attends over {len(rows)} tokens, the model {uses}: their attention cannot "
+            f"be matched. {REMEDY}"
+        )
+    rows = torch.cat([rows, rows.new_full((1, *rows.shape[1:]), absent)])  # index -1 reads the last entry
+    return [rows[patches.to(rows.device, non_blocking=True)] for patches in layout.patches]
+
+
+def merged_patches(rows: torch.Tensor, tower: nn.Module, grid_thw: torch.Tensor) -> torch.Tensor:
+    """Qwen-VL: patches `(P, ...)` in the order in which they are merged to tokens, or of windows; `(T, ...)`."""
+    merged = rows.unflatten(0, (-1, tower.spatial_merge_size**2)).mean(1)
+    if getattr(tower, "window_size", None):
+        from transformers.vision_utils import get_vision_window_index
+
+        window_index, _ = get_vision_window_index(
+            grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        merged = torch.empty_like(merged).index_copy_(0, window_index.to(merged.device), merged)
+    return merged

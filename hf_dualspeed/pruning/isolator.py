@@ -1,0 +1,97 @@
+"""The mode isolator: a short learnt prompt that marks the pruned view of an image (arXiv 2602.03815)."""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..utils.constants import ISOLATOR_WEIGHTS_NAME
+
+
+class ModeIsolator(nn.Module):
+    """`length` learnt tokens, put in front of each image's kept tokens in fast mode.
+
+    Args:
+        length (`int`): number of tokens l.
+        hidden_size (`int`): width D of the language model.
+        std (`float`): scale of the initial values; that of the token embeddings keeps the prompt in their range.
+    """
+
+    def __init__(self, length: int, hidden_size: int, std: float = 0.02):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(length, hidden_size) * std)
+
+    @classmethod
+    def for_model(cls, model: nn.Module, length: int) -> ModeIsolator:
+        """An isolator of the model's width, at the scale of its token embeddings, in the dtype of what is trained."""
+        weight = model.get_input_embeddings().weight
+        text = model.config.get_text_config()
+        # Parameters partitioned by ZeRO-3 are empty here and quantized ones are codes; the scale they were drawn with
+        # is in the config.
+        known = weight.numel() and weight.is_floating_point()
+        std = weight.detach().float().std().item() if known else text.initializer_range
+        return cls(length, text.hidden_size, std).to(weight.device, trained_dtype(model))
+
+    @property
+    def length(self) -> int:
+        return self.prompt.shape[0]
+
+    def forward(self) -> torch.Tensor:
+        """The prompt, `(l, D)`. Called as a module, so that sharded training gathers it first."""
+        return self.prompt
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `mode_isolator.safetensors`."""
+        save_isolator(self.prompt, folder)
+
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Fills the prompt in place from `folder`.
+
+        Raises:
+            FileNotFoundError: the folder holds no isolator.
+            ValueError: it holds one of another length or width.
+        """
+        path = Path(folder) / ISOLATOR_WEIGHTS_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"No {ISOLATOR_WEIGHTS_NAME} in {str(folder)!r}: it was saved without a mode isolator."
+            )
+        prompt = load_file(path)["prompt"]
+        if prompt.shape != self.prompt.shape:
+            raise ValueError(
+                f"`isolator_length` is {self.length} (width {self.prompt.shape[1]}), but {str(folder)!r} holds an "
+                f"isolator of length {prompt.shape[0]} (width {prompt.shape[1]}). "
+                f"Set isolator_length={prompt.shape[0]}, or start from a checkpoint without {ISOLATOR_WEIGHTS_NAME}."
+            )
+        with torch.no_grad():
+            self.prompt.copy_(prompt)
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}, hidden_size={self.prompt.shape[1]}"
+
+
+def trained_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's trainable parameters, the widest where they differ; else that of the model.
+
+    Adapters of a bfloat16 model are float32, since small updates round to nothing in bfloat16: the prompt's would too.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    return reduce(torch.promote_types, dtypes) if dtypes else model.dtype
+
+
+def saved_length(folder: str | Path) -> int | None:
+    """Length of the isolator in `folder`; None where it holds none."""
+    path = Path(folder) / ISOLATOR_WEIGHTS_NAME
+    return load_file(path)["prompt"].shape[0] if path.is_file() else None
+
+
+def save_isolator(prompt: torch.Tensor, folder: str | Path) -> None:
+    """Writes a prompt `(l, D)` to `mode_isolator.safetensors` in `folder`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(
+        {"prompt": prompt.detach().cpu().contiguous()}, Path(folder) / ISOLATOR_WEIGHTS_NAME, metadata={"format": "pt"}
+    )

@@ -1,0 +1,1 @@
+"""The record of a run (results.json) as model card, plots and a repo on the Hub."""

@@ -1,0 +1,179 @@
+"""What of a run's folder may be published: whole checkpoints, files of known names, and no token."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from urllib.parse import unquote
+
+from huggingface_hub import get_token
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
+
+from ..hub.source import CODE_NAME, REFERENCE
+from ..utils.constants import CARD_NAME, RESULTS_NAME
+
+# What transformers, tokenizers, PEFT and this library write into a model's folder. A list of what is allowed, since
+# any other file may be private.
+TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+TOKENIZERS += ("vocab*.json", "vocab*.txt", "spiece.model", "sentencepiece*.model", "spm*.model", "bpe.codes")
+TOKENIZERS += ("*.tiktoken", "tekken.json", "normalizer.json", "chat_template.jinja", "chat_template.json")
+CONFIGS = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
+CONFIGS += ("video_preprocessor_config.json", "audio_tokenizer_config.json", "pruner_config.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+ADAPTER = (ADAPTER_CONFIG_NAME, *WEIGHTS)
+RECORD = (CARD_NAME, RESULTS_NAME, "learning_curve.png", "LICENSE*")
+TOP = (*CONFIGS, *TOKENIZERS, *ADAPTER, *RECORD)
+TEMPLATES = "additional_chat_templates"
+IMAGE = re.compile(r"[^\s()\[\]<>\"'=]+\.(?:png|jpe?g|gif|webp|svg)\b", re.IGNORECASE)
+ANY_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+
+
+def published_files(folder: Path, card: str) -> list[str]:
+    """The files to push, relative to `folder`: of known names, code that a config names, and images in the card.
+
+    Links are none of them, nor are hidden files. Of subfolders, chat templates and further PEFT adapters count.
+    """
+    names = _named(folder, TOP)
+    images = {unquote(match).removeprefix("./") for match in IMAGE.findall(card)}
+    extra = code_files(folder, [name for name in names if name.endswith("config.json")]) | images
+    names += sorted(name for name in extra if "/" not in name and is_plain(folder / name) and name not in names)
+    for part in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+        patterns = ("*.jinja",) if part.name == TEMPLATES else ADAPTER if is_plain(part / ADAPTER_CONFIG_NAME) else ()
+        if not part.name.startswith(("checkpoint-", "last-", ".")):
+            names += [f"{part.name}/{name}" for name in _named(part, patterns)]
+    return names
+
+
+def left_out(folder: Path, files: list[str]) -> list[str]:
+    """What else lies in `folder`: files, and folders of which nothing is among `files`."""
+    parts = {name.split("/")[0] for name in files if "/" in name}
+    inner = [path for part in sorted(parts) for path in (folder / part).iterdir()]
+    paths = [path for path in (*folder.iterdir(), *inner) if path.name not in parts or path.parent != folder]
+    names = {path.relative_to(folder).as_posix() + ("/" if path.is_dir() else "") for path in paths}
+    return sorted(names.difference(files))
+
+
+def is_plain(path: Path) -> bool:
+    """Whether it is a file, and no link to one that may lie anywhere."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _named(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    names = sorted(path.name for path in folder.iterdir() if is_plain(path) and not path.name.startswith("."))
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def code_files(folder: Path, configs: list[str]) -> set[str]:
+    """The Python files beside the configs that their `auto_map` names, and those that these import.
+
+    Raises:
+        ValueError: a config is no JSON mapping, or a Python file no text.
+    """
+    names = [f"{match[1]}.py" for name in configs for match in _references(folder / name)]
+    found: set[str] = set()
+    while names:
+        name = names.pop()
+        if name in found or not CODE_NAME.fullmatch(name) or not is_plain(folder / name):
+            continue
+        found.add(name)
+        try:
+            names += [f"{module}.py" for module in get_relative_imports(folder / name)]
+        except ValueError as error:
+            raise ValueError(f"{str(folder / name)!r} is no Python file in UTF-8: {error}.") from None
+    return found
+
+
+def _references(config: Path) -> Iterator[re.Match]:
+    """The "file.ClassName" in a config's `auto_map`; tokenizers name two, of which one may be null."""
+    auto_map = read_mapping(config).get("auto_map")
+    values = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return filter(None, (REFERENCE.fullmatch(item) for item in flat if isinstance(item, str)))
+
+
+def read_mapping(path: Path) -> dict:
+    """The JSON mapping in a file of the checkpoint; a `ValueError` names the file where there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}. Save the model again.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON mapping, got {str(values)[:100]!r}. Save the model again.")
+    return values
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises a `ValueError` unless the folder itself holds a config and all of its weights, in safetensors."""
+    if not folder.is_dir():
+        raise ValueError(f"`folder` is {str(folder)!r}, but there is no such folder. Name a run's output folder.")
+    adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
+    if not adapter and not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds no checkpoint: neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} is there. Save the "
+            "model by `trainer.save_model()`, or name one of the run's checkpoint folders."
+        )
+    weights = [ADAPTER_SAFE_WEIGHTS_NAME] if adapter else _weights(folder)
+    for name in (ADAPTER_CONFIG_NAME if adapter else CONFIG_NAME, *weights, CARD_NAME, RESULTS_NAME):
+        if (folder / name).is_symlink():
+            raise ValueError(f"{str(folder / name)!r} is a link, and links are not pushed. Put the file itself there.")
+    for name in weights:
+        _check_weights(folder / name)
+
+
+def _weights(folder: Path) -> list[str]:
+    """The files that hold the weights of a whole model."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
+        return [SAFE_WEIGHTS_NAME]
+    shards = read_mapping(index).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) and all(map(is_shard, shards.values())) else None
+    if not names:
+        raise ValueError(f"{str(index)!r} names no files of weights beside it. Save the model again.")
+    return sorted(names)
+
+
+def is_shard(name: object) -> bool:
+    """Whether a part of the weights has a name that is pushed."""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", name) is not None
+
+
+def _check_weights(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(
+            f"{str(path.parent)!r} holds no whole checkpoint: {path.name} is missing. Only weights in safetensors are "
+            "pushed; save the model again by `trainer.save_model()`."
+        )
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is no whole safetensors file: {error}. Save the model again.") from None
+
+
+def check_no_token(folder: Path, contents: dict[str, Path | bytes]) -> None:
+    """Raises a `ValueError` where a Hub token stands in a file, or a text, that is about to be published."""
+    own = get_token()
+    for name, content in contents.items():
+        if name.endswith(".safetensors"):
+            continue
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        if own and own.encode() in data:
+            whose = "your Hub token"
+        elif ANY_TOKEN.search(data):
+            whose = "what looks like a Hub token"
+        else:
+            continue
+        raise ValueError(
+            f"{str(folder / name)!r} holds {whose} and is not pushed. Take it out, and make that token invalid."
+        )

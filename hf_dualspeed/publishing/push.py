@@ -1,0 +1,99 @@
+"""`dualspeed push` and `dualspeed card`: a finished run's folder on the Hub, and its card written anew."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+
+from ..hub.errors import explained
+from ..hub.source import is_repo_id
+from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
+from .files import check_checkpoint, check_no_token, published_files
+from .model_card import adopt_published_card, read_card, write_model_card
+from .results import read_results, write_results
+
+logger = logging.getLogger(__name__)
+
+
+def render(folder: Path) -> Path:
+    """Writes the card of a run's folder from its results.
+
+    Raises:
+        FileNotFoundError: the folder holds no results.
+    """
+    results = read_results(folder)
+    if not results:
+        raise FileNotFoundError(f"No {RESULTS_NAME} in {str(folder)!r}: `trainer.save_model()` writes one.")
+    return write_model_card(folder, results)
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo:
+    """Publishes the checkpoint in `folder` with isolator, pruner, results and a card that names the repo.
+
+    Only files of names that a published model has are pushed: see [`published_files`]. A push that fails changes
+    nothing in `folder` and can be run again; what the card on the Hub says beyond the local one is kept.
+
+    Raises:
+        ValueError: `folder` holds no whole checkpoint, broken results, or a Hub token; or `repo_id` is no "user/name".
+        HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
+    """
+    if not is_repo_id(repo_id):
+        raise ValueError(f"`repo` must be a Hub repo 'user/name', got {repo_id!r}.")
+    check_checkpoint(folder)
+    texts = renewed_texts(folder, repo_id, revision)
+    files = published_files(folder, texts.get(CARD_NAME, b"").decode("utf-8"))
+    # PEFT's empty card is none.
+    contents: dict[str, Path | bytes] = {name: folder / name for name in files if name != CARD_NAME} | texts
+    check_no_token(folder, contents)
+    api = HfApi()
+    with explained("push to", f"the Hub repo {repo_id!r}"):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        # An earlier run's isolator or learnt pruner, which this one has not.
+        stale = {PRUNER_WEIGHTS_NAME, ISOLATOR_WEIGHTS_NAME}.intersection(
+            api.list_repo_files(repo_id, revision=revision)
+        ) - set(files)
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in contents.items()]
+            + [CommitOperationDelete(name) for name in sorted(stale)],
+            revision=revision,
+            commit_message=commit_message or "Upload a model trained with DualSpeed",
+        )
+    _write_texts(folder, texts)
+    return commit
+
+
+def renewed_texts(folder: Path, repo_id: str, revision: str | None) -> dict[str, bytes]:
+    """Results and card as they are to be pushed; nothing in `folder` changes."""
+    results = read_results(folder)
+    with tempfile.TemporaryDirectory() as aside:
+        if read_card(folder / CARD_NAME):
+            shutil.copy(folder / CARD_NAME, aside)
+        adopt_published_card(aside, repo_id, revision)
+        if results:
+            results["hub"] = {**results.get("hub", {}), "repo_id": repo_id}
+            write_results(aside, results)
+            write_model_card(aside, results)
+        names = [RESULTS_NAME] if results else []
+        names += [CARD_NAME] if read_card(Path(aside) / CARD_NAME) else []
+        return {name: (Path(aside) / name).read_bytes() for name in names}
+
+
+def _write_texts(folder: Path, texts: dict[str, bytes]) -> None:
+    for name, data in texts.items():
+        try:
+            (folder / name).write_bytes(data)
+        except OSError as error:
+            logger.warning("Pushed, but the local %s is still the earlier one: %s.", name, error)

@@ -1,0 +1,1 @@
+"""Trainings from YAML files, and the small models that some of them start from."""

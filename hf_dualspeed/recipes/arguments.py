@@ -1,0 +1,197 @@
+"""What a training recipe is told, by a YAML file and the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..trainer.training_args import DualSpeedTrainingArguments
+from ..utils.validation import as_dict, check_choice, check_range, nearest
+
+DTYPES = ("float32", "bfloat16", "auto")
+UNREADABLE_IMAGES = ("raise", "skip")
+
+
+@dataclass
+class RecipeArguments:
+    """Model, data and evaluation of a recipe; the training itself is in [`DualSpeedTrainingArguments`].
+
+    Raises:
+        ValueError: an option has a value that is not allowed; the message names it, its value and the remedy.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Vision-language model to fine-tune: a Hub name or a folder."}
+    )
+    tiny_llava: dict | str | None = field(
+        default=None,
+        metadata={"help": "Train a small LLaVA from scratch instead: arguments of build_tiny_llava (JSON)."},
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Training data: a Hub name, a JSON or JSONL file, a folder, or easy-vqa."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of the training data."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Data with answers to measure accuracy on, with all visual tokens."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "Split of the evaluation data."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder that the data's relative image paths start from."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest sequence in tokens, visual ones included. Unset: no limit."},
+    )
+    unreadable_images: str = field(
+        default="raise",
+        metadata={"help": "'raise': stop at an unreadable image; 'skip': leave it out."},
+    )
+    train_vision_tower: bool = field(default=False, metadata={"help": "Train the vision tower."})
+    train_projector: bool = field(
+        default=True,
+        metadata={"help": "Train the projector, and what belongs to neither tower nor language model."},
+    )
+    train_language_model: bool = field(default=True, metadata={"help": "Train the language model."})
+    lora: dict | str | None = field(
+        default=None,
+        metadata={"help": "Train LoRA adapters instead of weights: arguments of peft.LoraConfig (JSON)."},
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: quantize the loaded weights to 4 bits with bitsandbytes; `lora` trains on top."},
+    )
+    dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights: float32, bfloat16 or auto."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of transformers: sdpa, eager, flash_attention_2, ..."}
+    )
+    eval_batch_size: int = field(default=64, metadata={"help": "Questions answered at a time."})
+    max_new_tokens: int = field(default=8, metadata={"help": "Longest answer in evaluation, in tokens."})
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first so many questions only. Unset: on all."}
+    )
+    card_images: int = field(
+        default=0,
+        metadata={
+            "help": "So many images of eval_dataset, or of dataset, are drawn with their kept tokens for the model "
+            "card, with which they are published."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the repositories of model and pruner bring along."}
+    )
+
+    def __post_init__(self):
+        for name in ("tiny_llava", "lora"):
+            setattr(self, name, as_dict(name, getattr(self, name)))
+        check_choice("dtype", self.dtype, DTYPES)
+        check_range("card_images", self.card_images, 0, off="Use 0 for a card without images.")
+        check_choice("unreadable_images", self.unreadable_images, UNREADABLE_IMAGES)
+        if (self.model_name_or_path is None) == (self.tiny_llava is None):
+            raise ValueError(
+                f"Set exactly one of `model_name_or_path` (got {self.model_name_or_path!r}) and `tiny_llava` "
+                f"(got {self.tiny_llava!r}): one fine-tunes a model, the other trains one anew."
+            )
+        if self.load_in_4bit and (self.lora is None or self.model_name_or_path is None):
+            raise ValueError(
+                "`load_in_4bit` is True, but 4-bit weights cannot be trained themselves: it needs `model_name_or_path` "
+                f"(got {self.model_name_or_path!r}) and `lora` (got {self.lora!r}). Set both, or load_in_4bit=False."
+            )
+        if self.dataset is None:
+            raise ValueError("`dataset` is not set. Name the training data, e.g. `--dataset easy-vqa`.")
+        if not (self.train_vision_tower or self.train_projector or self.train_language_model):
+            raise ValueError(
+                "`train_vision_tower`, `train_projector` and `train_language_model` are all False: nothing "
+                "would be trained. Set at least one of them to True."
+            )
+
+
+class RecipeParser(HfArgumentParser):
+    """[`~transformers.HfArgumentParser`] with defaults from a YAML file, and errors that are exceptions."""
+
+    def __init__(self, prog: str | None = None):
+        super().__init__(
+            (RecipeArguments, DualSpeedTrainingArguments),
+            prog=prog,
+            description="Fine-tunes a vision-language model with DualSpeed.",
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", help="YAML file of defaults for the options below.")
+        self.keys = [f.name for kind in self.dataclass_types for f in fields(kind) if f.init]
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+    def set_defaults_from_yaml(self, path: str) -> None:
+        """Makes the file's values the defaults, each converted as if it stood on the command line."""
+        defaults = {}
+        for key, value in _read_yaml(path).items():
+            if key not in self.keys:
+                raise ValueError(f"{path}: unknown key `{key}`.{nearest(key, self.keys)}")
+            # An empty list has no form on the command line.
+            defaults[key] = [] if value == [] else self._convert(path, key, value)
+        self.set_defaults(**defaults)
+
+    def _convert(self, path: str, key: str, value: str | list[str]):
+        words = [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]
+        try:
+            return getattr(self.parse_args(words), key)
+        except ValueError as error:
+            raise ValueError(f"{path}: `{key}` is {value!r}: {error}") from None
+
+    def check_flags(self, unknown: list[str]) -> None:
+        """Raises a `ValueError` that suggests the nearest flag if any word was not understood."""
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            raise ValueError(f"Unknown argument `{flag}`.{nearest(flag, [f'--{key}' for key in self.keys])}")
+
+
+def parse_recipe(argv: list[str], prog: str | None = None) -> tuple[RecipeArguments, DualSpeedTrainingArguments]:
+    """Reads the command line and the YAML file it names with `--config`, whose values it overrides.
+
+    Args:
+        argv (`list[str]`): The words of the command line, without the program's name.
+        prog (`str`, *optional*): The program's name in `--help`.
+
+    Raises:
+        ValueError: an option is unknown, cannot be converted or is out of range.
+        FileNotFoundError: there is no such YAML file.
+
+    Example:
+
+    ```python
+    recipe_args, training_args = parse_recipe(["--config", "recipe.yaml", "--learning_rate", "2e-5"])
+    ```
+    """
+    parser = RecipeParser(prog)
+    namespace, unknown = parser.parse_known_args(argv)
+    parser.check_flags(unknown)
+    if namespace.config is not None:
+        parser.set_defaults_from_yaml(namespace.config)
+    recipe_args, training_args, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return recipe_args, training_args
+
+
+def _read_yaml(path: str) -> dict[str, str | list[str]]:
+    """The file's keys, each with the words it would have on a command line; nulls are left out."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`config` is {path!r}, but there is no such file.")
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        # YAML 1.1 takes `2e-5` for a string and `no` for a boolean, so scalars are read as they are written.
+        typed, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(typed, dict):
+        raise ValueError(f"{path}: must hold `key: value` lines, but holds a {type(typed).__name__}.")
+    # `zip`, because typed keys need not be strings.
+    pairs = zip(typed.values(), written.items(), strict=True)
+    return {
+        key: json.dumps(value, default=str) if isinstance(value, dict) else words
+        for value, (key, words) in pairs
+        if value is not None
+    }

@@ -1,0 +1,186 @@
+"""From a recipe to a folder with a trained model, its results, its learning curve and its model card."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..data.collators import VisionLanguageCollator
+from ..data.conversations import to_messages
+from ..data.easy_vqa import DATASETS as EASY_VQA
+from ..data.easy_vqa import majority_accuracy
+from ..data.loading import load_examples
+from ..evaluation.generation import answer_accuracy
+from ..evaluation.pruned_prompts import prompts_of
+from ..evaluation.visualize import PICTURE_NAME, draw_images, first_images
+from ..models.adapters import add_lora, four_bit
+from ..models.components import freeze_roles
+from ..pruners import PrunerConfig, available_pruners
+from ..publishing.results import print_results, read_results
+from ..trainer.trainer import DualSpeedTrainer
+from ..trainer.training_args import DualSpeedTrainingArguments
+from ..utils.validation import check_keys
+from .arguments import RecipeArguments
+from .tiny_llava import build_tiny_llava
+
+logger = logging.getLogger(__name__)
+
+
+def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArguments) -> dict:
+    """Trains a model and writes it, its results, learning curve and model card to the output folder.
+
+    Args:
+        recipe ([`RecipeArguments`]): Model, data and evaluation.
+        training_args ([`DualSpeedTrainingArguments`]): The training.
+
+    Returns:
+        `dict`: What results.json holds; empty in all processes but the main one.
+    """
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="loading the data"):
+        check_pruner(training_args, recipe.trust_remote_code)
+        train = load_examples(recipe.dataset, split=recipe.dataset_split, image_folder=recipe.image_folder)
+        test = _load_eval_data(recipe)
+    model, processor = load_model(recipe, train, training_args.seed)
+    trainer = DualSpeedTrainer(
+        model=prepare_model(model, recipe),
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=None if training_args.eval_strategy == "no" else test,
+        processing_class=processor,
+        data_collator=VisionLanguageCollator(
+            processor, max_length=recipe.max_length, unreadable_images=recipe.unreadable_images
+        ),
+    )
+    trainer.facts |= _facts(recipe)
+    trainer.train(resume_from_checkpoint=_checkpoint(training_args))
+    trainer.save_model(_internal_call=True)  # pushed below, once the results and the card are there
+    results = {}
+    if trainer.is_world_process_zero():
+        if test is not None and "answer" in test.column_names:
+            trainer.facts |= _evaluate(recipe, trainer, train, test)
+        if recipe.card_images:
+            trainer.facts |= _picture(recipe, trainer, train if test is None else test)
+        trainer.create_model_card()
+        results = read_results(training_args.output_dir)
+        print_results(results, training_args.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def check_pruner(args: DualSpeedTrainingArguments, trust_remote_code: bool) -> None:
+    """Fails before a model is loaded where there is no such pruner, and registers the code that it brings along."""
+    if args.pruner not in available_pruners():
+        hub = {"revision": args.pruner_revision, "token": args.hub_token}
+        PrunerConfig.from_pretrained(args.pruner, trust_remote_code=trust_remote_code, **hub)
+
+
+def load_model(recipe: RecipeArguments, train: Dataset, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The recipe's model and processor, or a small LLaVA that knows the words of the training data."""
+    if recipe.tiny_llava is not None:
+        check_keys("tiny_llava", recipe.tiny_llava, list(inspect.signature(build_tiny_llava).parameters)[1:])
+        return build_tiny_llava(_texts(train), **{"seed": seed, **recipe.tiny_llava})
+    model = AutoModelForImageTextToText.from_pretrained(
+        recipe.model_name_or_path,
+        dtype=recipe.dtype,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+        **(four_bit(recipe.dtype, recipe.lora) if recipe.load_in_4bit else {}),
+    )
+    # Without torchvision, transformers falls back to the PIL image processors by itself.
+    processor = AutoProcessor.from_pretrained(recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code)
+    return model, processor
+
+
+def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):
+    """Adds the recipe's LoRA adapters, and freezes the roles that it does not train."""
+    prepared = model
+    if recipe.lora is not None:
+        prepared = add_lora(model, recipe.lora)
+    freeze_roles(
+        model,
+        train_vision_tower=recipe.train_vision_tower,
+        train_projector=recipe.train_projector,
+        train_language_model=recipe.train_language_model,
+    )
+    return prepared
+
+
+def _load_eval_data(recipe: RecipeArguments) -> Dataset | None:
+    if recipe.eval_dataset is None:
+        return None
+    return load_examples(recipe.eval_dataset, split=recipe.eval_split, image_folder=recipe.image_folder)
+
+
+def _checkpoint(args: DualSpeedTrainingArguments) -> str | None:
+    """The checkpoint to resume from; "last" starts anew where there is none."""
+    if str(args.resume_from_checkpoint).lower() not in ("last", "true"):
+        return args.resume_from_checkpoint
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last is None:
+        logger.warning("There is no checkpoint in %s yet; training starts from the beginning.", args.output_dir)
+    return last
+
+
+def _facts(recipe: RecipeArguments) -> dict:
+    """What the card says of the recipe's model and data, which the trainer cannot know."""
+    names = {"dataset": recipe.dataset, "dataset_split": recipe.dataset_split, "datasets": [recipe.dataset]}
+    if recipe.eval_dataset is not None:
+        names |= {"eval_dataset": recipe.eval_dataset, "eval_split": recipe.eval_split}
+    model = recipe.model_name_or_path or "tiny LLaVA, from scratch"
+    return {"model": model, "base_model": recipe.model_name_or_path, **names}
+
+
+def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset, test: Dataset) -> dict:
+    answers = answer_accuracy(
+        _whole_model(trainer, recipe),
+        trainer.processing_class,
+        test,
+        batch_size=recipe.eval_batch_size,
+        max_new_tokens=recipe.max_new_tokens,
+        limit=recipe.eval_limit,
+        description="accuracy with all visual tokens",
+    )
+    found = {"accuracy": answers["accuracy"], "n": answers["n"]}
+    if recipe.dataset == recipe.eval_dataset and recipe.dataset in EASY_VQA:
+        asked = test if recipe.eval_limit is None else test.select(range(min(recipe.eval_limit, len(test))))
+        found["majority_accuracy"] = majority_accuracy(train, asked)
+    return found
+
+
+def _picture(recipe: RecipeArguments, trainer: DualSpeedTrainer, data: Dataset) -> dict:
+    """Draws what the pruner keeps of the data's first different images."""
+    mode_pass = trainer.mode_pass
+    if mode_pass.pruner.in_language_model or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return {}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    prepare = prompts_of(mode_pass, model)
+    path = Path(trainer.args.output_dir) / PICTURE_NAME
+    rows = first_images(data, recipe.card_images)
+    return {"kept_tokens": draw_images(prepare, trainer.processing_class, rows, path)}
+
+
+def _whole_model(trainer: DualSpeedTrainer, recipe: RecipeArguments):
+    """The trained model with all its parameters in this process."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return trainer.accelerator.unwrap_model(trainer.model)
+    # Sharded parameters cannot answer in one process alone; what was just saved can.
+    saved = AutoModelForImageTextToText.from_pretrained(
+        trainer.args.output_dir, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
+    )
+    return saved.to(trainer.args.device)
+
+
+def _texts(dataset: Dataset) -> Iterator[str]:
+    """All texts of the conversations."""
+    for example in dataset:
+        for message in to_messages(example)["messages"]:
+            yield from (part["text"] for part in message["content"] if part.get("text"))

@@ -1,0 +1,181 @@
+"""`mode_schedule="adaptive"`: slow steps as often as full-token and pruned losses call for them.
+
+In each slow step, student and teacher answer the same batch from all tokens and from pruned ones. Where the full view
+does worse, training on pruned tokens has led the model away from the view that it will be used with, and slow steps
+bring it back; where it does better, as more tokens should, they are needed less. arXiv 2602.03815 leaves this open.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from bisect import bisect_right
+from collections.abc import Callable
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..pruners import Pruner
+from ..utils.devices import on_host
+from .callbacks import ModeLosses
+from .schedule import FAST, SLOW, ModeSchedule
+
+# The gap is `full / pruned - 1`. Each slow step multiplies the ratio by exp(GAIN * (gap + its trend)), but at most by
+# exp(MOST) and at least by exp(-MOST): a gap of 10 % makes it 1.5 times as large, and so does one that grows by 10 %.
+GAIN, MOST = 4.0, 0.5
+SMOOTHING = 0.5  # weight of the newest gap in their moving average, for batches differ
+
+
+class AdaptiveSchedule(TrainerCallback, ExportableState):
+    """The slow ratio as it has been and is now; kept in the checkpoint, and the same on every rank.
+
+    A measurement is read one slow step later, so that no step waits for the device.
+
+    Args:
+        losses ([`ModeLosses`]): holds the sums of `slow_loss` and `pruned_loss`.
+        reduced (`Callable`): from a tensor to its sum or mean over all ranks.
+        start (`float`): the ratio to begin with.
+        bounds (`tuple[float, float]`): of the ratio.
+        pruner (`Pruner`, *optional*): whose pruning ratio moves as well.
+        min_pruning_ratio (`float`, *optional*): the least of it; the most is its own.
+    """
+
+    def __init__(
+        self,
+        losses: ModeLosses,
+        reduced: Callable[[torch.Tensor], torch.Tensor],
+        start: float,
+        bounds: tuple[float, float],
+        pruner: Pruner | None = None,
+        min_pruning_ratio: float | None = None,
+    ):
+        self.losses, self.reduced, self.bounds = losses, reduced, bounds
+        self.start, self.pruner, self.min_pruning_ratio = float(start), pruner, min_pruning_ratio
+        self.max_pruning_ratio = None if pruner is None else pruner.config.pruning_ratio
+        self._restore({})
+
+    def _restore(self, values: dict) -> None:
+        # From which step on each ratio holds.
+        self.steps, self.ratios = list(values.get("steps", [0])), list(values.get("ratios", [self.start]))
+        self.gap: float | None = values.get("gap")
+        self._waiting: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+        if values.get("waiting") is not None:
+            self._waiting = torch.tensor(values["waiting"]), None
+        self._before: dict[str, torch.Tensor] = {}
+        if self.pruner is not None:
+            self.pruner.reconfigure(pruning_ratio=values.get("pruning_ratio", self.max_pruning_ratio))
+
+    @property
+    def ratio(self) -> float:
+        """The slow ratio of the next step."""
+        return self.ratios[-1]
+
+    def mode_at(self, schedule: ModeSchedule, step: int) -> str:
+        """ "fast" or "slow"; of a step that is not trained yet, by the ratio of now."""
+        if schedule.is_fixed(step):
+            return SLOW
+        ratio = self.ratios[bisect_right(self.steps, step) - 1]
+        return SLOW if random.Random(f"{schedule.seed}:{step}").random() < ratio else FAST
+
+    # --- while training runs --------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        self._restore(saved["attributes"] if saved else {})
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._before = dict(self.losses.sums)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        measured = [self._of_step(name) for name in ("slow_loss", "pruned_loss")]
+        if model.dualspeed.last_mode != SLOW or None in measured:
+            return
+        if self._waiting is not None:
+            self._follow(*self._read(), state.global_step)
+        both = self.reduced(torch.stack(measured))
+        copied = torch.cuda.Event() if both.is_cuda else None
+        self._waiting = on_host(both), copied
+        if copied is not None:
+            copied.record()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.pruner is not None:  # what is saved and evaluated prunes as it was told
+            self.pruner.reconfigure(pruning_ratio=self.max_pruning_ratio)
+
+    def _of_step(self, name: str) -> torch.Tensor | None:
+        now, before = self.losses.sums.get(name), self._before.get(name)
+        return now if now is None or before is None else now - before
+
+    def _read(self) -> list[float]:
+        host, copied = self._waiting
+        if copied is not None:
+            copied.synchronize()  # of a slow step ago
+        return host.tolist()
+
+    def _follow(self, full: float, pruned: float, step: int) -> None:
+        """Moves the ratios from `step` on, by what an earlier slow step has measured."""
+        gap = full / max(pruned, 1e-6) - 1
+        before = gap if self.gap is None else self.gap
+        self.gap = before + SMOOTHING * (gap - before)
+        change = math.exp(min(MOST, max(-MOST, GAIN * (self.gap + self.gap - before))))
+        low, high = self.bounds
+        self.steps.append(step)
+        self.ratios.append(min(high, max(low, self.ratio * change)))
+        if self.pruner is not None:
+            kept = (1 - self.pruner.config.pruning_ratio) * change
+            ratio = 1 - min(1 - self.min_pruning_ratio, max(1 - self.max_pruning_ratio, kept))
+            self.pruner.reconfigure(pruning_ratio=ratio)
+
+    # --- what is shown and kept -----------------------------------------------------------------------------------
+
+    def window(self) -> dict[str, float]:
+        """What is logged: the slow ratio of now, and the gap once there is one."""
+        logs = {"slow_mode_ratio": round(self.ratio, 6)}
+        if self.gap is not None:
+            logs["mode_gap"] = round(self.gap, 6)
+        if self.pruner is not None:
+            logs["pruning_ratio"] = round(self.pruner.config.pruning_ratio, 6)
+        return logs
+
+    def state(self) -> dict:
+        values = {"steps": self.steps, "ratios": self.ratios, "gap": self.gap}
+        values["waiting"] = None if self._waiting is None else self._read()
+        if self.pruner is not None:
+            values["pruning_ratio"] = self.pruner.config.pruning_ratio
+        return {"args": {}, "attributes": values}
+
+
+def adaptive_schedule_of(trainer) -> AdaptiveSchedule | None:
+    """The schedule that a trainer's arguments ask for, among its callbacks; None where it is another kind.
+
+    Raises:
+        ValueError: it cannot be followed; the message says why.
+    """
+    args = trainer.args
+    if args.mode_schedule != "adaptive" or not trainer.slow_mode_ratio:  # projector-only training has no slow steps
+        return None
+    if args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "`mode_schedule` is 'adaptive', but train_sampling_strategy='group_by_length' needs to know the modes of a "
+            "whole epoch beforehand. Use mode_schedule='random', or another sampling strategy."
+        )
+    pruner = None
+    if args.min_pruning_ratio is not None:
+        pruner, most = trainer.mode_pass.pruner, trainer.mode_pass.pruner.config.pruning_ratio
+        if pruner.config.pruning_schedule != "constant" or args.min_pruning_ratio > most:
+            raise ValueError(
+                f"`min_pruning_ratio` is {args.min_pruning_ratio}, but the pruner has pruning_ratio={most} with the "
+                f"pruning_schedule {pruner.config.pruning_schedule!r}. Use a constant ratio that is no smaller, or "
+                "min_pruning_ratio=None to leave it alone."
+            )
+
+    def reduced(shares: torch.Tensor) -> torch.Tensor:
+        return trainer.accelerator.reduce(shares, reduction=trainer.loss_shares)
+
+    bounds = args.min_slow_mode_ratio, args.max_slow_mode_ratio
+    schedule = AdaptiveSchedule(
+        trainer.mode_losses, reduced, trainer.slow_mode_ratio, bounds, pruner, args.min_pruning_ratio
+    )
+    trainer.add_callback(schedule)
+    return schedule

@@ -1,0 +1,126 @@
+"""What the trainer saves beside a model, and how it reads checkpoints back."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
+
+from ..models.adapters import load_adapters
+from ..pruning.isolator import save_isolator, saved_length
+from ..publishing.model_card import kept_card
+from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from .dual_forward import NAME
+
+
+class CheckpointMixin:
+    """Ordinary checkpoints, with isolator and pruner in files of their own, resumed exactly."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        # Sharded training hands over the gathered weights, from which saving takes the isolator's out.
+        gathered = {k.removeprefix(f"{NAME}."): v for k, v in (state_dict or {}).items() if k.startswith(f"{NAME}.")}
+        if state_dict is None and getattr(self.model, "peft_config", None):
+            state_dict = self.model.state_dict()
+        if state_dict is not None:  # PEFT picks weights by pattern, a learnt pruner's biases among them
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(f"{NAME}.")}
+        folder = output_dir or self.args.output_dir
+        with interrupts_deferred(), kept_card(Path(folder)) if self.args.should_save else nullcontext():
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            parts = gathered or self.mode_pass.state_dict()
+            prefix = "pruner."
+            learnt = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
+            self._pruner.save_pretrained(folder, learnt)
+            if self.args.isolator_length:
+                save_isolator(parts["isolator.prompt"], folder)
+            # What an earlier run with other settings left is no part of this one.
+            for name, belongs in ((PRUNER_WEIGHTS_NAME, learnt), (ISOLATOR_WEIGHTS_NAME, self.args.isolator_length)):
+                if not belongs:
+                    (Path(folder) / name).unlink(missing_ok=True)
+            if self.state.global_step and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+                self.write_results(folder)
+
+    def _save_checkpoint(self, model, trial):
+        self.add_up()
+        with interrupts_deferred():
+            super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_isolator(resume_from_checkpoint, self.args.isolator_length)
+        if not (self._load_plain(resume_from_checkpoint) or self._load_adapters(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_fast_view(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        best = self.state.best_model_checkpoint
+        if not (self._load_plain(best) or self._load_adapters(best)):
+            super()._load_best_model()
+        self._load_fast_view(best)
+
+    def _load_plain(self, folder) -> bool:
+        """Loads a full checkpoint that `save_pretrained` wrote; False for adapters, FSDP and DeepSpeed.
+
+        `save_pretrained` writes the published names of the weights, which for most vision-language models differ
+        from those of the modules. The Trainer of transformers 5.23 reads them back by module name with
+        `strict=False` and so loads nothing; `from_pretrained` knows both.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not isinstance(model, PreTrainedModel) or not (Path(folder) / CONFIG_NAME).is_file():
+            return False
+        weights = type(model).from_pretrained(folder, dtype="auto").state_dict()
+        model.load_state_dict(weights, strict=False)
+        return True
+
+    def _load_adapters(self, folder) -> bool:
+        """Loads the PEFT adapters of a checkpoint; False for whole models, FSDP and DeepSpeed."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not sharded and load_adapters(self.accelerator.unwrap_model(self.model), folder)
+
+    def _load_fast_view(self, folder) -> None:
+        # Sharded checkpoints hold isolator and pruner among the model's own weights.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        if self.args.isolator_length:
+            self.mode_pass.isolator.load_pretrained(folder)
+        self._pruner.load_weights(folder)
+
+
+def check_isolator(folder: str | Path, length: int) -> None:
+    """Raises a `ValueError` where `folder` holds an isolator of another length than `length`, or none."""
+    saved = saved_length(folder)
+    if saved is None and not (Path(folder) / PRUNER_CONFIG_NAME).is_file():
+        return  # not written by `save_model`: sharded, or no checkpoint at all, which the Trainer says
+    if (saved or 0) != length:
+        raise ValueError(
+            f"`isolator_length` is {length}, but the checkpoint {str(folder)!r} was trained with {saved or 0}. "
+            f"Set isolator_length={saved or 0} to resume it."
+        )
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Holds Ctrl-C back until the body is done, so that no half-written checkpoint is left behind."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or getattr(before, "defers", False):
+        yield
+        return
+    caught = []
+
+    def hold(*event):
+        caught.append(event)
+
+    hold.defers = True
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt

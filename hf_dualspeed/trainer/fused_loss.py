@@ -1,0 +1,167 @@
+"""The language model's head together with the cross-entropy, by Liger's fused kernel, so that there are no logits.
+
+Where a pass is fused, the head hands on the hidden states that it is given, and they come out of the model in place of
+logits. Shapes: M supervised positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from ..models.interface import unwrap
+from .losses import supervised_cross_entropy
+
+logger = logging.getLogger(__name__)
+
+# Where Liger's Triton kernels run.
+DEVICES = ("cuda",)
+
+
+class FusedHead:
+    """A model's head, which [`FusedHead.open`] makes hand on what it is given.
+
+    The first pass runs as it always does and shows whether logits are what the head returns, and nothing else: some
+    models cap or scale them.
+
+    Args:
+        head (`nn.Linear`): the model's output embeddings.
+        required (`bool`): raise an error rather than run as always where the first pass shows that it does not apply.
+    """
+
+    def __init__(self, head: nn.Linear, required: bool = False):
+        self.head, self.required = head, required
+        self.applies: bool | None = None  # not known before the first pass
+        self.fuses = False  # whether the last call returned hidden states
+        self._returned: list[torch.Tensor] = []
+        self._watch = None
+
+    def open(self, wanted: bool = True) -> None:
+        """The next call of the model returns hidden states for logits, if `wanted`; the first one is watched."""
+        self.close()
+        self.fuses = wanted and bool(self.applies)
+        if self.fuses:
+            self.head.forward = handed_on
+        elif wanted and self.applies is None:
+            # A copy: the model could write into what the head returned.
+            keep = lambda head, args, logits: self._returned.append(logits.detach().clone())  # noqa: E731
+            self._watch = self.head.register_forward_hook(keep)
+
+    def close(self) -> None:
+        """Takes back what `open` did, also after a call that failed."""
+        vars(self.head).pop("forward", None)
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch, self._returned = None, []
+
+    def after(self, logits: torch.Tensor) -> None:
+        """Closes, and judges the first pass by the logits `(..., V)` that it returned, with a wait for the device.
+
+        Raises:
+            ValueError: fused is `required` and does not apply.
+        """
+        watched, returned = self._watch is not None, self._returned
+        self.close()
+        if not watched or not logits.numel():
+            return
+        # Logits of nothing but zeros would stay what they are, whatever the model does with them.
+        same = len(returned) == 1 and returned[0].shape == logits.shape and bool(returned[0].any())
+        self.applies = same and torch.equal(returned[0], logits.detach().to(returned[0].dtype))
+        if not self.applies:
+            reason = "the model's logits are not what its head returns: it caps, scales or replaces them"
+            if self.required:
+                raise ValueError(not_applicable(reason))
+            logger.info("No fused loss: %s.", reason)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those that the loss, rather than the pass, takes into the graph."""
+        return (p for p in self.head.parameters() if p.requires_grad)
+
+    def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        """Summed cross-entropy of the head's logits of `hidden` `(M, D)` against `targets` `(M,)`."""
+        # Liger's takes its gradients in forward, by whether those of the hidden states are asked for, and knows no M=0.
+        head_alone = torch.is_grad_enabled() and not hidden.requires_grad and any(True for _ in self.parameters())
+        if head_alone or not len(hidden):
+            return supervised_cross_entropy(self.head(hidden), targets, 1, label_smoothing)
+        return fused_loss(hidden, self.head.weight, targets, self.head.bias, label_smoothing)
+
+
+def handed_on(hidden: torch.Tensor) -> torch.Tensor:
+    """The forward of an open head."""
+    return hidden
+
+
+def fused_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, label_smoothing: float
+) -> torch.Tensor:
+    """Liger's cross-entropy of `hidden @ weight.T + bias`, summed; `(M, D)`, `(V, D)`, `(V,)`.
+
+    It waits for the device twice, once to count the targets and once in backward, and keeps the weight's gradient
+    `(V, D)` from forward on.
+    """
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(
+        hidden, weight, targets, bias=bias, label_smoothing=label_smoothing, reduction="sum"
+    )
+
+
+def fused_head(model: nn.Module, choice: str, device: torch.device, otherwise: str | None = None) -> FusedHead | None:
+    """The model's head for passes with a fused loss; None where it is "off", or "auto" and does not apply.
+
+    Args:
+        model (`nn.Module`): a vision-language model, wrapped or not.
+        choice (`str`): "auto", "on" or "off".
+        device (`torch.device`): where it is trained.
+        otherwise (`str`, *optional*): why the caller cannot do with it.
+
+    Raises:
+        ValueError: it is "on" and does not apply; the message says why.
+    """
+    if choice == "off":
+        return None
+    head = unwrap(model).get_output_embeddings()
+    reason = otherwise or why_not(head, device)
+    if reason is None:
+        return FusedHead(head, required=choice == "on")
+    if choice == "on":
+        raise ValueError(not_applicable(reason))
+    return None
+
+
+def why_not(head: nn.Module | None, device: torch.device) -> str | None:
+    """Why a head cannot be fused with the loss, as far as it can be told beforehand; None where it can."""
+    if find_spec("liger_kernel") is None:
+        return 'liger-kernel is not installed (pip install "hf-dualspeed[liger]")'
+    if device.type not in DEVICES:
+        return f"its kernels run on {' and '.join(DEVICES)}, and the model is trained on {device.type}"
+    if type(head) is not nn.Linear:
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        return f"the model's head is {kind}, not a plain nn.Linear: adapted, quantized or its own"
+    if type(head.weight) is not nn.Parameter:
+        return f"the weight of the model's head is a {type(head.weight).__name__}: sharded or quantized"
+    if "forward" in vars(head):
+        return "the forward of the model's head has been replaced, as accelerate's device_map does"
+    return None
+
+
+def check_liger_kernel(args: TrainingArguments) -> None:
+    """Raises a `ValueError` where `use_liger_kernel` would replace the model's forward."""
+    config = args.liger_kernel_config or {}
+    if args.use_liger_kernel and config.get("fused_linear_cross_entropy", True):
+        raise ValueError(
+            "`use_liger_kernel`=True puts Liger's forward in place of the model's, which takes no mask of positions as "
+            "`logits_to_keep`, on which every step rests. Set fused_head_loss='on' for its fused loss, and "
+            'use_liger_kernel=False, or liger_kernel_config={"fused_linear_cross_entropy": False} for its other '
+            "kernels alone, which are not tested on pruned tokens."
+        )
+
+
+def not_applicable(reason: str) -> str:
+    """The message for a fused loss that was asked for."""
+    return f"`fused_head_loss` is 'on', but {reason}. Use 'auto', which takes it where it applies, or 'off'."

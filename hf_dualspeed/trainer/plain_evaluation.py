@@ -1,0 +1,53 @@
+"""Losses outside of training: the model's own, on all tokens, without the pruner and the isolator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..models.interface import unwrap
+from .dual_forward import EVALUATION
+
+
+class PlainEvaluationMixin:
+    """Evaluation of a `Trainer` as it always is, but for its head: where the loss alone is asked for, it runs at
+    supervised positions only, and gives the same loss."""
+
+    # Whether the trainer makes more of logits than the loss.
+    reads_logits = False
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """[`~transformers.Trainer.prediction_step`]; predictions hold the logits of all positions."""
+        given = model, inputs, prediction_loss_only, ignore_keys
+        sliced = prediction_loss_only and not self.reads_logits and self.mode_pass.slices_logits
+        if not sliced or not has_plain_loss(self.model, inputs):
+            return super().prediction_step(*given)
+        self.mode_pass.begin(EVALUATION, False, None)
+        try:
+            return super().prediction_step(*given)
+        finally:
+            self.mode_pass.end()
+
+    def plain_loss(self, model, inputs, return_outputs=False):
+        """The mean over the supervised tokens of a batch; NaN where it has none, as the model's own."""
+        evaluates = self.mode_pass.mode == EVALUATION
+        if not evaluates and (self.label_smoother is None or "labels" not in inputs):
+            return super().compute_loss(model, inputs, return_outputs)
+        outputs = model(**inputs)
+        if not evaluates:  # the Trainer shifts smoothed labels for the names of plain causal models only
+            loss = self.label_smoother(outputs, inputs["labels"], shift_labels=True)
+        else:
+            entropy = self.mode_pass.cross_entropy(outputs.logits, self.args.label_smoothing_factor)
+            loss = entropy / len(self.mode_pass.targets)
+        return (loss, outputs) if return_outputs else loss
+
+
+def has_plain_loss(model: nn.Module, inputs: Mapping) -> bool:
+    """Whether the model's loss on a batch is the mean cross-entropy of the labels shifted by one, and nothing else."""
+    outer = unwrap(model)
+    configs = (outer.config, outer.config.get_text_config())
+    routed = any(getattr(config, "output_router_logits", False) for config in configs)
+    asked = {"output_router_logits", "shift_labels", "num_items_in_batch", "logits_to_keep"} & inputs.keys()
+    return inputs.get("labels") is not None and not routed and not asked and outer.loss_function is ForCausalLMLoss

@@ -1,0 +1,303 @@
+"""What the trainer tells of a run: its record, its card, and pushes to the Hub while it trains and afterwards."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import TrainerState
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import ADAPTER_CONFIG_NAME
+
+from ..hub.errors import explained
+from ..models.interface import unwrap
+from ..publishing.model_card import adopt_published_card, write_model_card
+from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_results, run_record, write_results
+from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.environment import peak_memory, reset_peak_memory
+from ..utils.text import one_line, without_paths
+from .speedup import measure_speedup
+
+logger = logging.getLogger(__name__)
+
+# Files of a fast view, which a run has or has not; those of an earlier run with other settings must go.
+PARTS = (ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME)
+
+
+class PublishingMixin:
+    """results.json, README.md and what of them goes to the Hub."""
+
+    _pushing: dict | None = None  # revision and token of `push_to_hub`, while it runs
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self._begin_record()
+        reset_peak_memory(self.args.device)
+        if resume_from_checkpoint:
+            self._earlier = read_results(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _begin_record(self) -> None:
+        self._aside: list[dict] = []
+        self._earlier: dict = {}
+        self._speedup: dict | None = None
+        self._peak: dict | None = None
+        # The data set of each metric of each step that was evaluated.
+        self._evaluated_on: dict[tuple[int, str], str | None] = {}
+
+    def _finalize_training(self, *args, **kwargs):
+        output = super()._finalize_training(*args, **kwargs)
+        self.add_up()  # before plain passes, which take more memory
+        steps = self.state.global_step - self._initial_global_step
+        self._speedup, self._aside = measure_speedup(self, self._aside, steps), []
+        if self._speedup is not None:
+            logger.info("Speed-up over plain full-token steps: %s.", self._speedup)
+        return output
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_dataset[data] if isinstance(data, str) else data
+        if not isinstance(data, dict):  # of several, each has come here by itself
+            self._evaluated_on |= {(self.state.global_step, key): dataset_name(data) for key in metrics}
+        return metrics
+
+    def add_up(self) -> None:
+        """Sums the visual tokens of all processes, and takes the most memory of any. Call it in all of them."""
+        clock, peak = self.clock, peak_memory(self.args.device)
+        clock.all_visual_tokens = dict(clock.visual_tokens)
+        if self.accelerator.num_processes > 1:
+            counts = torch.tensor([*clock.visual_tokens.values(), 0], device=self.args.device)
+            full, kept, _ = self.accelerator.reduce(counts, "sum").tolist()
+            shared = self.get_tp_size()  # tensor parallel ranks are given the same batch
+            clock.all_visual_tokens = {"full": full // shared, "kept": kept // shared}
+            held = torch.tensor([peak["bytes"] if peak else 0], device=self.args.device)
+            peak = peak and {**peak, "bytes": self.accelerator.gather(held).max().item()}
+        self._peak = peak
+
+    def record(self, folder: str | Path | None = None) -> dict:
+        """What is known of the run so far, as results.json in `folder` holds it and the model card shows it.
+
+        What an earlier part of a resumed run has measured stays, but for what its weights answered. In several
+        processes, visual tokens and memory are those of the last checkpoint, or of the end.
+        """
+        if self.is_in_train and self.accelerator.num_processes == 1:
+            self.add_up()
+        model = unwrap(self.model)
+        results = {"name": Path(folder or self.args.output_dir).resolve().name}
+        results |= {key: value for key, value in self._earlier.items() if key not in (*results, *OF_WEIGHTS)}
+        known = [dataset_name(self.train_dataset)]
+        results |= {"base_model": getattr(model, "name_or_path", "") or None, "datasets": [n for n in known if n]}
+        results |= {"adapter": bool(getattr(self.model, "peft_config", None))}
+        evaluation, of = self._evaluated()
+        results |= {"evaluation": evaluation, "eval_dataset": of}
+        results |= {"processor": self.processing_class is not None, **self.facts}
+        results |= run_record(self.args, self.summary(), self.clock.total_seconds)
+        results |= {"progress": progress(self.state)}
+        results |= {"visual_tokens": self.clock.all_visual_tokens if self.clock.all_visual_tokens["full"] else None}
+        results |= {"peak_memory": larger(self._peak, self._earlier.get("peak_memory"))}
+        same = as_stored(results["settings"]) == self._earlier.get("settings")
+        results |= {"speedup": self._speedup or (self._earlier.get("speedup") if same else None)}
+        results |= {"pruned_in_language_model": self._pruner.in_language_model or None}
+        repo_id = self.hub_model_id or self.args.hub_model_id
+        on_hub = {
+            "repo_id": repo_id if repo_id and "/" in repo_id else None,
+            "base_model": results["base_model"] if is_hub_id(results["base_model"]) else None,
+            "datasets": [name for name in results["datasets"] if is_hub_id(name)],
+        }
+        results |= {"hub": {key: value for key, value in on_hub.items() if value}}
+        return without_paths({key: value for key, value in results.items() if is_known(value)})
+
+    def _evaluated(self) -> tuple[dict | None, str | None]:
+        """Metrics of the Trainer's evaluation of the weights as they are, and the data set, where it is one and known.
+
+        None where there was none. Without what is no finite number.
+        """
+        state = self.state
+        best = self.args.load_best_model_at_end and not self.is_in_train and state.best_global_step
+        found = {}
+        for entry in state.log_history:
+            if entry["step"] == (best or state.global_step):
+                found |= {k: v for k, v in entry.items() if k.startswith("eval_") and isinstance(v, (int, float))}
+        names = {self._evaluated_on.get((best or state.global_step, key)) for key in found}
+        found = {key: value for key, value in found.items() if is_known(value)}
+        return found or None, names.pop() if len(names) == 1 else None
+
+    def write_results(self, folder: str | Path | None = None) -> dict:
+        """Writes results.json and, where losses were logged, learning_curve.png to `folder`; returns the results."""
+        from ..publishing.plots import (
+            CURVE_NAME,
+            plot_learning_curve,  # matplotlib takes its time
+        )
+
+        folder = Path(folder or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        results, history = self.record(folder), self.state.log_history
+        if any("fast_loss" in entry or "slow_loss" in entry for entry in history):
+            of = f" on {', '.join(results['datasets'])}" if results["datasets"] else ""
+            plot_learning_curve(history, folder / CURVE_NAME, f"{results['name']}: training{of}")
+            results["learning_curve"] = CURVE_NAME
+        write_results(folder, results)
+        return results
+
+    def create_model_card(
+        self,
+        language=None,
+        license=None,
+        tags=None,
+        model_name=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset_tags=None,
+        dataset=None,
+        dataset_args=None,
+    ) -> None:
+        """Writes results.json and README.md from what was measured; sections that a person wrote there stay.
+
+        `model_name`, `tasks` and `dataset_args` are not used: the card's name is that of folder or repo, and the rest
+        is in the results.
+        """
+        given = {"language": language, "license": license, "tags": as_list(tags), "base_model": finetuned_from}
+        given["datasets"] = list(dict.fromkeys([*as_list(dataset), *as_list(dataset_tags)]))
+        self.facts |= {key: value for key, value in given.items() if value}
+        if self.is_world_process_zero():
+            if self._pushing is not None:
+                self._adopt_card(**self._pushing)
+            write_model_card(self.args.output_dir, self.write_results())
+
+    # --- pushing --------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token=None, private=None):
+        repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with explained("push to", f"the Hub repo {repo_id!r}"):
+            super().init_hf_repo(token, private)
+        if self.args.push_to_hub and self.is_world_process_zero():  # what is wrong with a card is said at the start
+            self._adopt_card(token=token)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """[`~transformers.Trainer.push_to_hub`] with results and card; what a person wrote on the Hub stays.
+
+        Raises:
+            HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached; the message says what to do.
+            ValueError: the card here, or the one on the Hub, cannot be read.
+        """
+        self._pushing = {"revision": revision, "token": token}
+        try:
+            self._finish_current_push()  # it may hold an older card
+            with explained("push to", f"the Hub repo {self._repo_id()!r}"):
+                pushed = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+                if blocking and self.is_world_process_zero():
+                    self._delete_stale_parts(revision, token)
+            return pushed
+        except (HfHubHTTPError, ConnectionError) as error:
+            error.args = (f"The push to the Hub failed ({one_line(error)}). {self._push_later()}",)
+            raise
+        finally:
+            self._pushing = None
+
+    def _adopt_card(self, revision: str | None = None, token: str | None = None) -> None:
+        """Takes over what a person wrote into the card on the Hub since the last push."""
+        revision, token = revision or self.args.hub_revision, token or self.args.hub_token
+        adopt_published_card(self.args.output_dir, self.hub_model_id, revision, token)
+
+    def _delete_stale_parts(self, revision: str | None, token: str | None) -> None:
+        """Takes an earlier run's isolator and learnt pruner out of the repo, where this run has none."""
+        api, revision = HfApi(token=token or self.args.hub_token), revision or self.args.hub_revision
+        stale = [name for name in PARTS if not (Path(self.args.output_dir) / name).is_file()]
+        stale = [name for name in stale if api.file_exists(self.hub_model_id, name, revision=revision)]
+        if stale:
+            message = "Delete parts of an earlier run"
+            api.delete_files(self.hub_model_id, stale, revision=revision, commit_message=message)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._report_failed_pushes()
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+            if (self.args.hub_always_push or not busy) and not self._prepare_push(Path(checkpoint_folder)):
+                return
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _prepare_push(self, checkpoint: Path) -> bool:
+        """Brings output folder and card up to the checkpoint; False, with a warning, where a card stands in the way."""
+        copy_parts(checkpoint, Path(self.args.output_dir))
+        try:
+            self._adopt_card()
+            self.create_model_card()
+        except (OSError, ValueError) as error:  # not worth a training that has come this far
+            logger.warning("%s is not pushed: %s %s", checkpoint.name, one_line(error), self._push_later())
+            return False
+        return True
+
+    def _finish_current_push(self):
+        super()._finish_current_push()
+        self._report_failed_pushes()
+
+    def _report_failed_pushes(self) -> None:
+        """Pushes during training run in the background, where the Trainer lets their errors go unseen."""
+        pushing = getattr(self, "push_in_progress", None)
+        for job in list(pushing.jobs) if pushing is not None else ():
+            if job.done() and not job.cancelled() and job.exception() is not None:
+                pushing.jobs.remove(job)
+                logger.warning("A push to the Hub failed (%s). %s", one_line(job.exception()), self._push_later())
+
+    def _push_later(self) -> str:
+        return (
+            f"Nothing on this machine is lost. When training has ended and the model is saved, push it with: "
+            f"dualspeed push {self.args.output_dir} {self._repo_id()}"
+        )
+
+    def _repo_id(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or "user/repo"
+
+
+def progress(state: TrainerState) -> dict | None:
+    """The optimizer step of a run that has not reached its last one."""
+    return {"step": state.global_step, "of": state.max_steps} if state.global_step < state.max_steps else None
+
+
+def larger(peak: dict | None, other: dict | None) -> dict | None:
+    """The larger of two peaks of memory of one kind."""
+    comparable = peak and other and peak["of"] == other["of"]
+    return max(peak, other, key=lambda measured: measured["bytes"]) if comparable else peak or other
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """One name, several or none as a list."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def as_stored(value: object) -> object:
+    """A value as it is read back from results.json."""
+    return json.loads(json.dumps(without_paths(value)))
+
+
+def is_known(value: object) -> bool:
+    """Whether there is a value, and it is no number that JSON and the Hub do not have."""
+    return value is not None and (not isinstance(value, float) or math.isfinite(value))
+
+
+def copy_parts(checkpoint: Path, folder: Path) -> None:
+    """Copies what `_save` writes beside the model, but the Trainer does not know by name: isolator and pruner, code,
+    and further adapters."""
+    if (checkpoint / PRUNER_CONFIG_NAME).is_file():  # else it is sharded and holds them among the weights
+        for name in PARTS:
+            if not (checkpoint / name).is_file():
+                (folder / name).unlink(missing_ok=True)
+    for path in checkpoint.iterdir():
+        if path.name in (*PARTS, PRUNER_CONFIG_NAME) or path.suffix == ".py":
+            shutil.copy(path, folder)
+        elif (path / ADAPTER_CONFIG_NAME).is_file():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)

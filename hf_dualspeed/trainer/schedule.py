@@ -1,0 +1,80 @@
+"""Which optimizer steps are fast and which are slow: a function of the seed and the step alone."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+
+from ..utils.validation import check_choice, check_range
+from .training_args import MODE_SCHEDULES
+
+logger = logging.getLogger(__name__)
+
+FAST, SLOW = "fast", "slow"
+CHANGING = ("growing", "shrinking")
+
+
+@dataclass(frozen=True)
+class ModeSchedule:
+    """`mode_at(step)` gives the same answer on every rank, for every micro-batch and after resuming.
+
+    Args:
+        ratio (`float`): fraction of slow steps.
+        kind (`str`): "random": each step is slow with probability `ratio`; "growing" and "shrinking": with one that
+            goes evenly from 0 to twice `ratio`, or back; "periodic": the last of every `round(1 / ratio)` steps is;
+            "adaptive": as "random", until an [`AdaptiveSchedule`] changes the ratio.
+        seed (`int`): of the random schedule.
+        warmup_steps (`int`): the first so many steps are slow.
+        tail_ratio (`float`): the last fraction of `total_steps` that is slow.
+        total_steps (`int`, *optional*): optimizer steps of the whole run; needed for a tail and for ratios that change.
+    """
+
+    ratio: float = 0.05
+    kind: str = "random"
+    seed: int = 0
+    warmup_steps: int = 0
+    tail_ratio: float = 0.0
+    total_steps: int | None = None
+
+    def __post_init__(self):
+        check_range("ratio", self.ratio, 0, 1, off="Use 0.0 for fast steps only.")
+        check_choice("kind", self.kind, MODE_SCHEDULES)
+        check_range("tail_ratio", self.tail_ratio, 0, 1, off="Use 0.0 for no slow tail.")
+        if self.tail_ratio and not self.total_steps:
+            raise ValueError("`tail_ratio` needs `total_steps`, got None. Set total_steps or tail_ratio=0.0.")
+        if self.kind in CHANGING and not self.total_steps:
+            raise ValueError(f"`kind` {self.kind!r} needs `total_steps`, got None. Set total_steps or kind='random'.")
+        if self.kind == "periodic" and self.ratio and abs(1 / self.period - self.ratio) > 0.1 * self.ratio:
+            logger.warning(
+                "A periodic schedule of ratio %s is slow every %d step(s), a ratio of %.2f. Use 1/N, or 'random'.",
+                self.ratio,
+                self.period,
+                1 / self.period,
+            )
+
+    @property
+    def period(self) -> int:
+        """Steps from one slow step of the periodic schedule to the next; 0 where there is none."""
+        return round(1 / self.ratio) if self.ratio else 0
+
+    def ratio_at(self, step: int) -> float:
+        """The probability that step `step` is slow, for the kinds that draw."""
+        if self.kind not in CHANGING:
+            return self.ratio
+        done = (step + 0.5) / self.total_steps
+        return min(1.0, 2 * self.ratio * (done if self.kind == "growing" else 1 - done))
+
+    def is_fixed(self, step: int) -> bool:
+        """Whether the step is slow whatever is drawn: in the warm-up, or in the tail."""
+        tail = self.tail_ratio and step >= self.total_steps - round(self.tail_ratio * self.total_steps)
+        return step < self.warmup_steps or bool(tail)
+
+    def mode_at(self, step: int) -> str:
+        """ "fast" or "slow" for optimizer step `step`, counted from 0."""
+        if self.is_fixed(step):
+            return SLOW
+        if self.kind == "periodic":
+            return SLOW if self.period and step % self.period == self.period - 1 else FAST
+        # A generator per step, seeded by a string: Python documents both the seeding and `random()` as stable.
+        return SLOW if random.Random(f"{self.seed}:{step}").random() < self.ratio_at(step) else FAST

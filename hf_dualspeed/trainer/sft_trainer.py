@@ -1,0 +1,202 @@
+"""DualSpeed over TRL: `trl.SFTTrainer` with fast and slow optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from ..models.adapters import check_adapter
+from ..pruners import Pruner
+from .checkpoints import interrupts_deferred
+from .trainer import DualSpeedMixin
+from .training_args import DualSpeedArguments
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
+    raise ImportError(
+        'DualSpeedSFTTrainer and DualSpeedSFTConfig need TRL: pip install "hf-dualspeed[trl]".'
+    ) from error
+
+
+@dataclass
+class DualSpeedSFTConfig(DualSpeedArguments, SFTConfig):
+    """[`~trl.SFTConfig`], with its defaults, plus the options of [`DualSpeedArguments`].
+
+    Raises:
+        ValueError: an option is outside its range; the message names it, its value and the remedy.
+    """
+
+
+class AttachLast(Trainer):
+    """Attaches DualSpeed to the model right before [`~transformers.Trainer`] gets it.
+
+    It comes after SFTTrainer in the order of calls: by then SFTTrainer has loaded a model given by name, resized its
+    embeddings and wrapped it in PEFT, so that the hooks sit on the outermost model.
+    """
+
+    def __init__(self, model: nn.Module, args: DualSpeedSFTConfig, **kwargs):
+        self._attach(model, args)
+        super().__init__(model=model, args=args, **kwargs)
+
+
+class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
+    """[`~trl.SFTTrainer`] with fast and slow steps; see [`DualSpeedMixin`].
+
+    Data sets, TRL's collator, `peft_config` and models given by name work as in SFTTrainer, but for visual tokens,
+    which are never labels here. Training logs `mean_token_accuracy` (of the tokens as the step saw them: pruned in
+    fast steps) and `num_tokens` (before pruning), but no `entropy`; evaluation is SFTTrainer's own, on all tokens.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): a vision-language model that takes `mm_encoder_outputs`.
+        args (`DualSpeedSFTConfig` or `trl.SFTConfig`, *optional*): options; an SFTConfig gets DualSpeed's defaults.
+        pruner (`Pruner`, *optional*): in place of `args.pruner`.
+        peft_config (`PeftConfig`, *optional*): adapters to train in place of the weights.
+        kwargs: those of SFTTrainer.
+
+    Raises:
+        ValueError: the model, an option or the first batch cannot be trained this way; the message says why.
+    """
+
+    _tag_names = ["trl", "sft", "dualspeed"]
+    reads_logits = True  # TRL's metrics are made of them
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: SFTConfig | None = None,
+        *,
+        pruner: Pruner | None = None,
+        peft_config=None,
+        **kwargs,
+    ):
+        args = dualspeed_config(args, model)
+        check_sft_options(args)
+        check_adapter(peft_config or getattr(model, "active_peft_config", None))
+        super().__init__(model, args, pruner=pruner, peft_config=peft_config, **kwargs)
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"`router_aux_loss_coef` is {self.router_aux_loss_coef} (yours, or the model's own), but DualSpeed "
+                "does not compute the load-balancing loss of a mixture of experts. Set router_aux_loss_coef=0.0."
+            )
+        # Right, supervised and all tokens that this rank trained on; summed over ranks when they are shown.
+        self._token_counts = torch.zeros(3, dtype=torch.long, device=self.args.device)
+        self._shown_counts = [0, 0]
+
+    def _attach_given(self, model, args) -> None:
+        """Nothing yet: SFTTrainer has still to load or to wrap the model. [`AttachLast`] attaches to what it makes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """DualSpeed's losses in training, SFTTrainer's own outside of it."""
+        if self.mode_pass.mode is None:
+            return SFTTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "use_cache": False}  # as SFTTrainer: checkpointing, its default, would warn about the cache
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        except ValueError as error:
+            if "Image features and image tokens do not match" not in str(error) or self.args.max_length is None:
+                raise
+            raise ValueError(
+                f"`max_length`={self.args.max_length} cuts visual tokens off a sample ({error}). Raise it, or set "
+                "max_length=None."
+            ) from error
+        if self.is_in_train:  # not where the speed-up is measured
+            self._count(outputs.logits, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    # --- TRL's metrics --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _count(self, logits: torch.Tensor, inputs: dict) -> None:
+        """Adds up, on the device, what TRL's metrics are made of; logits `(M, V)`."""
+        targets = self.mode_pass.targets
+        right = logits.argmax(-1) == targets
+        # The parts of a split batch are all called with the whole of it.
+        seen = inputs.get("attention_mask", inputs["input_ids"] >= 0) * self.mode_pass.first_part
+        new = torch.stack([right.sum(), torch.ones_like(targets).sum(), seen.sum()])
+        self._token_counts = self._token_counts + new
+
+    def _counted(self):
+        restore, counts = super()._counted(), self._token_counts
+
+        def restore_all() -> None:
+            restore()
+            self._token_counts = counts
+
+        return restore_all
+
+    def _gather_counts(self) -> tuple[int, int]:
+        """Right and supervised tokens so far, over all ranks; sets `_total_train_tokens`. Call it on every rank."""
+        right, supervised, seen = self.accelerator.reduce(self._token_counts, reduction="sum").tolist()
+        self._total_train_tokens = seen // self._tp_size  # tensor parallel ranks are given the same batch
+        return right, supervised
+
+    def evaluate(self, *args, **kwargs):
+        self._gather_counts()
+        return super().evaluate(*args, **kwargs)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:  # a training log, written on every rank at the same step
+            counts = self._gather_counts()
+            right, supervised = (new - old for new, old in zip(counts, self._shown_counts, strict=True))
+            self._shown_counts = counts
+            logs.update(mean_token_accuracy=right / max(1, supervised), num_tokens=self._total_train_tokens)
+        super().log(logs, start_time)
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        # Not SFTTrainer's, which writes a card beside each checkpoint: ours would keep the first one's figures.
+        self.add_up()
+        with interrupts_deferred():
+            super(SFTTrainer, self)._save_checkpoint(model, trial)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Writes results.json and README.md from what was measured; `model_name` is not used."""
+        super().create_model_card(dataset=dataset_name, tags=tags)
+
+
+def dualspeed_config(args: SFTConfig | None, model: str | nn.Module) -> DualSpeedSFTConfig:
+    """The options with DualSpeed's own: those of `args` where it has them, else their defaults.
+
+    Raises:
+        ValueError: `args` is no `SFTConfig`.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "name_or_path", "")
+        return DualSpeedSFTConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-SFT")
+    if isinstance(args, DualSpeedSFTConfig):
+        return args
+    if not isinstance(args, SFTConfig):
+        raise ValueError(f"`args` must be DualSpeedSFTConfig or trl.SFTConfig, got {type(args).__name__}.")
+    # Not built anew: an option's value is no longer what the user wrote, and may not go through `__init__` twice.
+    config = object.__new__(DualSpeedSFTConfig)
+    config.__dict__.update(args.__dict__)
+    for option in fields(DualSpeedArguments):
+        if option.name not in config.__dict__:
+            factory = option.default_factory
+            config.__dict__[option.name] = option.default if factory is MISSING else factory()
+    return config
+
+
+def check_sft_options(args: SFTConfig) -> None:
+    """Raises a `ValueError` where an option of TRL asks for what DualSpeed cannot do."""
+    remedies = {
+        "packing": "Pruning shortens each padded sample by itself. Leave it False.",
+        "padding_free": "Pruning shortens each padded sample by itself. Leave it False.",
+        "use_liger_kernel": "Liger's kernels replace parts of the model that have not been tested on pruned tokens. "
+        "Leave it False.",
+    }
+    for name, remedy in remedies.items():
+        if getattr(args, name):
+            raise ValueError(f"`{name}`=True is not supported by DualSpeed. {remedy}")
+    if args.loss_type != "nll":
+        raise ValueError(
+            f"`loss_type`={args.loss_type!r} is not supported: DualSpeed computes cross-entropy and distillation "
+            "itself. Use loss_type='nll'."
+        )

@@ -1,0 +1,218 @@
+"""How much faster training was than plain steps on all tokens, measured on its own micro-batches once it is over."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from statistics import median
+
+import numpy as np
+import torch
+from accelerate.utils import recursively_apply
+from torch import nn
+from transformers import Trainer
+
+from ..utils.text import one_line
+from .schedule import FAST, SLOW
+
+logger = logging.getLogger(__name__)
+
+PLAIN = "plain"
+# A round costs two plain passes, a fast and a slow one over a micro-batch: the time of some ten fast steps of one
+# micro-batch each. With so many optimizer steps for each it stays about a tenth of the training.
+STEPS_PER_ROUND = 100
+
+
+def is_due(trainer) -> bool:
+    """Whether the micro-batch that begins is to be set aside: some from all over the training, for the first ones may
+    be the longest, and each from another place in its step, for so may those of a step."""
+    wanted, kept = trainer.args.speedup_rounds + 1, len(trainer._aside)
+    step, micro = trainer._micro
+    if wanted == 1 or kept == wanted:
+        return False
+    due = step >= int((kept + 0.5) * trainer.state.max_steps / wanted)
+    return due and micro == kept % trainer.current_gradient_accumulation_steps
+
+
+def set_aside(inputs: dict) -> dict:
+    """A micro-batch for later, on the host; copied there without waiting for the device."""
+    return recursively_apply(_on_host, dict(inputs))
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def measure_speedup(trainer, batches: list[dict], steps: int) -> dict | None:
+    """Times plain, fast and slow passes, forward and backward; None, with a line in the log, where that is impossible.
+
+    A plain pass is `transformers.Trainer`'s own: the model's loss on all tokens. Fast and slow passes are those of
+    training. Rounds are interleaved, the first is not counted, and medians are compared: speed-up is `plain / ((1 - r)
+    * fast + r * slow)` with the share r of slow steps that were run. Gradients are thrown away, and neither weights
+    nor buffers, random states or counters change. With several processes each measures by itself, without exchanging
+    gradients, and the means over processes are compared. Call it on all of them.
+
+    Args:
+        trainer (`DualSpeedMixin`): after training.
+        batches (`list[dict]`): micro-batches of the training.
+        steps (`int`): optimizer steps that this call of `train` ran.
+    """
+    rounds = trainer.args.speedup_rounds
+    if not rounds:
+        return None
+    reason = not_measurable(trainer, batches, steps)
+    if reason is not None:
+        logger.info("Speed-up not measured: %s.", reason)
+        return None
+    modes = [mode for mode in (FAST, SLOW) if trainer.clock.steps[mode]]
+    times = None
+    try:
+        with untouched(trainer):
+            times = time_rounds(trainer, batches, modes, rounds)
+    # Whatever fails here, memory for a plain pass above all, must not cost a training that is done but not yet saved.
+    except Exception as error:
+        logger.warning("Speed-up not measured: %s: %s", type(error).__name__, one_line(error))
+    medians = [median(times[name]) if times else float("nan") for name in (PLAIN, *modes)]
+    means = trainer.accelerator.reduce(torch.tensor(medians, device=trainer.args.device), "mean").tolist()
+    if any(math.isnan(mean) for mean in means):  # it failed in some process
+        return None
+    return summary(dict(zip((PLAIN, *modes), means, strict=True)), trainer.clock.steps, rounds, samples(batches))
+
+
+def summary(seconds: dict[str, float], steps: dict[str, int], rounds: int, count: int) -> dict:
+    """The record of a measurement, from the seconds of each kind of pass and the steps that were run."""
+    share = steps[SLOW] / (steps[FAST] + steps[SLOW])
+    trained = (1 - share) * seconds.get(FAST, 0.0) + share * seconds.get(SLOW, 0.0)
+    return {
+        **{f"{name}_seconds": round(value, 6) for name, value in seconds.items()},
+        "slow_share": round(share, 6),
+        "speedup": round(seconds[PLAIN] / trained, 4),
+        "rounds": rounds,
+        "samples": count,
+    }
+
+
+def samples(batches: list[dict]) -> int:
+    """Samples of the largest micro-batch."""
+    return max(len(batch["input_ids"]) for batch in batches)
+
+
+def not_measurable(trainer, batches: list[dict], steps: int) -> str | None:
+    """Why the speed-up cannot be measured, or not without changing what was trained; None where it can."""
+    if not batches or not sum(trainer.clock.steps.values()):
+        return "nothing was trained"
+    if steps < STEPS_PER_ROUND * trainer.args.speedup_rounds:
+        return (
+            f"{steps} optimizer steps are too few for speedup_rounds={trainer.args.speedup_rounds}, which takes "
+            f"{STEPS_PER_ROUND} for each round"
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.get_tp_size() > 1:
+        return "the model is sharded, so that a plain pass cannot be run beside the training"
+    if trainer.model_wrapped is not trainer.model and trainer.args.torch_compile and trainer.args.world_size > 1:
+        return "a compiled model of several processes has no pass without exchanging gradients"
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trainer.model.parameters()):
+        return f"hooks on the parameters, such as those of optim={str(trainer.args.optim)!r}, act in backward"
+    return None
+
+
+def time_rounds(trainer, batches: list[dict], modes: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each kind of pass by round, one round for warming up left out.
+
+    Each round runs its micro-batch plainly once before: in training it may have run shortened alone, and the first
+    pass over a shape takes longer.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in (PLAIN, *modes)}
+    model = measured_model(trainer)
+    for number in range(-1, rounds):
+        inputs = batches[number % len(batches)]
+        # Evenly spread over training, for a pruning ratio that changes.
+        progress = (max(number, 0) + 0.5) / rounds
+        passes = {PLAIN: partial(plain_pass, trainer, model, inputs)}
+        passes |= {mode: partial(mode_pass, trainer, model, inputs, mode, progress) for mode in modes}
+        if number >= 0:
+            timed(trainer, model, passes[PLAIN])
+        for name in rotated(list(passes), number):
+            taken = timed(trainer, model, passes[name])
+            if number >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def rotated(names: list[str], number: int) -> list[str]:
+    """The names, beginning with another one in each round."""
+    start = number % len(names)
+    return names[start:] + names[:start]
+
+
+def measured_model(trainer) -> nn.Module:
+    """The model as training ran it, but for DistributedDataParallel around it, which would exchange gradients."""
+    return trainer.model_wrapped if trainer.args.world_size == 1 else trainer.model
+
+
+def plain_pass(trainer, model: nn.Module, inputs: dict) -> None:
+    """Forward and backward as `transformers.Trainer` does it, on all tokens."""
+    model.train()
+    inputs = trainer._prepare_inputs(dict(inputs))
+    with trainer.compute_loss_context_manager():
+        loss = Trainer.compute_loss(trainer, model, inputs)
+    trainer.accelerator.backward(loss)
+
+
+def mode_pass(trainer, model: nn.Module, inputs: dict, mode: str, progress: float) -> None:
+    """Forward and backward in a mode, as in training."""
+    inputs = trainer._prepare_inputs(dict(inputs))
+    items = (inputs["labels"] != -100).sum()
+    trainer.step_in_mode(mode, progress, model, inputs, items)
+
+
+def timed(trainer, model: nn.Module, run: Callable[[], None]) -> float:
+    """Seconds of a pass, whose gradients are thrown away."""
+    _synchronize(trainer.args.device)
+    begun = time.perf_counter()
+    run()
+    _synchronize(trainer.args.device)
+    taken = time.perf_counter() - begun
+    model.zero_grad()
+    return taken
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+@contextmanager
+def untouched(trainer) -> Iterator[None]:
+    """Puts back what passes change: random states, buffers, training or evaluation, and the trainer's counters."""
+    model, device = trainer.model, trainer.args.device
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    python, numpy = random.getstate(), np.random.get_state()
+    # Without the optimizer: a schedule-free one would swap weights when it is told that training goes on.
+    kept = {name: getattr(trainer, name) for name in ("optimizer", "mode_losses", "_micro", "loss_is_scaled_for_ga")}
+    last = trainer.mode_pass.last_mode
+    trainer.optimizer, trainer.mode_losses = None, type(trainer.mode_losses)()
+    devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
+    try:
+        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for name, value in kept.items():
+            setattr(trainer, name, value)
+        trainer.mode_pass.last_mode = last
+        model.zero_grad()
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])

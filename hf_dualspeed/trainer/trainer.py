@@ -1,0 +1,403 @@
+"""The trainer: fast and slow optimizer steps over `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from ..data.collators import MaskVisualLabels
+from ..feature_cache.cache import feature_cache_of
+from ..models.adapters import check_adapter
+from ..models.components import language_parts
+from ..models.interface import check_protocol, position_scheme, unwrap, visual_token_ids
+from ..pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
+from ..pruning.isolator import ModeIsolator
+from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.validation import check_keys
+from .adaptive_schedule import adaptive_schedule_of
+from .batch_splitting import can_be_split
+from .callbacks import ModeClock, ModeLosses
+from .checkpoints import CheckpointMixin
+from .dual_forward import EVALUATION, NAME, ModePass
+from .fused_loss import check_liger_kernel, fused_head
+from .length_grouping import LengthBatchesMixin
+from .losses import divisor, self_distillation_loss
+from .mode_parameters import ParameterViews
+from .plain_evaluation import PlainEvaluationMixin
+from .run_record import PublishingMixin
+from .schedule import CHANGING, FAST, ModeSchedule
+from .selective_checkpointing import Recomputation
+from .speedup import is_due, set_aside
+from .training_args import Default, DualSpeedArguments, DualSpeedTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+# Times the tokens of a fast step's batch, up to which a part of a slow one counts as small.
+SMALL = 1.25
+
+
+class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, LengthBatchesMixin):
+    """What DualSpeed adds to a `Trainer`; put it in front of any subclass of [`~transformers.Trainer`].
+
+    Fast steps train on pruned visual tokens behind the mode isolator; slow steps on all of them, with the pruned
+    view as teacher. Evaluation and prediction use all tokens and no isolator. Losses are divided by the supervised
+    tokens of the whole step, also for models whose plain training averages the means of micro-batches (Qwen2.5-VL).
+
+    Args:
+        model: a vision-language model of transformers that takes `mm_encoder_outputs`, PEFT-wrapped or not.
+        args (`DualSpeedArguments`): options, such as [`DualSpeedTrainingArguments`].
+        pruner (`Pruner`, *optional*): in place of `args.pruner`.
+        kwargs: those of the trainer.
+
+    Raises:
+        ValueError: the model, the arguments or the first batch cannot be trained this way; the message says why.
+    """
+
+    def __init__(
+        self,
+        model=None,
+        args: DualSpeedArguments | None = None,
+        *,
+        pruner: Pruner | None = None,
+        **kwargs,
+    ):
+        if args is None:
+            args = DualSpeedTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, DualSpeedArguments):
+            raise ValueError(f"`args` must be DualSpeedTrainingArguments, got {type(args).__name__}.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "`compute_loss_func` is not supported: DualSpeed computes cross-entropy and distillation at the "
+                "supervised positions itself. Leave it out; `label_smoothing_factor` works."
+            )
+        check_liger_kernel(args)
+        self._given_pruner = pruner
+        # What the card says beyond what the trainer knows: keys of results.json, set by who has measured them.
+        self.facts: dict = {}
+        self._begin_record()
+        if model is not None:
+            self._attach_given(model, args)
+        super().__init__(model=model, args=args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} devices in one process mean nn.DataParallel, which DualSpeed does not support. "
+                "Start one process per device: accelerate launch train.py."
+            )
+        check_optimizer(self.optimizer, self.mode_pass)
+        if self.args.slow_mode_splits != 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"`slow_mode_splits` is {self.args.slow_mode_splits!r}, but sharded training runs each batch in one "
+                "piece. Set slow_mode_splits=1, or use DDP."
+            )
+        if self.is_fsdp_enabled:
+            wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.model)
+        self._run_as_trained(self.model)
+        asks = "text" in self._pruner.needs or self._pruner.in_language_model
+        visual = visual_token_ids(unwrap(self.model).config)
+        name = self._pruner.config.pruner_type
+        self.data_collator = MaskVisualLabels(self.data_collator, visual, asks=name if asks else None)
+        # The loss is always summed and divided by the items of the whole step, whatever the model would do.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.add_callback(ModeClock())
+        self.mode_losses = ModeLosses()
+        self._recomputation = Recomputation(args.fast_mode_checkpointing)
+        for callback in (self.mode_losses, self._recomputation):
+            self.add_callback(callback)
+        self.adaptive_schedule = adaptive_schedule_of(self)
+        self._begin_length_batches()
+        self._micro = (-1, 0)
+        self.feature_cache = feature_cache_of(self)
+
+    # --- set-up ---------------------------------------------------------------------------------------------------
+
+    def _attach_given(self, model: nn.Module, args: DualSpeedArguments) -> None:
+        """Attaches to the model as it was given; a trainer that loads or wraps models attaches later instead."""
+        self._attach(model, args)
+
+    def _attach(self, model: nn.Module, args: DualSpeedArguments) -> None:
+        check_adapter(getattr(model, "active_peft_config", None))
+        check_protocol(model)
+        positions = position_scheme(model, args.position_ids)
+        with torch.random.fork_rng(devices=[]):  # what is learnt starts from the seed, and shifts no other draw
+            torch.manual_seed(args.seed)
+            isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
+            self._pruner = resolve_pruner(self._given_pruner, args, model)
+        base = Path(getattr(unwrap(model), "name_or_path", "") or "")  # its fast view was learnt there, if it has one
+        if isolator is not None and (base / ISOLATOR_WEIGHTS_NAME).is_file():
+            isolator.load_pretrained(base)
+            logger.info("Mode isolator taken from %s.", base)
+        if self._given_pruner is None and args.pruner in available_pruners() and holds_weights_of(base, self._pruner):
+            self._pruner.load_weights(base)
+            logger.info("Weights of the pruner %r taken from %s.", args.pruner, base)
+        self._schedule: ModeSchedule | None = None
+        self.mode_pass = ModePass(
+            self._pruner,
+            isolator,
+            positions,
+            args.video_budget,
+            args.supervised_logits_only,
+            args.plain_path,
+            args.proportional_attention,
+        )
+        self.mode_pass.attach(model)
+        fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.mode_pass.parameters()) else []
+        self.views = ParameterViews(model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters)
+        self.mode_pass.reserve_adapters(model, self.views.names[FAST])
+        self.slow_mode_ratio = args.slow_mode_ratio
+        if isinstance(self.slow_mode_ratio, Default) and language_model_is_frozen(model):
+            self.slow_mode_ratio = 0.0
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._attach(model, self.args)
+        self._run_as_trained(model)
+        return model
+
+    def _run_as_trained(self, model: nn.Module) -> None:
+        """Gives a pass the precision and the head of training, known once the accelerator is."""
+        self.mode_pass.autocast = self.accelerator.autocast
+        reasons = {
+            "this trainer reads more off the logits than the loss": self.reads_logits,
+            "the model is sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1,
+            "`torch_compile` would compile the head": self.args.torch_compile,
+        }
+        otherwise = next((reason for reason, holds in reasons.items() if holds), None)
+        self.mode_pass.fused_head = fused_head(model, self.args.fused_head_loss, self.args.device, otherwise)
+
+    @property
+    def clock(self) -> ModeClock:
+        """Steps and seconds by mode; looked up, for the Trainer may put a restored one in its place."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, ModeClock))
+
+    def get_train_dataloader(self):
+        with nullcontext() if self.feature_cache is None else self.feature_cache.collating(self):
+            return super().get_train_dataloader()
+
+    # --- modes ----------------------------------------------------------------------------------------------------
+
+    def mode_at(self, step: int) -> str:
+        """ "fast" or "slow" for optimizer step `step`, counted from 0; the same on every rank and after resuming."""
+        running = self.state.max_steps
+        if self._schedule is None or running not in (0, self._schedule.total_steps):
+            self._schedule = ModeSchedule(
+                self.slow_mode_ratio,
+                self.args.mode_schedule,
+                self.args.seed,
+                self.args.slow_warmup_steps,
+                self.args.slow_tail_ratio,
+                running or self._planned_steps(),
+            )
+        adaptive = self.adaptive_schedule
+        return self._schedule.mode_at(step) if adaptive is None else adaptive.mode_at(self._schedule, step)
+
+    def _planned_steps(self) -> int | None:
+        """Optimizer steps of the whole run, asked before it starts; only a tail and changing ratios need them."""
+        if self.args.max_steps > 0 or not (self.args.slow_tail_ratio or self.args.mode_schedule in CHANGING):
+            return max(self.args.max_steps, 0) or None
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch in the mode of the current optimizer step; gradients of the other mode are dropped."""
+        step = self.state.global_step
+        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
+        inputs, served = (inputs, None) if self.feature_cache is None else self.feature_cache.taken(inputs)
+        if self.is_in_train and is_due(self):
+            self._aside.append(set_aside(inputs))
+        mode = self.mode_at(step)
+        progress = step / max(1, self.state.max_steps - 1)
+        loss = self.step_in_mode(mode, progress, model, inputs, num_items_in_batch, served)
+        self.clock.count_tokens(mode, self.mode_pass.tokens, *self.mode_pass.visual_tokens)
+        if self.accelerator.sync_gradients:
+            self.views.drop_gradients(mode)
+        return loss
+
+    def step_in_mode(self, mode: str, progress: float, model, inputs, num_items_in_batch=None, served=None):
+        """Forward and backward of a micro-batch in `mode`, when the fraction `progress` of training is done.
+        `served`, if there is one, gives the context in which the tower's outputs come from the cache."""
+        self._pruner.progress = progress
+        parts, small = (1, True) if mode == FAST else self._slow_parts(model, inputs, num_items_in_batch)
+        run = partial(super().training_step, model, inputs, num_items_in_batch)
+
+        def attempt() -> torch.Tensor:
+            self.mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator(), parts, served)
+            try:
+                with self._recomputation.left_out(small):
+                    return self._accumulated(run, model, parts)
+            finally:
+                self.mode_pass.end()
+
+        try:
+            # Gradients of earlier micro-batches would be lost by another attempt, and other ranks be out of step.
+            alone = self.accelerator.num_processes == 1 and not self._micro[1]
+            return self._recomputation.guarded(attempt, small, alone, self._counted(), model)
+        finally:
+            self._pruner.progress = 1.0
+
+    def _counted(self) -> Callable[[], None]:
+        """Puts back, when called, what passes have added up by now; one that runs out of memory may have, too."""
+        return self.mode_losses.kept()
+
+    def _slow_parts(self, model, inputs, num_items_in_batch) -> tuple[int, bool]:
+        """In how many parts a slow step runs a micro-batch, and whether each is about as small as a fast step's."""
+        rows, length = inputs["input_ids"].shape
+        # Samples that are small together; none before the first fast step, which tells how many tokens that is.
+        together = int(SMALL * self.clock.fast_tokens / length)
+        wanted = self.args.slow_mode_splits
+        if wanted == "auto":
+            wanted = math.ceil(rows / max(1, together))
+        whole = num_items_in_batch is None or not can_be_split(model, inputs)
+        parts = 1 if whole else min(rows, wanted)
+        return parts, self.args.slow_mode_splits != 1 and math.ceil(rows / parts) <= together
+
+    def _accumulated(self, run: Callable[[], torch.Tensor], model: nn.Module, parts: int) -> torch.Tensor:
+        """Runs each part of a micro-batch; ranks exchange gradients at the last one's. Returns the loss."""
+        losses = []
+        with self.accelerator.no_sync(model) if parts > 1 else nullcontext():
+            losses += [run() for _ in range(parts - 1)]
+        return sum(losses, run())
+
+    def _step_generator(self) -> torch.Generator | None:
+        """Randomness of pruners: a function of seed, step, micro-batch and rank, so a resumed run draws the same."""
+        if self._pruner.deterministic:
+            return None
+        seed = hash((self.args.seed, *self._micro, self.args.process_index)) % 2**63
+        return torch.Generator(self.args.device).manual_seed(seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy, and in slow steps the distillation; plain outside of training."""
+        mode_pass = self.mode_pass
+        if mode_pass.mode in (None, EVALUATION):
+            return self.plain_loss(model, inputs, return_outputs)
+        outputs = model(**inputs)
+        entropy = mode_pass.cross_entropy(outputs.logits, self.args.label_smoothing_factor)
+        entropy = entropy / divisor(num_items_in_batch, outputs.logits)
+        self.mode_losses.add(f"{mode_pass.mode}_loss", entropy)
+        loss = entropy + outputs.loss
+        if mode_pass.teacher_logits is not None:
+            temperature = self.args.distillation_temperature
+            both = outputs.logits, mode_pass.teacher_logits
+            divergence = self_distillation_loss(*both, temperature, num_items_in_batch, sliced=not mode_pass.plain)
+            self.mode_losses.add("distillation_loss", divergence)
+            if self.adaptive_schedule is not None:
+                pruned = mode_pass.cross_entropy(mode_pass.teacher_logits, self.args.label_smoothing_factor)
+                self.mode_losses.add("pruned_loss", pruned / divisor(num_items_in_batch, outputs.logits))
+            loss = loss + self.args.distillation_weight * divergence
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The items were counted over all ranks, and DDP averages over them: undo one of the two.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        auxiliary = mode_pass.auxiliary_loss
+        if auxiliary is not None:  # a mean over the images of this micro-batch
+            micro_batches = self.current_gradient_accumulation_steps
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            self.mode_losses.add("pruner_loss", auxiliary / (micro_batches * ranks))
+            loss = loss + auxiliary / (micro_batches if self.loss_is_scaled_for_ga else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    # --- what is shown --------------------------------------------------------------------------------------------
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:  # a training log, written on every rank at the same step
+            logs.update(self.mode_losses.pop(self.accelerator, self.clock.window(), self.loss_shares))
+            logs.update(self.adaptive_schedule.window() if self.adaptive_schedule is not None else {})
+            logs.update(self.feature_cache.window() if self.feature_cache is not None else {})
+        super().log(logs, start_time)
+
+    @property
+    def loss_shares(self) -> str:
+        """How ranks' losses make up the step's: each is a share of their "sum", or they have a "mean"."""
+        return "sum" if self.args.average_tokens_across_devices else "mean"
+
+    def summary(self) -> dict:
+        """Settings, steps and wall seconds by mode, as the results file and the model card show them."""
+        return {
+            "pruner": self._pruner.config.to_dict(),
+            "pruning_ratio": self._pruner.config.pruning_ratio,
+            "slow_mode_ratio": self.slow_mode_ratio,
+            "mode_schedule": self.args.mode_schedule,
+            "slow_warmup_steps": self.args.slow_warmup_steps,
+            "slow_tail_ratio": self.args.slow_tail_ratio,
+            "position_ids": self.mode_pass.position_ids,
+            "video_budget": self.args.video_budget,
+            "proportional_attention": self.args.proportional_attention,
+            "isolator_length": self.args.isolator_length,
+            "distillation_weight": self.args.distillation_weight,
+            "distillation_temperature": self.args.distillation_temperature,
+            "steps": dict(self.clock.steps),
+            "seconds": {mode: round(seconds, 3) for mode, seconds in self.clock.seconds.items()},
+        }
+
+
+class DualSpeedTrainer(DualSpeedMixin, Trainer):
+    """[`~transformers.Trainer`] with fast and slow steps; see [`DualSpeedMixin`]."""
+
+
+def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Module) -> Pruner:
+    """The pruner to train with: an object, or by `args.pruner` a registered name, a folder or a Hub repo.
+
+    `args.pruning_ratio` wins where set. A pruner built by name whose config has a `hidden_size`, as a learnt one does,
+    gets the model's.
+    """
+    if pruner is None:
+        if args.pruner in available_pruners():
+            settings = {"pruning_ratio": float(args.pruning_ratio), **(args.pruner_kwargs or {})}
+            known = [f.name for f in fields(pruner_class(args.pruner).config_class)]
+            check_keys("pruner_kwargs", settings, known)
+            if "hidden_size" in known and "hidden_size" not in settings:
+                settings["hidden_size"] = unwrap(model).config.get_text_config().hidden_size
+            return AutoPruner.from_name(args.pruner, **settings)
+        pruner = AutoPruner.from_pretrained(args.pruner, revision=args.pruner_revision, token=args.hub_token)
+    given = dict(args.pruner_kwargs or {})
+    if not isinstance(args.pruning_ratio, Default):
+        given["pruning_ratio"] = args.pruning_ratio
+    check_keys("pruner_kwargs", given, [f.name for f in fields(pruner.config)])
+    if given:
+        pruner.reconfigure(**given)
+    return pruner
+
+
+def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
+    """Whether `folder` holds what a learnt pruner of this type has learnt."""
+    if not pruner.state_dict() or not (folder / PRUNER_WEIGHTS_NAME).is_file():
+        return False
+    return PrunerConfig.from_pretrained(folder).pruner_type == pruner.config.pruner_type
+
+
+def language_model_is_frozen(model: nn.Module) -> bool:
+    """Whether no parameter of the language model (adapters included) or its head is trainable."""
+    return not any(p.requires_grad for part in language_parts(unwrap(model)) for p in part.parameters())
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, mode_pass: ModePass) -> None:
+    """Raises a `ValueError` where an optimizer made beforehand lacks the isolator or a learnt pruner."""
+    if optimizer is None:
+        return
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in mode_pass.named_parameters() if p.requires_grad and id(p) not in known]
+    if missing:
+        raise ValueError(
+            f"`optimizers` was made before the fast view's parameters and lacks {', '.join(missing)}. Pass "
+            "optimizer_cls_and_kwargs instead, or set isolator_length=0 and choose a pruner that is not learnt."
+        )
+
+
+def wrap_existing_layers(plugin, model: nn.Module) -> None:
+    """Names the layers that FSDP wraps: those of the model's `_no_split_modules` that it really has.
+
+    accelerate 1.15 wraps all of them and fails where one does not occur, as CLIP's text embeddings in LLaVA.
+    """
+    if plugin.transformer_cls_names_to_wrap:
+        return
+    present = {type(module).__name__ for module in model.modules()}
+    named = getattr(unwrap(model), "_no_split_modules", None) or ()
+    plugin.transformer_cls_names_to_wrap = sorted(present.intersection(named)) or None

@@ -1,0 +1,270 @@
+"""Training arguments: everything the paper tunes, on top of transformers' own."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
+from ..utils.validation import as_count, as_dict, check_choice, check_range
+
+MODE_SCHEDULES = ("random", "periodic", "growing", "shrinking", "adaptive")
+
+FUSED_HEAD_LOSSES = ("auto", "on", "off")
+
+
+class Default(float):
+    """A number that the user has left alone: equal to any other, told apart by its type."""
+
+
+@dataclass
+class DualSpeedArguments:
+    """The options of DualSpeed (arXiv 2602.03815); put it in front of any [`~transformers.TrainingArguments`].
+
+    Raises:
+        ValueError: an option is outside its range; the message names it, its value and the remedy.
+    """
+
+    pruner: str = field(
+        default="divprune",
+        metadata={"help": "Name of a registered pruner, a folder that holds a pruner_config.json, or a Hub repo."},
+    )
+    pruner_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of the pruner's Hub repo; a commit never changes."},
+    )
+    pruning_ratio: float = field(
+        default=Default(0.9),
+        metadata={
+            "help": "Fraction of the visual tokens removed in fast mode, in [0, 1). Left alone, a saved pruner keeps "
+            "its own."
+        },
+    )
+    pruner_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Further settings of the pruner (JSON), such as {"pruning_schedule": "linear", '
+            '"initial_pruning_ratio": 0.5}.'
+        },
+    )
+    slow_mode_ratio: float = field(
+        default=Default(0.05),
+        metadata={
+            "help": "Fraction of optimizer steps that train on all tokens, in [0, 1]. Left alone, it is 0 where the "
+            "language model is frozen (projector-only training)."
+        },
+    )
+    mode_schedule: str = field(
+        default="random",
+        metadata={
+            "help": "'random': each step is slow with probability slow_mode_ratio; 'periodic': every 1/ratio; "
+            "'growing', 'shrinking': with a probability that goes from 0 to twice slow_mode_ratio, or back; "
+            "'adaptive': with one that starts at slow_mode_ratio and grows while losses on all tokens lag behind those "
+            "on pruned ones."
+        },
+    )
+    min_slow_mode_ratio: float = field(
+        default=0.02, metadata={"help": "The least slow_mode_ratio of mode_schedule='adaptive', in (0, 1]."}
+    )
+    max_slow_mode_ratio: float = field(
+        default=0.2, metadata={"help": "The greatest slow_mode_ratio of mode_schedule='adaptive', in (0, 1]."}
+    )
+    min_pruning_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "With mode_schedule='adaptive', the pruning ratio moves too, between this and pruning_ratio. None: "
+            "it stays."
+        },
+    )
+    slow_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "The first so many optimizer steps are slow, whatever the schedule says."},
+    )
+    slow_tail_ratio: float = field(
+        default=0.0, metadata={"help": "The last fraction of all optimizer steps that is slow, in [0, 1]."}
+    )
+    isolator_length: int = field(
+        default=4, metadata={"help": "Learnt tokens in front of each image's kept tokens; 0 turns them off."}
+    )
+    distillation_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of KL(teacher || student) in slow steps; 0 turns distillation off."},
+    )
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
+    position_ids: str = field(
+        default="auto",
+        metadata={
+            "help": "'compact': kept tokens are renumbered, as in the paper; 'original': they keep their positions; "
+            "'auto': 'original' for models whose positions have rows and columns (M-RoPE), 'compact' for others."
+        },
+    )
+    proportional_attention: bool = field(
+        default=True,
+        metadata={
+            "help": "In fast mode, and for the teacher, add log(s) to the attention logits of a kept token that stands "
+            "for s tokens, so that an image keeps its share of the attention. False is the paper's."
+        },
+    )
+    video_budget: str = field(
+        default="clip",
+        metadata={
+            "help": "'clip': the tokens of a video are pruned as one; 'frame': those of each frame by themselves."
+        },
+    )
+    slow_mode_splits: str = field(  # or a number, which parsers of the command line could not tell from a word
+        default=1,
+        metadata={
+            "help": "Slow steps run each batch in so many parts and accumulate gradients, so that a batch sized for "
+            "fast steps fits; 'auto': in parts about as large as a fast step's batch."
+        },
+    )
+    fast_mode_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Recompute activations in fast steps too, where `activation_checkpointing` is on. Left off, fast "
+            "steps are faster and fall back to it where memory runs short."
+        },
+    )
+    supervised_logits_only: bool = field(
+        default=True,
+        metadata={
+            "help": "Run the head at supervised positions only, in training and where evaluation asks for the loss "
+            "alone. False: at all positions."
+        },
+    )
+    fused_head_loss: str = field(  # or true and false, which YAML makes of on and off
+        default="auto",
+        metadata={
+            "help": "Compute head and cross-entropy by Liger's fused kernel, without logits, wherever there is no "
+            "distillation: 'auto' where it applies, 'on' or an error that says why not, 'off'."
+        },
+    )
+    plain_path: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the plain path in place of all that makes a step fast beside pruning, to find out whether "
+            "that is to blame for something: fast steps recompute activations as slow ones do, slow batches run whole, "
+            "logits are made at all positions, losses in float32 at once, teacher and student each encode the images, "
+            "and a frozen tower keeps its graph."
+        },
+    )
+    fast_only_parameters: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Glob patterns of parameters that only fast steps update (e.g. '*lora_*.fast.*')."},
+    )
+    slow_only_parameters: list[str] = field(
+        default_factory=list, metadata={"help": "Glob patterns of parameters that only slow steps update."}
+    )
+    vision_feature_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which a frozen vision tower's outputs are stored for later epochs and runs, so that "
+            "each image is encoded once; several processes may share it. None turns it off."
+        },
+    )
+    vision_feature_cache_gib: float = field(
+        default=20.0,
+        metadata={
+            "help": "The most that the features in vision_feature_cache may take, in GiB. Those of towers that were "
+            "not used for a day make room, the longest unused first; what finds none is encoded in each epoch. "
+            "LLaVA-1.5 in bf16 stores 577 x 1024 values of 2 bytes, 1.18 MB, for each image, so that 20 GiB hold about "
+            "18,000."
+        },
+    )
+    speedup_rounds: int = field(
+        default=3,
+        metadata={
+            "help": "Rounds in which the speed-up over plain full-token steps is measured after training, for the "
+            "model card. Each takes four forward and backward passes over one micro-batch, three of them on all "
+            "tokens, and one more round warms up; skipped where fewer than 100 optimizer steps per round were run. "
+            "0 turns it off."
+        },
+    )
+    # Vision-language batches are made by the collator from columns that the model's forward does not name.
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop data set columns that the model's forward does not name."}
+    )
+
+    def __post_init__(self):
+        self.pruner_kwargs = as_dict("pruner_kwargs", self.pruner_kwargs)
+        check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
+        check_range("slow_mode_ratio", self.slow_mode_ratio, 0, 1, off="Use 0.0 for fast steps only.")
+        check_range("slow_tail_ratio", self.slow_tail_ratio, 0, 1, off="Use 0.0 for no slow tail.")
+        check_range("slow_warmup_steps", self.slow_warmup_steps, 0, off="Use 0 for no slow warm-up.")
+        check_range("isolator_length", self.isolator_length, 0, off="Use 0 to train without an isolator.")
+        check_range("distillation_weight", self.distillation_weight, 0, off="Use 0.0 to turn distillation off.")
+        check_range("distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual.")
+        off = "Use vision_feature_cache=None to train without the cache."
+        if self.vision_feature_cache is not None:
+            if not isinstance(self.vision_feature_cache, (str, os.PathLike)):
+                raise ValueError(f"`vision_feature_cache` must be a folder, got {self.vision_feature_cache!r}. {off}")
+            self.vision_feature_cache = os.path.expanduser(self.vision_feature_cache)
+        gib = self.vision_feature_cache_gib
+        check_range("vision_feature_cache_gib", gib, 0, math.inf, left_open=True, right_open=True, off=off)
+        check_range("speedup_rounds", self.speedup_rounds, 0, off="Use 0 not to measure the speed-up.")
+        if self.slow_mode_splits != "auto":
+            self.slow_mode_splits = as_count("slow_mode_splits", self.slow_mode_splits, "or 'auto'")
+        check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
+        self._check_adaptive_schedule()
+        check_choice("position_ids", self.position_ids, POSITION_IDS)
+        check_choice("video_budget", self.video_budget, VIDEO_BUDGETS)
+        if self.plain_path:
+            self.fast_mode_checkpointing, self.supervised_logits_only = True, False
+            self.fused_head_loss, self.slow_mode_splits = "off", 1
+        spoken = {"true": "on", "false": "off"}
+        self.fused_head_loss = spoken.get(str(self.fused_head_loss).lower(), self.fused_head_loss)
+        check_choice("fused_head_loss", self.fused_head_loss, FUSED_HEAD_LOSSES)
+        if self.accelerator_config is None:
+            # accelerate would collate streamed data on one rank and cut every tensor to the batch size, though a
+            # batch of B samples holds another number of images.
+            self.accelerator_config = {"dispatch_batches": False}
+        super().__post_init__()
+
+    def _check_adaptive_schedule(self) -> None:
+        adaptive = "mode_schedule='adaptive'"
+        for name in ("min_slow_mode_ratio", "max_slow_mode_ratio"):
+            check_range(name, getattr(self, name), 0, 1, left_open=True, off=f"It bounds {adaptive}.")
+        if self.min_pruning_ratio is not None:
+            check_range(
+                "min_pruning_ratio", self.min_pruning_ratio, 0, 1, right_open=True, off="Use None to leave it alone."
+            )
+        if self.mode_schedule != "adaptive":
+            return
+        low, start, high = self.min_slow_mode_ratio, self.slow_mode_ratio, self.max_slow_mode_ratio
+        if not low <= start <= high:
+            raise ValueError(
+                f"`slow_mode_ratio` is {start}, but {adaptive} starts there and keeps between "
+                f"min_slow_mode_ratio={low} and max_slow_mode_ratio={high}. Set the three in this order."
+            )
+        if not self.distillation_weight:
+            raise ValueError(
+                f"`distillation_weight` is 0, but {adaptive} compares the teacher's loss with the student's. Set it "
+                "above 0, or choose another schedule."
+            )
+
+    def __getstate__(self) -> dict:
+        """Without the Hub's token: the Trainer pickles its arguments beside the model, which is then published."""
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self):
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)  # a copy in memory keeps the token
+        return copied
+
+    def __deepcopy__(self, memo: dict):
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+@dataclass
+class DualSpeedTrainingArguments(DualSpeedArguments, TrainingArguments):
+    """[`~transformers.TrainingArguments`] plus the options of [`DualSpeedArguments`].
+
+    Raises:
+        ValueError: an option is outside its range; the message names it, its value and the remedy.
+    """

@@ -1,0 +1,12 @@
+"""Between devices and the host."""
+
+from __future__ import annotations
+
+import torch
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, on its way there."""
+    tensor = tensor.detach()
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=tensor.is_cuda)

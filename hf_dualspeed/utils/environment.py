@@ -1,0 +1,60 @@
+"""What a result depends on besides the code: versions, the machine and its memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "accelerate", "hf-dualspeed")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {name.replace("-", "_"): version(name) for name in PACKAGES}
+    return {**found, "python": platform.python_version()}
+
+
+def machine() -> dict[str, str | int | None]:
+    """CPU model, its cores, the threads this process uses, and the accelerator's name or None."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and accelerator.type == "cuda":
+        accelerator = torch.cuda.get_device_name()
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": None if accelerator is None else str(accelerator),
+    }
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets what [`peak_memory`] says of CUDA begin anew; a process's memory cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> dict | None:
+    """The most memory so far: on CUDA what PyTorch held on the device since [`reset_peak_memory`], on a CPU the whole
+    process's since its start; else None."""
+    if device.type == "cuda":
+        return {"bytes": torch.cuda.max_memory_allocated(device), "of": "accelerator"}
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"bytes": held, "of": "process"} if device.type == "cpu" else None
+
+
+def _cpu_model() -> str:
+    # platform.processor() names only the architecture on Linux.
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

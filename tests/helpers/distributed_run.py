@@ -1,0 +1,139 @@
+"""Trains a tiny model in this process's world and writes what a test compares; started by accelerate or alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from head_cases import StandIn
+from safetensors.torch import save_file
+from tiny_models import FAMILIES
+from torch.distributed.tensor import DTensor
+from training import DATA, SAMPLES, history, make
+from transformers import TrainerCallback
+
+from hf_dualspeed import DualSpeedTrainer
+from hf_dualspeed.trainer import fused_loss as head
+from hf_dualspeed.trainer import speedup
+
+
+class ShardedOnCpu(DualSpeedTrainer):
+    """Accelerate turns FSDP on for accelerators only; what it then runs works over gloo as well."""
+
+    def create_accelerator_and_postprocess(self):
+        assert self.args.device.type == "cpu"  # sets the process group up
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+
+class PushFirst(TrainerCallback):
+    """Waits for the push of a save before the next step, whose save would change the files that are being read."""
+
+    def __init__(self, trainer: DualSpeedTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        pushing = getattr(self.trainer, "push_in_progress", None)
+        if pushing is not None:
+            pushing.wait_until_done()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--family", default="llava")
+    parser.add_argument("--images", action="store_true", help="leave samples without images out")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--by-length", action="store_true", help="group samples by lengths that the data set has")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--max-steps", type=int, default=6)
+    parser.add_argument("--speedup-rounds", type=int, default=0)
+    parser.add_argument("--pruner", default="divprune")
+    parser.add_argument("--slow-mode-splits", default="1")
+    parser.add_argument("--adaptive", action="store_true", help="slow steps that follow the losses")
+    parser.add_argument("--evaluate", action="store_true", help="on the training samples, after training")
+    parser.add_argument("--fused", action="store_true", help="the loss of fast steps by a stand-in for Liger's")
+    parser.add_argument("--cache", help="the folder of vision features")
+    parser.add_argument("--push", help="the Hub repo to push to at each save")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    speedup.STEPS_PER_ROUND = 10
+    if options.fused:
+        head.DEVICES, head.find_spec, head.fused_loss = ("cpu",), str, StandIn.apply
+    model, _ = FAMILIES[options.family].build()
+    # Frozen, as in fine-tuning: torch can't resume the optimizer of a sharded model whose parameters it has not
+    # all stepped, and LLaVA never uses its tower's last layer.
+    model.get_encoder(modality="image").requires_grad_(False)
+    # Sharded layers are gathered by all ranks at once, so each rank's batch must reach the vision tower.
+    data = [DATA[0], *(e for e in DATA[1:] if SAMPLES[e["index"]][1]), DATA[0]] if options.images else DATA
+    if options.by_length:
+        pictures = [[16] * len(SAMPLES[example["index"]][1]) for example in data]
+        texts = [len(SAMPLES[example["index"]][0]) for example in data]
+        lengths = zip(data, texts, pictures, strict=True)
+        data = [{**e, "length": text + sum(visual), "visual_length": visual} for e, text, visual in lengths]
+    trainer = make(
+        options.out,
+        options.family,
+        ShardedOnCpu if os.environ.get("ACCELERATE_USE_FSDP") == "true" else DualSpeedTrainer,
+        data=data,
+        train_sampling_strategy="group_by_length" if options.by_length else "random",
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=1,
+        fused_head_loss="on" if options.fused else "auto",
+        gradient_accumulation_steps=2,
+        activation_checkpointing=options.checkpointing,
+        max_steps=options.max_steps,
+        speedup_rounds=options.speedup_rounds,
+        slow_mode_ratio=0.5,
+        mode_schedule="adaptive" if options.adaptive else "random",
+        max_slow_mode_ratio=0.9,
+        pruner=options.pruner,
+        pruning_ratio=0.5,
+        slow_mode_splits=options.slow_mode_splits,
+        vision_feature_cache=options.cache,
+        seed=1,
+        model=model,
+        # With an epsilon this large Adam has a state to save, yet does not blow rounding noise up to full steps.
+        adam_epsilon=1.0,
+        learning_rate=0.1,
+        save_strategy="steps",
+        save_steps=3,
+        push_to_hub=options.push is not None,
+        hub_model_id=options.push,
+        hub_always_push=True,
+    )
+    trainer.add_callback(PushFirst(trainer))
+    trainer.processing_class = None  # Qwen's tiny processor lacks a video part, which saving asks for
+    trainer.train(resume_from_checkpoint=options.resume or None)
+    trainer.save_model()
+    if options.push:
+        trainer.push_to_hub()
+    weights = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    }
+    # A mean over batches, here of one sample each.
+    evaluated = trainer.evaluate(trainer.train_dataset)["eval_loss"] if options.evaluate else 0.0
+    rank = trainer.args.process_index
+    save_file(weights, options.out / f"rank{rank}.safetensors")
+    report = {
+        "world": trainer.args.world_size,
+        "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "ratios": trainer.adaptive_schedule.ratios if options.adaptive else [],
+        "modes": [trainer.mode_at(step) for step in range(options.max_steps)],
+        "steps": trainer.summary()["steps"],
+        "record": trainer.record(),
+        "eval_loss": evaluated,
+        "hit_rates": [rate for (rate,) in history(trainer, "vision_cache_hit_rate")],
+        "history": history(trainer, "loss", "grad_norm", "fast_loss", "slow_loss", "distillation_loss"),
+    }
+    (options.out / f"rank{rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

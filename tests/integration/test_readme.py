@@ -1,0 +1,231 @@
+"""README and docs: Python blocks run as written on a tiny model; tables, commands, links and lists are up to date."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from test_architecture import LAYERS
+from tiny_models import FAMILIES, batch, picture
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import hf_dualspeed
+from benchmarks.ablation import report as ablation_report
+from benchmarks.compare import report as compare_report
+from hf_dualspeed import cli
+from hf_dualspeed.bench import growth as bench_growth
+from hf_dualspeed.bench import lengths as bench_lengths
+from hf_dualspeed.bench import profile as bench_profile
+from hf_dualspeed.bench import report as bench_report
+from hf_dualspeed.pruners import pruner_class
+from hf_dualspeed.pruners.registry import _REGISTRY
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", *DOCS]
+# What examples leave to the machine, and tests have to keep small.
+SMALL = {
+    'Arguments("out",': 'Arguments("out", use_cpu=True, max_steps=2, report_to="none",',
+    'Config("out-sft",': 'Config("out-sft", use_cpu=True, bf16=False, max_steps=2, report_to="none",',
+}
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)
+
+
+def run(page: str, code: str, scope: dict) -> None:
+    for large, small in SMALL.items():
+        code = code.replace(large, small)
+    exec(compile(code, page, "exec"), scope)
+
+
+@pytest.fixture
+def tiny_hub(tmp_path, monkeypatch):
+    """The examples' model and data, tiny and local."""
+    model, processor = FAMILIES["llava"].build("left")
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda name, dtype: model.to(torch.float32))
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name, **options: processor)
+    monkeypatch.setenv("CI", "true")  # TRL sends no telemetry then
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    picture().save("data/one.png")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "noise"}]
+    Path("data/llava_v1_5_mix665k.json").write_text(json.dumps([{"image": "one.png", "conversations": turns}] * 2))
+    samples = [{"prompt": [{"role": "user", "content": "what?"}], "images": [picture()]}] * 2
+    samples = [{**sample, "completion": [{"role": "assistant", "content": "noise"}]} for sample in samples]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(samples))
+    model.save_pretrained("llava-hf/llava-1.5-7b-hf")
+    return processor
+
+
+def test_examples_run(tiny_hub):
+    """In one scope, as a reader would follow them; unpacking fails where a page gains a block that nothing runs."""
+    (train,) = blocks("README.md")
+    infer, own, _ = blocks("docs/pruners.md")
+    peft, trl = blocks("docs/integrations.md")
+    (options,) = blocks("docs/speed.md")
+    scope = {}
+    run("README.md", train, scope)
+    assert Path("out/mode_isolator.safetensors").is_file()
+    scope |= {"inputs": batch(FAMILIES["llava"], tiny_hub)}
+    run("docs/pruners.md", infer, scope)
+    assert scope["loss"].isfinite()
+    scope["model"], _ = FAMILIES["llava"].build()  # one that has not been trained before
+    run("docs/integrations.md", peft, scope)
+    assert Path("adapters/adapter_model.safetensors").is_file()
+    assert Path("merged/model.safetensors").is_file()
+    run("docs/integrations.md", trl, scope)
+    assert sum(scope["trainer"].clock.steps.values()) == 2
+    run("docs/speed.md", options, scope)
+    assert scope["args"].vision_feature_cache == "features"
+    try:
+        run("docs/pruners.md", own, scope)
+        features = torch.arange(1.0, 9.0).view(1, 8, 1)
+        out = hf_dualspeed.AutoPruner.from_name("largest", pruning_ratio=0.75)(hf_dualspeed.VisualTokens(features))
+        assert out.positions.tolist() == [[6, 7]]
+    finally:
+        _REGISTRY.pop("largest", None)
+
+
+def test_a_pruner_is_published(hub):
+    hub.user = "user"
+    scope = {}
+    run("docs/pruners.md", blocks("docs/pruners.md")[-1], scope)
+    assert scope["pruner"].config.pruning_ratio == 0.75
+    assert cli.main(["push-pruner", "divprune", "user/divprune-75", "--pruning_ratio", "0.75"]) == 0
+    assert "dualspeed push-pruner divprune user/divprune-75 --pruning_ratio 0.75" in text_of("docs/pruners.md")
+
+
+def test_no_other_page_has_python():
+    """Evaluation's two blocks read what an evaluation has written and load a metric, which its own tests do."""
+    run_above = {"README.md", "docs/pruners.md", "docs/integrations.md", "docs/speed.md"}
+    assert {page for page in PAGES if blocks(page)} == {*run_above, "docs/evaluation.md"}
+
+
+TABLES = {
+    "compare": compare_report.readme_table,
+    "bench": bench_report.readme_table,
+    "bench_batch8": bench_report.readme_table,
+    "bench_smolvlm": bench_report.readme_table,
+    "bench_h100_llava_1_5": bench_report.readme_table,
+    "bench_h100_llava_next": bench_report.readme_table,
+    "bench_h100_llava_next_off": bench_report.readme_table,
+    "bench_growth": bench_growth.readme_table,
+    "bench_lengths": bench_lengths.readme_table,
+    "bench_profile": bench_profile.readme_table,
+    "ablation": ablation_report.readme_table,
+    "ablation_longer": ablation_report.readme_table,
+    "ablation_slow_ratios": ablation_report.readme_table,
+    "ablation_equal_time": ablation_report.readme_table,
+    "ablation_pruning": ablation_report.readme_table,
+    "ablation_schedules": ablation_report.readme_table,
+    "ablation_pruners": ablation_report.readme_table,
+}
+TABLES_OF = {
+    "README.md": ["bench"],
+    "docs/speed.md": ["compare", *(name for name in TABLES if name.startswith("bench"))],
+    "docs/ablation.md": [name for name in TABLES if name.startswith("ablation")],
+}
+
+
+@pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in TABLES_OF.items() for name in names])
+def test_tables_show_the_published_results(page, name):
+    marked = re.search(rf"<!-- {name}-table-start -->(.*?)<!-- {name}-table-end -->", text_of(page), re.DOTALL)
+    results = json.loads(text_of(f"docs/results/{name}.json"))
+    assert marked[1].strip() == TABLES[name](results)
+
+
+def test_every_marked_table_is_checked():
+    marked = {(page, name) for page in PAGES for name in re.findall(r"<!-- (\w+)-table-start -->", text_of(page))}
+    assert marked == {(page, name) for page, names in TABLES_OF.items() for name in names}
+
+
+def test_the_first_figures_are_those_of_the_bench():
+    said = " ".join(text_of("README.md").split())
+    cpu, gpu = ["bench"], ["bench_h100_llava_1_5", "bench_h100_llava_next", "bench_h100_llava_next_off"]
+    for names, on in ((cpu, "CPU cores it is {:.2f}x and {:.2f}x"), (gpu, "{:.2f}x and {:.2f}x as fast")):
+        runs = [run for name in names for run in json.loads(text_of(f"docs/results/{name}.json"))["runs"]]
+        of = {(run["shape"], run["checkpointing"]): run["ratios"]["expected_speedup"]["median"] for run in runs}
+        for checkpointing, words in (("on", on), ("off", "{:.2f}x and {:.2f}x without")):
+            assert words.format(*(of[shape, checkpointing] for shape in ("llava-1.5", "llava-next"))) in said
+
+
+def test_readme_is_short():
+    assert len(text_of("README.md")) <= 9000
+
+
+def test_the_picture_of_a_step_is_the_same_on_both_pages():
+    picture_of = {page: re.search(r"```\n +batch: .*?```", text_of(page), re.DOTALL) for page in PAGES[:1] + DOCS}
+    first, second = (match[0] for match in picture_of.values() if match)
+    assert first == second
+
+
+def test_every_pruner_is_listed():
+    ours = [n for n in hf_dualspeed.available_pruners() if pruner_class(n).__module__.startswith("hf_dualspeed.")]
+    assert [name for name in ours if f"`{name}`" not in text_of("docs/pruners.md")] == []
+
+
+def test_the_number_of_families_is_that_of_the_conformance_run():
+    families = len(json.loads(text_of("docs/results/conformance.json"))["families"])
+    assert f"checks {families} families" in text_of("docs/models.md")
+    said = " ".join(text_of("README.md").split())
+    assert f"[{families} model families]" in said
+    assert f"[the table of {families} families]" in said
+
+
+def test_every_command_is_listed():
+    listed = text_of("docs/training.md")
+    assert [name for name in cli.COMMANDS if f"`dualspeed {name}`" not in listed] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page):
+    """Of the command line, of make and of the benchmarks; tables keep the commands that were really run."""
+    text = re.sub(r"<!-- \w+-table-start -->.*?<!-- \w+-table-end -->", "", text_of(page), flags=re.DOTALL)
+    assert set(re.findall(r"(?<![\w-])dualspeed ([a-z][a-z-]*)", text)) <= cli.COMMANDS.keys()
+    targets = re.findall(r"^([a-z-]+)(?: [a-z-]+)*:", text_of("Makefile"), re.MULTILINE)
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
+    for module in re.findall(r"python -m (benchmarks\.\w+)", text):
+        assert (ROOT / module.replace(".", "/") / "__main__.py").is_file(), module
+    for path in re.findall(r"\b(?:trainer_configs|tests|hf_dualspeed|benchmarks)/[\w/]+\.(?:yaml|py)\b", text):
+        assert (ROOT / path).is_file(), path
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the page's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_readme_links_every_page():
+    assert [page for page in PAGES[1:] if f"]({page})" not in text_of("README.md")] == []
+
+
+def test_contributing_shows_the_folders_and_their_order():
+    text = text_of("CONTRIBUTING.md")
+    (line,) = re.findall(r"^utils < .*$", text, re.MULTILINE)
+    assert re.split(" < |, ", line) == LAYERS
+    tree = re.search(r"```\nhf_dualspeed/ .*?```", text, re.DOTALL)[0]
+    entries = set(re.findall(r"^  ([\w.]+)/? ", tree, re.MULTILINE))
+    files = (path for path in (ROOT / "hf_dualspeed").iterdir() if not path.name.startswith("_"))
+    assert entries == {path.name for path in files if path.is_dir() or path.suffix == ".py"}

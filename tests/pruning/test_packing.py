@@ -1,0 +1,184 @@
+"""Batches without padding: each sample of a packed row gets the logits that it has by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, batch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+from hf_dualspeed import AutoPruner, ModeIsolator, prune_inputs
+from hf_dualspeed.trainer.dual_forward import ModePass
+from hf_dualspeed.trainer.schedule import FAST
+
+ROWS = [["image", 4], [7], [2, "image", 3, "image", 5]]  # one begins with its image
+SCHEMES = ("original", "compact")
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+    """FlashAttention's contract for one row, on a CPU: causal within the boundaries it is given."""
+    assert attention_mask is None
+    assert kwargs["max_length_q"] >= cu_seq_lens_q.diff().max()
+    groups = query.shape[1] // key.shape[1]
+    parts = []
+    for begin, end in zip(cu_seq_lens_q.tolist(), cu_seq_lens_q.tolist()[1:], strict=False):
+        q, k, v = (t[:, :, begin:end] for t in (query, key, value))
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("flash_on_cpu", varlen_attention)
+AttentionMaskInterface.register("flash_on_cpu", flash_attention_mask)
+
+
+def model_of(name, attention):
+    model = FAMILIES[name].model()
+    if attention == "flash_on_cpu":
+        model.config.get_text_config()._attn_implementation = attention
+        for module in model.modules():
+            if hasattr(module, "config") and module.config is model.config.get_text_config():
+                module.config._attn_implementation = attention
+    else:
+        model.set_attn_implementation(attention)
+    return model
+
+
+def singles(name, model):
+    return [batch(FAMILIES[name], model, [row], seeds=[seed]) for seed, row in enumerate(ROWS)]
+
+
+def positions(model, sample):
+    """Text positions, and for M-RoPE the three axes behind them."""
+    ids = sample["input_ids"]
+    text = torch.arange(ids.shape[1])[None]
+    if not hasattr(model.model, "get_rope_index"):
+        return text
+    grid = sample.get("image_grid_thw")
+    kinds = sample["mm_token_type_ids"]
+    axes, _ = model.model.get_rope_index(ids, kinds, grid, attention_mask=sample["attention_mask"])
+    return torch.cat([text[None], axes])
+
+
+def packed(model, samples):
+    """The samples in one row, told apart by their positions."""
+    row = {"position_ids": torch.cat([positions(model, s) for s in samples], -1)}
+    for key in {key for sample in samples for key in sample} - {"attention_mask"}:
+        by_token = key in ("input_ids", "labels", "mm_token_type_ids", "token_type_ids")
+        row[key] = torch.cat([sample[key] for sample in samples if key in sample], dim=1 if by_token else 0)
+    return row
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_on_cpu"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_a_packed_sample_is_as_alone(name, attention, scheme, isolated):
+    model = model_of(name, attention)
+    isolator = ModeIsolator.for_model(model, 2) if isolated else None
+    if isolated:
+        torch.nn.init.normal_(isolator.prompt)
+    pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
+    samples = singles(name, model)
+    short = prune_inputs(model, packed(model, samples), pruner, isolator, scheme)
+    with torch.no_grad():
+        together = model(**short).logits[0]
+        reference = model_of(name, "sdpa")
+        alone = [reference(**prune_inputs(reference, s, pruner, isolator, scheme)).logits[0] for s in samples]
+    assert len(together) == sum(map(len, alone)) < sum(s["input_ids"].shape[1] for s in samples)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("boundaries", [False, True])
+def test_boundaries_given_or_found(boundaries):
+    model = model_of("llava", "flash_on_cpu")
+    samples = singles("llava", model)
+    row = packed(model, samples)
+    if boundaries:
+        lengths = torch.tensor([s["input_ids"].shape[1] for s in samples])
+        ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+        row |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 40, "max_length_k": 40}
+    pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
+    short = prune_inputs(model, row, pruner)
+    lengths = [prune_inputs(model, s, pruner)["input_ids"].shape[1] for s in samples]
+    assert short["cu_seq_lens_q"].diff().tolist() == lengths
+    assert short["attention_mask"] is None
+
+
+def test_several_packed_rows():
+    model = model_of("llava", "sdpa")
+    samples = singles("llava", model)
+    rows = [packed(model, samples[:2]), packed(model, samples[2:])]
+    longest = max(r["input_ids"].shape[1] for r in rows)
+    # What is left of a row is a sample of its own, of padding.
+    for row in rows:
+        gap = longest - row["input_ids"].shape[1]
+        row["position_ids"] = torch.cat([row["position_ids"], torch.arange(gap)[None]], 1)
+        row["input_ids"] = torch.nn.functional.pad(row["input_ids"], (0, gap))
+        row["labels"] = torch.nn.functional.pad(row["labels"], (0, gap), value=-100)
+    both = {key: torch.cat([r[key] for r in rows]) for key in rows[0]}
+    pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
+    short = prune_inputs(model, both, pruner)
+    with torch.no_grad():
+        logits = model(**short).logits
+        alone = [model(**prune_inputs(model, s, pruner)).logits[0] for s in samples]
+    torch.testing.assert_close(logits[0, : len(alone[0])], alone[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(logits[1, : len(alone[2])], alone[2], rtol=1e-3, atol=1e-5)
+    both["attention_mask"] = None
+    model.config.get_text_config()._attn_implementation = "flash_on_cpu"
+    with pytest.raises(ValueError, match="one row, got 2 rows"):
+        prune_inputs(model, both, pruner)
+
+
+def test_a_packed_training_pass_counts_the_samples_losses():
+    model = model_of("llava", "sdpa")
+    samples = singles("llava", model)
+    mode_pass = ModePass(AutoPruner.from_name("divprune", pruning_ratio=0.5), None, "original")
+    mode_pass.attach(model)
+    logits, targets = [], []
+    for inputs in (packed(model, samples), *samples):
+        mode_pass.begin(FAST, False, None)
+        logits.append(model(**inputs).logits)
+        targets.append(mode_pass.targets)
+        mode_pass.end()
+    assert torch.equal(targets[0], torch.cat(targets[1:]))
+    torch.testing.assert_close(logits[0], torch.cat(logits[1:]), rtol=1e-3, atol=1e-5)
+
+
+def test_isolator_at_the_start_of_a_row_is_no_sample_of_its_own():
+    """FlashAttention reads repeated first positions in a row without padding as boundaries, unless told otherwise."""
+    model = model_of("llava", "flash_on_cpu")
+    (sample, *_) = singles("llava", model)
+    sample = {key: value[:, 1:] if value.dim() == 2 else value for key, value in sample.items()}  # the image is first
+    isolator = ModeIsolator.for_model(model, 3)
+    pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
+    short = prune_inputs(model, sample, pruner, isolator, position_ids="original")
+    assert short["position_ids"][0, :4].tolist() == [0, 0, 0, 0]
+    assert short["cu_seq_lens_q"].tolist() == [0, short["input_ids"].shape[1]]
+    assert torch.isfinite(model(**short).loss)
+
+
+def test_attention_that_cannot_be_told_the_boundaries():
+    pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
+    model = model_of("gemma3", "sdpa")
+    row = packed(model, singles("gemma3", model))
+    for scheme in SCHEMES:
+        with pytest.raises(ValueError, match="Pad the batch instead of packing it"):
+            prune_inputs(model, row, pruner, position_ids=scheme)
+
+
+def test_sliding_windows_of_packed_samples():
+    """A window counts places, so it is only right where the places of a sample have no gaps."""
+    model = model_of("aya_vision", "sdpa")  # Cohere2: every other layer is local
+    config = model.config.get_text_config()
+    assert "sliding_attention" in config.layer_types
+    config.sliding_window = 4
+    samples, pruner = singles("aya_vision", model), AutoPruner.from_name("divprune", pruning_ratio=0.5)
+    row = packed(model, samples)
+    with pytest.raises(ValueError, match="a sliding window of 4 tokens need position_ids='compact'"):
+        prune_inputs(model, row, pruner, position_ids="original")
+    with torch.no_grad():
+        together = model(**prune_inputs(model, row, pruner, position_ids="compact")).logits[0]
+        alone = [model(**prune_inputs(model, s, pruner, position_ids="compact")).logits[0] for s in samples]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-5)

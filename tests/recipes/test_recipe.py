@@ -1,0 +1,280 @@
+import json
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+from recipe_cases import ROOT, TINY
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from hf_dualspeed.evaluation import visualize as kept_tokens
+from hf_dualspeed.evaluation.visualize import FRAME
+from hf_dualspeed.models.components import freeze_roles, parameter_roles
+from hf_dualspeed.publishing.files import published_files
+from hf_dualspeed.recipes.arguments import parse_recipe
+from hf_dualspeed.recipes.tiny_llava import build_tiny_llava
+from hf_dualspeed.utils.text import without_paths
+
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "trainer_configs").rglob("*.yaml"))
+ACCELERATE = [path for path in CONFIGS if path.parent.name == "accelerate"]
+RECIPES = [path for path in CONFIGS if path not in ACCELERATE]
+ROLES = ("vision_tower", "projector", "language_model")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe of the given keys and returns its path."""
+
+    def write(**keys):
+        path = tmp_path / "recipe.yaml"
+        base = {"model_name_or_path": "org/model", "dataset": "easy-vqa", "output_dir": str(tmp_path / "run")}
+        path.write_text(yaml.safe_dump({**base, "use_cpu": True, **keys}))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_recipes_load(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe_args, training_args = parse_recipe(["--config", str(path), "--use_cpu", "true"])
+    assert recipe_args.dataset
+    assert training_args.output_dir == f"runs/{path.stem}"
+    assert 0 < training_args.warmup_steps < 1
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=str)
+def test_accelerate_configs_load(path):
+    config = load_config_from_file(str(ROOT / path))
+    assert config.num_processes == {"single_gpu": 1, "cpu_ddp": 2}.get(path.stem, 8)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_first_line_is_the_command_that_uses_the_file(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    first = (ROOT / path).read_text().partition("\n")[0]
+    if first.startswith("# python -m benchmarks.compare "):
+        _, *words = first.removeprefix("# python -m benchmarks.compare ").split()
+        parse_recipe(["--config", *words, "--use_cpu", "true"])
+        assert words == [str(path)]
+        return
+    assert first.startswith("# accelerate launch ")
+    launch = launch_command_parser().parse_args(first.removeprefix("# accelerate launch ").split())
+    assert launch.training_script == "train.py"
+    parse_recipe([*launch.training_script_args, "--use_cpu", "true"])
+    assert str(path) in (launch.config_file, launch.training_script_args[1])
+
+
+def test_hyperparameters_of_the_paper(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = (("pretrain", 1e-3, 256, 0.0), ("finetune", 2e-5, 128, 0.05), ("finetune_paper", 2e-5, 128, 0.1))
+    for stem, rate, batch, slow in rows:
+        _, args = parse_recipe(["--config", f"trainer_configs/llava_1_5_{stem}.yaml", "--use_cpu", "true"])
+        assert (args.learning_rate, args.slow_mode_ratio, args.pruning_ratio) == (rate, slow, 0.9)
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == batch
+    assert not args.proportional_attention
+    assert args.pruner_kwargs == {"dropped_tokens": "discard"}
+    assert (args.isolator_length, args.distillation_weight, args.position_ids) == (4, 1.0, "compact")
+
+
+def test_command_line_overrides_yaml(recipe):
+    path = recipe(learning_rate="1e-3", seed=3)
+    _, args = parse_recipe(["--seed", "5", "--config", path])
+    assert (args.learning_rate, args.seed) == (1e-3, 5)
+
+
+def test_yaml_values_are_read_as_on_the_command_line(recipe, tmp_path):
+    lora = {"r": 4, "lora_dropout": 0.5}
+    path = recipe(fast_only_parameters=["*a*", "*b*"], slow_only_parameters=[], lora=lora)
+    with open(path, "a") as file:
+        file.write("learning_rate: 2e-5\neval_strategy: no\nbf16: no\nmax_length: null\n")
+    recipe_args, args = parse_recipe(["--config", path])
+    assert args.learning_rate == 2e-5
+    assert args.eval_strategy == "no"
+    assert args.bf16 is False
+    assert args.fast_only_parameters == ["*a*", "*b*"]
+    assert args.slow_only_parameters == []
+    assert recipe_args.lora == lora
+    assert recipe_args.max_length is None
+
+
+def test_mappings_on_the_command_line(recipe):
+    recipe_args, _ = parse_recipe(["--config", recipe(lora={"r": 4}), "--lora", '{"r": 8}'])
+    assert recipe_args.lora == {"r": 8}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words", "message"),
+    [
+        (
+            {"learning_rat": 1},
+            [],
+            r"recipe\.yaml: unknown key `learning_rat`\. Did you mean 'learning_rate'\?",
+        ),
+        ({}, ["--learning_rat", "1"], r"`--learning_rat`\. Did you mean '--learning_rate'\?"),
+        ({}, ["--learning_rat=1"], r"`--learning_rat`\. Did you mean '--learning_rate'\?"),
+        ({"seed": "x"}, [], r"recipe\.yaml: `seed` is 'x': .*invalid int value"),
+        ({"seed": {"a": 1}}, [], r"recipe\.yaml: `seed` is .*invalid int value"),
+        ({"pruning_ratio": 1.5}, [], r"`pruning_ratio` must be in \[0, 1\), got 1\.5"),
+        ({}, ["--slow_mode_ratio", "-0.5"], r"`slow_mode_ratio` must be in \[0, 1\], got -0\.5"),
+        ({"dtype": "bfloat"}, [], r"`dtype` must be one of .* Did you mean 'bfloat16'\?"),
+        ({"tiny_llava": {"layers": 1}}, [], r"exactly one of `model_name_or_path`"),
+        ({"model_name_or_path": None}, [], r"exactly one of `model_name_or_path`"),
+        ({"dataset": None}, [], r"`dataset` is not set"),
+        ({"load_in_4bit": True}, [], r"`load_in_4bit` is True, .* `lora` \(got None\)"),
+        ({"lora": {"r": 4}, "model_name_or_path": None, "tiny_llava": {}, "load_in_4bit": True}, [], r"load_in_4bit"),
+        ({"lora": "r=4"}, [], r"`lora` must be a JSON mapping, got 'r=4'"),
+        ({"lora": [4]}, [], r"lora"),
+        ({"train_projector": False, "train_language_model": False}, [], r"nothing would be trained"),
+    ],
+)
+def test_errors_name_what_is_wrong(recipe, keys, words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(["--config", recipe(**keys), *words])
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n", "but holds a list"), ("a: [", "not valid YAML"), ("", "None")])
+def test_bad_files(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"bad\.yaml: .*{message}"):
+        parse_recipe(["--config", str(tmp_path / "bad.yaml")])
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match=r"'no\.yaml', but there is no such file"):
+        parse_recipe(["--config", "no.yaml"])
+
+
+def tiny_llava():
+    return build_tiny_llava(["what colour ?", "red"], **TINY)[0]
+
+
+def tiny_qwen():
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+@pytest.mark.parametrize(
+    ("build", "tower", "projector"),
+    [(tiny_llava, "vision_tower", "multi_modal_projector"), (tiny_qwen, "visual", "merger")],
+)
+@pytest.mark.parametrize("trained", ROLES)
+def test_only_the_trained_role_learns(build, tower, projector, trained):
+    model = build()
+    freeze_roles(model, **{f"train_{role}": role == trained for role in ROLES})
+    for name, parameter in model.named_parameters():
+        role = "projector" if projector in name else "vision_tower" if tower in name else "language_model"
+        assert parameter.requires_grad == (role == trained), name
+    assert set(parameter_roles(model).values()) == set(ROLES)
+
+
+def test_a_model_without_the_roles_is_an_error():
+    model = tiny_llava().model.language_model
+    with pytest.raises(ValueError, match="LlamaModel has no module that is known to be its vision_tower"):
+        freeze_roles(model, train_vision_tower=False, train_projector=True, train_language_model=True)
+
+
+def test_no_absolute_paths_are_kept(tmp_path):
+    value = {"a": [str(tmp_path / "model"), "org/model"], "b": (tmp_path,)}
+    assert without_paths(value) == {"a": ["model", "org/model"], "b": [tmp_path.name]}
+
+
+@pytest.fixture
+def run(recipe, tmp_path):
+    """Runs a small recipe on easy-vqa with the given words and returns its results."""
+    from hf_dualspeed.recipes.run import run_recipe
+
+    pytest.importorskip("easy_vqa")
+    keys = {
+        "model_name_or_path": None,
+        "tiny_llava": TINY,
+        "dataset_split": "train",
+        "train_vision_tower": True,
+    }
+    keys |= {"eval_dataset": "easy-vqa", "eval_limit": 8, "max_steps": 4, "logging_steps": 1}
+    keys |= {"mode_schedule": "periodic", "slow_mode_ratio": 0.5, "per_device_train_batch_size": 4}
+
+    def start(*words, **more):
+        return run_recipe(*parse_recipe(["--config", recipe(**keys, **more), *words]))
+
+    return start
+
+
+def test_a_run_writes_a_folder_that_transformers_alone_loads(run, tmp_path):
+    results = run()
+    folder = tmp_path / "run"
+    text = (folder / "results.json").read_text()
+    assert json.loads(text) == json.loads(json.dumps(results))
+    assert str(tmp_path) not in text
+    assert 0 <= results["accuracy"] <= 1
+    assert 0 < results["majority_accuracy"] <= 1
+    assert results["n"] == 8
+    assert sum(results["steps"].values()) == 4
+    assert min(results["steps"].values()) > 0
+    assert results["seconds"]["total"] > 0
+    assert results["settings"]["pruning_ratio"] == 0.9
+    assert results["versions"].keys() == {"torch", "transformers", "accelerate", "hf_dualspeed", "python"}
+    assert (folder / "learning_curve.png").is_file()
+    assert "this model, all visual tokens" in (folder / "README.md").read_text()
+    AutoModelForImageTextToText.from_pretrained(folder)
+    AutoProcessor.from_pretrained(folder)
+
+
+def test_the_card_shows_kept_tokens_only_where_it_is_asked_to(run, tmp_path):
+    assert "kept_tokens" not in run()
+    results = run("--card_images", "2")
+    assert results["kept_tokens"] == "kept_tokens.png"
+    folder = tmp_path / "run"
+    assert "](kept_tokens.png)" in (folder / "README.md").read_text()
+    with Image.open(folder / "kept_tokens.png") as picture:
+        assert picture.size == (2 * 448 + 16, 2 * 448 + 16)
+        # Below, kept tokens are framed; above is the image as it is.
+        pixels = np.asarray(picture.convert("RGB"))
+    framed = (pixels == FRAME).all(-1)
+    assert not framed[:448].any()
+    assert framed[464:].any()
+    assert "kept_tokens.png" in published_files(folder, (folder / "README.md").read_text())
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_training(run, monkeypatch, caplog):
+    def broken(image):
+        raise OSError("broken image")
+
+    monkeypatch.setattr(kept_tokens, "open_image", broken)
+    assert "kept_tokens" not in run("--card_images", "1")
+    assert "No picture of kept tokens: broken image" in caplog.text
+
+
+def test_a_run_resumes_from_its_last_checkpoint(run, tmp_path):
+    run("--save_steps", "2", "--resume_from_checkpoint", "last")
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    results = run("--max_steps", "6", "--resume_from_checkpoint", "last")
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+    assert sum(results["steps"].values()) in (2, 6)
+
+
+def test_a_run_with_adapters(run, tmp_path):
+    pytest.importorskip("peft")
+    run(lora={"r": 2, "target_modules": ["q_proj"]}, train_projector=False)
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_unknown_keys_of_mappings_are_errors(run):
+    with pytest.raises(ValueError, match=r"`lora` has an unknown key 'rr'"):
+        run(lora={"rr": 2})
+    with pytest.raises(ValueError, match=r"`tiny_llava` has an unknown key 'layer'\. .*'layers'\?"):
+        run("--tiny_llava", '{"layer": 2}')

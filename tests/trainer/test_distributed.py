@@ -1,0 +1,113 @@
+"""Two processes on the CPU, started by `accelerate launch`, against one process on the same global batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launching import DDP, FSDP2, assert_same_training, run
+from loopback_hub import USER, hub  # noqa: F401
+from safetensors.torch import load_file
+
+
+@pytest.mark.distributed
+def test_an_adaptive_schedule_is_the_same_on_all_ranks(tmp_path):
+    options = ("--adaptive", "--max-steps", "10")
+    (alone,) = run(tmp_path / "one", "--batch", "2", *options)
+    ranks = run(tmp_path / "two", "--batch", "1", *options, config=DDP)
+    assert len(set(alone["ratios"])) > 2
+    assert ranks[0]["ratios"] == ranks[1]["ratios"] == pytest.approx(alone["ratios"], rel=1e-3)
+    assert ranks[0]["modes"] == ranks[1]["modes"] == alone["modes"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "options",
+    [
+        # Checkpointing turns DDP's search for unused parameters off.
+        ("--family", "llava", "--checkpointing", "--evaluate"),
+        pytest.param(("--family", "llava"), marks=pytest.mark.slow),
+        pytest.param(("--family", "qwen2_5_vl"), marks=pytest.mark.slow),
+        pytest.param(("--family", "llava_next"), marks=pytest.mark.slow),
+        pytest.param(("--family", "llava", "--checkpointing", "--pruner", "pyramiddrop"), marks=pytest.mark.slow),
+    ],
+)
+def test_ddp_equals_one_process(tmp_path, options):
+    # One sample is text only, so that one rank's micro-batch reaches neither the projector nor the isolator.
+    one, two = tmp_path / "one", tmp_path / "two"
+    (alone,) = run(one, "--batch", "2", *options)
+    assert_same_training(one, two, alone, run(two, "--batch", "1", *options, config=DDP))
+
+
+@pytest.mark.distributed
+def test_ddp_by_length_equals_one_process_and_resumes_within_an_epoch(tmp_path):
+    # Of 8 samples, 4 to a step: the save at step 3 lies within the second epoch.
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ("--by-length", "--checkpointing")
+    (alone,) = run(one, "--batch", "2", *options)
+    assert_same_training(one, two, alone, run(two, "--batch", "1", *options, config=DDP))
+    (two / "checkpoint-6").rename(two / "finished")
+    assert_same_training(one, two, alone, run(two, "--batch", "1", *options, "--resume", config=DDP))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ddp_with_the_head_in_the_loss(tmp_path):
+    # DDP looks for the head's weight behind what forward returns, where it is not.
+    one, two = tmp_path / "one", tmp_path / "two"
+    (alone,) = run(one, "--batch", "2", "--evaluate")
+    assert_same_training(one, two, alone, run(two, "--batch", "1", "--evaluate", "--fused", config=DDP))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_fsdp2_with_tokens_dropped_between_layers(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ("--images", "--pruner", "pyramiddrop")
+    (alone,) = run(one, "--batch", "2", *options)
+    ranks = run(two, "--batch", "1", *options, config=FSDP2)
+    assert all(report["sharded"] for report in ranks)
+    assert_same_training(one, two, alone, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ddp_with_slow_steps_in_parts(tmp_path):
+    # Parts of a sample each: some of text alone, so that no part, one or both of a rank reach the projector.
+    one, two = tmp_path / "one", tmp_path / "two"
+    (alone,) = run(one, "--batch", "4", "--slow-mode-splits", "1")
+    assert_same_training(one, two, alone, run(two, "--batch", "2", "--slow-mode-splits", "2", config=DDP))
+
+
+@pytest.mark.distributed
+def test_fsdp2_equals_one_process_saves_and_resumes(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    (alone,) = run(one, "--batch", "2", "--images", "--evaluate")
+    ranks = run(two, "--batch", "1", "--images", "--evaluate", config=FSDP2)
+    assert all(report["sharded"] for report in ranks)
+    assert_same_training(one, two, alone, ranks)
+    saved, trained = load_file(two / "mode_isolator.safetensors"), load_file(two / "rank0.safetensors")
+    assert torch.equal(saved["prompt"], trained["dualspeed.isolator.prompt"])
+
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(two, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
+
+    (two / "checkpoint-6").rename(two / "finished")
+    resumed = run(two, "--batch", "1", "--images", "--evaluate", "--resume", config=FSDP2)
+    assert_same_training(one, two, alone, resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_one_of_two_processes_pushes_at_each_save(tmp_path, hub):  # noqa: F811
+    ranks = run(tmp_path / "run", "--batch", "1", "--push", f"{USER}/thing", config=DDP)
+    assert [rank["steps"] for rank in ranks] == [ranks[0]["steps"]] * 2
+    pushes = [title for title in hub.titles(f"{USER}/thing") if title != "initial commit"]
+    assert pushes[::-1] == ["Training in progress, step 3", "Training in progress, step 6", "Model save"]
+    files = hub.files(f"{USER}/thing")
+    assert files.keys() >= {"model.safetensors", "mode_isolator.safetensors", "results.json", "README.md"}
+    assert files["mode_isolator.safetensors"] == (tmp_path / "run/mode_isolator.safetensors").read_bytes()
+    tokens = ranks[0]["record"]["visual_tokens"]
+    assert f"kept {tokens['kept']:,} of {tokens['full']:,}" in files["README.md"].decode()
