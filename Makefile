@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
 	@echo "make demo        ask the quickstart, and two runs of it without fast or slow steps, in the browser"
 	@echo "make compare     train with and without DualSpeed and compare them"
-	@echo "make ablation    measure what each part, ratio, pruner and schedule is worth (hours; it goes on where it stopped)"
+	@echo "make ablation    measure what each part, ratio, pruner and schedule is worth (hours; rerun it to resume)"
 	@echo "make cards       render the cards in model_cards anew, that of the quickstart from its last run"
 	@echo "make bench       time training steps, their growth with the tokens, and batches of like length (1 to 2 hours)"
 	@echo "make bench-gpu   time training steps of 7 B parameters on a GPU of 80 GB, GPU=its name (minutes)"

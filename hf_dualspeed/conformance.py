@@ -19,7 +19,7 @@ from .pruning.encoding import VisualEncoding, encode
 from .pruning.inputs import full_positions
 from .pruning.isolator import ModeIsolator
 from .pruning.proportional_attention import key_sizes_of
-from .trainer.dual_forward import ModePass
+from .trainer.dual_forward import DualForward
 from .trainer.schedule import FAST, SLOW
 
 RATIO = 0.75
@@ -223,22 +223,21 @@ def teacher_and_student_align(model: nn.Module, batch: Batch) -> None:
     """A slow step's teacher and student logits are of the same tokens: equal where nothing is pruned."""
     for ratio in (0.0, RATIO):
         options = {"proportional_attention": batch.proportional_attention}
-        mode_pass = ModePass(pruner_of(ratio=ratio), None, batch.position_ids, batch.video_budget, **options)
-        mode_pass.attach(model)
+        forward = DualForward(pruner_of(ratio=ratio), None, batch.position_ids, batch.video_budget, **options)
+        forward.attach(model)
         try:
-            mode_pass.begin(SLOW, True, None)
-            student = model(**batch.inputs).logits
-            teacher, targets = mode_pass.teacher_logits, mode_pass.targets
-            assert teacher.shape == student.shape == (len(targets), student.shape[-1]), "logits do not align"
+            with forward.in_mode(SLOW, distil=True):
+                slow = model(**batch.inputs)
+            student, teacher, count = slow.logits, slow.teacher_logits, len(slow.targets)
+            assert teacher.shape == student.shape == (count, student.shape[-1]), "logits do not align"
             if ratio == 0.0:
                 same(teacher, student)
-            mode_pass.begin(FAST, False, None)
-            fast = model(**batch.inputs).logits
-            same(fast, teacher)
-            assert len(mode_pass.targets) == len(targets), "the modes count different tokens"
+            with forward.in_mode(FAST):
+                fast = model(**batch.inputs)
+            same(fast.logits, teacher)
+            assert len(fast.targets) == count, "the modes count different tokens"
         finally:
-            mode_pass.end()
-            mode_pass.detach()
+            forward.detach()
             del model.dualspeed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -11,12 +10,11 @@ from inference import Answer, merges
 from overlay import data_url
 from slots import HERE, Pair, Slot
 
-from benchmarks.compare.report import caption, table_rows
 from hf_dualspeed.evaluation.visualize import View, draw
 from hf_dualspeed.publishing.plots import CURVE_NAME
 from hf_dualspeed.utils.text import percent
 
-COMPARE = (HERE / "compare.json", Path("docs/results/compare.json"))
+COMPARE = (HERE / "compare.md", Path("docs/results/compare.md"))
 HEADER = """
 <div class="masthead"><h1>DualSpeed</h1>
 <p>Train vision-language models on a tenth of the visual tokens, answer with all of them. Ask three of them the same
@@ -154,12 +152,12 @@ def learning_curves(slots: list[Slot]) -> list[tuple[str, Path]]:
 
 
 def comparison() -> tuple[str, Path | None] | None:
-    """Text and plot of `python -m benchmarks.compare`'s results, where they are at hand."""
+    """Table, caption and plot that `python -m benchmarks.compare` has written, where they are at hand."""
     path = next((path for path in COMPARE if path.is_file()), None)
     if path is None:
         return None
-    results = json.loads(path.read_text(encoding="utf-8"))
     picture = path.with_suffix(".png")
-    header, *rows = table_rows(results)
-    note = escape(caption(results).replace("`", ""))
+    caption, _, lines = path.read_text(encoding="utf-8").partition("\n\n")
+    header, _, *rows = (line.strip("| ").split(" | ") for line in lines.splitlines() if line.startswith("|"))
+    note = escape(caption.replace("`", ""))
     return f'{table(header, rows)}<p class="note">{note}</p>', picture if picture.is_file() else None

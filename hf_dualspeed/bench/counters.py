@@ -28,7 +28,7 @@ def cached_batch(trainer: DualSpeedTrainer, batch: dict, folder: str) -> dict | 
 
     None where they cannot be cached: the tower is trained in part, say, or the pruner reads its attention.
     """
-    cache = FeatureCache(folder, ROOM, trainer.mode_pass.pruner, trainer.accelerator.mixed_precision)
+    cache = FeatureCache(folder, ROOM, trainer.dual_forward.pruner, trainer.accelerator.mixed_precision)
     try:
         cache.begin(trainer.model)
         with torch.no_grad():

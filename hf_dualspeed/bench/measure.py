@@ -34,6 +34,7 @@ from ..pruning.inputs import shorten_inputs
 from ..trainer.schedule import FAST, SLOW
 from ..trainer.trainer import DualSpeedTrainer
 from ..trainer.training_args import DualSpeedTrainingArguments
+from ..utils.devices import synchronize
 from ..utils.environment import machine, versions
 from ..utils.text import one_line, without_paths
 from .counters import FLOP_COUNTING, MEMORY_COUNTING, cached_batch, device_waits, flops_of, host_waits, peak_memory
@@ -189,7 +190,7 @@ class SteppedTrainer(DualSpeedTrainer):
         return self.mode
 
 
-class KnownAnswer:
+class FixedPruner:
     """In the place of a pruner, one whose answer is known beforehand: it leaves everything else of shortening."""
 
     in_language_model = False
@@ -197,7 +198,7 @@ class KnownAnswer:
     def __init__(self, answer: PrunedTokens):
         self.answer = answer
 
-    def __call__(self, tokens: VisualTokens) -> PrunedTokens:
+    def __call__(self, tokens: VisualTokens, progress: float = 1.0) -> PrunedTokens:
         return self.answer
 
 
@@ -220,13 +221,13 @@ class Bench:
         self.plain = Trainer(model=self.model, args=TrainingArguments(**common))
         self._begin()
         self.losses: dict[str, float] = {}
-        self.dropped_tokens = self.dual.mode_pass.pruner.config.dropped_tokens
+        self.dropped_tokens = self.dual.dual_forward.pruner.config.dropped_tokens
         self.step("fast")  # whose size tells slow steps their parts
         self._clean("fast")
         # Growth, profiles and lengths have no step with it.
         self.cached = cached_batch(self.dual, self.batch, f"{folder}/features") if options.kind == "steps" else None
         absent = {"fast_cached"} if self.cached is None else set()
-        absent |= {"fast_discarding"} if self.dual.mode_pass.pruner.merges else set()  # it has no other way
+        absent |= {"fast_discarding"} if self.dual.dual_forward.pruner.merges else set()  # it has no other way
         self.steps = [name for name in STEPS if name not in absent]
         self.variants = {**{name: partial(self.step, name) for name in self.steps}, **self._parts()}
 
@@ -242,29 +243,28 @@ class Bench:
         """Forward and backward of one micro-batch, through the trainer's own `training_step`."""
         self.dual.mode = FAST if name.startswith("fast") else SLOW
         self.dual.args.distillation_weight = 0.0 if name == "slow_without_distillation" else 1.0
-        trainer, mode_pass = self.plain if name == "plain" else self.dual, self.dual.mode_pass
-        if not mode_pass.pruner.merges:
+        trainer, dual_forward = self.plain if name == "plain" else self.dual, self.dual.dual_forward
+        if not dual_forward.pruner.merges:
             dropped = DISCARD if name == "fast_discarding" else self.dropped_tokens
-            mode_pass.pruner.config = replace(mode_pass.pruner.config, dropped_tokens=dropped)
-        mode_pass.proportional_attention = name != "fast_discarding"
+            dual_forward.pruner.config = replace(dual_forward.pruner.config, dropped_tokens=dropped)
+        dual_forward.proportional_attention = name != "fast_discarding"
         batch = self.cached if name == "fast_cached" else self.batch
         self.loss = trainer.training_step(self.model, batch, self.items)
 
     def _parts(self) -> dict[str, Callable]:
         """The fast step's parts alone: encoding, the pruner, and what else shortens the batch; and the teacher."""
-        model, mode_pass = self.model.train(), self.dual.mode_pass
-        pruner = mode_pass.pruner
+        model, dual_forward = self.model.train(), self.dual.dual_forward
+        pruner = dual_forward.pruner
         with torch.no_grad():
             encodings = encode(model, self.batch, pruner.needs)
         generator = torch.Generator(self.device).manual_seed(SEEDS["training"])
         tokens = encodings[0].tokens(generator)
         pruned = pruner(tokens)
-        shorten = partial(shorten_inputs, model, self.batch, encodings, KnownAnswer(pruned))
+        shorten = partial(shorten_inputs, model, self.batch, encodings, FixedPruner(pruned))
 
         def teach() -> None:
-            mode_pass.begin(SLOW, True, generator)
-            mode_pass._teach(model, self.batch, encodings)
-            mode_pass.end()
+            with dual_forward.in_mode(SLOW, distil=True, generator=generator) as state:
+                dual_forward.teach(model, self.batch, encodings, state)
 
         self.encoded = [tensor for encoding in encodings for tensor in _tensors(vars(encoding).values())]
         self.encoded += _tensors(self.cached[UNITS].features.values() if self.cached else [])
@@ -273,7 +273,7 @@ class Bench:
             "teacher": teach,
             "encoder": partial(encode, model, self.batch, pruner.needs),
             "selection": partial(pruner, tokens),
-            "shortening": partial(shorten, mode_pass.isolator, mode_pass.position_ids),
+            "shortening": partial(shorten, dual_forward.isolator, dual_forward.position_ids),
         }
 
     def run(self, names: list[str]) -> dict:
@@ -339,10 +339,10 @@ class Bench:
         return seconds
 
     def _time(self, name: str) -> float:
-        self._synchronize()
+        synchronize(self.device)
         begun = time.perf_counter()
         self.variants[name]()
-        self._synchronize()
+        synchronize(self.device)
         taken = time.perf_counter() - begun
         self._clean(name)
         return taken
@@ -351,10 +351,6 @@ class Bench:
         if name in STEPS:
             self.losses[name] = self.loss.item()
         self.model.zero_grad()
-
-    def _synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
 
 
 def _tensors(values) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..models.components import language_parts
 from ..models.interface import unwrap
+from ..utils.devices import synchronize
 from ..utils.text import markdown_table
 from .options import BenchArguments
 from .plots import PART_STYLE, figure_of
@@ -107,7 +108,7 @@ def profiled_step(bench) -> dict:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (bench.device.type == "cuda")
     with profile(activities=activities) as profiler, record_function(STEP):
         bench.step("fast")
-        bench._synchronize()
+        synchronize(bench.device)
     bench._clean("fast")
     return told(profiler, on_device=bench.device.type == "cuda")
 

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     try:
         entries = evaluate(evaluation)
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted. The same command goes on where it stopped.")
+        Console(stderr=True).print("Interrupted. Rerun the same command to resume.")
         return INTERRUPTED
     record(evaluation, entries)
     show(evaluation, entries)
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(
         prog="dualspeed evaluate",
         description=__doc__,
-        epilog="Interrupted, the same command goes on where it stopped. docs/evaluation.md has examples.",
+        epilog="Rerun an interrupted command to resume. docs/evaluation.md has examples.",
     )
     words.add_argument("checkpoint", help="a run's folder, any checkpoint's, or a Hub repo")
     add_questions(words.add_argument_group("what is asked"))

@@ -27,7 +27,7 @@ PLACES = (PACKAGE / "space_files", PACKAGE.parent / "spaces_demo")
 FILES = ("README.md", "requirements.txt", "app.py", "inference.py", "overlay.py", "slots.py", "views.py", "style.css")
 # Of each role the run that stands for it, as in spaces_demo/slots.py, where its folder knows the repo it was pushed to.
 RUNS = {"baseline": "runs/quickstart_full", "dualspeed": "runs/quickstart", "pruned": "runs/quickstart_pruned"}
-COMPARE = "docs/results/compare.json"
+COMPARE = "docs/results/compare.md"
 CHECKPOINTS = "checkpoints.json"
 
 
@@ -71,7 +71,7 @@ def space_command(argv: list[str]) -> None:
     for key, run in RUNS.items():
         parser.add_argument(f"--{key}", metavar="REPO", help=f"Hub id of a model (default: where {run} was pushed to)")
     parser.add_argument(
-        "--compare", metavar="FILE", help=f"results of `python -m benchmarks.compare` (default: {COMPARE})"
+        "--compare", metavar="FILE", help=f"a table in Markdown, with a .png beside it (default: {COMPARE})"
     )
     options = parser.parse_args(argv)
     names = published_names({key: getattr(options, key) for key in RUNS})
@@ -117,7 +117,7 @@ def published_names(given: dict[str, str | None]) -> dict[str, str]:
 
 
 def compare_file(given: str | None) -> Path | None:
-    """The results of `python -m benchmarks.compare` to show, if there are any.
+    """The table to show, which `python -m benchmarks.compare` writes, if there is one.
 
     Raises:
         FileNotFoundError: a file was given and is not there.
@@ -135,7 +135,7 @@ def push_space(repo_id: str, names: dict[str, str], private: bool | None = None,
         repo_id (`str`): "user/name"; made where it does not exist.
         names (`dict[str, str]`): Hub ids of checkpoints by role: "baseline", "dualspeed", "pruned".
         private (`bool`, *optional*): whether a new Space is private.
-        compare (`Path`, *optional*): results of `python -m benchmarks.compare`, shown with the plot beside them.
+        compare (`Path`, *optional*): a table in Markdown, shown with the plot beside it.
 
     Raises:
         ValueError: `repo_id` is no "user/name", or a token stands in a file.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
 from ..pruning.api import prune_inputs
 from ..pruning.isolator import ModeIsolator
-from ..trainer.dual_forward import ModePass
+from ..trainer.dual_forward import DualForward
 from ..utils.constants import PRUNER_CONFIG_NAME
 
 
@@ -57,15 +57,15 @@ class PrunedPrompts:
         )
 
 
-def prompts_of(mode_pass: ModePass, model: PreTrainedModel, seed: int = 0) -> PrunedPrompts:
+def prompts_of(dual_forward: DualForward, model: PreTrainedModel, seed: int = 0) -> PrunedPrompts:
     """Prunes prompts as the fast steps of a training do."""
     return PrunedPrompts(
         model,
-        mode_pass.pruner,
-        mode_pass.isolator,
-        mode_pass.position_ids,
-        mode_pass.video_budget,
-        mode_pass.proportional_attention,
+        dual_forward.pruner,
+        dual_forward.isolator,
+        dual_forward.position_ids,
+        dual_forward.video_budget,
+        dual_forward.proportional_attention,
         seed,
     )
 

@@ -218,7 +218,9 @@ def feature_cache_of(trainer) -> FeatureCache | None:
             f"one cannot be left out. {REMEDY}"
         )
     precision = trainer.accelerator.mixed_precision
-    cache = FeatureCache(args.vision_feature_cache, args.vision_feature_cache_gib, trainer.mode_pass.pruner, precision)
+    cache = FeatureCache(
+        args.vision_feature_cache, args.vision_feature_cache_gib, trainer.dual_forward.pruner, precision
+    )
     cache.check(trainer.model)
     trainer.add_callback(cache)
     return cache

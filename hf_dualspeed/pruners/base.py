@@ -31,10 +31,6 @@ class Pruner(nn.Module):
     that merges by a rule of its own overrides [`reduce`]. Ranking runs in float32 without gradients; gathering and
     merging stay differentiable.
 
-    Attributes:
-        progress (`float`): fraction of training that is done, for a ratio that changes; 1 outside of training.
-        auxiliary_loss (`torch.Tensor`, *optional*): what the last call in training mode adds to the loss, a mean over
-            its images, already weighted. Learnt pruners may set it. The trainer takes the mean over micro-batches.
     """
 
     config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
@@ -46,13 +42,11 @@ class Pruner(nn.Module):
     def __init__(self, config: PrunerConfig):
         super().__init__()
         self.config = config
-        self.progress = 1.0
-        self.auxiliary_loss: torch.Tensor | None = None
 
     @property
     def pruning_ratio(self) -> float:
-        """The fraction of tokens removed now."""
-        return self.config.ratio_at(self.progress)
+        """The fraction of tokens removed; where it changes over training, at the end."""
+        return self.config.pruning_ratio
 
     def reconfigure(self, **settings) -> None:
         """Changes settings, but for those that the sizes of learnt weights follow from.
@@ -70,9 +64,6 @@ class Pruner(nn.Module):
             )
         self.config = config
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "auxiliary_loss": None}  # a part of a graph can't be copied
-
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
         """Source positions in the order in which they are kept, `(B, most)`; padding last. No gradients here."""
         raise NotImplementedError(f"{type(self).__name__} must implement `rank` or override `reduce`.")
@@ -83,17 +74,21 @@ class Pruner(nn.Module):
             ranked = self.rank(tokens, max(lengths))
         return take(tokens, ranked, lengths, self.config.dropped_tokens)
 
-    def forward(self, tokens: VisualTokens) -> PrunedTokens:
+    def forward(self, tokens: VisualTokens, progress: float = 1.0) -> PrunedTokens:
         """Prunes.
+
+        Args:
+            tokens ([`VisualTokens`]): B images of N tokens.
+            progress (`float`): fraction of the training that is done, for a ratio that changes.
 
         Raises:
             ValueError: `tokens` lacks a field that the pruner needs, or its features hold NaN or infinity.
         """
-        self.auxiliary_loss = None
         missing = sorted(need for need in self.needs - {"grid"} if getattr(tokens, need) is None)
         if missing:
             raise ValueError(f"The pruner {self.config.pruner_type!r} needs `VisualTokens.{missing[0]}`, got None.")
-        lengths = [budget(n, self.pruning_ratio) for n in tokens.lengths]
+        ratio = self.config.ratio_at(progress)
+        lengths = [budget(n, ratio) for n in tokens.lengths]
         if lengths == list(tokens.lengths):
             return unpruned(tokens)
         finite = tokens.features.detach().isfinite().all()
@@ -208,9 +203,10 @@ class LayerPruner(Pruner):
 
     in_language_model: ClassVar[bool] = True
 
-    def stages(self, layers: int) -> dict[int, float]:
+    def stages(self, layers: int, pruning_ratio: float) -> dict[int, float]:
         """Where tokens are dropped in a language model of so many layers: {index of the layer in front of which, from
-        1 to `layers - 1`: fraction of each image's tokens that is gone from there on}."""
+        1 to `layers - 1`: fraction of each image's tokens that is gone from there on}. `pruning_ratio` is that of now,
+        where it changes over training."""
         raise NotImplementedError(f"{type(self).__name__} must implement `stages`.")
 
     def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:

@@ -97,7 +97,7 @@ class DynamicViT(Pruner):
             kept = take(tokens, ranked, lengths, self.config.dropped_tokens)
             if self.training:
                 kept.features = relaxed(kept, noisy / self.config.temperature, tokens)
-                self.auxiliary_loss = self.ratio_loss(scores, tokens, lengths)
+                kept.auxiliary_loss = self.ratio_loss(scores, tokens, lengths)
         return kept
 
     def scores(self, tokens: VisualTokens) -> torch.Tensor:

@@ -43,5 +43,5 @@ class FastV(LayerPruner):
 
     config_class = FastVConfig
 
-    def stages(self, layers: int) -> dict[int, float]:
-        return {self.config.layer: self.pruning_ratio}
+    def stages(self, layers: int, pruning_ratio: float) -> dict[int, float]:
+        return {self.config.layer: pruning_ratio}

@@ -55,7 +55,7 @@ class PyramidDrop(LayerPruner):
 
     config_class = PyramidDropConfig
 
-    def stages(self, layers: int) -> dict[int, float]:
-        depths, kept = self.config.stages, 1 - self.pruning_ratio
-        gone = [1 - kept ** (i / len(depths)) for i in range(1, len(depths))] + [self.pruning_ratio]
+    def stages(self, layers: int, pruning_ratio: float) -> dict[int, float]:
+        depths, kept = self.config.stages, 1 - pruning_ratio
+        gone = [1 - kept ** (i / len(depths)) for i in range(1, len(depths))] + [pruning_ratio]
         return {max(1, int(depth * layers + 1e-6)): share for depth, share in zip(depths, gone, strict=True)}

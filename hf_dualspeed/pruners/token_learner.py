@@ -70,9 +70,9 @@ class TokenLearner(Pruner):
         self.maps = Float32Linear(config.bottleneck_size, config.max_tokens, bias=False)  # a softmax drops a bias
         self.focus = nn.Parameter(torch.zeros(config.max_tokens))
 
-    def forward(self, tokens: VisualTokens) -> PrunedTokens:
+    def forward(self, tokens: VisualTokens, progress: float = 1.0) -> PrunedTokens:
         self.check(tokens)
-        return super().forward(tokens)
+        return super().forward(tokens, progress)
 
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
         device = tokens.features.device
@@ -106,7 +106,7 @@ class TokenLearner(Pruner):
         training. Where nothing is ever pruned, there need be no maps."""
         check_width(tokens.features, self.config.hidden_size)
         changes = self.training and self.config.pruning_schedule != "constant"
-        ratio = self.config.lowest_ratio if changes else self.pruning_ratio
+        ratio = self.config.lowest_ratio if changes else self.config.pruning_ratio
         count = max(tokens.lengths)
         most = budget(count, ratio)
         if most > self.config.max_tokens and (changes or most < count):

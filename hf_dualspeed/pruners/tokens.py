@@ -77,6 +77,8 @@ class PrunedTokens:
         sizes (`torch.Tensor` of shape `(B, K)`, *optional*): how many source tokens each one stands for, in float32;
             N in each row together, 0 on padding. Left out by `reduce`, they are counted by the nearest kept token.
         finite (`torch.BoolTensor` of no dimensions, *optional*): whether the features were; None where none was pruned.
+        auxiliary_loss (`torch.Tensor` of no dimensions, *optional*): what a learned pruner in training mode adds to the
+            loss, a mean over the images, already weighted. The trainer takes the mean over micro-batches.
     """
 
     features: torch.Tensor
@@ -86,6 +88,7 @@ class PrunedTokens:
     merge: Callable[[torch.Tensor], torch.Tensor] | None = None
     sizes: torch.Tensor | None = None
     finite: torch.Tensor | None = None
+    auxiliary_loss: torch.Tensor | None = None
 
     def carry(self, features: torch.Tensor) -> torch.Tensor:
         """Other features of the same tokens, `(B, N, D')`, pruned alike: `(B, K, D')`."""

@@ -61,8 +61,9 @@ def prune_inputs(
     position_ids = check_options(model, position_ids, video_budget)
     check_inputs(inputs)
     encodings = encode(model, inputs, pruner.needs, video_budget)
-    short, log_sizes = shorten_inputs(model, inputs, encodings, pruner, isolator, position_ids, generator)
-    return short if log_sizes is None or not proportional_attention else carry(model, short, log_sizes)
+    short = shorten_inputs(model, inputs, encodings, pruner, isolator, position_ids, generator)
+    plain = short.log_sizes is None or not proportional_attention
+    return short.inputs if plain else carry(model, short.inputs, short.log_sizes)
 
 
 @contextmanager
@@ -97,13 +98,13 @@ def prune_visual_tokens(
         if pruner.in_language_model:
             layers = LayerPass(model, pruner, proportional_attention)
             layer_passes.append(layers)
-        short, log_sizes = shorten_inputs(model, kwargs, encodings, pruner, isolator, position_ids, generator, layers)
+        short = shorten_inputs(model, kwargs, encodings, pruner, isolator, position_ids, generator, layers)
         key_sizes.take(model)
-        key_sizes.set(log_sizes if proportional_attention else None)
+        key_sizes.set(short.log_sizes if proportional_attention else None)
         if layers is None:
-            return (), short
+            return (), short.inputs
         layers.open()
-        return (), {**short, "use_cache": False}
+        return (), {**short.inputs, "use_cache": False}
 
     def close(module, args, kwargs, output):
         while layer_passes:

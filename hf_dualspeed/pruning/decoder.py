@@ -42,8 +42,8 @@ def refused(model: nn.Module, pruner: LayerPruner, reason: str, remedy: str = RE
     return ValueError(f"The pruner {name!r} cannot drop tokens inside {model_name}: {reason}. {remedy}")
 
 
-def check_layers(model: nn.Module, pruner: LayerPruner) -> dict[int, float]:
-    """The pruner's stages in this model, in order.
+def check_layers(model: nn.Module, pruner: LayerPruner, progress: float = 1.0) -> dict[int, float]:
+    """The pruner's stages in this model, in order, when the fraction `progress` of training is done.
 
     Raises:
         ValueError: tokens cannot be dropped between its layers, or not there; the message says why.
@@ -61,7 +61,7 @@ def check_layers(model: nn.Module, pruner: LayerPruner) -> dict[int, float]:
     if family.places:
         raise refused(model, pruner, "its attention takes position ids for places in the sequence")
     count = len(decoder_layers(model, pruner)[1])
-    stages = pruner.stages(count)
+    stages = pruner.stages(count, pruner.config.ratio_at(progress))
     outside = [index for index in stages if not 1 <= index < count]
     if outside or not stages:
         reason = f"none of its {count} layers has another in front of it and the number {outside}"
@@ -121,10 +121,12 @@ class LayerPass:
     that long, for layers that are computed again in backward.
     """
 
-    def __init__(self, model: nn.Module, pruner: LayerPruner, proportional_attention: bool = True):
+    def __init__(
+        self, model: nn.Module, pruner: LayerPruner, proportional_attention: bool = True, progress: float = 1.0
+    ):
         self.model, self.pruner = model, pruner
         self._shared = key_sizes_of(model) if proportional_attention else None
-        self.stages = check_layers(model, pruner)
+        self.stages = check_layers(model, pruner, progress)
         self.owner, self.layers = decoder_layers(model, pruner)
         # A layer is known by the module that calls the attention function.
         self._watched = {id(m): index for index in self.stages for m in self.layers[index - 1].modules()}

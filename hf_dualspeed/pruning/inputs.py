@@ -43,6 +43,25 @@ def check_inputs(inputs: Mapping) -> None:
         )
 
 
+@dataclass
+class ShortenedBatch:
+    """A batch whose visual tokens were pruned.
+
+    Args:
+        inputs (`dict`): for the model's forward.
+        log_sizes (`torch.Tensor` of shape `(B, S')`, *optional*): for proportional attention, the logarithm of how many
+            tokens each one stands for, in float32; None where each stands for itself.
+        visual_tokens (`tuple[int, int]`): of all images, before and after pruning; (0, 0) where they are dropped later,
+            inside the language model.
+        auxiliary_loss (`torch.Tensor` of no dimensions, *optional*): what a learned pruner adds to the loss.
+    """
+
+    inputs: dict
+    log_sizes: torch.Tensor | None = None
+    visual_tokens: tuple[int, int] = (0, 0)
+    auxiliary_loss: torch.Tensor | None = None
+
+
 def shorten_inputs(
     model: nn.Module,
     inputs: Mapping,
@@ -52,13 +71,10 @@ def shorten_inputs(
     position_ids: str,
     generator: torch.Generator | None = None,
     layer_pass: LayerPass | None = None,
-) -> tuple[dict, torch.Tensor | None]:
-    """[`prune_inputs`] after encoding. With a `layer_pass` all tokens stay, for it to drop later.
-
-    Returns:
-        `tuple[dict, torch.Tensor | None]`: the inputs, and for proportional attention the logarithm of how many tokens
-        each one stands for `(B, S')`, in float32; None where each stands for itself.
-    """
+    progress: float = 1.0,
+) -> ShortenedBatch:
+    """[`prune_inputs`] after encoding, when the fraction `progress` of training is done. With a `layer_pass` all tokens
+    stay, for it to drop later."""
     if pruner.in_language_model and layer_pass is None:
         raise ValueError(
             f"The pruner {pruner.config.pruner_type!r} drops tokens inside the language model, so the inputs cannot be "
@@ -66,10 +82,12 @@ def shorten_inputs(
             "another pruner, such as 'divprune'."
         )
     if not encodings:
-        return dict(inputs), None
+        return ShortenedBatch(dict(inputs))
     prompt = isolator() if isolator is not None and isolator.length else None
-    kept = {encoding.modality: keep_tokens(encoding, pruner, prompt, generator) for encoding in encodings}
+    # Select: the isolator and the kept tokens of each modality.
+    kept = {e.modality: keep_tokens(e, pruner, prompt, generator, progress) for e in encodings}
     check_placeholders(model, encodings)
+    # Shorten: dropped placeholders leave every (B, S) tensor, isolator tokens enter it.
     packing = Packing.of(model, inputs)
     mask = mask_of(inputs)
     finite = [of.finite for of in kept.values() if of.finite is not None]
@@ -83,8 +101,21 @@ def shorten_inputs(
         short |= packing.shortened(plan, position_ids, inputs)
     elif prompt is not None:
         short |= one_sample(model, plan)
+    # Hand over: kept tokens in place of pixels, and what proportional attention, counters and losses need beside.
     log_sizes = key_log_sizes(short["input_ids"], encodings, kept)
-    return short | absent_inputs(model, consumed) | merged_inputs(model, short, encodings, kept), log_sizes
+    short |= absent_inputs(model, consumed) | merged_inputs(model, short, encodings, kept)
+    losses = [of.auxiliary_loss for of in kept.values() if of.auxiliary_loss is not None]
+    return ShortenedBatch(
+        short,
+        log_sizes,
+        (0, 0) if pruner.in_language_model else visual_tokens_of(encodings, kept),
+        sum(losses) if losses else None,
+    )
+
+
+def visual_tokens_of(encodings: list[VisualEncoding], kept: Mapping[str, Kept]) -> tuple[int, int]:
+    """How many visual tokens there were, and how many are kept; counted on the host."""
+    return sum(sum(e.lengths) for e in encodings), sum(of.count for of in kept.values())
 
 
 def key_log_sizes(ids: torch.Tensor, encodings: list[VisualEncoding], kept: Mapping[str, Kept]) -> torch.Tensor | None:
@@ -112,6 +143,8 @@ class Kept:
         sizes (`torch.Tensor` of shape `(sum (l + K_i),)`, *optional*): how many tokens each one stands for; None where
             each stands for itself.
         finite (`torch.BoolTensor` of no dimensions, *optional*): whether all features were finite.
+        count (`int`): sum K_i.
+        auxiliary_loss (`torch.Tensor` of no dimensions, *optional*): what a learned pruner adds to the loss.
     """
 
     features: torch.Tensor
@@ -120,10 +153,16 @@ class Kept:
     repeats: torch.Tensor
     sizes: torch.Tensor | None
     finite: torch.Tensor | None
+    count: int
+    auxiliary_loss: torch.Tensor | None
 
 
 def keep_tokens(
-    encoding: VisualEncoding, pruner: Pruner, prompt: torch.Tensor | None, generator: torch.Generator | None
+    encoding: VisualEncoding,
+    pruner: Pruner,
+    prompt: torch.Tensor | None,
+    generator: torch.Generator | None,
+    progress: float,
 ) -> Kept:
     """Prunes one modality and puts the isolator in front of each unit."""
     tokens, length = encoding.tokens(generator), 0 if prompt is None else len(prompt)
@@ -131,7 +170,7 @@ def keep_tokens(
         pruned = replace(unpruned(tokens), finite=tokens.features.detach().isfinite().all())
     else:
         with record_function("dualspeed.select"):
-            pruned = pruner(tokens)
+            pruned = pruner(tokens, progress=progress)
     rows, repeats = kept_rows(pruned, encoding.lengths, length)
 
     def carried(level: torch.Tensor) -> torch.Tensor:
@@ -142,7 +181,16 @@ def keep_tokens(
     sizes = None
     if pruned.lengths != encoding.lengths:  # isolator tokens stand for themselves
         sizes = F.pad(pruned.sizes.float(), (length, 0), value=1.0).flatten().index_select(0, rows)
-    return Kept(features, companions, [length + keep for keep in pruned.lengths], repeats, sizes, pruned.finite)
+    return Kept(
+        features,
+        companions,
+        [length + keep for keep in pruned.lengths],
+        repeats,
+        sizes,
+        pruned.finite,
+        sum(pruned.lengths),
+        pruned.auxiliary_loss,
+    )
 
 
 def check_placeholders(model: nn.Module, encodings: list[VisualEncoding]) -> None:

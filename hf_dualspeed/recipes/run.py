@@ -158,11 +158,11 @@ def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
 
 def _picture(recipe: RecipeArguments, trainer: DualSpeedTrainer, data: Dataset) -> dict:
     """Draws what the pruner keeps of the data's first different images."""
-    mode_pass = trainer.mode_pass
-    if mode_pass.pruner.in_language_model or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    dual_forward = trainer.dual_forward
+    if dual_forward.pruner.in_language_model or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return {}
     model = trainer.accelerator.unwrap_model(trainer.model)
-    prepare = prompts_of(mode_pass, model)
+    prepare = prompts_of(dual_forward, model)
     path = Path(trainer.args.output_dir) / PICTURE_NAME
     rows = first_images(data, recipe.card_images)
     return {"kept_tokens": draw_images(prepare, trainer.processing_class, rows, path)}

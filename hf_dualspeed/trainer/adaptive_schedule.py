@@ -87,9 +87,9 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
     def on_step_begin(self, args, state, control, **kwargs):
         self._before = dict(self.losses.sums)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         measured = [self._of_step(name) for name in ("slow_loss", "pruned_loss")]
-        if model.dualspeed.last_mode != SLOW or None in measured:
+        if None in measured:  # a fast step
             return
         if self._waiting is not None:
             self._follow(*self._read(), state.global_step)
@@ -104,8 +104,11 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
             self.pruner.reconfigure(pruning_ratio=self.max_pruning_ratio)
 
     def _of_step(self, name: str) -> torch.Tensor | None:
+        """What the step has added to a loss; None where it has added nothing."""
         now, before = self.losses.sums.get(name), self._before.get(name)
-        return now if now is None or before is None else now - before
+        if now is before:
+            return None
+        return now if before is None else now - before
 
     def _read(self) -> list[float]:
         host, copied = self._waiting
@@ -162,7 +165,7 @@ def adaptive_schedule_of(trainer) -> AdaptiveSchedule | None:
         )
     pruner = None
     if args.min_pruning_ratio is not None:
-        pruner, most = trainer.mode_pass.pruner, trainer.mode_pass.pruner.config.pruning_ratio
+        pruner, most = trainer.dual_forward.pruner, trainer.dual_forward.pruner.config.pruning_ratio
         if pruner.config.pruning_schedule != "constant" or args.min_pruning_ratio > most:
             raise ValueError(
                 f"`min_pruning_ratio` is {args.min_pruning_ratio}, but the pruner has pruning_ratio={most} with the "

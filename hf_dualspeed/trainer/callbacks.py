@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -14,7 +13,7 @@ from .schedule import FAST, SLOW
 
 
 class ModeClock(TrainerCallback, ExportableState):
-    """Optimizer steps and their wall seconds by mode, which `mode_of` tells of the model; kept in the checkpoint.
+    """Optimizer steps and their wall seconds by mode; kept in the checkpoint.
 
     A step is timed from its first micro-batch to the end of the optimizer step; loading data, evaluating and saving
     are in `total_seconds` alone. `visual_tokens` counts those of all images of the fast steps, and those kept, in
@@ -22,9 +21,9 @@ class ModeClock(TrainerCallback, ExportableState):
     `fast_tokens` are those of the largest batch that a fast step ran on, padding included.
     """
 
-    def __init__(self, mode_of: Callable[[nn.Module], str] = lambda model: model.dualspeed.last_mode):
-        self.mode_of = mode_of
+    def __init__(self):
         self._restore({})
+        self._mode: str | None = None  # of the last micro-batch
         self._begun = 0.0
         self._logged = ({FAST: 0, SLOW: 0}, time.perf_counter())
 
@@ -49,10 +48,9 @@ class ModeClock(TrainerCallback, ExportableState):
     def on_step_begin(self, args, state, control, **kwargs):
         self._begun = time.perf_counter()
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        mode = self.mode_of(model)
-        self.steps[mode] += 1
-        self.seconds[mode] += time.perf_counter() - self._begun
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps[self._mode] += 1
+        self.seconds[self._mode] += time.perf_counter() - self._begun
         self.pass_time()
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -65,8 +63,9 @@ class ModeClock(TrainerCallback, ExportableState):
             now = time.perf_counter()
             self.total_seconds, self._seen = self.total_seconds + now - self._seen, now
 
-    def count_tokens(self, mode: str, tokens: int, full: int, kept: int) -> None:
-        """Notes the tokens of a pass, and of a fast one its visual tokens before and after pruning."""
+    def count(self, mode: str, tokens: int, full: int, kept: int) -> None:
+        """Notes a micro-batch: its mode, its tokens, and of a fast one its visual tokens before and after pruning."""
+        self._mode = mode
         if mode == FAST:
             self.fast_tokens = max(self.fast_tokens, tokens)
         self.visual_tokens["full"] += full
@@ -100,8 +99,8 @@ class ModeLosses(TrainerCallback):
         loss = loss.detach().float()
         self.sums[name] = self.sums[name] + loss if name in self.sums else loss
 
-    def kept(self) -> Callable[[], None]:
-        """Puts back, when called, the sums of now."""
+    def snapshot(self) -> Callable[[], None]:
+        """Returns a function that restores the sums of now."""
         sums = dict(self.sums)
 
         def restore() -> None:

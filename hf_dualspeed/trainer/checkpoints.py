@@ -33,7 +33,7 @@ class CheckpointMixin:
         with interrupts_deferred(), kept_card(Path(folder)) if self.args.should_save else nullcontext():
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            parts = gathered or self.mode_pass.state_dict()
+            parts = gathered or self.dual_forward.state_dict()
             prefix = "pruner."
             learnt = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
             self._pruner.save_pretrained(folder, learnt)
@@ -88,7 +88,7 @@ class CheckpointMixin:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
         if self.args.isolator_length:
-            self.mode_pass.isolator.load_pretrained(folder)
+            self.dual_forward.isolator.load_pretrained(folder)
         self._pruner.load_weights(folder)
 
 

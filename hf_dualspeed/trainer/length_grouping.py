@@ -145,7 +145,7 @@ class EpochBegin(TrainerCallback):
         return step - step % steps_per_epoch if self._resumed and steps_per_epoch else step
 
 
-class LengthBatchesMixin:
+class LengthGroupingMixin:
     """`train_sampling_strategy="group_by_length"` of a DualSpeed trainer: by [`ModeLengthSampler`].
 
     Lengths come from the data set's columns, `args.length_column_name` (all tokens, visual ones included) and the same
@@ -153,7 +153,7 @@ class LengthBatchesMixin:
     pruning ratio changes over training, the final one counts. Evaluation goes through its data in order.
     """
 
-    def _begin_length_batches(self) -> None:
+    def _begin_length_grouping(self) -> None:
         self._epoch_begin = EpochBegin()
         self._lengths: tuple[object, SampleLengths] | None = None
         self.add_callback(self._epoch_begin)

@@ -9,7 +9,7 @@ from torch import nn
 from .schedule import FAST, SLOW
 
 
-class ParameterViews:
+class ModeParameters:
     """Splits the trainable parameters into shared, fast-only and slow-only ones.
 
     Before an optimizer step, [`drop_gradients`] takes the gradients from the parameters that the mode does not

@@ -21,26 +21,24 @@ class PlainEvaluationMixin:
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """[`~transformers.Trainer.prediction_step`]; predictions hold the logits of all positions."""
         given = model, inputs, prediction_loss_only, ignore_keys
-        sliced = prediction_loss_only and not self.reads_logits and self.mode_pass.slices_logits
+        sliced = prediction_loss_only and not self.reads_logits and self.dual_forward.slices_logits
         if not sliced or not has_plain_loss(self.model, inputs):
             return super().prediction_step(*given)
-        self.mode_pass.begin(EVALUATION, False, None)
-        try:
+        with self.dual_forward.in_mode(EVALUATION):
             return super().prediction_step(*given)
-        finally:
-            self.mode_pass.end()
 
     def plain_loss(self, model, inputs, return_outputs=False):
         """The mean over the supervised tokens of a batch; NaN where it has none, as the model's own."""
-        evaluates = self.mode_pass.mode == EVALUATION
+        evaluates = self.dual_forward.mode == EVALUATION
         if not evaluates and (self.label_smoother is None or "labels" not in inputs):
             return super().compute_loss(model, inputs, return_outputs)
         outputs = model(**inputs)
         if not evaluates:  # the Trainer shifts smoothed labels for the names of plain causal models only
             loss = self.label_smoother(outputs, inputs["labels"], shift_labels=True)
         else:
-            entropy = self.mode_pass.cross_entropy(outputs.logits, self.args.label_smoothing_factor)
-            loss = entropy / len(self.mode_pass.targets)
+            smoothing = self.args.label_smoothing_factor
+            entropy = self.dual_forward.cross_entropy(outputs.logits, outputs.targets, smoothing)
+            loss = entropy / len(outputs.targets)
         return (loss, outputs) if return_outputs else loss
 
 

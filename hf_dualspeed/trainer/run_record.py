@@ -22,7 +22,7 @@ from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_resul
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.environment import peak_memory, reset_peak_memory
 from ..utils.text import one_line, without_paths
-from .speedup import measure_speedup
+from .speedup import SpeedupMeter
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +30,20 @@ logger = logging.getLogger(__name__)
 PARTS = (ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME)
 
 
-class PublishingMixin:
+class RunRecordMixin:
     """results.json, README.md and what of them goes to the Hub."""
 
     _pushing: dict | None = None  # revision and token of `push_to_hub`, while it runs
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._begin_record()
+        self.speedup_meter = SpeedupMeter(self.args.speedup_rounds)
         reset_peak_memory(self.args.device)
         if resume_from_checkpoint:
             self._earlier = read_results(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _begin_record(self) -> None:
-        self._aside: list[dict] = []
         self._earlier: dict = {}
         self._speedup: dict | None = None
         self._peak: dict | None = None
@@ -54,7 +54,7 @@ class PublishingMixin:
         output = super()._finalize_training(*args, **kwargs)
         self.add_up()  # before plain passes, which take more memory
         steps = self.state.global_step - self._initial_global_step
-        self._speedup, self._aside = measure_speedup(self, self._aside, steps), []
+        self._speedup = self.speedup_meter.measure(self, steps)
         if self._speedup is not None:
             logger.info("Speed-up over plain full-token steps: %s.", self._speedup)
         return output

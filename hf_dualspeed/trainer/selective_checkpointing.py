@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 
-class Recomputation(TrainerCallback):
+class SelectiveCheckpointing(TrainerCallback):
     """Leaves out, in steps on few tokens, the recomputation that the user asked for.
 
     Args:
@@ -50,42 +50,23 @@ class Recomputation(TrainerCallback):
         finally:
             self._switch(True)
 
-    def guarded(
-        self,
-        attempt: Callable[[], torch.Tensor],
-        small: bool,
-        alone: bool,
-        restore: Callable[[], None],
-        model: nn.Module,
-    ) -> torch.Tensor:
-        """A micro-batch; where memory runs short without recomputation, once more with it, as all later ones.
+    def retries(self, error: torch.OutOfMemoryError, small: bool, alone: bool) -> None:
+        """Turns recomputation on for good where a small micro-batch ran out of memory without it, so that it can be run
+        again; raises the error elsewhere.
 
         Args:
-            attempt: runs it forward and backward.
-            small (`bool`): whether it goes without recomputation.
+            small (`bool`): whether the micro-batch went without recomputation.
             alone (`bool`): whether it can be run again: no other gradients are there, and no other rank waits.
-            restore: puts back what a failed attempt has counted.
-            model (`nn.Module`): has the gradients that a failed attempt leaves.
         """
-        again = small and self.skips
-        try:
-            return attempt()
-        except torch.OutOfMemoryError as error:
-            if not again:
-                raise
-            if not alone:
-                raise torch.OutOfMemoryError(
-                    f"{error} A step ran out of memory without activation checkpointing: set "
-                    "fast_mode_checkpointing=True, or a smaller per_device_train_batch_size."
-                ) from error
-            traceback.clear_frames(error.__traceback__)  # which hold the activations of the failed attempt
-        # Not in `except`, where the error is still alive.
-        restore()
+        if not small or not self.skips:
+            raise error
+        if not alone:
+            raise torch.OutOfMemoryError(
+                f"{error} A step ran out of memory without activation checkpointing: set "
+                "fast_mode_checkpointing=True, or a smaller per_device_train_batch_size."
+            ) from error
+        traceback.clear_frames(error.__traceback__)  # which hold the activations of the failed attempt
         self.fall_back("ran out of memory")
-        model.zero_grad()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-        return attempt()
 
     def fall_back(self, reason: str) -> None:
         """All steps recompute from now on."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer
 from ..models.adapters import check_adapter
 from ..pruners import Pruner
 from .checkpoints import interrupts_deferred
+from .dual_forward import DualSpeedOutput
 from .trainer import DualSpeedMixin
 from .training_args import DualSpeedArguments
 
@@ -93,7 +94,7 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DualSpeed's losses in training, SFTTrainer's own outside of it."""
-        if self.mode_pass.mode is None:
+        if self.dual_forward.mode is None:
             return SFTTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "use_cache": False}  # as SFTTrainer: checkpointing, its default, would warn about the cache
         try:
@@ -106,23 +107,23 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
                 "max_length=None."
             ) from error
         if self.is_in_train:  # not where the speed-up is measured
-            self._count(outputs.logits, inputs)
+            self._count(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
     # --- TRL's metrics --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _count(self, logits: torch.Tensor, inputs: dict) -> None:
+    def _count(self, outputs: DualSpeedOutput, inputs: dict) -> None:
         """Adds up, on the device, what TRL's metrics are made of; logits `(M, V)`."""
-        targets = self.mode_pass.targets
-        right = logits.argmax(-1) == targets
+        targets = outputs.targets
+        right = outputs.logits.argmax(-1) == targets
         # The parts of a split batch are all called with the whole of it.
-        seen = inputs.get("attention_mask", inputs["input_ids"] >= 0) * self.mode_pass.first_part
+        seen = inputs.get("attention_mask", inputs["input_ids"] >= 0) * (not outputs.part)
         new = torch.stack([right.sum(), torch.ones_like(targets).sum(), seen.sum()])
         self._token_counts = self._token_counts + new
 
-    def _counted(self):
-        restore, counts = super()._counted(), self._token_counts
+    def _snapshot(self):
+        restore, counts = super()._snapshot(), self._token_counts
 
         def restore_all() -> None:
             restore()

@@ -17,6 +17,7 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from transformers import Trainer
 
+from ..utils.devices import on_host, synchronize
 from ..utils.text import one_line
 from .schedule import FAST, SLOW
 
@@ -28,63 +29,67 @@ PLAIN = "plain"
 STEPS_PER_ROUND = 100
 
 
-def is_due(trainer) -> bool:
-    """Whether the micro-batch that begins is to be set aside: some from all over the training, for the first ones may
-    be the longest, and each from another place in its step, for so may those of a step."""
-    wanted, kept = trainer.args.speedup_rounds + 1, len(trainer._aside)
-    step, micro = trainer._micro
-    if wanted == 1 or kept == wanted:
-        return False
-    due = step >= int((kept + 0.5) * trainer.state.max_steps / wanted)
-    return due and micro == kept % trainer.current_gradient_accumulation_steps
-
-
-def set_aside(inputs: dict) -> dict:
-    """A micro-batch for later, on the host; copied there without waiting for the device."""
-    return recursively_apply(_on_host, dict(inputs))
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    return host.copy_(tensor, non_blocking=True)
-
-
-def measure_speedup(trainer, batches: list[dict], steps: int) -> dict | None:
-    """Times plain, fast and slow passes, forward and backward; None, with a line in the log, where that is impossible.
-
-    A plain pass is `transformers.Trainer`'s own: the model's loss on all tokens. Fast and slow passes are those of
-    training. Rounds are interleaved, the first is not counted, and medians are compared: speed-up is `plain / ((1 - r)
-    * fast + r * slow)` with the share r of slow steps that were run. Gradients are thrown away, and neither weights
-    nor buffers, random states or counters change. With several processes each measures by itself, without exchanging
-    gradients, and the means over processes are compared. Call it on all of them.
+class SpeedupMeter:
+    """Sets micro-batches of a training aside, and times plain, fast and slow passes over them once it is over.
 
     Args:
-        trainer (`DualSpeedMixin`): after training.
-        batches (`list[dict]`): micro-batches of the training.
-        steps (`int`): optimizer steps that this call of `train` ran.
+        rounds (`int`): rounds of timing; 0 measures nothing.
     """
-    rounds = trainer.args.speedup_rounds
-    if not rounds:
-        return None
-    reason = not_measurable(trainer, batches, steps)
-    if reason is not None:
-        logger.info("Speed-up not measured: %s.", reason)
-        return None
-    modes = [mode for mode in (FAST, SLOW) if trainer.clock.steps[mode]]
-    times = None
-    try:
-        with untouched(trainer):
-            times = time_rounds(trainer, batches, modes, rounds)
-    # Whatever fails here, memory for a plain pass above all, must not cost a training that is done but not yet saved.
-    except Exception as error:
-        logger.warning("Speed-up not measured: %s: %s", type(error).__name__, one_line(error))
-    medians = [median(times[name]) if times else float("nan") for name in (PLAIN, *modes)]
-    means = trainer.accelerator.reduce(torch.tensor(medians, device=trainer.args.device), "mean").tolist()
-    if any(math.isnan(mean) for mean in means):  # it failed in some process
-        return None
-    return summary(dict(zip((PLAIN, *modes), means, strict=True)), trainer.clock.steps, rounds, samples(batches))
+
+    def __init__(self, rounds: int):
+        self.rounds = rounds
+        self.batches: list[dict] = []
+
+    def observe(self, inputs: dict, step: int, total_steps: int, micro: int, micro_batches: int) -> None:
+        """Sets a micro-batch aside where one is due, without waiting for the device.
+
+        Picks are spread over training, because early batches may be the longest, and over the micro-batches of a step,
+        for the same reason.
+
+        Args:
+            inputs (`dict`): micro-batch `micro` of the `micro_batches` of optimizer step `step`, of `total_steps`.
+        """
+        kept, wanted = len(self.batches), self.rounds + 1 if self.rounds else 0
+        due = kept < wanted and step >= int((kept + 0.5) * total_steps / wanted)
+        if due and micro == kept % micro_batches:
+            self.batches.append(recursively_apply(on_host, dict(inputs)))
+
+    def measure(self, trainer, steps: int) -> dict | None:
+        """Times plain, fast and slow passes, forward and backward; None, with a line in the log, where that is
+        impossible. Forgets the micro-batches.
+
+        A plain pass is `transformers.Trainer`'s own: the model's loss on all tokens. Fast and slow passes are those of
+        training. Rounds are interleaved, the first is not counted, and medians are compared: speed-up is `plain / ((1 -
+        r) * fast + r * slow)` with the share r of slow steps that were run. Gradients are thrown away, and neither
+        weights nor buffers, random states or counters change. With several processes each measures by itself, without
+        exchanging gradients, and the means over processes are compared. Call it on all of them.
+
+        Args:
+            trainer (`DualSpeedMixin`): after training.
+            steps (`int`): optimizer steps that this call of `train` ran.
+        """
+        batches, self.batches = self.batches, []
+        if not self.rounds:
+            return None
+        reason = not_measurable(trainer, batches, steps)
+        if reason is not None:
+            logger.info("Speed-up not measured: %s.", reason)
+            return None
+        modes = [mode for mode in (FAST, SLOW) if trainer.clock.steps[mode]]
+        times = None
+        try:
+            with untouched(trainer):
+                times = time_rounds(trainer, batches, modes, self.rounds)
+        # Whatever fails here, memory for a plain pass above all, must not cost a training that is done but not saved.
+        except Exception as error:
+            logger.warning("Speed-up not measured: %s: %s", type(error).__name__, one_line(error))
+        medians = [median(times[name]) if times else float("nan") for name in (PLAIN, *modes)]
+        means = trainer.accelerator.reduce(torch.tensor(medians, device=trainer.args.device), "mean").tolist()
+        if any(math.isnan(mean) for mean in means):  # it failed in some process
+            return None
+        return summary(
+            dict(zip((PLAIN, *modes), means, strict=True)), trainer.clock.steps, self.rounds, samples(batches)
+        )
 
 
 def summary(seconds: dict[str, float], steps: dict[str, int], rounds: int, count: int) -> dict:
@@ -109,9 +114,9 @@ def not_measurable(trainer, batches: list[dict], steps: int) -> str | None:
     """Why the speed-up cannot be measured, or not without changing what was trained; None where it can."""
     if not batches or not sum(trainer.clock.steps.values()):
         return "nothing was trained"
-    if steps < STEPS_PER_ROUND * trainer.args.speedup_rounds:
+    if steps < STEPS_PER_ROUND * trainer.speedup_meter.rounds:
         return (
-            f"{steps} optimizer steps are too few for speedup_rounds={trainer.args.speedup_rounds}, which takes "
+            f"{steps} optimizer steps are too few for speedup_rounds={trainer.speedup_meter.rounds}, which takes "
             f"{STEPS_PER_ROUND} for each round"
         )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.get_tp_size() > 1:
@@ -170,23 +175,18 @@ def mode_pass(trainer, model: nn.Module, inputs: dict, mode: str, progress: floa
     """Forward and backward in a mode, as in training."""
     inputs = trainer._prepare_inputs(dict(inputs))
     items = (inputs["labels"] != -100).sum()
-    trainer.step_in_mode(mode, progress, model, inputs, items)
+    trainer.step_in_mode(mode, model, inputs, items, progress=progress)
 
 
 def timed(trainer, model: nn.Module, run: Callable[[], None]) -> float:
     """Seconds of a pass, whose gradients are thrown away."""
-    _synchronize(trainer.args.device)
+    synchronize(trainer.args.device)
     begun = time.perf_counter()
     run()
-    _synchronize(trainer.args.device)
+    synchronize(trainer.args.device)
     taken = time.perf_counter() - begun
     model.zero_grad()
     return taken
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 @contextmanager
@@ -197,8 +197,7 @@ def untouched(trainer) -> Iterator[None]:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     python, numpy = random.getstate(), np.random.get_state()
     # Without the optimizer: a schedule-free one would swap weights when it is told that training goes on.
-    kept = {name: getattr(trainer, name) for name in ("optimizer", "mode_losses", "_micro", "loss_is_scaled_for_ga")}
-    last = trainer.mode_pass.last_mode
+    kept = {name: getattr(trainer, name) for name in ("optimizer", "mode_losses", "loss_is_scaled_for_ga")}
     trainer.optimizer, trainer.mode_losses = None, type(trainer.mode_losses)()
     devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
     try:
@@ -209,7 +208,6 @@ def untouched(trainer) -> Iterator[None]:
         np.random.set_state(numpy)
         for name, value in kept.items():
             setattr(trainer, name, value)
-        trainer.mode_pass.last_mode = last
         model.zero_grad()
         for module, training in modes.items():
             module.training = training

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,16 +26,16 @@ from .adaptive_schedule import adaptive_schedule_of
 from .batch_splitting import can_be_split
 from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
-from .dual_forward import EVALUATION, NAME, ModePass
+from .dual_forward import EVALUATION, NAME, DualForward
 from .fused_loss import check_liger_kernel, fused_head
-from .length_grouping import LengthBatchesMixin
+from .length_grouping import LengthGroupingMixin
 from .losses import divisor, self_distillation_loss
-from .mode_parameters import ParameterViews
+from .mode_parameters import ModeParameters
 from .plain_evaluation import PlainEvaluationMixin
-from .run_record import PublishingMixin
+from .run_record import RunRecordMixin
 from .schedule import CHANGING, FAST, ModeSchedule
-from .selective_checkpointing import Recomputation
-from .speedup import is_due, set_aside
+from .selective_checkpointing import SelectiveCheckpointing
+from .speedup import SpeedupMeter
 from .training_args import Default, DualSpeedArguments, DualSpeedTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ logger = logging.getLogger(__name__)
 SMALL = 1.25
 
 
-class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, LengthBatchesMixin):
+class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, LengthGroupingMixin):
     """What DualSpeed adds to a `Trainer`; put it in front of any subclass of [`~transformers.Trainer`].
 
     Fast steps train on pruned visual tokens behind the mode isolator; slow steps on all of them, with the pruned
@@ -92,7 +91,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
                 f"{self.args.n_gpu} devices in one process mean nn.DataParallel, which DualSpeed does not support. "
                 "Start one process per device: accelerate launch train.py."
             )
-        check_optimizer(self.optimizer, self.mode_pass)
+        check_optimizer(self.optimizer, self.dual_forward)
         if self.args.slow_mode_splits != 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"`slow_mode_splits` is {self.args.slow_mode_splits!r}, but sharded training runs each batch in one "
@@ -110,12 +109,13 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         self._loss_shifts_labels = True
         self.add_callback(ModeClock())
         self.mode_losses = ModeLosses()
-        self._recomputation = Recomputation(args.fast_mode_checkpointing)
-        for callback in (self.mode_losses, self._recomputation):
+        self.selective_checkpointing = SelectiveCheckpointing(args.fast_mode_checkpointing)
+        for callback in (self.mode_losses, self.selective_checkpointing):
             self.add_callback(callback)
         self.adaptive_schedule = adaptive_schedule_of(self)
-        self._begin_length_batches()
-        self._micro = (-1, 0)
+        self._begin_length_grouping()
+        self._micro = (-1, 0)  # the optimizer step, and which of its micro-batches runs
+        self.speedup_meter = SpeedupMeter(self.args.speedup_rounds)
         self.feature_cache = feature_cache_of(self)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
             self._pruner.load_weights(base)
             logger.info("Weights of the pruner %r taken from %s.", args.pruner, base)
         self._schedule: ModeSchedule | None = None
-        self.mode_pass = ModePass(
+        self.dual_forward = DualForward(
             self._pruner,
             isolator,
             positions,
@@ -149,10 +149,12 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
             args.plain_path,
             args.proportional_attention,
         )
-        self.mode_pass.attach(model)
-        fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.mode_pass.parameters()) else []
-        self.views = ParameterViews(model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters)
-        self.mode_pass.reserve_adapters(model, self.views.names[FAST])
+        self.dual_forward.attach(model)
+        fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.dual_forward.parameters()) else []
+        self.mode_parameters = ModeParameters(
+            model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters
+        )
+        self.dual_forward.reserve_adapters(model, self.mode_parameters.names[FAST])
         self.slow_mode_ratio = args.slow_mode_ratio
         if isinstance(self.slow_mode_ratio, Default) and language_model_is_frozen(model):
             self.slow_mode_ratio = 0.0
@@ -165,14 +167,14 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
 
     def _run_as_trained(self, model: nn.Module) -> None:
         """Gives a pass the precision and the head of training, known once the accelerator is."""
-        self.mode_pass.autocast = self.accelerator.autocast
         reasons = {
             "this trainer reads more off the logits than the loss": self.reads_logits,
             "the model is sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1,
             "`torch_compile` would compile the head": self.args.torch_compile,
         }
         otherwise = next((reason for reason, holds in reasons.items() if holds), None)
-        self.mode_pass.fused_head = fused_head(model, self.args.fused_head_loss, self.args.device, otherwise)
+        head = fused_head(model, self.args.fused_head_loss, self.args.device, otherwise)
+        self.dual_forward.run_as_trained(self.accelerator.autocast, head)
 
     @property
     def clock(self) -> ModeClock:
@@ -207,45 +209,62 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """One micro-batch in the mode of the current optimizer step; gradients of the other mode are dropped."""
+        """One micro-batch, forward and backward, in the mode of the current optimizer step."""
         step = self.state.global_step
+        mode, progress = self.mode_at(step), step / max(1, self.state.max_steps - 1)
         self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
+
+        # What the vision tower made of these images in an earlier epoch is served in its place.
         inputs, served = (inputs, None) if self.feature_cache is None else self.feature_cache.taken(inputs)
-        if self.is_in_train and is_due(self):
-            self._aside.append(set_aside(inputs))
-        mode = self.mode_at(step)
-        progress = step / max(1, self.state.max_steps - 1)
-        loss = self.step_in_mode(mode, progress, model, inputs, num_items_in_batch, served)
-        self.clock.count_tokens(mode, self.mode_pass.tokens, *self.mode_pass.visual_tokens)
+        # Some micro-batches are kept for the measurement of the speed-up.
+        if self.is_in_train:
+            micro_batches = self.current_gradient_accumulation_steps
+            self.speedup_meter.observe(inputs, step, self.state.max_steps, self._micro[1], micro_batches)
+
+        loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served)
+        self.clock.count(mode, done.tokens, *done.visual_tokens)
+
+        # Parameters of the other mode stay as they are: the optimizer skips those without a gradient.
         if self.accelerator.sync_gradients:
-            self.views.drop_gradients(mode)
+            self.mode_parameters.drop_gradients(mode)
         return loss
 
-    def step_in_mode(self, mode: str, progress: float, model, inputs, num_items_in_batch=None, served=None):
-        """Forward and backward of a micro-batch in `mode`, when the fraction `progress` of training is done.
-        `served`, if there is one, gives the context in which the tower's outputs come from the cache."""
-        self._pruner.progress = progress
+    def step_in_mode(self, mode: str, model, inputs, num_items_in_batch=None, progress: float = 1.0, served=None):
+        """Forward and backward of a micro-batch in `mode`, when the fraction `progress` of training is done: its loss,
+        and what [`DualForward.in_mode`] counted. Images are encoded inside `served(tower)`, where there is one."""
+        # A slow micro-batch sized for fast steps may be too large: it runs in parts.
         parts, small = (1, True) if mode == FAST else self._slow_parts(model, inputs, num_items_in_batch)
-        run = partial(super().training_step, model, inputs, num_items_in_batch)
-
-        def attempt() -> torch.Tensor:
-            self.mode_pass.begin(mode, self.args.distillation_weight > 0, self._step_generator(), parts, served)
+        distil, generator = self.args.distillation_weight > 0, self._step_generator()
+        in_mode = {"distil": distil, "parts": parts, "progress": progress, "served": served}
+        restore = self._snapshot()
+        while True:
             try:
-                with self._recomputation.left_out(small):
-                    return self._accumulated(run, model, parts)
-            finally:
-                self.mode_pass.end()
+                # Small passes need no recomputation of activations.
+                with (
+                    self.selective_checkpointing.left_out(small),
+                    self.dual_forward.in_mode(mode, generator=generator, **in_mode) as done,
+                ):
+                    losses = []
+                    # Ranks exchange gradients at the last part's.
+                    with self.accelerator.no_sync(model) if parts > 1 else nullcontext():
+                        for _ in range(parts - 1):
+                            losses.append(super().training_step(model, inputs, num_items_in_batch))
+                    loss = sum(losses, super().training_step(model, inputs, num_items_in_batch))
+                break
+            except torch.OutOfMemoryError as error:
+                # Gradients of earlier micro-batches would be lost by another attempt, and other ranks be out of step.
+                alone = self.accelerator.num_processes == 1 and not self._micro[1]
+                self.selective_checkpointing.retries(error, small, alone)
+            # Not in `except`, where the error is still alive.
+            restore()
+            model.zero_grad()
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+        return loss, done
 
-        try:
-            # Gradients of earlier micro-batches would be lost by another attempt, and other ranks be out of step.
-            alone = self.accelerator.num_processes == 1 and not self._micro[1]
-            return self._recomputation.guarded(attempt, small, alone, self._counted(), model)
-        finally:
-            self._pruner.progress = 1.0
-
-    def _counted(self) -> Callable[[], None]:
-        """Puts back, when called, what passes have added up by now; one that runs out of memory may have, too."""
-        return self.mode_losses.kept()
+    def _snapshot(self) -> Callable[[], None]:
+        """Returns a function that restores the counters, for a pass that runs out of memory may have added to them."""
+        return self.mode_losses.snapshot()
 
     def _slow_parts(self, model, inputs, num_items_in_batch) -> tuple[int, bool]:
         """In how many parts a slow step runs a micro-batch, and whether each is about as small as a fast step's."""
@@ -259,13 +278,6 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
         parts = 1 if whole else min(rows, wanted)
         return parts, self.args.slow_mode_splits != 1 and math.ceil(rows / parts) <= together
 
-    def _accumulated(self, run: Callable[[], torch.Tensor], model: nn.Module, parts: int) -> torch.Tensor:
-        """Runs each part of a micro-batch; ranks exchange gradients at the last one's. Returns the loss."""
-        losses = []
-        with self.accelerator.no_sync(model) if parts > 1 else nullcontext():
-            losses += [run() for _ in range(parts - 1)]
-        return sum(losses, run())
-
     def _step_generator(self) -> torch.Generator | None:
         """Randomness of pruners: a function of seed, step, micro-batch and rank, so a resumed run draws the same."""
         if self._pruner.deterministic:
@@ -275,29 +287,36 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy, and in slow steps the distillation; plain outside of training."""
-        mode_pass = self.mode_pass
-        if mode_pass.mode in (None, EVALUATION):
+        mode, smoothing = self.dual_forward.mode, self.args.label_smoothing_factor
+        if mode in (None, EVALUATION):
             return self.plain_loss(model, inputs, return_outputs)
         outputs = model(**inputs)
-        entropy = mode_pass.cross_entropy(outputs.logits, self.args.label_smoothing_factor)
-        entropy = entropy / divisor(num_items_in_batch, outputs.logits)
-        self.mode_losses.add(f"{mode_pass.mode}_loss", entropy)
-        loss = entropy + outputs.loss
-        if mode_pass.teacher_logits is not None:
-            temperature = self.args.distillation_temperature
-            both = outputs.logits, mode_pass.teacher_logits
-            divergence = self_distillation_loss(*both, temperature, num_items_in_batch, sliced=not mode_pass.plain)
+
+        # Cross-entropy at the supervised positions, of logits (M, V) and targets (M,).
+        logits, teacher = outputs.logits, outputs.teacher_logits
+        entropy = self.dual_forward.cross_entropy(logits, outputs.targets, smoothing)
+        entropy = entropy / divisor(num_items_in_batch, logits)
+        self.mode_losses.add(f"{mode}_loss", entropy)
+        loss = entropy + outputs.loss  # a zero
+
+        # Self-distillation: the pruned view, at the same positions, teaches the full one.
+        if teacher is not None:
+            temperature, sliced = self.args.distillation_temperature, not self.dual_forward.plain
+            divergence = self_distillation_loss(logits, teacher, temperature, num_items_in_batch, sliced=sliced)
             self.mode_losses.add("distillation_loss", divergence)
             if self.adaptive_schedule is not None:
-                pruned = mode_pass.cross_entropy(mode_pass.teacher_logits, self.args.label_smoothing_factor)
-                self.mode_losses.add("pruned_loss", pruned / divisor(num_items_in_batch, outputs.logits))
+                pruned = self.dual_forward.cross_entropy(teacher, outputs.targets, smoothing)
+                self.mode_losses.add("pruned_loss", pruned / divisor(num_items_in_batch, logits))
             loss = loss + self.args.distillation_weight * divergence
+
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The items were counted over all ranks, and DDP averages over them: undo one of the two.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        auxiliary = mode_pass.auxiliary_loss
-        if auxiliary is not None:  # a mean over the images of this micro-batch
+
+        # What a learned pruner adds: a mean over the images of this micro-batch.
+        auxiliary = outputs.auxiliary_loss
+        if auxiliary is not None:
             micro_batches = self.current_gradient_accumulation_steps
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             self.mode_losses.add("pruner_loss", auxiliary / (micro_batches * ranks))
@@ -327,7 +346,7 @@ class DualSpeedMixin(PublishingMixin, CheckpointMixin, PlainEvaluationMixin, Len
             "mode_schedule": self.args.mode_schedule,
             "slow_warmup_steps": self.args.slow_warmup_steps,
             "slow_tail_ratio": self.args.slow_tail_ratio,
-            "position_ids": self.mode_pass.position_ids,
+            "position_ids": self.dual_forward.position_ids,
             "video_budget": self.args.video_budget,
             "proportional_attention": self.args.proportional_attention,
             "isolator_length": self.args.isolator_length,
@@ -378,12 +397,12 @@ def language_model_is_frozen(model: nn.Module) -> bool:
     return not any(p.requires_grad for part in language_parts(unwrap(model)) for p in part.parameters())
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer | None, mode_pass: ModePass) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualForward) -> None:
     """Raises a `ValueError` where an optimizer made beforehand lacks the isolator or a learnt pruner."""
     if optimizer is None:
         return
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in mode_pass.named_parameters() if p.requires_grad and id(p) not in known]
+    missing = [name for name, p in dual_forward.named_parameters() if p.requires_grad and id(p) not in known]
     if missing:
         raise ValueError(
             f"`optimizers` was made before the fast view's parameters and lacks {', '.join(missing)}. Pass "

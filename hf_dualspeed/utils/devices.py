@@ -10,3 +10,9 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     return host.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until an accelerator has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -55,7 +55,7 @@ def test_time_is_found_where_it_goes(tmp_path, phase):
     model = tiny.model
     place = {
         "dualspeed.encode": model.get_encoder(modality="image"),
-        "dualspeed.select": tiny.dual.mode_pass.pruner,
+        "dualspeed.select": tiny.dual.dual_forward.pruner,
         "bench.language_model": model.get_decoder().layers[0],
         "bench.head": model.get_output_embeddings(),
     }[phase]

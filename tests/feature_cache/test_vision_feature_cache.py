@@ -28,6 +28,7 @@ from hf_dualspeed.feature_cache.store import MARKER, FeatureStore, last_use
 from hf_dualspeed.feature_cache.tower_outputs import assembled
 from hf_dualspeed.feature_cache.units import UNITS, WithImageUnits, units_of
 from hf_dualspeed.pruning.encoding import encode
+from hf_dualspeed.trainer.speedup import SpeedupMeter
 
 ONCE = [*DATA[:4], *DATA[5:]]  # without the one sample whose picture another has too
 
@@ -168,7 +169,7 @@ def test_evaluation_and_checkpoints_know_nothing_of_it(tmp_path):
 
 def test_batches_aside_for_the_speedup_hold_no_features(tmp_path, monkeypatch):
     aside = []
-    monkeypatch.setattr("hf_dualspeed.trainer.trainer.set_aside", lambda inputs: aside.append(dict(inputs)) or {})
+    monkeypatch.setattr(SpeedupMeter, "measure", lambda meter, *given: aside.extend(meter.batches))
     trainer, _ = cached(tmp_path, cache=tmp_path / "cache", speedup_rounds=1)
     trainer.train()
     assert [UNITS in inputs for inputs in aside] == [False, False]

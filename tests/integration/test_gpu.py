@@ -85,7 +85,7 @@ def test_a_fast_step_waits_where_a_tensor_needs_a_size(tmp_path):
         parent, file = place.split(":")[0].split("/")
         ours.update({file: count} if parent in ("hf_dualspeed", "pruners") else {})
     # The length of the shortened batch, and the supervised positions.
-    assert ours == {"shortening.py": 1, "mode_pass.py": 1}
+    assert ours == {"shortening.py": 1, "dual_forward.py": 1}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +109,7 @@ def test_ligers_kernel_trains_alike(tmp_path):
         trainer = make(tmp_path, **settings, fused_head_loss=choice, use_cpu=False)
         trainer.train()
         runs[choice] = torch.tensor(history(trainer, "loss", "grad_norm"))
-        assert choice == "off" or trainer.mode_pass.fused_head.applies
+        assert choice == "off" or trainer.dual_forward.fused_head.applies
     torch.testing.assert_close(runs["on"], runs["off"], rtol=1e-3, atol=1e-4)
 
 

@@ -18,7 +18,7 @@ from hf_dualspeed.models.attention import penultimate_layer
 from hf_dualspeed.models.interface import towers
 from hf_dualspeed.pruning.encoding import encode
 from hf_dualspeed.pruning.inputs import shorten_inputs
-from hf_dualspeed.trainer.dual_forward import ModePass
+from hf_dualspeed.trainer.dual_forward import DualForward
 from hf_dualspeed.trainer.schedule import FAST, SLOW
 
 TRAINED = [
@@ -58,13 +58,13 @@ def test_training_in_both_modes(tmp_path, name, rows):
         data_collator=lambda examples: batch(family, model, [rows[e["row"]] for e in examples]),
     )
     trainer.args.per_device_train_batch_size = 3
-    before = trainer.mode_pass.isolator.prompt.detach().clone()
+    before = trainer.dual_forward.isolator.prompt.detach().clone()
     trainer.train()
     assert {trainer.mode_at(step) for step in range(8)} == {FAST, SLOW}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0]
-    assert not torch.equal(trainer.mode_pass.isolator.prompt, before)
+    assert not torch.equal(trainer.dual_forward.isolator.prompt, before)
     trainer.save_model()
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
@@ -256,19 +256,18 @@ def test_every_trainable_parameter_is_in_the_graph_of_each_batch(mode, rows):
     model = family.model()
     assert len(set(map(id, towers(model).values()))) == 2
     full = batch(family, model, [["image", 3], ["audio", 5]])
-    mode_pass = ModePass(pruner(0.5), ModeIsolator.for_model(model, 2), "original")
-    mode_pass.attach(model)
+    forward = DualForward(pruner(0.5), ModeIsolator.for_model(model, 2), "original")
+    forward.attach(model)
 
     def in_graph(inputs):
         model.zero_grad()
-        mode_pass.begin(mode, True, None)
-        out = model(**inputs)
-        (out.logits.sum() + out.loss).backward()
-        mode_pass.end()
+        with forward.in_mode(mode, distil=True):
+            out = model(**inputs)
+            (out.logits.sum() + out.loss).backward()
         return {name for name, p in model.named_parameters() if p.grad is not None}
 
     assert in_graph(full) <= in_graph(batch(family, model, rows)) | {"dualspeed.isolator.prompt"}
-    mode_pass.detach()
+    forward.detach()
 
 
 def test_beams_keep_their_own_images():
@@ -291,8 +290,8 @@ def test_packed_samples_do_not_see_each_other_in_training(mode, distil):
     model = FAMILIES["llava"].model()
     model.config.use_cache = False
     assert model.config.get_text_config().use_cache
-    mode_pass = ModePass(pruner(0.5), None, "original")
-    mode_pass.attach(model)
+    forward = DualForward(pruner(0.5), None, "original")
+    forward.attach(model)
     samples = [batch(FAMILIES["llava"], model, [[6, "image", 4]], seeds=[seed]) for seed in (0, 1)]
     packed = {key: torch.cat([s[key] for s in samples], dim=1) for key in ("input_ids", "labels")}
     length = samples[0]["input_ids"].shape[1]
@@ -301,10 +300,9 @@ def test_packed_samples_do_not_see_each_other_in_training(mode, distil):
     logits = []
     for ids in (packed["input_ids"], packed["input_ids"].clone()):
         ids[0, 1] = 10 + len(logits)  # another word in the first sample
-        mode_pass.begin(mode, distil, None)
-        out = model(**{**packed, "input_ids": ids}).logits
-        logits.append([out] if mode_pass.teacher_logits is None else [out, mode_pass.teacher_logits])
-        mode_pass.end()
+        with forward.in_mode(mode, distil=distil):
+            out = model(**{**packed, "input_ids": ids})
+        logits.append([made for made in (out.logits, out.teacher_logits) if made is not None])
     own = int((samples[1]["labels"] != -100).sum())
     for first, second in zip(*logits, strict=True):
         torch.testing.assert_close(first[-own:], second[-own:])

@@ -22,7 +22,7 @@ from hf_dualspeed import (
     prune_visual_tokens,
 )
 from hf_dualspeed.bench.counters import host_waits
-from hf_dualspeed.trainer.dual_forward import ModePass
+from hf_dualspeed.trainer.dual_forward import DualForward
 from hf_dualspeed.trainer.schedule import FAST, SLOW
 
 REFUSED = {
@@ -58,21 +58,25 @@ def isolator_of(model, length=ISOLATOR):
     return ModeIsolator.for_model(model, length)
 
 
-def attached(model, pruner, isolator=None, scheme="original", proportional=False) -> ModePass:
-    mode_pass = ModePass(pruner, isolator, scheme, proportional_attention=proportional)
-    mode_pass.attach(model)
-    return mode_pass
+def stages(pruner, layers: int) -> dict[int, float]:
+    return pruner.stages(layers, pruner.pruning_ratio)
 
 
-def fast(model, inputs, pruner, isolator=None, scheme="original", proportional=False):
+def attached(model, pruner, isolator=None, scheme="original", proportional=False) -> DualForward:
+    forward = DualForward(pruner, isolator, scheme, proportional_attention=proportional)
+    forward.attach(model)
+    return forward
+
+
+def fast(model, inputs, pruner, isolator=None, scheme="original", proportional=False, progress=1.0):
     """Logits `(M, V)` of a fast pass and their targets."""
-    mode_pass = attached(model, pruner, isolator, scheme, proportional)
-    mode_pass.begin(FAST, False, None)
+    forward = attached(model, pruner, isolator, scheme, proportional)
     try:
-        return model(**inputs).logits, mode_pass.targets
+        with forward.in_mode(FAST, progress=progress):
+            out = model(**inputs)
+        return out.logits, out.targets
     finally:
-        mode_pass.end()
-        mode_pass.detach()
+        forward.detach()
         del model.dualspeed
 
 
@@ -80,12 +84,12 @@ def fast(model, inputs, pruner, isolator=None, scheme="original", proportional=F
 
 
 def test_stages_are_the_papers():
-    assert pyramid().stages(32) == {8: 0.5, 16: 0.75, 24: 0.875}
-    assert pyramid().stages(28) == {7: 0.5, 14: 0.75, 21: 0.875}
-    assert pyramid().stages(2) == {1: 0.875}
-    assert pyramid(0.9, stages=[0.29]).stages(100) == {29: 0.9}
-    assert list(pyramid(0.0).stages(32).values()) == [0, 0, 0]
-    assert fastv(0.5, 2).stages(32) == {2: 0.5}
+    assert stages(pyramid(), 32) == {8: 0.5, 16: 0.75, 24: 0.875}
+    assert stages(pyramid(), 28) == {7: 0.5, 14: 0.75, 21: 0.875}
+    assert stages(pyramid(), 2) == {1: 0.875}
+    assert stages(pyramid(0.9, stages=[0.29]), 100) == {29: 0.9}
+    assert list(stages(pyramid(0.0), 32).values()) == [0, 0, 0]
+    assert stages(fastv(0.5, 2), 32) == {2: 0.5}
     assert AutoPruner.from_name("fastv").config.layer == 2
 
 
@@ -137,11 +141,11 @@ def test_every_family_is_right_or_refused(name, modality):
 def test_pyramid_in_a_padded_batch(name, side):
     model = deep(name)
     inputs, isolator, pruner = batch(FAMILIES[name], model, MIXED, side), isolator_of(model), pyramid()
-    assert pruner.stages(4) == {1: 0.5, 2: 0.75, 3: 0.875}
+    assert stages(pruner, 4) == {1: 0.5, 2: 0.75, 3: 0.875}
     for scheme in ("original", "compact"):
         with torch.no_grad():
             logits, targets = fast(model, inputs, pruner, isolator, scheme)
-        expected, _ = hidden_logits(model, inputs, pruner.stages(4), isolator, scheme)
+        expected, _ = hidden_logits(model, inputs, stages(pruner, 4), isolator, scheme)
         torch.testing.assert_close(logits, expected, **CLOSE)
     assert targets.tolist() == inputs["labels"][inputs["labels"] != -100].tolist()
     plain, _ = fast(model, inputs, pyramid(0.0), isolator)
@@ -182,11 +186,10 @@ def test_answers_choose_nothing(name):
     assert not torch.equal(other["input_ids"], inputs["input_ids"])
     places = []
     for given in (inputs, other):
-        mode_pass = attached(model, pyramid())
-        mode_pass.begin(FAST, False, None)
-        model(**given)
-        places.append([cut.places.tolist() for cut in mode_pass._layers._cuts.values()])
-        mode_pass.end()
+        forward = attached(model, pyramid())
+        with forward.in_mode(FAST) as state:
+            model(**given)
+            places.append([cut.places.tolist() for cut in state.layers._cuts.values()])
     assert places[0] == places[1]
     assert [len(rows[0]) for rows in places[0]] == sorted((len(rows[0]) for rows in places[0]), reverse=True)
 
@@ -200,7 +203,7 @@ def test_one_sample_layer_by_layer(name, pruner, dropped, row, attention):
     model, merged = deep(name), dropped == "merge"
     pruner = pruner(0.5 if pruner is fastv else 0.875, dropped_tokens=dropped)
     inputs, isolator = batch(FAMILIES[name], model, [MIXED[row]], seeds=[row]), isolator_of(model)
-    expected = removed_logits(model, inputs, pruner.stages(4), isolator, name == "gemma3", merged)
+    expected = removed_logits(model, inputs, stages(pruner, 4), isolator, name == "gemma3", merged)
     model.set_attn_implementation(attention)
     with torch.no_grad():
         logits, _ = fast(model, inputs, pruner, isolator, proportional=merged)
@@ -301,17 +304,16 @@ def test_nothing_waits_for_the_device_but_once():
 def test_hooks_are_gone_after_a_pass_and_after_an_error():
     model = deep("llava")
     inputs, layers = batch(FAMILIES["llava"], model), model.get_decoder().layers
-    mode_pass = attached(model, pyramid())
+    forward = attached(model, pyramid())
     for error in (False, True):
-        mode_pass.begin(FAST, False, None)
-        if error:
-            handle = layers[2].register_forward_hook(lambda *call: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
+        with forward.in_mode(FAST):
+            if error:
+                handle = layers[2].register_forward_hook(lambda *call: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    model(**inputs)
+                handle.remove()
+            else:
                 model(**inputs)
-            handle.remove()
-        else:
-            model(**inputs)
-        mode_pass.end()
         assert not any(layer._forward_pre_hooks for layer in layers)
     with torch.no_grad():
         assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
@@ -357,12 +359,11 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant, dropped):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         isolator = isolator_of(model)
-        mode_pass = attached(model, pyramid(dropped_tokens=dropped), isolator, proportional=dropped == "merge")
-        mode_pass.begin(FAST, False, None)
-        inputs = batch(FAMILIES[name], model)
-        loss = torch.nn.functional.cross_entropy(model(**inputs).logits, mode_pass.targets)
-        loss.backward()
-        mode_pass.end()
+        forward = attached(model, pyramid(dropped_tokens=dropped), isolator, proportional=dropped == "merge")
+        with forward.in_mode(FAST):
+            out = model(**batch(FAMILIES[name], model))
+            loss = torch.nn.functional.cross_entropy(out.logits, out.targets)
+            loss.backward()
         losses[checkpointing] = loss.detach()
         grads[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(losses[True], losses[False])
@@ -378,16 +379,14 @@ def test_layers_wrapped_for_checkpointing_run_their_hooks_again():
     grads = []
     for wrap in (False, True):
         model = deep("llava").train()
-        mode_pass = attached(model, pyramid())
+        forward = attached(model, pyramid())
         inputs = batch(FAMILIES["llava"], model)
         decoder = model.get_decoder()
         inner = decoder.layers
-        mode_pass.begin(FAST, False, None)
-        if wrap:
-            decoder.layers = torch.nn.ModuleList(checkpoint_wrapper(layer) for layer in inner)
-        logits = model(**inputs).logits
-        logits.square().mean().backward()
-        mode_pass.end()
+        with forward.in_mode(FAST):
+            if wrap:
+                decoder.layers = torch.nn.ModuleList(checkpoint_wrapper(layer) for layer in inner)
+            model(**inputs).logits.square().mean().backward()
         grads.append(inner[0].mlp.up_proj.weight.grad)
     torch.testing.assert_close(*grads)
 
@@ -422,13 +421,13 @@ def test_training_in_both_modes(tmp_path, name, options, lora):
         train_dataset=[{"row": row} for row in range(3)],
         data_collator=lambda examples: batch(family, model, [MIXED[e["row"]] for e in examples]),
     )
-    before = trainer.mode_pass.isolator.prompt.detach().clone()
+    before = trainer.dual_forward.isolator.prompt.detach().clone()
     trainer.train()
     assert {trainer.mode_at(step) for step in range(8)} == {FAST, SLOW}
     losses = {k: [e[k] for e in trainer.state.log_history if k in e] for k in ("fast_loss", "distillation_loss")}
     assert losses["fast_loss"][-1] < losses["fast_loss"][0]
     assert min(losses["distillation_loss"]) > 0
-    assert not torch.equal(trainer.mode_pass.isolator.prompt, before)
+    assert not torch.equal(trainer.dual_forward.isolator.prompt, before)
     assert not any(m._forward_pre_hooks for m in layers_of(model))
     trainer.save_model()
     assert AutoPruner.from_pretrained(tmp_path).config == trainer._pruner.config
@@ -439,12 +438,12 @@ def test_the_teacher_drops_tokens_and_the_student_none():
     inputs, isolator = batch(FAMILIES["llava"], model, MIXED, "left"), isolator_of(model)
     expected, targets = fast(model, inputs, pyramid(), isolator)
     whole = model(**inputs).logits[:, :-1][inputs["labels"][:, 1:] != -100]
-    mode_pass, seen = attached(model, pyramid(), isolator), watch(model)
-    mode_pass.begin(SLOW, True, None)
-    student = model(**inputs).logits
-    torch.testing.assert_close(mode_pass.teacher_logits, expected)
-    torch.testing.assert_close(student, whole)
-    assert torch.equal(mode_pass.targets, targets)
+    forward, seen = attached(model, pyramid(), isolator), watch(model)
+    with forward.in_mode(SLOW, distil=True):
+        out = model(**inputs)
+    torch.testing.assert_close(out.teacher_logits, expected)
+    torch.testing.assert_close(out.logits, whole)
+    assert torch.equal(out.targets, targets)
     assert len(set(seen[:4])) == 4
     assert set(seen[4:]) == {inputs["input_ids"].shape[1]}
 
@@ -452,12 +451,11 @@ def test_the_teacher_drops_tokens_and_the_student_none():
 def test_text_only_batches_and_repeated_passes():
     model = deep("llava")
     text = batch(FAMILIES["llava"], model, [[5], [7]])
-    mode_pass = attached(model, pyramid())
+    forward = attached(model, pyramid())
     seen = watch(model)
     for inputs in (text, batch(FAMILIES["llava"], model), text):
-        mode_pass.begin(FAST, False, None)
-        model(**inputs)
-        mode_pass.end()
+        with forward.in_mode(FAST):
+            model(**inputs)
     assert seen[:4] == seen[8:] == [8] * 4
 
 
@@ -467,8 +465,8 @@ def test_the_ratio_follows_its_schedule():
     pruner.config.pruning_schedule, pruner.config.initial_pruning_ratio = "linear", 0.0
     lengths = {}
     for progress in (0.0, 2 / 3, 1.0):
-        pruner.progress, seen = progress, watch(copied := copy.deepcopy(model))
-        fast(copied, batch(FAMILIES["llava"], model), pruner)
+        seen = watch(copied := copy.deepcopy(model))
+        fast(copied, batch(FAMILIES["llava"], model), pruner, progress=progress)
         lengths[progress] = seen[-1]
     assert lengths == {0.0: 13 + 32, 2 / 3: 13 + 16, 1.0: 13 + 8}
 
@@ -511,5 +509,5 @@ def test_deepstack_is_no_obstacle_to_stages_behind_it():
     inputs, isolator, pruner = batch(FAMILIES["qwen3_vl"], model), isolator_of(model), pyramid(0.75, stages=(0.5, 0.75))
     with torch.no_grad():
         logits, _ = fast(model, inputs, pruner, isolator)
-    expected, _ = hidden_logits(model, inputs, pruner.stages(4), isolator, "original")
+    expected, _ = hidden_logits(model, inputs, stages(pruner, 4), isolator, "original")
     torch.testing.assert_close(logits, expected, **CLOSE)

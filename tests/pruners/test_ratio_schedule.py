@@ -6,7 +6,7 @@ import pytest
 import torch
 from training import make
 
-from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments
+from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments, prune_inputs
 from hf_dualspeed.pruners import budget
 
 RISING = {"pruning_schedule": "linear", "initial_pruning_ratio": 0.25}
@@ -71,7 +71,12 @@ def test_a_saved_pruner_takes_further_settings(tmp_path):
 
 def test_evaluation_in_between_prunes_by_the_end_of_the_schedule(tmp_path):
     trainer, _ = run(tmp_path)
-    assert trainer._pruner.progress == 1.0
+    kept = []
+    trainer._pruner.register_forward_hook(lambda module, args, out: kept.append((args[0].lengths, out.lengths)))
+    short = prune_inputs(trainer.model, next(iter(trainer.get_eval_dataloader())), trainer._pruner)
+    assert short["input_ids"].shape[1]
+    ((full, left),) = kept
+    assert left == [budget(count, 0.75) for count in full]
 
 
 def test_settings_that_do_not_fit_learnt_weights_are_named(tmp_path):

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from hf_dualspeed import AutoPruner, ModeIsolator, prune_inputs
-from hf_dualspeed.trainer.dual_forward import ModePass
+from hf_dualspeed.trainer.dual_forward import DualForward
 from hf_dualspeed.trainer.schedule import FAST
 
 ROWS = [["image", 4], [7], [2, "image", 3, "image", 5]]  # one begins with its image
@@ -134,14 +134,14 @@ def test_several_packed_rows():
 def test_a_packed_training_pass_counts_the_samples_losses():
     model = model_of("llava", "sdpa")
     samples = singles("llava", model)
-    mode_pass = ModePass(AutoPruner.from_name("divprune", pruning_ratio=0.5), None, "original")
-    mode_pass.attach(model)
+    forward = DualForward(AutoPruner.from_name("divprune", pruning_ratio=0.5), None, "original")
+    forward.attach(model)
     logits, targets = [], []
     for inputs in (packed(model, samples), *samples):
-        mode_pass.begin(FAST, False, None)
-        logits.append(model(**inputs).logits)
-        targets.append(mode_pass.targets)
-        mode_pass.end()
+        with forward.in_mode(FAST):
+            out = model(**inputs)
+        logits.append(out.logits)
+        targets.append(out.targets)
     assert torch.equal(targets[0], torch.cat(targets[1:]))
     torch.testing.assert_close(logits[0], torch.cat(logits[1:]), rtol=1e-3, atol=1e-5)
 

@@ -19,7 +19,7 @@ from hf_dualspeed import AutoPruner, prune_inputs, prune_visual_tokens
 from hf_dualspeed.models.attention import change_calls
 from hf_dualspeed.pruning.encoding import encode as encodings_of
 from hf_dualspeed.pruning.proportional_attention import ATTRIBUTE, CARRIED, KeySizes, change_call, widened
-from hf_dualspeed.trainer.dual_forward import ModePass
+from hf_dualspeed.trainer.dual_forward import DualForward
 from hf_dualspeed.trainer.schedule import FAST
 
 AttentionInterface.register("flash_for_sizes", flash)
@@ -333,12 +333,11 @@ def test_recomputed_activations_have_the_same_sizes(implementation, reentrant):
         model.set_attn_implementation(implementation)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
-        mode_pass = ModePass(AutoPruner.from_name("divprune", pruning_ratio=0.75), None, "compact")
-        mode_pass.attach(model)
-        mode_pass.begin(FAST, False, None)
-        loss = F.cross_entropy(model(**batch(FAMILIES["llava"], model)).logits, mode_pass.targets)
-        loss.backward()
-        mode_pass.end()
+        forward = DualForward(AutoPruner.from_name("divprune", pruning_ratio=0.75), None, "compact")
+        forward.attach(model)
+        with forward.in_mode(FAST):
+            out = model(**batch(FAMILIES["llava"], model))
+            F.cross_entropy(out.logits, out.targets).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -354,15 +353,14 @@ def test_compiled_layers_see_the_sizes_of_each_pass():
         pruner = AutoPruner.from_name("divprune", pruning_ratio=ratio)
         results = []
         for each in (model, compiled):
-            mode_pass = ModePass(pruner, None, "compact")
-            mode_pass.attach(each)
-            mode_pass.begin(FAST, False, None)
-            logits = each(**inputs).logits
-            F.cross_entropy(logits, mode_pass.targets).backward()
-            mode_pass.end()
-            mode_pass.detach()
+            forward = DualForward(pruner, None, "compact")
+            forward.attach(each)
+            with forward.in_mode(FAST):
+                out = each(**inputs)
+                F.cross_entropy(out.logits, out.targets).backward()
+            forward.detach()
             weight = each.get_decoder().layers[0].self_attn.k_proj.weight
-            results.append((logits, weight.grad))
+            results.append((out.logits, weight.grad))
             each.zero_grad()
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 

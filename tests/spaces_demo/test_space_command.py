@@ -71,14 +71,14 @@ def test_roles_and_their_runs_are_the_same_here_and_there():
 
 def test_a_space_is_pushed_with_the_models_it_loads(hub, tmp_path, capsys):
     (tmp_path / "docs/results").mkdir(parents=True)
-    for name in ("compare.json", "compare.png"):
+    for name in ("compare.md", "compare.png"):
         (tmp_path / "docs/results" / name).write_bytes((ROOT / "docs/results" / name).read_bytes())
     words = ["space", "--push", REPO, "--private", "--dualspeed", "user/fast", "--baseline", "user/full"]
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert "spaces/tester/demo" in out
     files = pushed(hub)
-    assert files.keys() == {*space.FILES, "checkpoints.json", "compare.json", "compare.png"}
+    assert files.keys() == {*space.FILES, "checkpoints.json", "compare.md", "compare.png"}
     assert json.loads(files["checkpoints.json"]) == {"baseline": "user/full", "dualspeed": "user/fast"}
     head = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert head["models"] == ["user/fast", "user/full"]
@@ -114,7 +114,7 @@ def test_a_space_can_be_pushed_again_and_without_models(hub, capsys):
             ["--push", REPO, "--pruned", "runs/mine"],
             "`pruned` must be a model on the Hub, 'user/name', got 'runs/mine'",
         ),
-        (["--push", REPO, "--compare", "gone.json"], "`compare` is 'gone.json', but there is no such file"),
+        (["--push", REPO, "--compare", "gone.md"], "`compare` is 'gone.md', but there is no such file"),
         (["--push", "somebody/demo"], "it is not allowed (HTTP 403"),
     ],
 )
@@ -128,8 +128,8 @@ def test_what_cannot_be_pushed_is_one_line(hub, tmp_path, capsys, words, message
 
 
 def test_a_token_is_never_pushed(hub, tmp_path, capsys):
-    (tmp_path / "compare.json").write_text(json.dumps({"command": f"--hub_token {TOKEN}"}))
-    assert cli.main(["space", "--push", REPO, "--compare", "compare.json"]) == 2
+    (tmp_path / "compare.md").write_text(json.dumps({"command": f"--hub_token {TOKEN}"}))
+    assert cli.main(["space", "--push", REPO, "--compare", "compare.md"]) == 2
     assert "holds your Hub token and is not pushed" in capsys.readouterr().err
     assert not hub.repos
 

@@ -1,7 +1,6 @@
 """Slow steps that follow the losses: the rule, its bounds, resumption, logs, and ratios that change by plan."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ class Following:
         self.losses, self.step = ModeLosses(), 0
         options = {"start": 0.1, "bounds": (0.02, 0.4), **options}
         self.schedule = AdaptiveSchedule(self.losses, lambda shares: shares, **options)
-        self.model = SimpleNamespace(dualspeed=SimpleNamespace(last_mode="slow"))
 
     def slow_step(self, full, pruned):
         self.schedule.on_step_begin(None, None, None)
@@ -30,7 +28,7 @@ class Following:
             self.losses.add("slow_loss", torch.tensor(full / 2))
             self.losses.add("pruned_loss", torch.tensor(pruned / 2))
         self.step += 1
-        self.schedule.on_step_end(None, TrainerState(global_step=self.step), None, model=self.model)
+        self.schedule.on_step_end(None, TrainerState(global_step=self.step), None)
         return self.schedule.ratio
 
 

@@ -27,7 +27,7 @@ from transformers import Trainer
 from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments
 from hf_dualspeed.recipes.arguments import parse_recipe
 from hf_dualspeed.trainer import fused_loss as head
-from hf_dualspeed.trainer.dual_forward import EVALUATION, ModePass
+from hf_dualspeed.trainer.dual_forward import EVALUATION, DualForward
 from hf_dualspeed.trainer.plain_evaluation import has_plain_loss
 
 
@@ -69,7 +69,7 @@ def test_evaluation_gives_the_models_own_loss(tmp_path, family, smoothing):
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
     # One of text alone, and back to training.
     assert ours.evaluate([DATA[2]])["eval_loss"] == pytest.approx(plain.evaluate([DATA[2]])["eval_loss"], rel=1e-6)
-    assert ours.mode_pass.mode is None
+    assert ours.dual_forward.mode is None
 
 
 def test_evaluation_within_training_changes_nothing(tmp_path):
@@ -240,9 +240,8 @@ def test_no_logits_are_made(tmp_path, fused, monkeypatch):
                     return stand_in(*args)
 
             monkeypatch.setattr(head, "fused_loss", loss)
-            trainer.mode_pass.begin("fast", False, None)
-            trainer.compute_loss(trainer.model, inputs, num_items_in_batch=items)
-            trainer.mode_pass.end()
+            with trainer.dual_forward.in_mode("fast"):
+                trainer.compute_loss(trainer.model, inputs, num_items_in_batch=items)
         assert bool(logits.made) == (number == 0)  # the first pass is watched
         assert "forward" not in vars(trainer.model.lm_head)
 
@@ -330,7 +329,7 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(tmp_path, fused, monkeypatc
         with pytest.raises(RuntimeError, match="no room"):
             run()
         assert "forward" not in vars(trainer.model.lm_head)
-        assert trainer.mode_pass.mode is None
+        assert trainer.dual_forward.mode is None
     monkeypatch.undo()
     assert trainer.model.eval()(**inputs).logits.shape[-1] == trainer.model.lm_head.out_features
 
@@ -363,18 +362,18 @@ def quantized(model):
 )
 def test_where_it_does_not_apply(tmp_path, fused, options, change, reason):
     build = lambda: change(FAMILIES["llava"].build()[0]) if change else None  # noqa: E731
-    assert make(tmp_path, model=build(), **options).mode_pass.fused_head is None
+    assert make(tmp_path, model=build(), **options).dual_forward.fused_head is None
     with pytest.raises(ValueError, match=f"`fused_head_loss` is 'on', but {reason}.*Use 'auto'"):
         make(tmp_path, model=build(), fused_head_loss="on", **options)
 
 
 def test_without_liger_or_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(head, "find_spec", lambda name: None)
-    assert make(tmp_path).mode_pass.fused_head is None
+    assert make(tmp_path).dual_forward.fused_head is None
     with pytest.raises(ValueError, match=r'liger-kernel is not installed \(pip install "hf-dualspeed\[liger\]"\)'):
         make(tmp_path, fused_head_loss="on")
     monkeypatch.setattr(head, "find_spec", lambda name: name)
-    assert make(tmp_path).mode_pass.fused_head is None
+    assert make(tmp_path).dual_forward.fused_head is None
     with pytest.raises(ValueError, match="its kernels run on cuda, and the model is trained on cpu"):
         make(tmp_path, fused_head_loss="on")
 
@@ -406,15 +405,15 @@ def test_evaluation_gives_each_familys_own_loss(name, modality, fused):
     model = SUPPORTED[name].model().eval()
     batch = batch_of(SUPPORTED[name], model, modality, "right")
     expected = model(**batch.inputs).loss
-    mode_pass = ModePass(AutoPruner.from_name("grid"), None, batch.position_ids, batch.video_budget)
-    mode_pass.attach(model)
-    if not mode_pass.slices_logits or not has_plain_loss(model, batch.inputs):
+    forward = DualForward(AutoPruner.from_name("grid"), None, batch.position_ids, batch.video_budget)
+    forward.attach(model)
+    if not forward.slices_logits or not has_plain_loss(model, batch.inputs):
         pytest.skip("evaluated as ever")
-    mode_pass.fused_head = head.fused_head(model, "auto", torch.device("cpu"))
+    forward.fused_head = head.fused_head(model, "auto", torch.device("cpu"))
     for _ in range(2):  # watched, and fused if it may be
-        mode_pass.begin(EVALUATION, False, None)
-        mean = mode_pass.cross_entropy(model(**batch.inputs).logits) / len(mode_pass.targets)
-        mode_pass.end()
+        with forward.in_mode(EVALUATION):
+            out = model(**batch.inputs)
+            mean = forward.cross_entropy(out.logits, out.targets) / len(out.targets)
         torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
 
 

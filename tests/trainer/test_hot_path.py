@@ -98,7 +98,7 @@ def test_a_compiled_pruner_prunes_and_trains_alike(tmp_path):
     for compiled in (False, True):
         trainer = make(tmp_path, slow_mode_ratio=0.5, mode_schedule="periodic")
         if compiled:
-            trainer.mode_pass.pruner.compile(backend="aot_eager", dynamic=True)
+            trainer.dual_forward.pruner.compile(backend="aot_eager", dynamic=True)
         trainer.train()
         runs.append((history(trainer, "loss", "distillation_loss"), trainer.clock.visual_tokens))
     assert runs[0] == runs[1]

@@ -54,11 +54,14 @@ class Recording(DualSpeedTrainer):
         step, samples = self.state.global_step, inputs.pop("samples").tolist()
         seen.setdefault(step, []).append(samples)
         if not self.runs:
-            self.mode_pass.last_mode = self.mode_at(step)
+            self.clock.count(self.mode_at(step), 0, 0, 0)
             return torch.zeros(())
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.__dict__.setdefault("tokens", []).append(self.mode_pass.tokens)
-        return loss
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def step_in_mode(self, *args, **kwargs):
+        loss, done = super().step_in_mode(*args, **kwargs)
+        self.__dict__.setdefault("tokens", []).append(done.tokens)
+        return loss, done
 
     def steps(self) -> list[list[int]]:
         return [[sample for batch in batches for sample in batch] for batches in self.seen.values()]

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import hf_dualspeed
-from hf_dualspeed.trainer.mode_parameters import ParameterViews
+from hf_dualspeed.trainer.mode_parameters import ModeParameters
 
 PACKAGE = Path(hf_dualspeed.__file__).parent
 
 
 def test_views_drop_the_gradients_of_the_other_mode():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    views = ParameterViews(model, ["0.*"], ["1.weight"])
+    views = ModeParameters(model, ["0.*"], ["1.weight"])
     assert views.names == {"fast": {"0.weight", "0.bias"}, "slow": {"1.weight"}}
     for mode, expected in (("fast", {"1.weight"}), ("slow", {"0.weight", "0.bias"})):
         model(torch.ones(1, 2)).sum().backward()

@@ -120,7 +120,7 @@ def test_the_best_adapters_come_back(tmp_path):
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{2 * losses.index(max(losses)) + 2}")
     assert trainer.evaluate()["eval_loss"] == max(losses)
     saved = load_file(f"{trainer.state.best_model_checkpoint}/mode_isolator.safetensors")
-    assert torch.equal(trainer.mode_pass.isolator.prompt, saved["prompt"])
+    assert torch.equal(trainer.dual_forward.isolator.prompt, saved["prompt"])
 
 
 def test_a_learnt_pruner_beside_adapters(tmp_path, learnt_pruner):  # noqa: F811
@@ -230,9 +230,9 @@ def test_the_isolator_is_trained_as_precisely_as_the_adapters(tmp_path):
     model, _ = FAMILIES["llava"].build()
     trainer = run(tmp_path, get_peft_model(model.bfloat16(), lora()), max_steps=2)
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
-    assert trainer.mode_pass.isolator.prompt.requires_grad
+    assert trainer.dual_forward.isolator.prompt.requires_grad
     model, _ = FAMILIES["llava"].build()
-    assert make(tmp_path, model=model.bfloat16()).mode_pass.isolator.prompt.dtype == torch.bfloat16
+    assert make(tmp_path, model=model.bfloat16()).dual_forward.isolator.prompt.dtype == torch.bfloat16
 
 
 def test_virtual_tokens_are_refused(tmp_path):

@@ -70,7 +70,7 @@ def test_only_adapters_and_isolator_move(tmp_path, family, options):
         assert weight.dtype == torch.uint8
         assert torch.equal(weight, packed[name][0])
         assert torch.equal(absmax, packed[name][1])
-    assert trainer.mode_pass.isolator.prompt.dtype == torch.float32  # as the adapters
+    assert trainer.dual_forward.isolator.prompt.dtype == torch.float32  # as the adapters
 
 
 def test_saved_merged_and_resumed(tmp_path):

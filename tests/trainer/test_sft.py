@@ -254,7 +254,7 @@ def test_lora_moves_adapter_and_isolator_alone(tmp_path, wrapped):
     trainer = make(tmp_path, messages(), slow_mode_ratio=0.5, **given)
     model = trainer.model
     assert isinstance(model, PeftModel)
-    assert model.dualspeed is trainer.mode_pass
+    assert model.dualspeed is trainer.dual_forward
     assert not hasattr(unwrap(model), "dualspeed")
     before = weights(model)
     trainer.train()
@@ -284,7 +284,7 @@ def test_model_by_name(tmp_path, peft_config):
     next_base = tmp_path / "out"
     if peft_config is None:
         again = DualSpeedSFTTrainer(str(next_base), args, train_dataset=messages())
-        assert torch.equal(again.mode_pass.isolator.prompt, trainer.mode_pass.isolator.prompt)
+        assert torch.equal(again.dual_forward.isolator.prompt, trainer.dual_forward.isolator.prompt)
 
 
 def test_a_plain_config_keeps_what_was_set(tmp_path):

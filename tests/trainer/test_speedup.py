@@ -14,7 +14,7 @@ from training import make
 
 from hf_dualspeed import DualSpeedTrainingArguments
 from hf_dualspeed.trainer import speedup
-from hf_dualspeed.trainer.speedup import STEPS_PER_ROUND, rotated, set_aside, summary
+from hf_dualspeed.trainer.speedup import STEPS_PER_ROUND, SpeedupMeter, rotated, summary
 from hf_dualspeed.utils.environment import reset_peak_memory
 
 ENOUGH = {"speedup_rounds": 1, "max_steps": 10, "slow_mode_ratio": 0.3, "logging_steps": 5}
@@ -159,10 +159,8 @@ def test_micro_batches_come_from_all_over_the_training(tmp_path, monkeypatch, ac
         per_device_train_batch_size=1,
         speedup_rounds=2,
     )
-    aside = []
-    monkeypatch.setattr(
-        "hf_dualspeed.trainer.trainer.set_aside", lambda inputs: aside.append(trainer._micro) or dict(inputs)
-    )
+    aside, on_host = [], speedup.recursively_apply
+    monkeypatch.setattr(speedup, "recursively_apply", lambda *given: aside.append(trainer._micro) or on_host(*given))
     trainer.train()
     assert aside == [(step, number % accumulation) for number, step in enumerate(places)]
 
@@ -266,9 +264,10 @@ def test_bad_options_are_named(tmp_path):
 
 def test_micro_batches_are_kept_as_they_were():
     inputs = {"input_ids": torch.arange(3), "labels": torch.arange(3)}
-    kept = set_aside(inputs)
+    meter = SpeedupMeter(1)
+    meter.observe(inputs, 0, 1, 0, 1)
     inputs.pop("labels")  # as the Trainer's label smoothing does
-    assert kept.keys() == {"input_ids", "labels"}
+    assert meter.batches[0].keys() == {"input_ids", "labels"}
 
 
 # --- visual tokens, time and memory -------------------------------------------------------------------------------
@@ -280,10 +279,10 @@ def test_visual_tokens_are_counted_and_resumed(tmp_path):
     trainer = make(tmp_path, **options)
     seen = trainer.step_in_mode
 
-    def watched(mode, progress, model, inputs, *more):
+    def watched(mode, model, inputs, *more):
         if mode == "fast":
             batches.append((inputs["input_ids"] == model.config.image_token_id).sum().item())
-        return seen(mode, progress, model, inputs, *more)
+        return seen(mode, model, inputs, *more)
 
     trainer.step_in_mode = watched
     trainer.train()

@@ -133,7 +133,7 @@ def test_isolator_follows_from_the_seed(tmp_path):
         model = FAMILIES["llava"].build(seed=3)[0]
         torch.manual_seed(ambient)
         trainer = make(tmp_path, model=model, seed=seed)
-        prompts.append(trainer.mode_pass.isolator.prompt.detach())
+        prompts.append(trainer.dual_forward.isolator.prompt.detach())
     assert torch.equal(prompts[0], prompts[1])
     assert not torch.equal(prompts[0], prompts[2])
 
@@ -210,7 +210,7 @@ def test_checkpoint_is_an_ordinary_one(tmp_path, caplog):
     assert not info["unexpected_keys"]
     # The next stage starts from the isolator that this one learnt.
     stage = make(tmp_path / "next", model=loaded)
-    assert torch.equal(stage.mode_pass.isolator.prompt, trainer.mode_pass.isolator.prompt)
+    assert torch.equal(stage.dual_forward.isolator.prompt, trainer.dual_forward.isolator.prompt)
 
 
 def test_evaluation_uses_all_tokens_and_no_isolator(tmp_path):
@@ -372,7 +372,7 @@ def test_best_model_and_sharded_checkpoints_are_read_back(tmp_path):
     trained = dict(trainer.model.named_parameters())
     assert all(torch.equal(p, trained[n]) for n, p in loaded.named_parameters())
     isolator = load_file(Path(best) / "mode_isolator.safetensors")["prompt"]
-    assert torch.equal(isolator, trainer.mode_pass.isolator.prompt)
+    assert torch.equal(isolator, trainer.dual_forward.isolator.prompt)
     resumed = make(tmp_path, slow_mode_ratio=0.5, max_steps=6, save_strategy="steps", save_steps=2)
     resumed._load_from_checkpoint(best)
     assert all(torch.equal(p, trained[n]) for n, p in resumed.model.named_parameters())
@@ -388,8 +388,8 @@ def test_learnt_pruner_is_fast_only_saved_and_resumed(tmp_path, learnt_pruner):
     assert [m["dualspeed.pruner.score.weight"] for m in watch.moved] == [mode == "fast" for mode in modes]
     resumed = make(tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    weight = trainer.mode_pass.pruner.score.weight
-    assert torch.equal(resumed.mode_pass.pruner.score.weight, weight)
+    weight = trainer.dual_forward.pruner.score.weight
+    assert torch.equal(resumed.dual_forward.pruner.score.weight, weight)
     loaded = AutoPruner.from_pretrained(tmp_path)
     settings = {"pruning_ratio": 0.9, "dropped_tokens": "merge", "hidden_size": 32}
     assert loaded.config.to_dict() == {"pruner_type": "scored", **settings}
@@ -429,7 +429,7 @@ def test_model_is_copied_and_pickled_with_its_fast_view(tmp_path):
     copied = copy.deepcopy(trainer.model)
     again = pickle.loads(pickle.dumps(trainer.model))
     for model in (copied, again):
-        assert torch.equal(model.dualspeed.isolator.prompt, trainer.mode_pass.isolator.prompt)
+        assert torch.equal(model.dualspeed.isolator.prompt, trainer.dual_forward.isolator.prompt)
         assert model.dualspeed.mode is None
     trainer.train()
     other = make(tmp_path, model=copied, max_steps=1)
@@ -445,7 +445,7 @@ def test_model_init_builds_the_fast_view(tmp_path):
         model_init=lambda: family.build()[0], args=args, train_dataset=DATA, data_collator=Collator(family, processor)
     )
     trainer.train()
-    assert trainer.model.dualspeed is trainer.mode_pass
+    assert trainer.model.dualspeed is trainer.dual_forward
     assert sum(trainer.summary()["steps"].values()) == 2
 
 
@@ -523,9 +523,9 @@ def test_optimizer_made_beforehand_must_know_the_isolator(tmp_path):
     with pytest.raises(ValueError, match=r"`optimizers` .* lacks isolator\.prompt.*optimizer_cls_and_kwargs"):
         DualSpeedTrainer(model, optimizers=(optimizer, None), **options)
     trainer = DualSpeedTrainer(model, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}), **options)
-    before = trainer.mode_pass.isolator.prompt.detach().clone()
+    before = trainer.dual_forward.isolator.prompt.detach().clone()
     trainer.train()
-    assert not torch.equal(trainer.mode_pass.isolator.prompt, before)
+    assert not torch.equal(trainer.dual_forward.isolator.prompt, before)
 
 
 def test_model_outside_the_protocol_is_refused(tmp_path):
