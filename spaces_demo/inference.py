@@ -52,7 +52,7 @@ class Answer:
         seconds (`float`): from the preprocessed input to the last token: encoding, pruning and generation.
         probability (`float`): of exactly this answer, its end included: the product over its tokens.
         used, total (`int`): visual tokens in front of the language model, and those of the whole image.
-        isolator (`int`): learnt tokens in front of them.
+        isolator (`int`): learned tokens in front of them.
         view (`View`, *optional*): where the used tokens lie; None where all are used or their places are unknown.
     """
 
@@ -180,15 +180,15 @@ class Checkpoint:
         """A pruner of this name that removes the fraction `ratio` of the tokens, the checkpoint's own where it fits.
 
         Raises:
-            InputError: it is learnt, and this checkpoint was not trained with it.
+            InputError: it is learned, and this checkpoint was not trained with it.
         """
         own = self.own_pruner
         if own is not None and own.config.pruner_type == name:
             pruner = copy.deepcopy(own)
             pruner.reconfigure(pruning_ratio=ratio, pruning_schedule="constant", initial_pruning_ratio=None)
             return pruner.eval()
-        if is_learnt(name):
-            raise InputError(f"This model was not trained with the learnt pruner {name}. Choose another pruner.")
+        if is_learned(name):
+            raise InputError(f"This model was not trained with the learned pruner {name}. Choose another pruner.")
         return AutoPruner.from_name(name, pruning_ratio=ratio).eval()
 
     def answer(self, image: Image.Image, question: str, pruner: Pruner | None = None) -> Answer:
@@ -257,8 +257,8 @@ def local_folder(name: str) -> Path:
 # --- pruners ------------------------------------------------------------------------------------------------------
 
 
-def is_learnt(name: str) -> bool:
-    return "learnt" in kind_of(pruner_class(name))
+def is_learned(name: str) -> bool:
+    return "learned" in kind_of(pruner_class(name))
 
 
 def merges(name: str) -> bool:
@@ -267,8 +267,8 @@ def merges(name: str) -> bool:
 
 
 def pruner_names(checkpoints: list[Checkpoint]) -> list[str]:
-    """What can shorten a prompt: pruners in front of the language model, learnt ones only where one of the checkpoints
+    """What can shorten a prompt: pruners in front of the language model, learned ones only where one of the checkpoints
     brings its weights."""
     own = {c.own_pruner.config.pruner_type for c in checkpoints if c.own_pruner is not None}
     front = [name for name in available_pruners() if not pruner_class(name).in_language_model]
-    return [name for name in front if name in own or not is_learnt(name)]
+    return [name for name in front if name in own or not is_learned(name)]

@@ -22,15 +22,15 @@ question, and see what is left of the image when a pruner has been over it.</p><
 """
 ABOUT = """
 - **All tokens** is the model as it is deployed. **Pruned tokens** is the same model on what the chosen pruner keeps of
-  the image; DualSpeed's isolator, a few learnt tokens, stands in front of them where the checkpoint has one.
+  the image; DualSpeed's isolator, a few learned tokens, stands in front of them where the checkpoint has one.
 - **Latency** is one measurement on this machine, from the preprocessed image to the last token. The first answer after
   the start has been thrown away.
 - **Probability** is that of exactly this answer: the product of the probabilities of its tokens, its end included.
 - **The picture** is what the model saw, as its processor cut and scaled it. Kept tokens are in colour. Where a pruner
   merges, they stand for others too, and the picture shows only where each group has its place. Of models that cut an
   image into tiles, it shows the whole image's own tokens.
-- Pruners inside the language model (fastv, pyramiddrop) shorten no prompt and are not offered; learnt ones only where a
-  checkpoint was trained with them.
+- Pruners inside the language model (fastv, pyramiddrop) shorten no prompt and are not offered; learned ones only where
+  a checkpoint was trained with them.
 """
 
 
@@ -83,7 +83,7 @@ def figure(given: Answer | str, pruner: str) -> str:
 
 def figure_caption(given: Answer, view: View, pruner: str) -> str:
     words = f"{given.used} of {given.total} tokens kept by {pruner}"
-    words += f", + {given.isolator} learnt." if given.isolator else "."
+    words += f", + {given.isolator} learned." if given.isolator else "."
     if merges(pruner):
         words += " They are means that stand for others too; shown is where each has its place."
     if view.elsewhere:

@@ -9,4 +9,4 @@ from evaluation_cases import asked, folder, made  # noqa: F401
 from loopback_hub import hub  # noqa: F401
 from space_server import server  # noqa: F401
 from tiny_runs import slots, tiny_runs  # noqa: F401
-from training import learnt_pruner  # noqa: F401
+from training import learned_pruner  # noqa: F401

@@ -33,7 +33,7 @@ from hf_dualspeed.utils.text import spread, without_paths, write_json
 from hf_dualspeed.utils.validation import check_choice, check_range
 
 from .language import Size
-from .plan import BASELINE, FORMAT, GROUPS, REFERENCE, TIMED, Way
+from .plan import BASELINE, FORMAT, GROUPS, REFERENCE, TIMED, Variant
 from .report import write_report
 from .task import accuracy, build_model, load_task, majority
 
@@ -60,7 +60,7 @@ class Settings:
 class Run:
     """A way to train with a seed, for a number of steps."""
 
-    way: Way
+    way: Variant
     seed: int
     steps: int
     settings: Settings
@@ -179,13 +179,13 @@ def execute(run: Run) -> dict:
     kind = Trainer if run.way.plain else DualSpeedTrainer
     trainer = kind(model=model, args=args, train_dataset=task.train, data_collator=task.collator("train"))
     # The plain trainer's steps all train on all tokens, which is what slow means.
-    clock = ModeClock(lambda model: SLOW) if run.way.plain else trainer.clock
+    clock = ModeClock(SLOW) if run.way.plain else trainer.clock
     if run.way.plain:
         trainer.add_callback(clock)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    shortens = run.way.plain or not trainer.mode_pass.pruner.in_language_model
+    shortens = run.way.plain or not trainer.dual_forward.pruner.in_language_model
     prepare = pruned_prompts(trainer, args) if shortens else None
     result = {
         "way": run.way.key,
@@ -223,7 +223,7 @@ def _arguments(run: Run) -> DualSpeedTrainingArguments:
     )
 
 
-def _steps(way: Way, settings: Settings, found: dict[tuple[str, int], dict]) -> int:
+def _steps(way: Variant, settings: Settings, found: dict[tuple[str, int], dict]) -> int:
     """Steps of a way: those of all, or as many as it takes in the time of the reference, by the runs so far."""
     if not way.same_time:
         return round(settings.steps / way.speed_up)

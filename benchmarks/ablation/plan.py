@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """A way to train: its key, its name in tables, and its options of [`DualSpeedTrainingArguments`]."""
 
     key: str
@@ -38,39 +38,39 @@ def slow(ratio: float) -> dict[str, float]:
     return {"slow_mode_ratio": ratio}
 
 
-FULL = Way(BASELINE, "full tokens", plain=True)
-DUALSPEED = Way(REFERENCE, "DualSpeed", {**MERGED, **NONE, **ALL, **slow(0.05)})
+FULL = Variant(BASELINE, "full tokens", plain=True)
+DUALSPEED = Variant(REFERENCE, "DualSpeed", {**MERGED, **NONE, **ALL, **slow(0.05)})
 # The paper's own ablation: each has one thing more than the one before.
 PAPERS = (
-    Way("paper:pruned-only", "the paper's: pruned only", {**DISCARDED, **NONE}),
-    Way("paper:fast-slow", "the paper's: + 10 % slow", {**DISCARDED, **NONE, **slow(0.1)}),
-    Way("paper:isolator", "the paper's: + isolator", {**DISCARDED, **NONE, **slow(0.1), **ISOLATED}),
-    Way("paper:dualspeed", "the paper's: + distillation", {**DISCARDED, **NONE, **slow(0.1), **ALL}),
+    Variant("paper:pruned-only", "the paper's: pruned only", {**DISCARDED, **NONE}),
+    Variant("paper:fast-slow", "the paper's: + 10 % slow", {**DISCARDED, **NONE, **slow(0.1)}),
+    Variant("paper:isolator", "the paper's: + isolator", {**DISCARDED, **NONE, **slow(0.1), **ISOLATED}),
+    Variant("paper:dualspeed", "the paper's: + distillation", {**DISCARDED, **NONE, **slow(0.1), **ALL}),
 )
 # The same with a fast view that looks like the full one.
-MERGED_ONLY = Way("pruned-only", "merged, log(size)", {**MERGED, **NONE})
+MERGED_ONLY = Variant("pruned-only", "merged, log(size)", {**MERGED, **NONE})
 PARTS = (
-    Way("sizes-only", "log(size), others gone", {**DISCARDED, **MERGED, **NONE}),
-    Way("merged-only", "merged, no log(size)", {"proportional_attention": False, **NONE}),
+    Variant("sizes-only", "log(size), others gone", {**DISCARDED, **MERGED, **NONE}),
+    Variant("merged-only", "merged, no log(size)", {"proportional_attention": False, **NONE}),
     MERGED_ONLY,
-    Way("fast-slow", "+ 5 % slow", {**MERGED, **NONE, **slow(0.05)}),
-    Way("isolator", "+ isolator", {**MERGED, **NONE, **slow(0.05), **ISOLATED}),
+    Variant("fast-slow", "+ 5 % slow", {**MERGED, **NONE, **slow(0.05)}),
+    Variant("isolator", "+ isolator", {**MERGED, **NONE, **slow(0.05), **ISOLATED}),
     DUALSPEED,
 )
 SLOW_RATIOS = (
     *(
-        Way(f"{PAPER}slow-{ratio}", f"the paper's: {ratio:.0%} slow", {**DISCARDED, **NONE, **ALL, **slow(ratio)})
+        Variant(f"{PAPER}slow-{ratio}", f"the paper's: {ratio:.0%} slow", {**DISCARDED, **NONE, **ALL, **slow(ratio)})
         for ratio in (0.0, 0.02, 0.05)
     ),
     PAPERS[-1],
     *(
-        Way(f"slow-{ratio}", f"merged: {ratio:.0%} slow", {**MERGED, **NONE, **ALL, **slow(ratio)})
+        Variant(f"slow-{ratio}", f"merged: {ratio:.0%} slow", {**MERGED, **NONE, **ALL, **slow(ratio)})
         for ratio in (0.0, 0.02, 0.05, 0.1)
     ),
 )
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 PRUNING_RATIOS = tuple(
-    Way(f"{kind}pruning-{ratio}", f"{name}{ratio:.0%} pruned", {**options, "pruning_ratio": ratio})
+    Variant(f"{kind}pruning-{ratio}", f"{name}{ratio:.0%} pruned", {**options, "pruning_ratio": ratio})
     for kind, name, options in ((PAPER, "the paper's: ", PAPERS[-1].options), ("", "merged: ", DUALSPEED.options))
     for ratio in RATIOS
 )
@@ -89,46 +89,46 @@ OTHERS = (
 )
 PRUNERS = (
     PAPERS[-1],
-    Way(REFERENCE, "divprune", DUALSPEED.options),
-    *(Way(f"pruner-{name}", name, {**DUALSPEED.options, "pruner": name}) for name in OTHERS),
+    Variant(REFERENCE, "divprune", DUALSPEED.options),
+    *(Variant(f"pruner-{name}", name, {**DUALSPEED.options, "pruner": name}) for name in OTHERS),
 )
 
 # When slow steps come, which matters only where they repair something.
 PAPERS_10 = PAPERS[-1].options
 PAPERS_5, TAIL = {**PAPERS_10, **slow(0.05)}, {**PAPERS_10, **slow(0.0)}
 SCHEDULES = (
-    Way(f"{PAPER}dualspeed", "random, 10 %", PAPERS_10),
-    Way(f"{PAPER}periodic-0.1", "every 10th", {**PAPERS_10, "mode_schedule": "periodic"}),
-    Way(f"{PAPER}growing-0.1", "growing, 10 % on average", {**PAPERS_10, "mode_schedule": "growing"}),
-    Way(f"{PAPER}shrinking-0.1", "shrinking, 10 % on average", {**PAPERS_10, "mode_schedule": "shrinking"}),
-    Way(f"{PAPER}tail-0.1", "the last 10 %", {**TAIL, "slow_tail_ratio": 0.1}),
-    Way(f"{PAPER}slow-0.05", "random, 5 %", PAPERS_5),
-    Way(f"{PAPER}growing-0.05", "growing, 5 % on average", {**PAPERS_5, "mode_schedule": "growing"}),
-    Way(f"{PAPER}shrinking-0.05", "shrinking, 5 % on average", {**PAPERS_5, "mode_schedule": "shrinking"}),
-    Way(f"{PAPER}tail-0.05", "the last 5 %", {**TAIL, "slow_tail_ratio": 0.05}),
-    Way(f"{PAPER}adaptive", "adaptive", {**PAPERS_10, "mode_schedule": "adaptive"}),
+    Variant(f"{PAPER}dualspeed", "random, 10 %", PAPERS_10),
+    Variant(f"{PAPER}periodic-0.1", "every 10th", {**PAPERS_10, "mode_schedule": "periodic"}),
+    Variant(f"{PAPER}growing-0.1", "growing, 10 % on average", {**PAPERS_10, "mode_schedule": "growing"}),
+    Variant(f"{PAPER}shrinking-0.1", "shrinking, 10 % on average", {**PAPERS_10, "mode_schedule": "shrinking"}),
+    Variant(f"{PAPER}tail-0.1", "the last 10 %", {**TAIL, "slow_tail_ratio": 0.1}),
+    Variant(f"{PAPER}slow-0.05", "random, 5 %", PAPERS_5),
+    Variant(f"{PAPER}growing-0.05", "growing, 5 % on average", {**PAPERS_5, "mode_schedule": "growing"}),
+    Variant(f"{PAPER}shrinking-0.05", "shrinking, 5 % on average", {**PAPERS_5, "mode_schedule": "shrinking"}),
+    Variant(f"{PAPER}tail-0.05", "the last 5 %", {**TAIL, "slow_tail_ratio": 0.05}),
+    Variant(f"{PAPER}adaptive", "adaptive", {**PAPERS_10, "mode_schedule": "adaptive"}),
 )
 
 
-def original(way: Way) -> Way:
+def original(way: Variant) -> Variant:
     """The same with the positions that the kept tokens had."""
-    return Way(way.key + ORIGINAL, f"{way.name}, original", {**way.options, "position_ids": "original"})
+    return Variant(way.key + ORIGINAL, f"{way.name}, original", {**way.options, "position_ids": "original"})
 
 
-def timed(way: Way) -> Way:
+def timed(way: Variant) -> Variant:
     """The same, for the time of the reference."""
-    return Way(TIMED + way.key, f"{way.name}, same time", way.options, way.plain, same_time=True)
+    return Variant(TIMED + way.key, f"{way.name}, same time", way.options, way.plain, same_time=True)
 
 
-def of_seven_billion(speed_up: float) -> Way:
+def of_seven_billion(speed_up: float) -> Variant:
     """Full tokens for the steps that fit into DualSpeed's time where a model of 7 B parameters has this speed-up."""
-    return Way(f"7b:{speed_up}", f"full tokens, same time at {speed_up}x", plain=True, speed_up=speed_up)
+    return Variant(f"7b:{speed_up}", f"full tokens, same time at {speed_up}x", plain=True, speed_up=speed_up)
 
 
 # The speed-ups of the paper's DualSpeed measured at 7 B parameters, LLaVA-1.5 and LLaVA-NeXT.
 MEASURED = (2.83, 3.81)
 # What is compared in one table, in the order of training.
-GROUPS: dict[str, tuple[Way, ...]] = {
+GROUPS: dict[str, tuple[Variant, ...]] = {
     "parts": (FULL, *PAPERS, *PARTS),
     "slow ratios": (FULL, *SLOW_RATIOS),
     "equal time": (

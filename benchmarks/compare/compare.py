@@ -50,7 +50,7 @@ COMMON = ("fingerprint", "training", "versions", "machine", "seeds")
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """One of the ways to train: its names, and what it changes in the recipe."""
 
     key: str
@@ -60,20 +60,20 @@ class Way:
 
 
 # The first is the baseline.
-WAYS = (
-    Way("full-tokens", "full tokens", (), Trainer),
-    Way("pruned-only", "pruned only (NaivePrune)", (*NO_SLOW_STEPS, *NO_EXTRAS)),
-    Way("fast-slow", "fast-slow, no isolator, no distillation", NO_EXTRAS),
-    Way("dualspeed", "DualSpeed", ()),
+VARIANTS = (
+    Variant("full-tokens", "full tokens", (), Trainer),
+    Variant("pruned-only", "pruned only (NaivePrune)", (*NO_SLOW_STEPS, *NO_EXTRAS)),
+    Variant("fast-slow", "fast-slow, no isolator, no distillation", NO_EXTRAS),
+    Variant("dualspeed", "DualSpeed", ()),
 )
-BASELINE = WAYS[0]
+BASELINE = VARIANTS[0]
 
 
 @dataclass(frozen=True)
 class Run:
     """A way to train with a seed: what the recipe makes of it, and the data."""
 
-    way: Way
+    way: Variant
     recipe: RecipeArguments
     args: DualSpeedTrainingArguments
     train: Dataset
@@ -143,11 +143,11 @@ def without_token(words: list[str]) -> list[str]:
     return [f"{flag}={hidden}" if word.startswith(f"{flag}=") else word for word in kept]
 
 
-def order(seeds: list[int]) -> Iterator[tuple[Way, int]]:
+def order(seeds: list[int]) -> Iterator[tuple[Variant, int]]:
     """All runs, seed by seed, each seed beginning with another way: slow times of a machine hit all."""
     for index, seed in enumerate(seeds):
-        first = index % len(WAYS)
-        yield from ((way, seed) for way in (*WAYS[first:], *WAYS[:first]))
+        first = index % len(VARIANTS)
+        yield from ((way, seed) for way in (*VARIANTS[first:], *VARIANTS[:first]))
 
 
 def fingerprint(run: Run) -> str:
@@ -172,7 +172,7 @@ def execute(run: Run) -> dict:
     trainer = build_trainer(run)
     ours = isinstance(trainer, DualSpeedTrainer)
     # The plain trainer's steps all train on all tokens, which is what slow means.
-    clock = trainer.clock if ours else ModeClock(lambda model: SLOW)
+    clock = trainer.clock if ours else ModeClock(SLOW)
     if not ours:
         trainer.add_callback(clock)
     started = time.perf_counter()
@@ -216,10 +216,10 @@ def build_trainer(run: Run) -> Trainer:
 
 def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> PrunedPrompts | None:
     """Prunes prompts as the recipe's fast steps do, behind the trained isolator where there is one; None where the
-    pruner is learnt, and this training has not taught it."""
+    pruner is learned, and this training has not taught it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(trainer, DualSpeedTrainer):
-        return prompts_of(trainer.mode_pass, model, args.seed)
+        return prompts_of(trainer.dual_forward, model, args.seed)
     pruner = resolve_pruner(None, args, model).to(args.device)
     if pruner.state_dict():
         return None
@@ -244,7 +244,7 @@ def summarise(results: list[dict]) -> dict[str, dict]:
     """Per way, mean and spread over the seeds; ratios are taken to the baseline's run of the same seed."""
     base = {run["seed"]: run for run in results if run["way"] == BASELINE.key}
     summary = {}
-    for way in WAYS:
+    for way in VARIANTS:
         own = [run for run in results if run["way"] == way.key]
         pairs = [(run, base[run["seed"]]) for run in own]
         summary[way.key] = {

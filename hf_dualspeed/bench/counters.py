@@ -136,7 +136,7 @@ VALUES = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "no
 
 
 @contextmanager
-def host_waits() -> Iterator[list[str]]:
+def count_syncs() -> Iterator[list[str]]:
     """A list that gets the name of each method of [`VALUES`] that is called inside the context.
 
     It counts the same on a CPU, where nothing waits. Boolean indexing, which waits too, is not seen.

@@ -37,7 +37,7 @@ from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.devices import synchronize
 from ..utils.environment import machine, versions
 from ..utils.text import one_line, without_paths
-from .counters import FLOP_COUNTING, MEMORY_COUNTING, cached_batch, device_waits, flops_of, host_waits, peak_memory
+from .counters import FLOP_COUNTING, MEMORY_COUNTING, cached_batch, count_syncs, device_waits, flops_of, peak_memory
 from .options import BenchArguments
 from .report import PARTS, STEPS, check_format, derive, markdown, print_report
 from .shapes import Shape, build_batch, build_model, encoder_ratio, given_batch, given_model
@@ -317,7 +317,7 @@ class Bench:
         self._clean(name)
         return peak
 
-    def count_waits(self, name: str, told: Callable[[], AbstractContextManager] = host_waits) -> dict[str, int]:
+    def count_waits(self, name: str, told: Callable[[], AbstractContextManager] = count_syncs) -> dict[str, int]:
         """How often a variant waits for the device, by what `told` tells of each time."""
         with told() as waits:
             self.variants[name]()

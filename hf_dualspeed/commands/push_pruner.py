@@ -65,14 +65,14 @@ def build(name: str, settings: dict, trust_remote_code: bool = False) -> Pruner:
     """The pruner to publish: a registered name, or a folder with some settings changed.
 
     Raises:
-        ValueError: a setting is unknown or not allowed, or the pruner is learnt and no folder holds its weights.
+        ValueError: a setting is unknown or not allowed, or the pruner is learned and no folder holds its weights.
     """
     if name in available_pruners():
         config_class = pruner_class(name).config_class
         check_keys("--set", settings, [f.name for f in fields(config_class)])
         pruner = pruner_class(name)(config_class.from_dict(settings, "the command line"))
         if pruner.state_dict():
-            raise ValueError(f"The pruner {name!r} is learnt: give the folder of a run that trained it.")
+            raise ValueError(f"The pruner {name!r} is learned: give the folder of a run that trained it.")
         return pruner
     pruner = AutoPruner.from_pretrained(name, trust_remote_code=trust_remote_code)
     check_keys("--set", settings, [f.name for f in fields(pruner.config)])

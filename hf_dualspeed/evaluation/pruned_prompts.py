@@ -80,7 +80,7 @@ def check_prompt_pruner(name: str) -> None:
 
 
 def prompt_pruner(name: str | None, folder: Path | None, ratio: float | None) -> Pruner:
-    """A pruner to answer with: that of a run, with what it has learnt and its settings, or another one.
+    """A pruner to answer with: that of a run, with what it has learned and its settings, or another one.
 
     Args:
         name (`str`, *optional*): A registered pruner, a folder, or a Hub repo; by default the run's own.
@@ -88,7 +88,7 @@ def prompt_pruner(name: str | None, folder: Path | None, ratio: float | None) ->
         ratio (`float`, *optional*): Fraction of the visual tokens removed; by default the pruner's own.
 
     Raises:
-        ValueError: there is no pruner to take, it is learnt and its weights are not there, or it shortens no prompt.
+        ValueError: there is no pruner to take, it is learned and its weights are not there, or it shortens no prompt.
     """
     own = folder if folder is not None and (folder / PRUNER_CONFIG_NAME).is_file() else None
     if name is None and own is None:
@@ -100,7 +100,7 @@ def prompt_pruner(name: str | None, folder: Path | None, ratio: float | None) ->
     elif name in available_pruners():
         pruner = AutoPruner.from_name(name)
         if pruner.state_dict():
-            raise ValueError(f"`pruner` is {name!r}, which is learnt, but the checkpoint holds no weights of it.")
+            raise ValueError(f"`pruner` is {name!r}, which is learned, but the checkpoint holds no weights of it.")
     else:
         pruner = AutoPruner.from_pretrained(name)
     check_prompt_pruner(pruner.config.pruner_type)

@@ -22,7 +22,7 @@ from .errors import explained
 
 logger = logging.getLogger(__name__)
 
-# The only files that are read, and the most bytes they may have. The largest learnt pruners hold some 100 MB.
+# The only files that are read, and the most bytes they may have. The largest learned pruners hold some 100 MB.
 LIMITS = {PRUNER_CONFIG_NAME: 2**20, PRUNER_WEIGHTS_NAME: 2**30, CARD_NAME: 2**20}
 CODE_NAME, CODE_LIMIT = re.compile(r"[A-Za-z_]\w*\.py", re.ASCII), 2**20
 REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)

@@ -45,12 +45,12 @@ class Call:
 
 
 class Listener(Protocol):
-    """Who is told of calls of attention functions; see [`listening`]."""
+    """Who is told of calls of attention functions; see [`attention_hook`]."""
 
     def listens_to(self, module: nn.Module) -> bool:
         """Whether the calls of this attention layer are wanted."""
 
-    def hear(
+    def on_attention(
         self,
         module: nn.Module,
         query: torch.Tensor,
@@ -75,7 +75,7 @@ class AttentionCapture:
     def listens_to(self, module: nn.Module) -> bool:
         return module is self.layer
 
-    def hear(self, module, query, key, mask, rest: tuple, options: dict) -> None:
+    def on_attention(self, module, query, key, mask, rest: tuple, options: dict) -> None:
         """Keeps a call, or what stands in the way of knowing its attention."""
         self.obstacle = self.obstacle or obstacle_of(self.layer, query, key, mask, rest, options)
         if self.obstacle is None:
@@ -141,7 +141,7 @@ def _heard_lookup(self, attn_implementation: str, default: Callable) -> Callable
 
     def heard(module, query, key, value, attention_mask=None, *rest, **options):
         if listener is not None and listener.listens_to(module):
-            listener.hear(module, query, key, attention_mask, rest, options)
+            listener.on_attention(module, query, key, attention_mask, rest, options)
         changed = None if _change is None else _change(attn_implementation or "eager", function, module)
         call = function if changed is None else changed  # `or` is more than some compilers can follow
         return call(module, query, key, value, attention_mask, *rest, **options)
@@ -159,7 +159,7 @@ def change_calls(change: Callable[[str, Callable, nn.Module], Callable | None]) 
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def attention_hook(listener: Listener) -> Iterator[None]:
     """Tells `listener` of the calls of attention functions while the body runs, in this thread.
 
     Layers look their attention function up at each call; while any thread listens, that lookup is replaced.
@@ -183,7 +183,7 @@ def listening(listener: Listener) -> Iterator[None]:
 def capture_attention(tower: nn.Module) -> Iterator[AttentionCapture]:
     """Catches queries and keys of [`penultimate_layer`] while the body runs the tower in this thread."""
     capture = AttentionCapture(tower)
-    with listening(capture):
+    with attention_hook(capture):
         yield capture
 
 

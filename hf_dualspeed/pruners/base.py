@@ -49,7 +49,7 @@ class Pruner(nn.Module):
         return self.config.pruning_ratio
 
     def reconfigure(self, **settings) -> None:
-        """Changes settings, but for those that the sizes of learnt weights follow from.
+        """Changes settings, but for those that the sizes of learned weights follow from.
 
         Raises:
             ValueError: a setting is unknown, outside its range, or one of those.
@@ -59,13 +59,13 @@ class Pruner(nn.Module):
         other = planned_weights(type(self), config, f"the settings {settings}")
         if {k: t.shape for k, t in other.items()} != {k: t.shape for k, t in self.state_dict().items()}:
             raise ValueError(
-                f"The settings {settings} do not fit the weights that the pruner {config.pruner_type!r} has learnt. "
+                f"The settings {settings} do not fit the weights that the pruner {config.pruner_type!r} has learned. "
                 "Leave out what changes their sizes, or train a new one by its name."
             )
         self.config = config
 
-    def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
-        """Source positions in the order in which they are kept, `(B, most)`; padding last. No gradients here."""
+    def rank(self, tokens: VisualTokens, k: int) -> torch.Tensor:
+        """Source positions in the order in which they are kept, `(B, k)`; padding last. No gradients here."""
         raise NotImplementedError(f"{type(self).__name__} must implement `rank` or override `reduce`.")
 
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
@@ -94,7 +94,7 @@ class Pruner(nn.Module):
         finite = tokens.features.detach().isfinite().all()
         for known in (tokens.attention, tokens.keys):  # rows that no patch made have an attention of -inf
             finite = finite if known is None else finite & ~known.isnan().any()
-        if not tokens.checked_later:
+        if not tokens.defer_checks:
             check_finite(bool(finite))
         pruned = self.reduce(tokens, lengths)
         if pruned.sizes is None:
@@ -104,7 +104,7 @@ class Pruner(nn.Module):
         return pruned
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes `pruner_config.json` and, for a learnt pruner, `pruner.safetensors`.
+        """Writes `pruner_config.json` and, for a learned pruner, `pruner.safetensors`.
 
         `state_dict` stands in for its own weights, where those are sharded.
         """
@@ -116,10 +116,10 @@ class Pruner(nn.Module):
             save_file(whole, Path(folder) / PRUNER_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def load_weights(self, folder: str | Path) -> None:
-        """Loads a learnt pruner's weights from `folder`.
+        """Loads a learned pruner's weights from `folder`.
 
         Raises:
-            FileNotFoundError: the pruner is learnt and the folder holds no weights.
+            FileNotFoundError: the pruner is learned and the folder holds no weights.
             ValueError: they are those of another pruner, or the file is damaged.
         """
         expected = self.state_dict()
@@ -178,11 +178,11 @@ def planned_weights(cls: type[Pruner], config: PrunerConfig, where: str) -> dict
 
 
 def weights_file(folder: str | Path, expected: dict[str, torch.Tensor], config: PrunerConfig) -> Path:
-    """A learnt pruner's file of weights, of which the header alone has been read: it fits."""
+    """A learned pruner's file of weights, of which the header alone has been read: it fits."""
     path = Path(folder) / PRUNER_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"No {PRUNER_WEIGHTS_NAME} in {str(folder)!r}, which the learnt pruner {config.pruner_type!r} needs. "
+            f"No {PRUNER_WEIGHTS_NAME} in {str(folder)!r}, which the learned pruner {config.pruner_type!r} needs. "
             "Save it with `pruner.save_pretrained`."
         )
     check_weights(path, expected)
@@ -209,7 +209,7 @@ class LayerPruner(Pruner):
         where it changes over training."""
         raise NotImplementedError(f"{type(self).__name__} must implement `stages`.")
 
-    def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
+    def rank(self, tokens: VisualTokens, k: int) -> torch.Tensor:
         if tokens.attention is None:
             raise ValueError(f"The pruner {self.config.pruner_type!r} needs `VisualTokens.attention`, got None.")
-        return top_k(tokens.attention, tokens.valid, most)
+        return top_k(tokens.attention, tokens.valid, k)

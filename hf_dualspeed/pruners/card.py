@@ -95,10 +95,10 @@ def _document(pruner: Pruner) -> str:
 
 
 def _introduction(pruner: Pruner, repo_id: str) -> str:
-    learnt = " It is learnt: its weights are in `pruner.safetensors`." if pruner.state_dict() else ""
+    learned = " It is learned: its weights are in `pruner.safetensors`." if pruner.state_dict() else ""
     return (
         f"{heading(repo_id.split('/')[-1], 1)}\n\nThe visual token pruner `{pruner.config.pruner_type}`, for training "
-        f"and running vision-language models on fewer visual tokens with DualSpeed.{learnt}"
+        f"and running vision-language models on fewer visual tokens with DualSpeed.{learned}"
     )
 
 
@@ -172,7 +172,7 @@ def _licence(pruner: Pruner) -> str:
     if is_custom(pruner):
         words = ["The code beside this card is its author's, who may add a licence here."]
     if pruner.state_dict():
-        words.append("The licences of the model and the data that it learnt from apply to its weights.")
+        words.append("The licences of the model and the data that it learned from apply to its weights.")
     return f"{heading('Licence')}\n\n{' '.join(words)}"
 
 

@@ -36,10 +36,10 @@ class CDPruner(Pruner):
 
     needs = frozenset({"text"})
 
-    def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
+    def rank(self, tokens: VisualTokens, k: int) -> torch.Tensor:
         units = F.normalize(tokens.features.detach().float(), dim=-1)
         relevance = scaled(units @ F.normalize(instruction(tokens), dim=-1)[..., None], tokens.valid)
-        return greedy_map(units, relevance[..., 0], tokens.valid, most)
+        return greedy_map(units, relevance[..., 0], tokens.valid, k)
 
 
 def scaled(relevance: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

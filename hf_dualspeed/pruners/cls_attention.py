@@ -23,5 +23,5 @@ class ClsAttentionPruner(Pruner):
 
     needs = frozenset({"attention"})
 
-    def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
-        return top_k(tokens.attention, tokens.valid, most)
+    def rank(self, tokens: VisualTokens, k: int) -> torch.Tensor:
+        return top_k(tokens.attention, tokens.valid, k)

@@ -1,4 +1,4 @@
-"""DynamicViT: learnt keep-scores from each token and the whole image (arXiv 2106.02034)."""
+"""DynamicViT: learned keep-scores from each token and the whole image (arXiv 2106.02034)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class DynamicViTSettings(PrunerConfig):
 
 @register_pruner("dynamicvit")
 class DynamicViT(Pruner):
-    """Keeps the tokens of the highest learnt scores, drawn by Gumbel top-K while it trains.
+    """Keeps the tokens of the highest learned scores, drawn by Gumbel top-K while it trains.
 
     DynamicViT (arXiv 2106.02034): an MLP scores each token from half of its own hidden features and the mean of the
     other half over the image. Training draws the K tokens, by Gumbel noise on the scores from `tokens.generator`;

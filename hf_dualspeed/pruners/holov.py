@@ -57,7 +57,7 @@ class HoloVPruner(Pruner):
     config_class = HoloVConfig
     needs = frozenset({"attention", "grid"})
 
-    def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
+    def rank(self, tokens: VisualTokens, k: int) -> torch.Tensor:
         crops = [min(self.config.crops, n) for n in tokens.lengths]
         seen = tokens.attention.isfinite() if tokens.valid is None else tokens.attention.isfinite() & tokens.valid
         attention = tokens.attention.float().masked_fill(~seen, 0)
@@ -73,7 +73,7 @@ class HoloVPruner(Pruner):
         variance = variance * mean(attention) / (mean(variance) + EPSILON)
         scores = attention + self.config.variance_weight * variance
         seats = mean(scores) / (place_in_crop(scores, crop) + 0.5)
-        return top_k(seats.masked_fill(~seen, -1), tokens.valid, most)
+        return top_k(seats.masked_fill(~seen, -1), tokens.valid, k)
 
 
 def similarity_variance(features: torch.Tensor, crop: torch.Tensor) -> torch.Tensor:

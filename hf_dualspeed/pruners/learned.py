@@ -1,4 +1,4 @@
-"""The layers of learnt pruners, which compute in float32 whatever holds their weights."""
+"""The layers of learned pruners, which compute in float32 whatever holds their weights."""
 
 from __future__ import annotations
 

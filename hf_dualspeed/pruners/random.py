@@ -20,7 +20,7 @@ class RandomPruner(Pruner):
 
     deterministic = False
 
-    def rank(self, tokens: VisualTokens, most: int) -> torch.Tensor:
+    def rank(self, tokens: VisualTokens, k: int) -> torch.Tensor:
         shape = tokens.features.shape[:2]
         draws = torch.rand(shape, generator=tokens.generator, device=tokens.features.device)
-        return top_k(draws, tokens.valid, most)
+        return top_k(draws, tokens.valid, k)

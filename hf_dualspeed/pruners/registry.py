@@ -78,6 +78,6 @@ def is_fetched(cls: type[Pruner]) -> bool:
 
 def kind_of(cls) -> str:
     """What sets a class of pruners apart from those that select tokens by a fixed rule."""
-    learnt = "hidden_size" in {f.name for f in fields(cls.config_class)}
-    kinds = {"learnt": learnt, "merges": cls.merges, "in the LLM": cls.in_language_model}
+    learned = "hidden_size" in {f.name for f in fields(cls.config_class)}
+    kinds = {"learned": learned, "merges": cls.merges, "in the LLM": cls.in_language_model}
     return ", ".join(kind for kind, is_so in kinds.items() if is_so) or "selects"

@@ -1,4 +1,4 @@
-"""TokenLearner: a few learnt weighted sums of all tokens (arXiv 2106.11297)."""
+"""TokenLearner: a few learned weighted sums of all tokens (arXiv 2106.11297)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TokenLearnerSettings(PrunerConfig):
 
     Args:
         hidden_size (`int`): width D of the visual tokens, that of the language model; the trainer fills it in.
-        max_tokens (`int`): learnt maps, the most tokens that an image may keep.
+        max_tokens (`int`): learned maps, the most tokens that an image may keep.
         bottleneck_size (`int`): width in which tokens and maps meet; 64 in the official code.
     """
 
@@ -51,7 +51,7 @@ class TokenLearner(Pruner):
     Where we part from it: K follows from the image and the ratio, so there are `max_tokens` maps, of which an image
     uses the first K. The official maps see positions in the features of a vision transformer trained with them; ours
     start behind any tower, from noise that would make all K sums the same mean. So map k begins as a round region
-    about a place of its own, the first K of which cover the image evenly for any K, with a learnt reach (`focus`)
+    about a place of its own, the first K of which cover the image evenly for any K, with a learned reach (`focus`)
     that can widen to the whole image. Places are fixed; without a grid they lie on the line of the tokens.
 
     A merged token stands where its map is highest. Maps that share a place move on to the next free ones, in the

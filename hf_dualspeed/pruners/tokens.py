@@ -26,7 +26,7 @@ class VisualTokens:
             image may have none at all.
         generator (`torch.Generator`, *optional*): source of randomness, on the features' device.
         lengths (`list[int]`, *optional*): tokens per image. Given beside `valid`, it spares a host synchronisation.
-        checked_later (`bool`): the caller reads `PrunedTokens.finite` itself, where it waits for the device anyway.
+        defer_checks (`bool`): the caller reads `PrunedTokens.finite` itself, where it waits for the device anyway.
     """
 
     features: torch.Tensor
@@ -38,7 +38,7 @@ class VisualTokens:
     text_valid: torch.Tensor | None = None
     generator: torch.Generator | None = None
     lengths: list[int] | None = None
-    checked_later: bool = False
+    defer_checks: bool = False
 
     def __post_init__(self):
         if self.features.dim() != 3:
@@ -90,6 +90,6 @@ class PrunedTokens:
     finite: torch.Tensor | None = None
     auxiliary_loss: torch.Tensor | None = None
 
-    def carry(self, features: torch.Tensor) -> torch.Tensor:
+    def apply_to(self, features: torch.Tensor) -> torch.Tensor:
         """Other features of the same tokens, `(B, N, D')`, pruned alike: `(B, K, D')`."""
         return self.merge(features) if self.merge is not None else gather_rows(features, self.positions)

@@ -35,7 +35,7 @@ def prune_inputs(
         model (`nn.Module`): a vision-language model of transformers, PEFT-wrapped or not.
         inputs (`Mapping`): what its processor or collator gives, labels included or not.
         pruner (`Pruner`): keeps K tokens of each image, in front of the language model.
-        isolator (`ModeIsolator`, *optional*): l learnt tokens in front of each image's kept tokens.
+        isolator (`ModeIsolator`, *optional*): l learned tokens in front of each image's kept tokens.
         position_ids (`str`): "original": each kept token keeps its place, the isolator takes its image's first;
             "compact": the shortened sequence is renumbered 0, 1, ... (on all three axes for M-RoPE); "auto": compact,
             or original for M-RoPE.

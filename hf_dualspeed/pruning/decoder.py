@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..models.attention import attention_of, listening, query_obstacle
+from ..models.attention import attention_hook, attention_of, query_obstacle
 from ..models.families import family_of
 from ..models.interface import unwrap
 from ..pruners import VisualTokens, budget
@@ -197,7 +197,7 @@ class LayerPass:
     # --- in the forward pass --------------------------------------------------------------------------------------
 
     def _enter(self, owner: nn.Module, args: tuple) -> None:
-        self._ear.enter_context(listening(self))
+        self._ear.enter_context(attention_hook(self))
 
     def _leave(self, owner: nn.Module, args: tuple, output):
         """Lays the states out over the full length: each place gets those of the last kept token up to it, which is
@@ -219,7 +219,7 @@ class LayerPass:
     def listens_to(self, module: nn.Module) -> bool:
         return id(module) in self._watched
 
-    def hear(self, module, query, key, mask, rest: tuple, options: dict) -> None:
+    def on_attention(self, module, query, key, mask, rest: tuple, options: dict) -> None:
         """Keeps, of the attention in front of a stage, what the instruction pays to each droppable token, `(U, N)`."""
         index = self._watched[id(module)]
         if index not in self._budgets or index in self._cuts or self._obstacle:

@@ -121,7 +121,7 @@ class VisualEncoding:
             text_valid=self.text_valid,
             generator=generator,
             lengths=self.lengths,
-            checked_later=True,  # by `plan_shortening`
+            defer_checks=True,  # by `plan_shortening`
         )
 
 

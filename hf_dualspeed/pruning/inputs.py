@@ -174,7 +174,7 @@ def keep_tokens(
     rows, repeats = kept_rows(pruned, encoding.lengths, length)
 
     def carried(level: torch.Tensor) -> torch.Tensor:
-        return isolated_by_zeros(pruned.carry(encoding.padded(level)), prompt).index_select(0, rows)
+        return isolated_by_zeros(pruned.apply_to(encoding.padded(level)), prompt).index_select(0, rows)
 
     companions = {name: [carried(level) for level in levels] for name, levels in encoding.companions.items()}
     features = isolated(pruned.features, prompt).index_select(0, rows)

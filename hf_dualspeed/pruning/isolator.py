@@ -1,4 +1,4 @@
-"""The mode isolator: a short learnt prompt that marks the pruned view of an image (arXiv 2602.03815)."""
+"""The mode isolator: a short learned prompt that marks the pruned view of an image (arXiv 2602.03815)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..utils.constants import ISOLATOR_WEIGHTS_NAME
 
 
 class ModeIsolator(nn.Module):
-    """`length` learnt tokens, put in front of each image's kept tokens in fast mode.
+    """`length` learned tokens, put in front of each image's kept tokens in fast mode.
 
     Args:
         length (`int`): number of tokens l.

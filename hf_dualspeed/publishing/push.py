@@ -60,7 +60,7 @@ def push(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # An earlier run's isolator or learnt pruner, which this one has not.
+        # An earlier run's isolator or learned pruner, which this one has not.
         stale = {PRUNER_WEIGHTS_NAME, ISOLATOR_WEIGHTS_NAME}.intersection(
             api.list_repo_files(repo_id, revision=revision)
         ) - set(files)

@@ -21,9 +21,9 @@ class ModeClock(TrainerCallback, ExportableState):
     `fast_tokens` are those of the largest batch that a fast step ran on, padding included.
     """
 
-    def __init__(self):
+    def __init__(self, mode: str | None = None):
         self._restore({})
-        self._mode: str | None = None  # of the last micro-batch
+        self._mode = mode  # of the last micro-batch; of all steps, where nobody counts micro-batches
         self._begun = 0.0
         self._logged = ({FAST: 0, SLOW: 0}, time.perf_counter())
 

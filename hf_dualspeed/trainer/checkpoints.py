@@ -27,7 +27,7 @@ class CheckpointMixin:
         gathered = {k.removeprefix(f"{NAME}."): v for k, v in (state_dict or {}).items() if k.startswith(f"{NAME}.")}
         if state_dict is None and getattr(self.model, "peft_config", None):
             state_dict = self.model.state_dict()
-        if state_dict is not None:  # PEFT picks weights by pattern, a learnt pruner's biases among them
+        if state_dict is not None:  # PEFT picks weights by pattern, a learned pruner's biases among them
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith(f"{NAME}.")}
         folder = output_dir or self.args.output_dir
         with interrupts_deferred(), kept_card(Path(folder)) if self.args.should_save else nullcontext():
@@ -35,12 +35,12 @@ class CheckpointMixin:
         if self.args.should_save:
             parts = gathered or self.dual_forward.state_dict()
             prefix = "pruner."
-            learnt = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
-            self._pruner.save_pretrained(folder, learnt)
+            learned = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
+            self._pruner.save_pretrained(folder, learned)
             if self.args.isolator_length:
                 save_isolator(parts["isolator.prompt"], folder)
             # What an earlier run with other settings left is no part of this one.
-            for name, belongs in ((PRUNER_WEIGHTS_NAME, learnt), (ISOLATOR_WEIGHTS_NAME, self.args.isolator_length)):
+            for name, belongs in ((PRUNER_WEIGHTS_NAME, learned), (ISOLATOR_WEIGHTS_NAME, self.args.isolator_length)):
                 if not belongs:
                     (Path(folder) / name).unlink(missing_ok=True)
             if self.state.global_step and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):

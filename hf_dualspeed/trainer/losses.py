@@ -71,8 +71,8 @@ class ForwardKL(torch.autograd.Function):
         student, teacher, student_norm, teacher_norm = ctx.saved_tensors
         gradient, scale = torch.empty_like(student), upstream * ctx.temperature
         for s, t, part in slices(student, teacher, gradient):
-            learnt = (s.float() / ctx.temperature - student_norm).exp_()
-            part.copy_(learnt.sub_((t.float() / ctx.temperature - teacher_norm).exp_()).mul_(scale))
+            learned = (s.float() / ctx.temperature - student_norm).exp_()
+            part.copy_(learned.sub_((t.float() / ctx.temperature - teacher_norm).exp_()).mul_(scale))
         return gradient, None, None
 
 

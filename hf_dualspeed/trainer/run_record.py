@@ -214,7 +214,7 @@ class RunRecordMixin:
         adopt_published_card(self.args.output_dir, self.hub_model_id, revision, token)
 
     def _delete_stale_parts(self, revision: str | None, token: str | None) -> None:
-        """Takes an earlier run's isolator and learnt pruner out of the repo, where this run has none."""
+        """Takes an earlier run's isolator and learned pruner out of the repo, where this run has none."""
         api, revision = HfApi(token=token or self.args.hub_token), revision or self.args.hub_revision
         stale = [name for name in PARTS if not (Path(self.args.output_dir) / name).is_file()]
         stale = [name for name in stale if api.file_exists(self.hub_model_id, name, revision=revision)]

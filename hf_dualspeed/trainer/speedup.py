@@ -141,7 +141,7 @@ def time_rounds(trainer, batches: list[dict], modes: list[str], rounds: int) -> 
         # Evenly spread over training, for a pruning ratio that changes.
         progress = (max(number, 0) + 0.5) / rounds
         passes = {PLAIN: partial(plain_pass, trainer, model, inputs)}
-        passes |= {mode: partial(mode_pass, trainer, model, inputs, mode, progress) for mode in modes}
+        passes |= {mode: partial(pass_in_mode, trainer, model, inputs, mode, progress) for mode in modes}
         if number >= 0:
             timed(trainer, model, passes[PLAIN])
         for name in rotated(list(passes), number):
@@ -171,7 +171,7 @@ def plain_pass(trainer, model: nn.Module, inputs: dict) -> None:
     trainer.accelerator.backward(loss)
 
 
-def mode_pass(trainer, model: nn.Module, inputs: dict, mode: str, progress: float) -> None:
+def pass_in_mode(trainer, model: nn.Module, inputs: dict, mode: str, progress: float) -> None:
     """Forward and backward in a mode, as in training."""
     inputs = trainer._prepare_inputs(dict(inputs))
     items = (inputs["labels"] != -100).sum()

@@ -128,11 +128,11 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         check_adapter(getattr(model, "active_peft_config", None))
         check_protocol(model)
         positions = position_scheme(model, args.position_ids)
-        with torch.random.fork_rng(devices=[]):  # what is learnt starts from the seed, and shifts no other draw
+        with torch.random.fork_rng(devices=[]):  # what is learned starts from the seed, and shifts no other draw
             torch.manual_seed(args.seed)
             isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
             self._pruner = resolve_pruner(self._given_pruner, args, model)
-        base = Path(getattr(unwrap(model), "name_or_path", "") or "")  # its fast view was learnt there, if it has one
+        base = Path(getattr(unwrap(model), "name_or_path", "") or "")  # its fast view was learned there, if it has one
         if isolator is not None and (base / ISOLATOR_WEIGHTS_NAME).is_file():
             isolator.load_pretrained(base)
             logger.info("Mode isolator taken from %s.", base)
@@ -364,7 +364,7 @@ class DualSpeedTrainer(DualSpeedMixin, Trainer):
 def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Module) -> Pruner:
     """The pruner to train with: an object, or by `args.pruner` a registered name, a folder or a Hub repo.
 
-    `args.pruning_ratio` wins where set. A pruner built by name whose config has a `hidden_size`, as a learnt one does,
+    `args.pruning_ratio` wins where set. A pruner built by name whose config has a `hidden_size`, as a learned one does,
     gets the model's.
     """
     if pruner is None:
@@ -386,7 +386,7 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Mo
 
 
 def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
-    """Whether `folder` holds what a learnt pruner of this type has learnt."""
+    """Whether `folder` holds what a learned pruner of this type has learned."""
     if not pruner.state_dict() or not (folder / PRUNER_WEIGHTS_NAME).is_file():
         return False
     return PrunerConfig.from_pretrained(folder).pruner_type == pruner.config.pruner_type
@@ -398,7 +398,7 @@ def language_model_is_frozen(model: nn.Module) -> bool:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualForward) -> None:
-    """Raises a `ValueError` where an optimizer made beforehand lacks the isolator or a learnt pruner."""
+    """Raises a `ValueError` where an optimizer made beforehand lacks the isolator or a learned pruner."""
     if optimizer is None:
         return
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -406,7 +406,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualF
     if missing:
         raise ValueError(
             f"`optimizers` was made before the fast view's parameters and lacks {', '.join(missing)}. Pass "
-            "optimizer_cls_and_kwargs instead, or set isolator_length=0 and choose a pruner that is not learnt."
+            "optimizer_cls_and_kwargs instead, or set isolator_length=0 and choose a pruner that is not learned."
         )
 
 

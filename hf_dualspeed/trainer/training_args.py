@@ -88,7 +88,7 @@ class DualSpeedArguments:
         default=0.0, metadata={"help": "The last fraction of all optimizer steps that is slow, in [0, 1]."}
     )
     isolator_length: int = field(
-        default=4, metadata={"help": "Learnt tokens in front of each image's kept tokens; 0 turns them off."}
+        default=4, metadata={"help": "Learned tokens in front of each image's kept tokens; 0 turns them off."}
     )
     distillation_weight: float = field(
         default=1.0,

@@ -19,7 +19,7 @@ RECIPE = {"tiny_llava": TINY, "dataset": "easy-vqa", "eval_dataset": "easy-vqa",
 RECIPE |= {"train_vision_tower": True, "use_cpu": True, "max_steps": 4, "per_device_train_batch_size": 4}
 RECIPE |= {"logging_steps": 1, "mode_schedule": "periodic", "slow_mode_ratio": 0.5, "pruning_ratio": 0.5}
 RECIPE |= {"disable_tqdm": True, "report_to": "none"}
-WAYS = ("full-tokens", "pruned-only", "fast-slow", "dualspeed")
+VARIANTS = ("full-tokens", "pruned-only", "fast-slow", "dualspeed")
 
 
 def write_recipe(folder, **keys):
@@ -76,7 +76,7 @@ def results(session):
 
 def test_every_way_is_run_with_every_seed_in_rotated_order(session, results):
     order = [(run["way"], run["seed"]) for run in results["runs"]]
-    assert order == [(way, 0) for way in WAYS] + [(way, 1) for way in (*WAYS[1:], WAYS[0])]
+    assert order == [(way, 0) for way in VARIANTS] + [(way, 1) for way in (*VARIANTS[1:], VARIANTS[0])]
     assert order == [(record["way"], record["seed"]) for record in session["seen"]]
     assert session["warm_ups"] == 1
 
@@ -148,7 +148,7 @@ def test_the_table_has_the_numbers_of_the_json(session, results):
     assert table in text
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert len(lines) == 2 + 4 + 1
-    for way, line in zip(WAYS, lines[2:6], strict=True):
+    for way, line in zip(VARIANTS, lines[2:6], strict=True):
         own = results["summary"][way]
         runs = [run for run in results["runs"] if run["way"] == way]
         seconds = [run["seconds"]["total"] for run in runs]
@@ -198,7 +198,7 @@ def test_fingerprints_differ_where_results_would(session, change):
 
     assert mark() == mark("--output_dir", "elsewhere")
     assert mark() != mark(*change)
-    assert mark() != mark(way=compare.WAYS[-1])
+    assert mark() != mark(way=compare.VARIANTS[-1])
 
 
 def test_a_changed_recipe_is_run_again(session):
@@ -226,7 +226,7 @@ def test_ratios_are_taken_seed_by_seed():
             "way": way, "seed": seed, "seconds": {"total": seconds}, "steps_per_second": 1, "steps": steps
         } | shares  # fmt: skip
 
-    runs = [run(way, seed, (seed + 1) / 4, 10.0 * (seed + 1)) for way in WAYS[:3] for seed in (0, 1)]
+    runs = [run(way, seed, (seed + 1) / 4, 10.0 * (seed + 1)) for way in VARIANTS[:3] for seed in (0, 1)]
     runs += [run("dualspeed", 0, 0.2, 5.0), run("dualspeed", 1, 0.6, 5.0)]
     found = compare.summarise(runs)["dualspeed"]
     assert found["retention"]["mean"] == pytest.approx((0.2 / 0.25 + 0.6 / 0.5) / 2)

@@ -136,7 +136,7 @@ def test_an_interrupted_evaluation_goes_on_and_loses_one_batch_at_most(folder, a
     asked.clear()
     asked.stop_at = calls
     assert evaluate(*words) == 130
-    assert "The same command goes on where it stopped" in " ".join(capsys.readouterr().err.split())
+    assert "Rerun the same command to resume" in " ".join(capsys.readouterr().err.split())
     assert read_results("run") == before
     asked.clear()
     asked.stop_at = None
@@ -369,7 +369,7 @@ def test_parquet_with_other_columns(folder, unloaded):
     ("words", "said"),
     [
         (["--pruner", "fastv"], "`pruner` is 'fastv', which drops tokens inside the language model"),
-        (["--pruner", "dynamicvit"], "`pruner` is 'dynamicvit', which is learnt, but the checkpoint holds no weights"),
+        (["--pruner", "dynamicvit"], "`pruner` is 'dynamicvit', which is learned, but the checkpoint holds no weights"),
         (["--pruner", "grid", "grid"], "must differ from each other, got grid-0.9, grid-0.9"),
         (["--pruner", "grid", "--pruning_ratio", "1"], r"`pruning_ratio` must be in \[0, 1\), got 1.0"),
         (["--batch_size", "0"], "`batch_size` must be in"),

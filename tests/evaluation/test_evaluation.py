@@ -1,4 +1,4 @@
-"""Accuracy by generation, on a tiny model that has learnt four answers by heart."""
+"""Accuracy by generation, on a tiny model that has learned four answers by heart."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def trained():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_learnt_answers_are_found_whatever_the_padding(trained, batch_size):
+def test_learned_answers_are_found_whatever_the_padding(trained, batch_size):
     result = answer_accuracy(*trained, rows(ANSWERS), batch_size=batch_size)
     assert result == {"accuracy": 1.0, "n": 4, "predictions": list(ANSWERS.values())}
 

@@ -21,7 +21,7 @@ from training import DATA, QUIET, SAMPLES, history, make
 from transformers import TrainerCallback
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments
-from hf_dualspeed.bench.counters import host_waits
+from hf_dualspeed.bench.counters import count_syncs
 from hf_dualspeed.feature_cache import cache as feature_cache
 from hf_dualspeed.feature_cache.cache import FeatureCache, feature_cache_of, fingerprint, obstacle
 from hf_dualspeed.feature_cache.store import MARKER, FeatureStore, last_use
@@ -330,7 +330,7 @@ def test_the_step_waits_for_the_device_no_more_than_without(tmp_path, name):
     for inputs, rate in ((one, 1.0), (two, None)):
         units = units_of(inputs, cache.store)
         for serve in (None, partial(cache.serving, units)):
-            with host_waits() as waits:
+            with count_syncs() as waits:
                 encode(model, inputs, served=serve)
             counts.append(len(waits))
         assert rate is None or cache.window()["vision_cache_hit_rate"] == rate

@@ -18,7 +18,7 @@ def shortens(name: str) -> bool:
 
 
 def build(name: str, width: int = WIDTH, **settings) -> Pruner:
-    """A pruner out of training; a learnt one for tokens of `width`."""
+    """A pruner out of training; a learned one for tokens of `width`."""
     if "hidden_size" in {f.name for f in fields(pruner_class(name).config_class)}:
         settings = {"hidden_size": width, **settings}
     with torch.random.fork_rng():

@@ -94,8 +94,8 @@ def history(trainer, *keys):
 
 
 @pytest.fixture
-def learnt_pruner():
-    """A registered pruner with weights: keeps the tokens of the highest learnt score, scaled by it."""
+def learned_pruner():
+    """A registered pruner with weights: keeps the tokens of the highest learned score, scaled by it."""
 
     @dataclass
     class ScoredConfig(PrunerConfig):

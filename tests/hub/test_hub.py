@@ -39,7 +39,7 @@ def divprune(ratio: float = 0.75):
     return AutoPruner.from_name("divprune", pruning_ratio=ratio)
 
 
-def learnt(seed: int = 0):
+def learned(seed: int = 0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoPruner.from_name("token_learner", hidden_size=8, bottleneck_size=4, max_tokens=16)
@@ -49,9 +49,9 @@ def weights(pruner) -> bytes:
     return save(pruner.state_dict())
 
 
-def is_learnt(pruner, seed: int) -> bool:
-    """Whether it has the weights of `learnt(seed)`, bit for bit."""
-    return weights(pruner) == weights(learnt(seed))
+def is_learned(pruner, seed: int) -> bool:
+    """Whether it has the weights of `learned(seed)`, bit for bit."""
+    return weights(pruner) == weights(learned(seed))
 
 
 def config(**values) -> str:
@@ -77,8 +77,8 @@ def test_schedules_are_published(hub):
     assert AutoPruner.from_pretrained(REPO).config == pruner.config
 
 
-def test_a_learnt_pruner_takes_its_weights_along(hub, tmp_path):
-    pruner = learnt()
+def test_a_learned_pruner_takes_its_weights_along(hub, tmp_path):
+    pruner = learned()
     pruner.push_to_hub(REPO, private=True)
     assert hub.repos[REPO].private
     loaded = AutoPruner.from_pretrained(REPO, cache_dir=tmp_path / "cache")
@@ -101,36 +101,36 @@ def test_branches_tags_and_commits(hub):
 
 
 def test_a_repo_that_changes_between_two_loads(hub):
-    first = learnt(0).push_to_hub(REPO).oid
-    assert is_learnt(AutoPruner.from_pretrained(REPO), 0)
-    learnt(1).push_to_hub(REPO)
+    first = learned(0).push_to_hub(REPO).oid
+    assert is_learned(AutoPruner.from_pretrained(REPO), 0)
+    learned(1).push_to_hub(REPO)
     for revision, seed in ((None, 1), ("main", 1), (first, 0)):
-        assert is_learnt(AutoPruner.from_pretrained(REPO, revision=revision), seed)
-        assert not is_learnt(AutoPruner.from_pretrained(REPO, revision=revision), 1 - seed)
+        assert is_learned(AutoPruner.from_pretrained(REPO, revision=revision), seed)
+        assert not is_learned(AutoPruner.from_pretrained(REPO, revision=revision), 1 - seed)
 
 
 def test_config_and_weights_are_of_one_commit(hub, monkeypatch):
-    learnt(0).push_to_hub(REPO)
+    learned(0).push_to_hub(REPO)
     fetch = hub_io.Source.fetch
 
     def changing(source, filename):
         if filename == WEIGHTS:  # somebody pushes after the config was read
-            hub.put(REPO, {WEIGHTS: weights(learnt(1))})
+            hub.put(REPO, {WEIGHTS: weights(learned(1))})
         return fetch(source, filename)
 
     monkeypatch.setattr(hub_io.Source, "fetch", changing)
-    assert is_learnt(AutoPruner.from_pretrained(REPO), 0)
+    assert is_learned(AutoPruner.from_pretrained(REPO), 0)
 
 
 def test_the_second_load_needs_no_network(hub, caplog):
-    commit = learnt().push_to_hub(REPO).oid
+    commit = learned().push_to_hub(REPO).oid
     AutoPruner.from_pretrained(REPO)
     gets = hub.asked("^GET")
     AutoPruner.from_pretrained(REPO)
     assert hub.asked("^GET") == gets  # nothing is downloaded twice
     hub.stop()
     for options in ({}, {"revision": commit}, {"local_files_only": True}):
-        assert is_learnt(AutoPruner.from_pretrained(REPO, **options), 0)
+        assert is_learned(AutoPruner.from_pretrained(REPO, **options), 0)
     assert "in the cache" in caplog.text
     assert commit in caplog.text
     with pytest.raises(ConnectionError, match="tester/pruner"):
@@ -254,7 +254,7 @@ def test_missing_repo_revision_and_file(hub):
         AutoPruner.from_pretrained(REPO, revision="v9")
     with pytest.raises(EntryNotFoundError, match=r"'tester/pruner' at revision 'main'.*no pruner_config\.json"):
         AutoPruner.from_pretrained(REPO)
-    hub.put(REPO, {CONFIG: json.dumps(learnt().config.to_dict())})
+    hub.put(REPO, {CONFIG: json.dumps(learned().config.to_dict())})
     with pytest.raises(EntryNotFoundError, match=r"no pruner\.safetensors"):
         AutoPruner.from_pretrained(REPO)
 
@@ -264,18 +264,18 @@ def test_missing_repo_revision_and_file(hub):
 
 @pytest.mark.parametrize("silent", [False, True])
 def test_truncated_downloads(hub, silent):
-    learnt().push_to_hub(REPO)
+    learned().push_to_hub(REPO)
     hub.cut(WEIGHTS, 100, silent)
     with pytest.raises(ConnectionError, match="'tester/pruner'.*[Rr]un this again"):
         AutoPruner.from_pretrained(REPO)
     hub.failures.clear()
-    assert is_learnt(AutoPruner.from_pretrained(REPO), 0)
+    assert is_learned(AutoPruner.from_pretrained(REPO), 0)
 
 
 def test_one_break_is_made_good(hub):
-    learnt().push_to_hub(REPO)
+    learned().push_to_hub(REPO)
     hub.cut(WEIGHTS, 1)
-    assert AutoPruner.from_pretrained(REPO).config == learnt().config
+    assert AutoPruner.from_pretrained(REPO).config == learned().config
 
 
 @pytest.mark.parametrize(
@@ -288,9 +288,9 @@ def test_one_break_is_made_good(hub):
     ],
 )
 def test_a_server_error_in_the_middle_of_a_push_and_a_retry(hub, tmp_path, method, path, status):
-    learnt(0).push_to_hub(REPO)
+    learned(0).push_to_hub(REPO)
     before = hub.files(REPO)
-    pruner = learnt(1)
+    pruner = learned(1)
     pruner.save_pretrained(tmp_path / "own")
     local = {p.name: p.read_bytes() for p in (tmp_path / "own").iterdir()}
     hub.fail(status, 100, method, path)
@@ -306,9 +306,9 @@ def test_a_server_error_in_the_middle_of_a_push_and_a_retry(hub, tmp_path, metho
 def test_a_server_that_fails_now_and_then_is_asked_again(hub):
     hub.fail(503, 2, "PUT", "/lfs-store/")
     hub.fail(429, 1, "HEAD", "README.md", Retry_After="0")
-    learnt().push_to_hub(REPO)
+    learned().push_to_hub(REPO)
     hub.fail(500, 2, "HEAD", CONFIG)
-    assert AutoPruner.from_pretrained(REPO).config == learnt().config
+    assert AutoPruner.from_pretrained(REPO).config == learned().config
 
 
 def test_a_server_that_is_gone(hub):
@@ -358,7 +358,7 @@ def test_sizes_are_checked_before_anything_is_downloaded(hub, monkeypatch):
     with pytest.raises(ValueError, match=r"pruner_config\.json of the Hub repo 'tester/pruner'.* 1048577 bytes"):
         AutoPruner.from_pretrained(REPO)
     assert not hub.asked(f"GET .*{CONFIG}")
-    learnt().push_to_hub(REPO)
+    learned().push_to_hub(REPO)
     monkeypatch.setitem(hub_io.LIMITS, WEIGHTS, 100)
     with pytest.raises(ValueError, match=r"pruner\.safetensors .* at most 100"):
         AutoPruner.from_pretrained(REPO)
@@ -414,7 +414,7 @@ def test_unknown_keys_of_newer_configs_warn(hub, caplog):
 
 
 def test_weights_that_are_something_else(tmp_path):
-    pruner = learnt()
+    pruner = learned()
     pruner.save_pretrained(tmp_path)
     path = tmp_path / WEIGHTS
     whole = path.read_bytes()
@@ -458,7 +458,7 @@ def test_sizes_of_a_config_take_no_memory_before_the_weights_fit_them(hub, tmp_p
         (FileNotFoundError, ValueError), match=r"pruner\.safetensors|cannot have the sizes of pruner_config"
     ):
         AutoPruner.from_pretrained(tmp_path)
-    learnt().save_pretrained(tmp_path / "small")
+    learned().save_pretrained(tmp_path / "small")
     files = {CONFIG: json.dumps(settings), WEIGHTS: (tmp_path / "small" / WEIGHTS).read_bytes()}
     hub.put(REPO, files)
     with pytest.raises(ValueError, match=r"pruner\.safetensors' does not fit|cannot have the sizes of pruner_config"):
@@ -466,7 +466,7 @@ def test_sizes_of_a_config_take_no_memory_before_the_weights_fit_them(hub, tmp_p
 
 
 def test_weights_of_another_kind_of_number_are_refused(tmp_path):
-    pruner = learnt()
+    pruner = learned()
     pruner.save_pretrained(tmp_path)
     tensors = pruner.state_dict()
     for dtype, word in ((torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "C64"), (torch.int64, "I64")):
@@ -489,12 +489,15 @@ def test_weights_of_another_kind_of_number_are_refused(tmp_path):
 def test_tokens_appear_nowhere(hub, tmp_path, monkeypatch, caplog, capsys):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    pruner = learnt()
+    pruner = learned()
     pruner.push_to_hub(REPO, token=TOKEN, private=True)
     AutoPruner.from_pretrained(REPO, token=TOKEN).save_pretrained(tmp_path / "saved")
     said = [repr(hub_io.find_source(REPO, [], token=TOKEN))]
     hub.fail(500, 100, path="/commit/")
-    for action in (lambda: learnt(1).push_to_hub(REPO), lambda: AutoPruner.from_pretrained("tester/none", token=TOKEN)):
+    for action in (
+        lambda: learned(1).push_to_hub(REPO),
+        lambda: AutoPruner.from_pretrained("tester/none", token=TOKEN),
+    ):
         with pytest.raises(HfHubHTTPError) as error:
             action()
         said += [str(error.value), repr(error.value), "".join(traceback.format_exception(error.value))]

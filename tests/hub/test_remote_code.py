@@ -158,13 +158,13 @@ def test_a_push_between_config_and_code_changes_nothing(hub, published, monkeypa
     assert AutoPruner.from_pretrained(REPO, trust_remote_code=True).version == 1
 
 
-LEARNT = """import torch
+LEARNED = """import torch
 from hf_dualspeed import Pruner, register_pruner
 
 
 @register_pruner("own_first")
-class Learnt(Pruner):
-    \"\"\"Keeps the tokens with the largest sums, times what it has learnt.\"\"\"
+class Learned(Pruner):
+    \"\"\"Keeps the tokens with the largest sums, times what it has learned.\"\"\"
 
     def __init__(self, config):
         super().__init__(config)
@@ -180,8 +180,8 @@ class Learnt(Pruner):
 
 @pytest.mark.parametrize("check", ["assert start[1].item() == 0.5", "if start.is_meta: raise ValueError"])
 def test_code_that_only_runs_on_a_real_device_loads_its_weights(hub, tmp_path, check):
-    (tmp_path / "single.py").write_text(LEARNT.replace("CHECK", check))
-    pruner = importlib.import_module("single").Learnt(
+    (tmp_path / "single.py").write_text(LEARNED.replace("CHECK", check))
+    pruner = importlib.import_module("single").Learned(
         registry.pruner_class("own_first").config_class(pruning_ratio=0.5)
     )
     with torch.no_grad():

@@ -29,7 +29,7 @@ def on_device(batch):
         value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):
             setattr(batch, field.name, value.cuda())
-    batch.generator, batch.checked_later = torch.Generator("cuda").manual_seed(1), True
+    batch.generator, batch.defer_checks = torch.Generator("cuda").manual_seed(1), True
     return batch
 
 

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 from transformers.vision_utils import get_vision_window_index
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, ModeIsolator, prune_inputs
-from hf_dualspeed.bench.counters import host_waits
+from hf_dualspeed.bench.counters import count_syncs
 from hf_dualspeed.models.attention import penultimate_layer
 from hf_dualspeed.models.interface import towers
 from hf_dualspeed.pruning.encoding import encode
@@ -87,7 +87,7 @@ def test_shortening_waits_for_the_device_once(name, monkeypatch):
         monkeypatch.setattr(
             inner, "compute_3d_position_ids", wraps(inner.compute_3d_position_ids)(lambda **_: numbered)
         )
-    with host_waits() as waits:
+    with count_syncs() as waits:
         shorten_inputs(model, inputs, encodings, pruner(name="random"), isolator, "original")
     assert waits == ["tolist"]
     assert "tolist" not in vars(torch.Tensor)
@@ -120,8 +120,8 @@ def test_merging_pruners_merge_deepstack_features_too(name):
     encoding = encode(model, inputs, frozenset({"grid"}))[0]
     averaged = pruner(0.5, name)(encoding.tokens())
     level = encoding.companions["deepstack_features"][0]
-    carried = averaged.carry(encoding.padded(level))
-    twice = averaged.carry(encoding.padded(encoding.features))
+    carried = averaged.apply_to(encoding.padded(level))
+    twice = averaged.apply_to(encoding.padded(encoding.features))
     torch.testing.assert_close(twice, averaged.features)
     assert carried.shape == (*averaged.positions.shape, level.shape[1])
     # Means of cells: the mean over all kept tokens, weighted by the cells, is that of the image; here of equal cells.

@@ -21,7 +21,7 @@ from hf_dualspeed import (
     prune_inputs,
     prune_visual_tokens,
 )
-from hf_dualspeed.bench.counters import host_waits
+from hf_dualspeed.bench.counters import count_syncs
 from hf_dualspeed.trainer.dual_forward import DualForward
 from hf_dualspeed.trainer.schedule import FAST, SLOW
 
@@ -296,7 +296,7 @@ def test_nothing_waits_for_the_device_but_once():
     inputs = batch(FAMILIES["llava"], model)
     waits = {}
     for name, pruner in (("divprune", AutoPruner.from_name("divprune")), ("pyramiddrop", pyramid())):
-        with host_waits() as waits[name]:
+        with count_syncs() as waits[name]:
             fast(model, inputs, pruner, isolator_of(model))
     assert len(waits["pyramiddrop"]) <= len(waits["divprune"]) + 1, waits
 

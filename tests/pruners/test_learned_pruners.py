@@ -26,7 +26,7 @@ from hf_dualspeed.pruners.ops import take
 from hf_dualspeed.pruners.registry import _REGISTRY
 from hf_dualspeed.pruners.token_learner import SPREAD, unique_places
 
-LEARNT = ("token_learner", "dynamicvit")
+LEARNED = ("token_learner", "dynamicvit")
 SMALL = {"token_learner": {"max_tokens": 32}, "dynamicvit": {"scorer_size": 16}}
 RAGGED = [(4, 9), (7, 3), (1, 1), (2, 30)]
 
@@ -51,7 +51,7 @@ def reference_maps(pruner, features: torch.Tensor, places: torch.Tensor, keep: i
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_token_learner_sums_by_learnt_maps(seed):
+def test_token_learner_sums_by_learned_maps(seed):
     pruner, cases = build("token_learner", pruning_ratio=0.75), tokens(*RAGGED, seed=seed)
     with torch.no_grad():
         pruner.focus.normal_(generator=torch.Generator().manual_seed(seed))
@@ -145,7 +145,7 @@ def test_relaxed_choice_has_the_gradient_of_means_over_what_was_dropped():
     assert (scores.grad[2] == 0).all()  # nothing was dropped
 
 
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name", LEARNED)
 def test_gradients_reach_every_parameter_and_the_tokens(name):
     pruner, cases = build(name, pruning_ratio=0.75, **SMALL[name]).train(), tokens(*RAGGED)
     cases.features.requires_grad_(True)
@@ -174,7 +174,7 @@ def test_tokens_learn_what_maps_look_at():
     assert cases.features.grad.abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("training", [False, True])
 def test_half_precision_weights_and_autocast_compute_in_float32(name, training):
     exact = build(name, pruning_ratio=0.75).train(training)
@@ -188,7 +188,7 @@ def test_half_precision_weights_and_autocast_compute_in_float32(name, training):
         assert torch.equal(out.positions, expected.positions)
 
 
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name", LEARNED)
 def test_no_wait_for_the_device_and_no_loop_over_images(name, monkeypatch):
     pruner = build(name, pruning_ratio=0.9).train()
     counts = {}
@@ -229,7 +229,7 @@ def test_bad_settings_and_budgets_are_named():
         ValueError, match=r"`max_tokens` is 16, but an image of 36 tokens keeps 18 .* 0\.5\. Set max_tok"
     ):
         pruner(tokens((4, 4), (6, 6)))
-    for name in LEARNT:
+    for name in LEARNED:
         with pytest.raises(
             ValueError, match="`hidden_size` is 32, but the visual tokens are 16 wide. Set hidden_size=16"
         ):
@@ -320,15 +320,15 @@ def options(name: str, **more) -> dict:
     }
 
 
-def learnt(trainer) -> list[str]:
+def learned(trainer) -> list[str]:
     return [f"dualspeed.pruner.{name}" for name, _ in trainer.dual_forward.pruner.named_parameters()]
 
 
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name", LEARNED)
 def test_training_moves_it_in_fast_steps_alone_shortens_saves_and_resumes(tmp_path, name):
     saving = {"save_strategy": "steps", "save_steps": 3}
     trainer = make(tmp_path, **options(name, **saving))
-    watch, lengths = Watch(learnt(trainer)), []
+    watch, lengths = Watch(learned(trainer)), []
     trainer.add_callback(watch)
     trainer.model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append((trainer.dual_forward.mode, kwargs["inputs_embeds"].shape[1])),
@@ -364,7 +364,7 @@ def test_training_moves_it_in_fast_steps_alone_shortens_saves_and_resumes(tmp_pa
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name", LEARNED)
 def test_first_weights_follow_from_the_seed(tmp_path, name):
     weights = []
     for seed, ambient in ((0, 1), (0, 2), (5, 1)):
@@ -377,7 +377,7 @@ def test_first_weights_follow_from_the_seed(tmp_path, name):
     assert any(not torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
 
 
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name", LEARNED)
 def test_bfloat16_model_trains_it_in_float32(tmp_path, name):
     model = FAMILIES["llava"].build()[0].to(torch.bfloat16)
     trainer = make(tmp_path, model=model, **options(name, slow_mode_ratio=0.0, max_steps=2))
@@ -389,7 +389,7 @@ def test_bfloat16_model_trains_it_in_float32(tmp_path, name):
         assert not torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_trains_it_beside_the_adapters(tmp_path, name, family):
     config = LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", r=2, init_lora_weights=False)
@@ -398,7 +398,7 @@ def test_lora_trains_it_beside_the_adapters(tmp_path, name, family):
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved.issuperset(learnt(trainer))
+    assert moved.issuperset(learned(trainer))
     assert all("lora_" in n or n.startswith("dualspeed.") for n in moved)
     trainer.processing_class = None  # Qwen's tiny processor lacks a video part, which saving asks for
     trainer.save_model()
@@ -410,7 +410,7 @@ def test_lora_trains_it_beside_the_adapters(tmp_path, name, family):
         assert torch.equal(loaded.state_dict()[key], value)
 
 
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name", LEARNED)
 def test_ratio_schedule_trains_it_too(tmp_path, name):
     settings = {**SMALL[name], "pruning_schedule": "linear", "initial_pruning_ratio": 0.25}
     trainer = make(tmp_path, **options(name, slow_mode_ratio=0.0, max_steps=4, pruner_kwargs=settings))
@@ -455,7 +455,7 @@ def test_two_processes_equal_one(tmp_path, config, given):
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [DDP, FSDP2], ids=["ddp", "fsdp2"])
-def test_what_dynamicvit_learnt_is_equal_on_all_ranks(tmp_path, config):
+def test_what_dynamicvit_learned_is_equal_on_all_ranks(tmp_path, config):
     reports = run(tmp_path, "--batch", "1", "--images", "--pruner", "dynamicvit", config=config)
     assert [report["world"] for report in reports] == [2, 2]
     weights = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]

@@ -196,12 +196,12 @@ def test_means_of_clusters_preserve_the_mean_of_all(name):
 def test_other_features_are_merged_with_the_same_weights(name):
     batch = tokens(*SHAPES)
     out = pruner(name)(batch)
-    assert torch.equal(out.carry(batch.features), out.features)
+    assert torch.equal(out.apply_to(batch.features), out.features)
     other = torch.randn(*batch.features.shape[:2], 3, generator=torch.Generator().manual_seed(1))
-    carried = out.carry(other)
+    carried = out.apply_to(other)
     for row, keep in enumerate(out.lengths):
         same(carried[row, :keep], means(reference(name, batch, row, keep, {}), other[row]))
-    assert out.carry(batch.features.bfloat16()).dtype == torch.bfloat16
+    assert out.apply_to(batch.features.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", MERGING)
@@ -211,7 +211,7 @@ def test_merging_is_in_float32_under_autocast(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         again = pruner(name)(batch)
         assert torch.equal(again.features, exact.features)
-        assert torch.equal(again.carry(batch.features), exact.features)
+        assert torch.equal(again.apply_to(batch.features), exact.features)
 
 
 @pytest.mark.parametrize("name", MERGING)
@@ -359,7 +359,7 @@ def test_on_models(name, family):
         weights = reference(name, seen, row, keep, {})
         assert out.positions[row, :keep].tolist() == list(weights)
         for features in (seen.features, *companions):
-            same(out.carry(features)[row, :keep], means(weights, features[row]))
+            same(out.apply_to(features)[row, :keep], means(weights, features[row]))
     loss = model(**prune_inputs(model, inputs, pruner(name, 0.5))).loss
     loss.backward()
     assert loss.isfinite()

@@ -178,7 +178,7 @@ def test_the_card_of_a_model_is_not_the_pruners(hub, tmp_path):
         ),
         (["grid", REPO, "--set", "pruning_ratio"], "`--set` takes KEY=VALUE, got 'pruning_ratio'"),
         (["grid", REPO, "--set", "pruning_schedule=3"], "`pruning_schedule` in the command line must be of type str"),
-        (["token_learner", REPO], "is learnt: give the folder"),
+        (["token_learner", REPO], "is learned: give the folder"),
         (["grid", REPO, "--results", __file__], "is no JSON file"),
         (["grid", "other/pruner"], "HTTP 403"),
     ],

@@ -80,7 +80,7 @@ def test_dropped_tokens_are_averaged_into_the_most_similar_kept_one(name, shapes
     batch = tokens(*shapes)
     out = build(name, pruning_ratio=0.8)(batch)
     other = torch.randn(*batch.features.shape[:2], 3)
-    carried = out.carry(other)
+    carried = out.apply_to(other)
     for i, (keep, count) in enumerate(zip(out.lengths, batch.lengths, strict=True)):
         kept = out.positions[i, :keep].tolist()
         heaps = {k: [k] for k in kept}
@@ -427,7 +427,7 @@ def test_attention_that_is_not_a_number_is_named():
     assert build("prumerge", pruning_ratio=0.5)(batch).features.isfinite().all()
 
 
-def test_settings_change_but_for_sizes_of_learnt_weights():
+def test_settings_change_but_for_sizes_of_learned_weights():
     pruner = build("dynamicvit", scorer_size=16)
     pruner.reconfigure(pruning_ratio=0.25, temperature=2.0)
     assert (pruner.pruning_ratio, pruner.config.temperature) == (0.25, 2.0)

@@ -79,13 +79,13 @@ def test_evaluation_in_between_prunes_by_the_end_of_the_schedule(tmp_path):
     assert left == [budget(count, 0.75) for count in full]
 
 
-def test_settings_that_do_not_fit_learnt_weights_are_named(tmp_path):
+def test_settings_that_do_not_fit_learned_weights_are_named(tmp_path):
     AutoPruner.from_name("dynamicvit", hidden_size=32, scorer_size=16).save_pretrained(tmp_path / "pruner")
     with pytest.raises(ValueError, match="do not fit the weights"):
         make(tmp_path, pruner=str(tmp_path / "pruner"), pruner_kwargs={"scorer_size": 32})
 
 
-def test_a_second_stage_goes_on_with_the_learnt_pruner_of_the_first(tmp_path):
+def test_a_second_stage_goes_on_with_the_learned_pruner_of_the_first(tmp_path):
     options = {"pruner": "dynamicvit", "pruner_kwargs": {"scorer_size": 16}, "slow_mode_ratio": 0.0}
     first = make(tmp_path / "one", **options)
     first.train()

@@ -149,13 +149,13 @@ def test_trim_with_a_budget_of_one_is_the_mean_alone():
 def test_trim_merges_other_features_alike_and_takes_means_in_float32():
     given = tokens((6, 6), (4, 5))
     out = build("trim", pruning_ratio=0.8)(given)
-    torch.testing.assert_close(out.carry(given.features * 2), out.features * 2)
+    torch.testing.assert_close(out.apply_to(given.features * 2), out.features * 2)
     wide = torch.full((2, 36, 3), 1.0)
     wide[:, ::2] = 1 + 2**-7  # of which a sum in bfloat16 loses the small part
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = out.carry(wide.bfloat16())
+        low = out.apply_to(wide.bfloat16())
     assert low.dtype == torch.bfloat16
-    assert torch.equal(low, out.carry(wide).bfloat16())
+    assert torch.equal(low, out.apply_to(wide).bfloat16())
 
 
 @pytest.mark.parametrize("name", ["cdpruner", "trim"])
@@ -332,8 +332,8 @@ def test_nothing_waits_for_the_device_nor_loops_over_images(name, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # which knows no meta device
     # The meta device has no values: any read of one, any branch on one and any `.item()` raises there.
     pruner = build(name, pruning_ratio=0.8)
-    assert pruner(of_images(3, "meta", checked_later=True)).features.shape == (3, 10, 8)
-    ragged = of_images(3, "meta", checked_later=True)
+    assert pruner(of_images(3, "meta", defer_checks=True)).features.shape == (3, 10, 8)
+    ragged = of_images(3, "meta", defer_checks=True)
     ragged.valid, ragged.lengths = torch.ones(3, 50, dtype=torch.bool, device="meta"), [50, 20, 1]
     assert pruner(ragged).positions.shape == (3, 10)
     calls = {}

@@ -161,7 +161,7 @@ def test_what_was_pushed_is_loaded_as_the_card_says(tmp_path, hub):  # noqa: F81
     assert scope["processor"].image_token_id == trainer.processing_class.image_token_id
 
 
-def test_a_learnt_part_of_the_pruner_is_pushed_at_each_save(tmp_path, hub, secret):  # noqa: F811
+def test_a_learned_part_of_the_pruner_is_pushed_at_each_save(tmp_path, hub, secret):  # noqa: F811
     trainer = make(**pushing(tmp_path / "run", secret, "every_save", pruner="token_learner", save_steps=4))
     trainer.train()
     pushed = load_bytes(hub.files(REPO)["pruner.safetensors"], tmp_path)
@@ -303,8 +303,8 @@ def test_code_and_further_adapters_are_pushed_at_each_save(tmp_path, hub, secret
 
 def test_parts_of_an_earlier_run_leave_the_repo(tmp_path, hub, secret):  # noqa: F811
     folder, parts = tmp_path / "run", {"mode_isolator.safetensors", "pruner.safetensors"}
-    learnt = {"pruner": "token_learner", "pruner_kwargs": {"max_tokens": 64}}
-    trainer = make(**pushing(folder, secret, "every_save", **learnt))
+    learned = {"pruner": "token_learner", "pruner_kwargs": {"max_tokens": 64}}
+    trainer = make(**pushing(folder, secret, "every_save", **learned))
     trainer.train()
     trainer.push_to_hub()
     assert hub.files(REPO).keys() >= parts

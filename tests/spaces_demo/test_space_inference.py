@@ -128,7 +128,7 @@ def test_every_pruner_that_is_offered_answers(checkpoints):
         assert (answer.used, len(answer.view.kept)) == (16, 16), name
 
 
-def test_a_learnt_pruner_is_offered_where_its_weights_are(checkpoints, monkeypatch):
+def test_a_learned_pruner_is_offered_where_its_weights_are(checkpoints, monkeypatch):
     own = AutoPruner.from_name("dynamicvit", hidden_size=32, pruning_ratio=0.9)
     checkpoint = checkpoints["pruned"]
     monkeypatch.setattr(checkpoint, "own_pruner", own.to(checkpoint.model.device))
@@ -137,7 +137,7 @@ def test_a_learnt_pruner_is_offered_where_its_weights_are(checkpoints, monkeypat
     assert checkpoint.answer(IMAGE, QUESTION, pruner).used == 32
     assert all(torch.equal(a, b) for a, b in zip(own.parameters(), pruner.parameters(), strict=True))
     assert own.pruning_ratio == 0.9
-    with pytest.raises(InputError, match="was not trained with the learnt pruner dynamicvit"):
+    with pytest.raises(InputError, match="was not trained with the learned pruner dynamicvit"):
         checkpoints["baseline"].pruner("dynamicvit", 0.5)
 
 
@@ -332,7 +332,7 @@ def test_small_numbers_and_merging_pruners_are_told_apart():
     assert views.duration(2.5) == "2.50 s"
     answer = Answer("x", 1, 1, 16, 64, 4, View(IMAGE, 8, 8, {(0, 0)}))
     assert "means that stand for others" in views.figure_caption(answer, answer.view, "tome")
-    assert views.figure_caption(answer, answer.view, "grid") == "16 of 64 tokens kept by grid, + 4 learnt."
+    assert views.figure_caption(answer, answer.view, "grid") == "16 of 64 tokens kept by grid, + 4 learned."
 
 
 def test_results_of_the_runs(slots, tmp_path, monkeypatch):

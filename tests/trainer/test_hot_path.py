@@ -78,7 +78,7 @@ def test_selection_is_one_graph(name):
     if name == "prumerge" and Version(torch.__version__) < Version("2.13"):
         pytest.skip("PyTorch's quantile reads its q, on a CPU")
     images = tokens((6, 6), (4, 7))
-    images.checked_later = True  # that all features are finite
+    images.defer_checks = True  # that all features are finite
     torch._dynamo.reset()  # what it compiled of other pruners counts against a limit
     pruner = build(name, pruning_ratio=0.75)
     expected = pruner(images)

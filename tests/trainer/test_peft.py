@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, batch
-from training import QUIET, history, learnt_pruner, make  # noqa: F401
+from training import QUIET, history, learned_pruner, make  # noqa: F401
 from transformers import TrainerCallback
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
@@ -123,7 +123,7 @@ def test_the_best_adapters_come_back(tmp_path):
     assert torch.equal(trainer.dual_forward.isolator.prompt, saved["prompt"])
 
 
-def test_a_learnt_pruner_beside_adapters(tmp_path, learnt_pruner):  # noqa: F811
+def test_a_learned_pruner_beside_adapters(tmp_path, learned_pruner):  # noqa: F811
     # With biases in the adapter, PEFT would pick those of the pruner, too.
     model, _, _ = adapted("qwen2_5_vl", bias="all")
     trainer = make(tmp_path, "qwen2_5_vl", model=model, pruner="scored", slow_mode_ratio=0.5)

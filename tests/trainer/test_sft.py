@@ -280,7 +280,7 @@ def test_model_by_name(tmp_path, peft_config):
     trainer = DualSpeedSFTTrainer(base, args, train_dataset=messages(), peft_config=peft_config)
     trainer.train()
     trainer.save_model()
-    # The isolator learnt so far goes on with the next stage.
+    # The isolator learned so far goes on with the next stage.
     next_base = tmp_path / "out"
     if peft_config is None:
         again = DualSpeedSFTTrainer(str(next_base), args, train_dataset=messages())

@@ -117,15 +117,15 @@ def test_passes_are_those_of_training_and_of_the_plain_trainer(tmp_path, monkeyp
     monkeypatch.setattr(speedup, "timed", watched)
     trainer.train()
     kinds = {entry[:-2] for entry in map(tuple, seen)}
-    assert kinds == {("plain_pass",), ("mode_pass", "fast"), ("mode_pass", "slow")}
+    assert kinds == {("plain_pass",), ("pass_in_mode", "fast"), ("pass_in_mode", "slow")}
     assert len(seen) == 3 + 1 + 3  # a round for warming up, and one behind an untimed plain pass
     assert seen[3][0] == "plain_pass"
     assert all(entry[-1] for entry in seen)
     for start in (0, 4):  # of one round, on one micro-batch
         widths = {entry[:-2]: entry[-2] for entry in map(tuple, seen[start : start + 3])}
-        (plain,), (fast,) = widths["plain_pass",], widths["mode_pass", "fast"]
+        (plain,), (fast,) = widths["plain_pass",], widths["pass_in_mode", "fast"]
         assert fast < plain
-        assert widths["mode_pass", "slow"] == [fast, plain]  # the teacher, the student
+        assert widths["pass_in_mode", "slow"] == [fast, plain]  # the teacher, the student
 
 
 def test_each_micro_batch_runs_plainly_before_it_is_timed(tmp_path, monkeypatch):

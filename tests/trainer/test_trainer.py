@@ -208,7 +208,7 @@ def test_checkpoint_is_an_ordinary_one(tmp_path, caplog):
     trainer.model.save_pretrained(tmp_path / "direct")
     _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "direct", output_loading_info=True)
     assert not info["unexpected_keys"]
-    # The next stage starts from the isolator that this one learnt.
+    # The next stage starts from the isolator that this one learned.
     stage = make(tmp_path / "next", model=loaded)
     assert torch.equal(stage.dual_forward.isolator.prompt, trainer.dual_forward.isolator.prompt)
 
@@ -378,7 +378,7 @@ def test_best_model_and_sharded_checkpoints_are_read_back(tmp_path):
     assert all(torch.equal(p, trained[n]) for n, p in resumed.model.named_parameters())
 
 
-def test_learnt_pruner_is_fast_only_saved_and_resumed(tmp_path, learnt_pruner):
+def test_learned_pruner_is_fast_only_saved_and_resumed(tmp_path, learned_pruner):
     watch = Watch(["dualspeed.pruner.score.weight"])
     options = {"pruner": "scored", "slow_mode_ratio": 0.5, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     trainer = make(tmp_path, callbacks=[watch], **options)
@@ -395,7 +395,7 @@ def test_learnt_pruner_is_fast_only_saved_and_resumed(tmp_path, learnt_pruner):
     assert loaded.config.to_dict() == {"pruner_type": "scored", **settings}
     assert torch.equal(loaded.score.weight, weight)
     (tmp_path / "pruner.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"No pruner\.safetensors .* learnt pruner 'scored' needs"):
+    with pytest.raises(FileNotFoundError, match=r"No pruner\.safetensors .* learned pruner 'scored' needs"):
         AutoPruner.from_pretrained(tmp_path)
 
 
