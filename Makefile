@@ -71,6 +71,7 @@ cards: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/dualspeed bench --rounds 3 --batch 3
 	$(BIN)/dualspeed bench --shape llava-1.5 --rounds 4 --output docs/results/bench_batch8.json
+	$(BIN)/dualspeed bench --shape llava-next --rounds 3 --output docs/results/bench_batch6.json
 	$(BIN)/dualspeed bench --shape smolvlm --checkpointing off --output docs/results/bench_smolvlm.json
 	$(BIN)/dualspeed bench --profile
 	$(BIN)/dualspeed bench --growth
