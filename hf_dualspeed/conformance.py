@@ -1,4 +1,4 @@
-"""Does a model work with DualSpeed? Checks of one model on one batch, for any vision-language model of transformers.
+"""Conformance checks: does a vision-language model of transformers work with DualSpeed? One model, one batch.
 
 Shapes: B batch, S sequence, S' shortened sequence, U units, N tokens of a unit, M supervised positions, V vocabulary.
 """
@@ -30,20 +30,20 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
 
 @dataclass
 class Batch:
-    """What a model is checked with.
+    """The inputs of all checks, and what the model can do.
 
     Args:
-        inputs (`Mapping`): several samples with labels, of different lengths and image counts.
-        alone (`Mapping`, *optional*): one of its samples by itself.
-        row (`int`): which one.
-        masks_tokens (`bool`): whether the attention mask can hide single tokens from all others. It cannot in
-            convolutions and state space layers, which see every position.
-        trains_encoder (`bool`): whether gradients flow from visual tokens; not from those looked up in a codebook.
-        generates (`bool`): whether the model's `generate` takes encoded images.
-        beams (`bool`): whether `generate` can repeat the model's encoded inputs for several beams.
-        position_ids (`str`): as of [`prune_inputs`].
-        video_budget (`str`): as of [`prune_inputs`].
-        proportional_attention (`bool`): as of [`prune_inputs`].
+        inputs (`Mapping`): Several samples with labels, of different lengths and image counts.
+        alone (`Mapping`, *optional*): One of these samples by itself.
+        row (`int`): The row of that sample.
+        masks_tokens (`bool`): Whether the attention mask can hide a token from all others. Convolutions and state
+            space layers see every position.
+        trains_encoder (`bool`): Whether gradients flow from visual tokens. Tokens from a codebook have none.
+        generates (`bool`): Whether the model's `generate` takes encoded images.
+        beams (`bool`): Whether `generate` can repeat encoded inputs for several beams.
+        position_ids (`str`): As in [`prune_inputs`].
+        video_budget (`str`): As in [`prune_inputs`].
+        proportional_attention (`bool`): As in [`prune_inputs`].
     """
 
     inputs: Mapping
@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass
 class Check:
-    """One check's outcome: passed, or why not; None where the batch cannot show it."""
+    """A check's outcome: whether it passed (None: the batch cannot show it), and why not."""
 
     name: str
     passed: bool | None
@@ -68,7 +68,7 @@ class Check:
 
 
 def check_model(model: nn.Module, batch: Batch) -> list[Check]:
-    """Runs all checks on `model` in evaluation mode and leaves it as it was."""
+    """Runs all checks in evaluation mode. Restores the model's mode."""
     training = model.training
     model.eval()
     try:
@@ -106,7 +106,7 @@ def encodings(model: nn.Module, batch: Batch) -> list[VisualEncoding]:
 
 
 def real(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Rows `(.., D)` of `(B, S, D)` that are no padding."""
+    """States `(B, S, D)` without padding, `(T, D)`, by the mask `(B, S)`."""
     return states[mask.bool()]
 
 
@@ -117,6 +117,7 @@ def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @torch.no_grad()
 def ratio_zero_is_plain(model: nn.Module, batch: Batch) -> None:
     """Ratio 0 without an isolator gives the plain forward's logits."""
+    # Compare logits at real positions: (B, S, V) of the plain forward, (B, S', V) of the pruned one.
     plain = model(**batch.inputs)
     short = shorten(model, batch, 0.0)
     out = model(**short)
@@ -126,9 +127,10 @@ def ratio_zero_is_plain(model: nn.Module, batch: Batch) -> None:
 
 
 def lengths_and_gradients(model: nn.Module, batch: Batch) -> None:
-    """The sequence has exactly the expected length; gradients reach the isolator and what feeds the features."""
+    """The sequence has exactly the expected length. Gradients reach the isolator and the encoder or projector."""
     for name in ("divprune", "grid", "avg_pool", "random"):
         isolator = ModeIsolator.for_model(unwrap(model), ISOLATOR)
+        # Tokens of the batch: all real ones, with K + l in place of each unit's N.
         lengths = [n for encoding in encodings(model, batch) for n in encoding.lengths]
         kept = sum(budget(n, RATIO) + ISOLATOR for n in lengths)
         short = shorten(model, batch, name=name, isolator=isolator)
@@ -148,12 +150,15 @@ def lengths_and_gradients(model: nn.Module, batch: Batch) -> None:
 
 @torch.no_grad()
 def original_positions_are_masking(model: nn.Module, batch: Batch) -> bool | None:
-    """With `position_ids="original"`, kept positions get the logits of a full forward that masks the dropped ones; and
-    with proportional attention those of one whose kept tokens count for as many as they stand for."""
+    """With `position_ids="original"`, logits of kept positions equal those of a full forward that masks dropped ones.
+
+    With proportional attention, kept tokens of that forward count for as many as they stand for.
+    """
     if not batch.masks_tokens or batch.position_ids != "original":
         return False
     mask = batch.inputs["attention_mask"].clone()
     sizes = torch.ones(mask.shape)
+    # Write each unit's kept places and sizes into mask and sizes (B, S), by flat places of the encoding's tokens.
     for encoding in encodings(model, batch):
         kept = pruner_of()(encoding.tokens())
         keep, counted = torch.zeros(sum(encoding.lengths), dtype=mask.dtype), torch.ones(sum(encoding.lengths))
@@ -192,7 +197,7 @@ def alone_as_in_a_batch(model: nn.Module, batch: Batch) -> bool | None:
         together = shorten(model, batch, name=name)
         alone = shorten_one(model, batch, batch.alone, RATIO, name)
         mask, single = together["attention_mask"][batch.row].bool(), alone["attention_mask"][0].bool()
-        # Padding on the left shifts a sample's positions, which rotary embeddings do not see.
+        # Left padding shifts a sample's positions, and rotary embeddings ignore a shift: compare differences.
         beside, own = together["position_ids"][..., batch.row, mask], alone["position_ids"][..., 0, single]
         assert torch.equal(beside - beside[..., :1], own - own[..., :1]), f"{name} keeps other positions"
         same(model(**together).logits[batch.row][mask], model(**alone).logits[0][single])
@@ -201,16 +206,17 @@ def alone_as_in_a_batch(model: nn.Module, batch: Batch) -> bool | None:
 
 @torch.no_grad()
 def sees_no_future(model: nn.Module, batch: Batch) -> bool | None:
-    """Where the last token changes no earlier logits of the plain forward, it changes none of the pruned one."""
+    """If the last token changes no earlier logits of the plain forward, it changes none of the pruned forward."""
+    # Replace the last real token of each row of (B, S) by its neighbour, a text token as well.
     ends = batch.inputs["input_ids"].shape[1] - 1 - batch.inputs["attention_mask"].flip(1).argmax(1)
     rows = torch.arange(len(ends))
     ids = batch.inputs["input_ids"].clone()
-    ids[rows, ends] = ids[rows, ends - 1]  # another text token, for every sample ends in several
+    ids[rows, ends] = ids[rows, ends - 1]
     changed = {**batch.inputs, "input_ids": ids}
     early = batch.inputs["attention_mask"].bool()
     early[rows, ends] = False
     if not torch.allclose(model(**batch.inputs).logits[early], model(**changed).logits[early], **TOLERANCE):
-        return False  # attention in both directions
+        return False  # bidirectional attention
     short, other = (shorten_one(model, batch, i, RATIO, "divprune") for i in (batch.inputs, changed))
     early = short["attention_mask"].bool()
     early[rows, early.shape[1] - 1 - early.long().flip(1).argmax(1)] = False
@@ -220,7 +226,7 @@ def sees_no_future(model: nn.Module, batch: Batch) -> bool | None:
 
 @torch.no_grad()
 def teacher_and_student_align(model: nn.Module, batch: Batch) -> None:
-    """A slow step's teacher and student logits are of the same tokens: equal where nothing is pruned."""
+    """A slow step's teacher and student logits `(M, V)` are of the same tokens, and equal at ratio 0."""
     for ratio in (0.0, RATIO):
         options = {"proportional_attention": batch.proportional_attention}
         forward = DualForward(pruner_of(ratio=ratio), None, batch.position_ids, batch.video_budget, **options)
@@ -243,16 +249,16 @@ def teacher_and_student_align(model: nn.Module, batch: Batch) -> None:
 
 @torch.no_grad()
 def generates(model: nn.Module, batch: Batch) -> bool | None:
-    """`model.generate(**prune_inputs(...))`: at ratio 0 the plain answer, shorter prompts otherwise."""
+    """`model.generate(**prune_inputs(...))` gives the plain answer at ratio 0, and answers from shorter prompts."""
     if not batch.generates or not batch.inputs["attention_mask"][:, -1].all():
-        return False  # a batch padded on the right continues its padding
+        return False  # with right padding, generation would continue the padding
     prompt = {key: value for key, value in batch.inputs.items() if key != "labels"}
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     plain = model.generate(**prompt, **options)[:, -NEW_TOKENS:]
     short = model.generate(**shorten_one(model, batch, prompt, 0.0, "divprune"), **options)[:, -NEW_TOKENS:]
     assert torch.equal(short, plain), f"{short.tolist()} in place of {plain.tolist()}"
     same_without_a_cache(model, batch, prompt, options)
-    if batch.beams and batch.alone is not None:  # transformers repeats the tokens of a sample for each of its beams
+    if batch.beams and batch.alone is not None:  # transformers repeats a sample's tokens for each beam
         beams, single = {**options, "num_beams": 2}, {k: v for k, v in batch.alone.items() if k != "labels"}
         plain = model.generate(**single, **beams)[0, -NEW_TOKENS:]
         short = model.generate(**shorten_one(model, batch, prompt, 0.0, "divprune"), **beams)[batch.row, -NEW_TOKENS:]
@@ -261,8 +267,10 @@ def generates(model: nn.Module, batch: Batch) -> bool | None:
 
 
 def same_without_a_cache(model: nn.Module, batch: Batch, prompt: dict, options: dict) -> None:
-    """The answer from pruned tokens is the same with a cache, which knows how many tokens each one stands for, and
-    without one, where transformers itself can do without."""
+    """The answer from pruned tokens is the same with a cache, which holds the sizes of tokens, and without one.
+
+    Not checked where transformers itself cannot generate without a cache.
+    """
     # Random weights may answer with a placeholder, which has no image.
     options = {**options, "suppress_tokens": visual_token_ids(unwrap(model).config)}
     try:

@@ -1,4 +1,4 @@
-"""The page: three checkpoints, one image and question, side by side. What answers is in inference.py."""
+"""The page: answers of three checkpoints to one question about an image, side by side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from views import ABOUT, HEADER, cards, comparison, learning_curves, runs_table
 MAX_FILE = "10mb"
 QUEUE = 20
 PRUNER, RATIO = "divprune", 0.9
-# Fonts of the visitor's own system, so that none is fetched.
+# Fonts of the visitor's system: none is fetched.
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -28,8 +28,8 @@ def build(slots: list[Slot], webcam: bool = False) -> gr.Blocks:
     """The page around loaded checkpoints.
 
     Args:
-        slots (`list[Slot]`): the checkpoints.
-        webcam (`bool`): whether visitors may take a picture.
+        slots (`list[Slot]`): The checkpoints.
+        webcam (`bool`): Whether visitors may take a picture.
     """
     with gr.Blocks(title="DualSpeed", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(HEADER, elem_id="masthead")
@@ -39,7 +39,7 @@ def build(slots: list[Slot], webcam: bool = False) -> gr.Blocks:
             _results_tab(slots)
         with gr.Tab("How to read it"):
             gr.Markdown(ABOUT)
-    # One at a time, for all share the models; those who wait are few enough to be served.
+    # One answer at a time, because all visitors share the models. The queue is short enough to be served.
     return page.queue(max_size=QUEUE, default_concurrency_limit=1)
 
 
@@ -48,8 +48,8 @@ def _ask_tab(slots: list[Slot], webcam: bool) -> None:
         with gr.Column(scale=4, min_width=300):
             sources = ["upload", "clipboard", *(["webcam"] if webcam else [])]
             image = gr.Image(type="filepath", sources=sources, label="Image", height=380, buttons=[], elem_id="image")
-            # gradio would open the file, and fail without a word of what is wrong with it. It has checked before that
-            # the path is that of an upload.
+            # The path is passed on unread: gradio would open a bad file and fail without a reason. It has checked
+            # before that the path is an upload's.
             image.preprocess = lambda payload: payload and payload.path
         with gr.Column(scale=6, min_width=300):
             question = gr.Textbox(
@@ -73,17 +73,17 @@ def _ask_tab(slots: list[Slot], webcam: bool) -> None:
     shown = gr.HTML(cards(slots), elem_id="cards")
     inputs = [image, question, pruner, ratio]
     answer, renew = handlers(slots)
-    # Named once, so that one limit holds for both.
+    # Both events share one limit by its id.
     limits = {"concurrency_id": "models", "concurrency_limit": 1}
     gr.on([button.click, question.submit], answer, inputs, shown, api_name="ask", **limits)
-    changes = [pruner.input, ratio.release]  # of which the last counts, should they come too fast
+    changes = [pruner.input, ratio.release]  # "always_last": while busy, only the last change is kept
     gr.on(changes, renew, inputs, shown, api_visibility="private", trigger_mode="always_last", **limits)
     checks = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 4}
     image.upload(checked_upload, image, image, **checks)
 
 
 def handlers(slots: list[Slot]) -> tuple[Callable, Callable]:
-    """What the button does, and what a new pruner or ratio does: the same, once there is something to answer."""
+    """The button's handler, and that of a new pruner or ratio, which answers once there are image and question."""
 
     def answer(path: str | None, question: str, pruner: str, ratio: float) -> str:
         """Answers of all checkpoints to a question about an image, as HTML."""
@@ -91,7 +91,8 @@ def handlers(slots: list[Slot]) -> tuple[Callable, Callable]:
             image, words = read_image(path), check_question(question)
             return cards(slots, ask(slots, image, words, pruner, min(max(float(ratio), 0.0), MAX_RATIO)), pruner)
         except InputError as error:
-            raise told(error) from None
+            # gradio shows messages as HTML.
+            raise gr.Error(html.escape(str(error)), title="Please check", print_exception=False) from None
 
     def renew(path: str | None, question: str, pruner: str, ratio: float) -> str:
         return answer(path, question, pruner, ratio) if path and (question or "").strip() else cards(slots)
@@ -100,18 +101,13 @@ def handlers(slots: list[Slot]) -> tuple[Callable, Callable]:
 
 
 def checked_upload(path: str | None) -> str | None:
-    """Takes an upload that is no image away again, and says why."""
+    """Removes an upload that is no image, and shows why."""
     try:
         read_image(path)
     except InputError as error:
         gr.Warning(html.escape(str(error)))
         return None
     return path
-
-
-def told(error: InputError) -> gr.Error:
-    # gradio shows messages as HTML.
-    return gr.Error(html.escape(str(error)), title="Please check", print_exception=False)
 
 
 def _results_tab(slots: list[Slot]) -> None:
@@ -132,7 +128,7 @@ def _results_tab(slots: list[Slot]) -> None:
 
 
 def show_picture(path: Path, words: str) -> None:
-    """A plot, without a label, which would hide its title."""
+    """A plot without a label, which would cover its title."""
     look = {"show_label": False, "buttons": [], "min_width": 280, "elem_classes": "picture"}
     gr.Image(str(path), alt_text=words, interactive=False, **look)
 
@@ -142,7 +138,7 @@ def launch(page: gr.Blocks, **options) -> object:
     theme = gr.themes.Default(primary_hue="emerald", neutral_hue="slate", radius_size="lg", font=SANS, font_mono=MONO)
     theme = theme.set(
         body_text_color_subdued="*neutral_500",
-        button_primary_background_fill="#007a5a",  # on which white text can be read
+        button_primary_background_fill="#007a5a",  # dark enough for white text
         button_primary_background_fill_hover="#00654a",
         button_primary_text_color="white",
         button_primary_text_color_dark="white",
@@ -162,9 +158,9 @@ def main(names: Mapping[str, str | None] | None = None, webcam: bool = False, po
     """Loads the checkpoints and serves the page until it is stopped.
 
     Args:
-        names (`Mapping[str, str | None]`, *optional*): folder or Hub id by role; by default as in `chosen_names`.
-        webcam (`bool`): let visitors use their webcam, as the variable DEMO_WEBCAM=1 does.
-        port (`int`, *optional*): by default 7860, or the next that is free.
+        names (`Mapping[str, str | None]`, *optional*): Folder or Hub id by role. By default as in `chosen_names`.
+        webcam (`bool`): Let visitors use their webcam, as does the variable DEMO_WEBCAM=1.
+        port (`int`, *optional*): By default 7860, or the next free one.
     """
     slots = load_slots(chosen_names(names or {}))
     for slot in slots:

@@ -1,4 +1,4 @@
-"""Checkpoints and their answers, from all visual tokens or from those that a pruner keeps. Nothing of gradio here."""
+"""Checkpoints and their answers, from all visual tokens or from those that a pruner keeps. No gradio here."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from hf_dualspeed.publishing.results import read_results
 from hf_dualspeed.utils.constants import PRUNER_CONFIG_NAME
 
 MAX_PIXELS = 40_000_000
-MAX_EDGE = 2048  # larger images are made smaller before anything else sees them
+MAX_EDGE = 2048  # pixels; larger images are scaled down first
 MAX_QUESTION = 300
 MAX_NEW_TOKENS = 32
 MAX_RATIO = 0.95
-# What a snapshot of a model may bring along; never code, nor weights in pickles.
+# Files that are downloaded of a model: no code, and no pickled weights.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "learning_curve.png")
 LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
-# Pruning hooks into the model while it runs, so that two answers at once would mix.
+# Pruning hooks into the running model, so two answers at once would mix.
 LOCK = threading.Lock()
 
 
 class InputError(ValueError):
-    """What a visitor can put right; the message says how."""
+    """An error that the visitor can correct. The message says how."""
 
 
 @dataclass
 class Answer:
-    """What a model answered.
+    """An answer of a model.
 
     Args:
-        text (`str`): the greedy answer.
-        seconds (`float`): from the preprocessed input to the last token: encoding, pruning and generation.
-        probability (`float`): of exactly this answer, its end included: the product over its tokens.
-        used, total (`int`): visual tokens in front of the language model, and those of the whole image.
-        isolator (`int`): learned tokens in front of them.
-        view (`View`, *optional*): where the used tokens lie; None where all are used or their places are unknown.
+        text (`str`): The greedy answer.
+        seconds (`float`): From the preprocessed input to the last token: encoding, pruning and generation.
+        probability (`float`): Probability of exactly this answer with its end: the product over its tokens.
+        used, total (`int`): Visual tokens that the language model gets, and those of the whole image.
+        isolator (`int`): Learned tokens in front of them.
+        view (`View`, *optional*): Places of the used tokens. None where all are used or the places are unknown.
     """
 
     text: str
@@ -72,7 +72,7 @@ def read_image(path: str | None) -> Image.Image:
     """An upload as an upright RGB image of at most `MAX_EDGE` pixels a side.
 
     Raises:
-        InputError: there is none, it is too large, or it is no image; the message is for the visitor.
+        InputError: there is no upload, it is too large, or it is no image. The message is for the visitor.
     """
     if not path:
         raise InputError("Please choose an image first: upload one, paste one, or take one of the examples.")
@@ -88,7 +88,7 @@ def read_image(path: str | None) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise InputError(too_large(f"{image.width} x {image.height} pixels"))
         try:
-            image.draft("RGB", (MAX_EDGE, MAX_EDGE))  # JPEGs are then decoded at less than their full size
+            image.draft("RGB", (MAX_EDGE, MAX_EDGE))  # decodes JPEGs at a reduced size
             image.thumbnail((MAX_EDGE, MAX_EDGE))
             return on_white(ImageOps.exif_transpose(image))
         except (*IMAGE_ERRORS, MemoryError):
@@ -96,7 +96,7 @@ def read_image(path: str | None) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An RGB image; what is transparent becomes white."""
+    """The image in RGB, with white in place of transparency."""
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -116,7 +116,7 @@ def check_question(question: str | None) -> str:
     """The question without outer spaces.
 
     Raises:
-        InputError: it is empty or too long.
+        InputError: the question is empty or too long.
     """
     question = (question or "").strip()
     if not question:
@@ -130,13 +130,13 @@ def check_question(question: str | None) -> str:
 
 
 class Checkpoint:
-    """A model, its processor, and what it was trained with: isolator, pruner, positions.
+    """A model, its processor, and its training's isolator, pruner and settings of the fast view.
 
     Args:
-        name (`str`): a folder, else a Hub id.
+        name (`str`): A folder, or a Hub id.
 
     Raises:
-        Exception: one of `LOAD_ERRORS`, where it cannot be loaded or does not answer.
+        Exception: one of `LOAD_ERRORS`, where the model cannot be loaded or does not answer.
     """
 
     def __init__(self, name: str):
@@ -162,7 +162,7 @@ class Checkpoint:
         return isolator.to(self.model.device, self.model.dtype)
 
     def _pruner(self) -> Pruner | None:
-        """The pruner that it was trained with; None where there is none, or one that is code of its own."""
+        """The pruner of its training. None where there is none, or where the pruner is remote code."""
         if not (self.folder / PRUNER_CONFIG_NAME).is_file():
             return None
         try:
@@ -171,16 +171,16 @@ class Checkpoint:
             return None
 
     def _warm_up(self) -> None:
-        """The first answer pays for set-up that later ones find done."""
+        """Answers once in each way, because a first answer includes set-up time."""
         blank = Image.new("RGB", (64, 64), "white")
         self.answer(blank, "what?")
         self.answer(blank, "what?", self.pruner("grid", 0.5))
 
     def pruner(self, name: str, ratio: float) -> Pruner:
-        """A pruner of this name that removes the fraction `ratio` of the tokens, the checkpoint's own where it fits.
+        """The named pruner, which removes the fraction `ratio` of the tokens: the checkpoint's own if it has that name.
 
         Raises:
-            InputError: it is learned, and this checkpoint was not trained with it.
+            InputError: the pruner is learned, and this checkpoint was not trained with it.
         """
         own = self.own_pruner
         if own is not None and own.config.pruner_type == name:
@@ -192,10 +192,10 @@ class Checkpoint:
         return AutoPruner.from_name(name, pruning_ratio=ratio).eval()
 
     def answer(self, image: Image.Image, question: str, pruner: Pruner | None = None) -> Answer:
-        """Answers from all visual tokens, or from those that `pruner` keeps, behind the isolator.
+        """Answers from all visual tokens, or from the isolator and those that `pruner` keeps.
 
         Raises:
-            InputError: the question holds the model's placeholder of images.
+            InputError: the question contains the model's placeholder for images.
             ValueError: the pruner does not work with this model.
         """
         inputs = self._inputs(image, question)
@@ -204,7 +204,7 @@ class Checkpoint:
         if pruner is None:
             text, probability, seconds = self._generate(inputs)
             return Answer(text, seconds, probability, total, total)
-        calls, _ = watch_calls(pruner)  # which is this answer's alone
+        calls, _ = watch_calls(pruner)  # never ended: no other answer uses this pruner
         text, probability, seconds = self._generate(inputs, pruner)
         used = sum(sum(pruned.lengths) for _, pruned in calls)
         isolator = self.isolator.length if self.isolator else 0
@@ -224,7 +224,7 @@ class Checkpoint:
 
     @torch.inference_mode()
     def _generate(self, inputs: dict, pruner: Pruner | None = None) -> tuple[str, float, float]:
-        """The greedy answer, its probability, and the seconds it took."""
+        """The greedy answer, its probability, and its seconds."""
         with LOCK:
             started = time.perf_counter()
             if pruner is not None:
@@ -240,12 +240,13 @@ class Checkpoint:
             new = output.sequences[:, -len(output.logits) :]
             text = self.processor.batch_decode(new, skip_special_tokens=True)[0]  # waits for the device
             seconds = time.perf_counter() - started
+        # The answer's log-probability: the sum of those of its T tokens, from logits (1, T, V).
         logs = torch.stack(output.logits, dim=1).float().log_softmax(-1)
         return text.strip(), logs.gather(-1, new[..., None]).sum().exp().item(), seconds
 
 
 def local_folder(name: str) -> Path:
-    """The folder of a checkpoint; one of the Hub is downloaded, but for code and pickles."""
+    """The folder of a checkpoint. Of a Hub repo, only `FILES` are downloaded."""
     if Path(name).is_dir():
         return Path(name)
     if not is_repo_id(name):
@@ -262,13 +263,12 @@ def is_learned(name: str) -> bool:
 
 
 def merges(name: str) -> bool:
-    """Whether the tokens that are left stand for others, too."""
+    """Whether kept tokens stand for others too."""
     return pruner_class(name).merges
 
 
 def pruner_names(checkpoints: list[Checkpoint]) -> list[str]:
-    """What can shorten a prompt: pruners in front of the language model, learned ones only where one of the checkpoints
-    brings its weights."""
+    """Pruners that shorten prompts: those in front of the language model. Learned ones need a checkpoint's weights."""
     own = {c.own_pruner.config.pruner_type for c in checkpoints if c.own_pruner is not None}
     front = [name for name in available_pruners() if not pruner_class(name).in_language_model]
     return [name for name in front if name in own or not is_learned(name)]

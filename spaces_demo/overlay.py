@@ -1,4 +1,4 @@
-"""Pictures: the examples, and any as text."""
+"""Example pictures, and pictures as text for HTML."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-# Colours and shapes as in easy-VQA, on which the quickstart trains.
+# Colours and shapes of easy-VQA, the quickstart's data set.
 EXAMPLES = (
     ("circle", "blue", "what color is the shape?"),
     ("rectangle", "red", "what is the color of the rectangle?"),
@@ -18,14 +18,14 @@ COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0), "green": (0, 255, 0)}
 
 
 def data_url(image: Image.Image) -> str:
-    """An image as text, to stand in HTML."""
+    """An image as a data URL, for HTML."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88, subsampling=0)  # frames stay sharp, photos small
+    image.save(buffer, "JPEG", quality=88, subsampling=0)  # sharp frames, small photos
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def write_examples(folder: Path) -> list[list[str]]:
-    """Draws the examples as PNG files; rows of file and question."""
+    """Draws the examples as PNG files. Returns rows of file and question."""
     rows = []
     for index, (shape, colour, question) in enumerate(EXAMPLES):
         path = folder / f"{colour}-{shape}.png"
@@ -35,7 +35,7 @@ def write_examples(folder: Path) -> list[list[str]]:
 
 
 def drawn_shape(shape: str, colour: tuple[int, int, int], offset: int = 0) -> Image.Image:
-    """One coloured shape on a light ground."""
+    """A coloured shape on a light background."""
     image = Image.new("RGB", (256, 256), (230 + 4 * offset, 233, 240 - 4 * offset))
     pen = ImageDraw.Draw(image)
     left, top, right, bottom = 52 + 12 * offset, 60 - 8 * offset, 196 + 12 * offset, 204 - 8 * offset

@@ -1,4 +1,4 @@
-"""The three places for checkpoints: what fills them, and what all of them answer."""
+"""The three slots for checkpoints: what fills them, and their answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHECKPOINTS = HERE / "checkpoints.json"  # written by `dualspeed space`
 
 @dataclass(frozen=True)
 class Role:
-    """How a checkpoint was trained: its title, that in a sentence, and the run that is taken where none is named."""
+    """How a checkpoint was trained: title, sentence, and default run."""
 
     title: str
     how: str
@@ -33,7 +33,7 @@ ROLES = {
 
 @dataclass
 class Slot:
-    """A role, and the checkpoint in it or the reason why there is none."""
+    """A role with its checkpoint, or the reason why there is none."""
 
     key: str
     name: str | None = None
@@ -47,14 +47,14 @@ class Slot:
 
 @dataclass
 class Pair:
-    """A checkpoint's answers from all tokens and from pruned ones, or why there is none."""
+    """A checkpoint's answers from all and from pruned tokens, each an answer or the reason why there is none."""
 
     full: Answer | str
     pruned: Answer | str
 
 
 def chosen_names(given: Mapping[str, str | None]) -> dict[str, str | None]:
-    """The checkpoint of each role: as given, else by environment, by checkpoints.json, or the quickstart's run."""
+    """The checkpoint of each role: the given one, else from the environment, checkpoints.json or the default run."""
     listed = json.loads(CHECKPOINTS.read_text(encoding="utf-8")) if CHECKPOINTS.is_file() else {}
     names = {}
     for key, role in ROLES.items():
@@ -64,7 +64,7 @@ def chosen_names(given: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def load_slots(names: Mapping[str, str | None]) -> list[Slot]:
-    """Loads what can be loaded; the rest says why not."""
+    """Loads all checkpoints. A slot whose checkpoint cannot be loaded holds the reason."""
     return [load_slot(key, names.get(key)) for key in ROLES]
 
 
@@ -97,5 +97,5 @@ def pair(checkpoint: Checkpoint, image: Image.Image, question: str, pruner: str,
     full = checkpoint.answer(image, question)
     try:
         return Pair(full, checkpoint.answer(image, question, checkpoint.pruner(pruner, ratio)))
-    except ValueError as error:  # a pruner that this model does not let in
+    except ValueError as error:  # the pruner does not work with this model
         return Pair(full, " ".join(str(error).split())[:300])

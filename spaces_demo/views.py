@@ -1,4 +1,4 @@
-"""What the page shows, as HTML."""
+"""The parts of the page as HTML."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ABOUT = """
 
 
 def cards(slots: list[Slot], answers: Mapping[str, Pair] | None = None, pruner: str = "") -> str:
-    """A card for each checkpoint, with its answers where there are any."""
+    """A card per checkpoint, with its answers where there are any."""
     inner = "".join(card(slot, (answers or {}).get(slot.key), pruner) for slot in slots)
     return f'<div class="cards">{inner}</div>'
 
@@ -107,7 +107,7 @@ def probability(value: float) -> str:
 
 
 def runs_table(slots: list[Slot]) -> str:
-    """What the loaded checkpoints' results.json say, as HTML."""
+    """A table of the loaded checkpoints' results.json, as HTML."""
     found = [slot for slot in slots if slot.checkpoint is not None and slot.checkpoint.results]
     if not found:
         return '<p class="note">None of the loaded checkpoints brings a results.json, which training writes.</p>'
@@ -133,26 +133,26 @@ def run_row(slot: Slot) -> tuple[str, ...]:
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """An HTML table that scrolls by itself where it is wider than the page."""
+    """An HTML table. It scrolls where it is wider than the page."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def cell(words: str) -> str:
-    """A cell; what stands in brackets breaks as a whole."""
+    """A table cell. Text in brackets wraps as a whole."""
     before, bracket, inside = words.partition(" (")
     return f"<td>{escape(before)}{f' <span>({escape(inside)}</span>' if bracket else ''}</td>"
 
 
 def learning_curves(slots: list[Slot]) -> list[tuple[str, Path]]:
-    """Title and picture of each loaded run that has a learning curve."""
+    """Title and learning curve of each loaded run that has one."""
     folders = [(slot.role.title, slot.checkpoint.folder) for slot in slots if slot.checkpoint is not None]
     return [(title, folder / CURVE_NAME) for title, folder in folders if (folder / CURVE_NAME).is_file()]
 
 
 def comparison() -> tuple[str, Path | None] | None:
-    """Table, caption and plot that `python -m benchmarks.compare` has written, where they are at hand."""
+    """Table with caption, and plot, that `python -m benchmarks.compare` wrote. None where there are none."""
     path = next((path for path in COMPARE if path.is_file()), None)
     if path is None:
         return None

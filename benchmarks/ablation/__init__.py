@@ -1,1 +1,1 @@
-"""What each part, ratio, pruner and schedule is worth: `python -m benchmarks.ablation`."""
+"""`python -m benchmarks.ablation`: what each part, ratio, pruner and schedule is worth."""

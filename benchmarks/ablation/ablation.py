@@ -1,17 +1,14 @@
 """`python -m benchmarks.ablation`: what each part, ratio, pruner and schedule of DualSpeed is worth on real images.
 
-All ways with one seed start from the same weights and see the same batches in the same order.
+All variants with one seed start from the same weights and see the same batches in the same order.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import multiprocessing
 import os
 import shlex
-import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
@@ -23,15 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import Trainer, set_seed
 
-from benchmarks.compare.compare import pruned_prompts
-from hf_dualspeed.trainer.callbacks import ModeClock
-from hf_dualspeed.trainer.schedule import SLOW
 from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
 from hf_dualspeed.utils.environment import machine, versions
 from hf_dualspeed.utils.text import spread, without_paths, write_json
 from hf_dualspeed.utils.validation import check_choice, check_range
 
+from ..common import KeptRun, Parser, pruned_prompts, ratio, stored_results, summary_of, timed_training
 from .language import Size
 from .plan import BASELINE, FORMAT, GROUPS, REFERENCE, TIMED, Variant
 from .report import write_report
@@ -40,11 +35,20 @@ from .task import accuracy, build_model, load_task, majority
 COMMAND = "python -m benchmarks.ablation"
 RESULTS = "docs/results/ablation.json"
 RUNS = Path("runs/ablation")
+# The summary's columns, read from a run and the baseline's run of the same seed (None: not trained).
+COLUMNS = {
+    "full": lambda run, base: run["full"]["all"],
+    "item": lambda run, base: run["full"]["item"],
+    "pruned": lambda run, base: run["pruned"] and run["pruned"]["all"],
+    "retention": lambda run, base: base and ratio(run["full"]["all"], base["full"]["all"]),
+    "seconds": lambda run, base: run["seconds"],
+    "speed_up": lambda run, base: base and ratio(base["seconds"], run["seconds"]),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs have in common; `threads` is each process's, 0 stands for PyTorch's own number."""
+    """What all runs have in common. `threads` counts those of one process; 0 is PyTorch's own number."""
 
     steps: int = 400
     batch_size: int = 16
@@ -57,8 +61,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A way to train with a seed, for a number of steps."""
+class Run(KeptRun):
+    """A variant with a seed, trained for a number of steps."""
 
     way: Variant
     seed: int
@@ -67,25 +71,17 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where its result is kept, beside those of other settings, for another start to find it."""
+        """The fingerprint is in its name, so results of other settings lie beside it."""
         return RUNS / f"seed{self.seed}-{self.fingerprint()[:16]}"
 
-    def fingerprint(self) -> str:
-        """Tells apart runs whose numbers may not be mixed: by options, seed, settings, versions and machine. Ways of
-        several groups that train alike, for as many steps, are one run."""
+    def depends_on(self) -> list:
+        """No names: variants of several groups that train alike, for as many steps, are one run."""
         way = [self.way.plain, self.way.options]
-        own = [way, self.seed, self.steps, asdict(self.settings), versions(), _hardware()]
-        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-
-    def finished(self) -> dict | None:
-        """What it has found, if it is over."""
-        path = self.folder / "result.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found | {"way": self.way.key} if found.get("fingerprint") == self.fingerprint() else None
+        return [way, self.seed, self.steps, asdict(self.settings), versions(), _hardware()]
 
 
 def main(argv: list[str]) -> None:
-    """Trains what is not trained yet, or renders an earlier ablation anew.
+    """Trains what is not trained yet and renders the results, or only renders those of an earlier call.
 
     Args:
         argv (`list[str]`): The words after `python -m benchmarks.ablation`.
@@ -98,15 +94,12 @@ def main(argv: list[str]) -> None:
     path = Path(options.output)
     if not options.render_only:
         _check(options)
-        command = shlex.join([*COMMAND.split(), *without_paths(argv)])
-        write_json(path, without_paths(ablate(options, path, command)))
-    elif not path.is_file():
-        raise FileNotFoundError(f"`output` is {str(path)!r}, but there is no such file to render.")
-    write_report(json.loads(path.read_text(encoding="utf-8")), path)
+        ablate(options, path, shlex.join([*COMMAND.split(), *without_paths(argv)]))
+    write_report(stored_results("output", path), path)
 
 
-def ablate(options: argparse.Namespace, path: Path, command: str) -> dict:
-    """Trains the groups that are asked for, and sums up. The results so far are written after each group."""
+def ablate(options: argparse.Namespace, path: Path, command: str) -> None:
+    """Trains the chosen groups. Writes the results so far after each group."""
     settings = _settings(options)
     task = load_task(settings.size)
     head = {
@@ -123,7 +116,7 @@ def ablate(options: argparse.Namespace, path: Path, command: str) -> dict:
     }
     found: dict[tuple[str, int], dict] = {}
     for group in options.groups:
-        for same_time in (False, True):  # the former tell how long the latter may take
+        for same_time in (False, True):  # the times of the first set the steps of the second
             plan = [
                 Run(way, seed, _steps(way, settings, found), settings)
                 for seed in options.seeds
@@ -132,11 +125,10 @@ def ablate(options: argparse.Namespace, path: Path, command: str) -> dict:
             ]
             found |= train_all(plan, options.jobs, group)
         write_json(path, without_paths({**head, **summarise(found, options.groups)}))
-    return {**head, **summarise(found, options.groups)}
 
 
 def train_all(plan: list[Run], jobs: int, group: str) -> dict[tuple[str, int], dict]:
-    """The results of runs, of which those that are not finished are trained, `jobs` at a time."""
+    """The results of all runs of a plan. Trains the unfinished ones, `jobs` at a time."""
     results = {(run.way.key, run.seed): run.finished() for run in plan}
     missing = [run for run in plan if results[run.way.key, run.seed] is None]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -144,18 +136,18 @@ def train_all(plan: list[Run], jobs: int, group: str) -> dict[tuple[str, int], d
         bar = progress.add_task(group, total=len(plan), completed=len(plan) - len(missing))
         for run, result in _executed(missing, jobs):
             results[run.way.key, run.seed] = result
-            shares = ", ".join(f"{share:.1%}" for share in (result["full"]["all"], *_pruned(result)))
+            shares = ", ".join(f"{result[view]['all']:.1%}" for view in ("full", "pruned") if result[view])
             progress.console.print(f"{run.way.name}, seed {run.seed}: {shares} in {result['seconds']:.0f} s")
             progress.advance(bar)
     return results
 
 
 def _executed(runs: list[Run], jobs: int) -> Iterable[tuple[Run, dict]]:
-    if jobs == 1:
-        yield from ((run, execute(run)) for run in runs)
+    """Runs and their results, in the order in which they finish."""
     if jobs == 1 or not runs:
+        yield from ((run, execute(run)) for run in runs)
         return
-    # New processes, not forks: threads of PyTorch and a device's context do not outlive a fork.
+    # Spawned, because PyTorch's threads and a device's context do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _begin_process, (runs[0].settings.threads,)) as pool:
         futures = {pool.submit(execute, run): run for run in runs}
@@ -172,19 +164,13 @@ def _begin_process(threads: int) -> None:
 
 
 def execute(run: Run) -> dict:
-    """Trains, answers the test questions from all visual tokens and from pruned ones, and writes result.json."""
+    """Trains, answers the test questions from all and from pruned visual tokens, and writes result.json."""
     task, args = load_task(run.settings.size), _arguments(run)
     set_seed(run.seed)
     model = build_model(task, run.settings.size)
     kind = Trainer if run.way.plain else DualSpeedTrainer
     trainer = kind(model=model, args=args, train_dataset=task.train, data_collator=task.collator("train"))
-    # The plain trainer's steps all train on all tokens, which is what slow means.
-    clock = ModeClock(SLOW) if run.way.plain else trainer.clock
-    if run.way.plain:
-        trainer.add_callback(clock)
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    clock, seconds = timed_training(trainer)
     shortens = run.way.plain or not trainer.dual_forward.pruner.in_language_model
     prepare = pruned_prompts(trainer, args) if shortens else None
     result = {
@@ -195,10 +181,8 @@ def execute(run: Run) -> dict:
         "full": accuracy(model, task),
         "pruned": None if prepare is None else accuracy(model, task, prepare),
         "slow_ratios": [entry["slow_mode_ratio"] for entry in trainer.state.log_history if "slow_mode_ratio" in entry],
-        "fingerprint": run.fingerprint(),
     }
-    write_json(run.folder / "result.json", result)
-    return result
+    return run.keep(result)
 
 
 def _arguments(run: Run) -> DualSpeedTrainingArguments:
@@ -224,7 +208,7 @@ def _arguments(run: Run) -> DualSpeedTrainingArguments:
 
 
 def _steps(way: Variant, settings: Settings, found: dict[tuple[str, int], dict]) -> int:
-    """Steps of a way: those of all, or as many as it takes in the time of the reference, by the runs so far."""
+    """Steps of a variant: those of all, or as many as fit into the reference's time. The runs so far give times."""
     if not way.same_time:
         return round(settings.steps / way.speed_up)
 
@@ -235,33 +219,18 @@ def _steps(way: Variant, settings: Settings, found: dict[tuple[str, int], dict])
 
 
 def summarise(found: dict[tuple[str, int], dict], groups: list[str]) -> dict:
-    """Per way, mean and spread over the seeds; ratios are taken to the baseline's run of the same seed."""
+    """Groups, [`COLUMNS`] and steps of each variant, and all runs."""
     ways = {way.key: way for group in groups for way in GROUPS[group]}
     runs = [result for (key, _), result in found.items() if key in ways]
-    base = {result["seed"]: result for result in runs if result["way"] == BASELINE}
-    summary = {}
-    for key in ways:
-        own = [result for result in runs if result["way"] == key]
-        if not own:
-            continue
-        pairs = [(result, base.get(result["seed"])) for result in own]
-        summary[key] = {
-            "full": spread([result["full"]["all"] for result in own]),
-            "item": spread([result["full"]["item"] for result in own]),
-            "pruned": spread([share for result in own for share in _pruned(result)] or [None]),
-            "retention": spread([b and a["full"]["all"] / b["full"]["all"] for a, b in pairs]),
-            "seconds": spread([result["seconds"] for result in own]),
-            "speed_up": spread([b and b["seconds"] / a["seconds"] for a, b in pairs]),
-            "steps": {mode: mean(result["steps"][mode] for result in own) for mode in own[0]["steps"]},
-            "seeds": len(own),
-        }
+    summary = summary_of(runs, ways, BASELINE, COLUMNS)
+    for key, own in summary.items():
+        results = [run for run in runs if run["way"] == key]
+        # Earlier runs may lack answers from pruned tokens: the others count.
+        own["pruned"] = spread([run["pruned"]["all"] for run in results if run["pruned"]] or [None])
+        own["seeds"] = len(results)
     shown = {group: [[way.key, way.name] for way in GROUPS[group] if way.key in summary] for group in groups}
     kept = [{key: value for key, value in result.items() if key != "fingerprint"} for result in runs]
     return {"groups": shown, "summary": summary, "runs": kept}
-
-
-def _pruned(result: dict) -> list[float]:
-    return [] if result["pruned"] is None else [result["pruned"]["all"]]
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -272,7 +241,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _hardware() -> dict:
-    """The machine, whatever the number of threads of this process."""
+    """The machine, without the number of threads of this process."""
     return {key: value for key, value in machine().items() if key != "threads"}
 
 
@@ -285,14 +254,9 @@ def _check(options: argparse.Namespace) -> None:
         check_range("seeds", seed, 0, off="Use --seeds 0 1 2.")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
-def _parser() -> _Parser:
+def _parser() -> Parser:
     own = Settings()
-    parser = _Parser(prog=COMMAND, allow_abbrev=False, description=__doc__.partition(": ")[2].partition("\n")[0])
+    parser = Parser(prog=COMMAND, allow_abbrev=False, description=__doc__.partition(": ")[2].partition("\n")[0])
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), help=f"Of {', '.join(GROUPS)} (default: all).")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds (default: 0 1 2).")
     parser.add_argument("--steps", type=int, default=own.steps, help=f"Optimizer steps (default: {own.steps}).")

@@ -1,6 +1,6 @@
 """Fashion-MNIST (github.com/zalandoresearch/fashion-mnist) as grids of items, with questions that need their places.
 
-Pruning hurts here: an answer hangs on a few of the image's tokens, and which ones only the question tells.
+Pruning hurts here: an answer depends on a few of the image's tokens, and only the question says on which.
 """
 
 from __future__ import annotations
@@ -12,32 +12,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Image, List, Value, load_dataset
+from datasets import load_dataset
 from PIL import Image as Pillow
 
-from hf_dualspeed.data.easy_vqa import MESSAGES
 from hf_dualspeed.utils.validation import check_choice, check_range
 
 NAME = "fashion-grid"
-# Grids that each split has unless told otherwise; no tile of the test split is in two of them.
+# Default number of grids of each split. No tile of the test split is in two grids.
 GRIDS = {"train": 8000, "test": 800}
-# By their labels. Pullover, coat and shirt are left out: at this size, a vision tower can hardly tell them apart.
+# Items by label. Pullover, coat and shirt are left out: a vision tower can hardly tell them apart at this size.
 LABELS = {0: "t-shirt", 1: "trousers", 3: "dress", 5: "sandal", 7: "sneaker", 8: "bag", 9: "boot"}
 ITEMS = tuple(LABELS.values())
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("item", "count", "same")
 SIDE = 2  # tiles in a row, and in a column
-TILE = 84  # pixels, thrice those of the data set
-# Where Debian's package dataset-fashion-mnist puts the files; FASHION_MNIST names another folder.
+TILE = 84  # pixels, three times those of the data set
+# The folder of Debian's package dataset-fashion-mnist. FASHION_MNIST names another one.
 FOLDER = "/usr/share/datasets/fashion-mnist"
 FILES = {"train": "train", "test": "t10k"}
 HUB = "zalando-datasets/fashion_mnist"
-FEATURES = Features({"messages": MESSAGES, "images": List(Image()), "kind": Value("string"), "answer": Value("string")})
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a grid: its kind ("item", "count" or "same"), its words and the one word that is right."""
+    """A question about a grid: its kind ("item", "count" or "same"), its text, and the right answer, one word."""
 
     kind: str
     text: str
@@ -46,7 +44,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Grid:
-    """Tiles `(4, 28, 28)` of grey values, row by row, and what they show, by places in `ITEMS`."""
+    """Tiles `(4, 28, 28)` of grey values, row by row, and their items as indices into `ITEMS`."""
 
     tiles: np.ndarray
     items: tuple[int, ...]
@@ -61,9 +59,9 @@ class Grid:
         return whole.convert("RGB")
 
     def questions(self, generator: random.Random) -> list[Question]:
-        """Eight questions in random order: each place's item, two numbers of items, two comparisons."""
+        """Eight questions in random order: four items, two counts, two comparisons."""
         asked = [Question("item", f"which item is in {_place(p)}?", ITEMS[item]) for p, item in enumerate(self.items)]
-        # Half of the numbers are of an item that is there.
+        # The first count is of an item that is there, the second of any item.
         for item in (generator.choice(self.items), generator.randrange(len(ITEMS))):
             number = NUMBERS[self.items.count(item)]
             asked.append(Question("count", f"how often is there a {ITEMS[item]}?", number))
@@ -81,14 +79,14 @@ def _place(index: int) -> str:
 
 
 def grids(split: str, count: int | None = None) -> list[Grid]:
-    """The first `count` grids of a split, which are always the same; by default as many as it has.
+    """The first `count` grids of a split. They are the same in every call.
 
     Args:
-        split (`str`): `"train"` or `"test"`, made of tiles of Fashion-MNIST's own split alone.
-        count (`int`, *optional*): How many.
+        split (`str`): `"train"` or `"test"`. Tiles come from the same split of Fashion-MNIST.
+        count (`int`, *optional*): Number of grids; by default [`GRIDS`].
 
     Raises:
-        ValueError: there is no such split, or `count` is no positive number.
+        ValueError: there is no such split, or `count` is below 1.
         FileNotFoundError: the folder that the environment variable FASHION_MNIST names lacks the data.
     """
     check_choice("split", split, tuple(GRIDS))
@@ -109,48 +107,14 @@ def grids(split: str, count: int | None = None) -> list[Grid]:
 
 
 def draw_items(generator: random.Random) -> tuple[int, ...]:
-    """What a grid shows: items of two to four kinds, so that comparing and counting are worth asking."""
+    """Items of a grid, of two to four kinds, so that comparisons and counts have several answers."""
     shown = generator.sample(range(len(ITEMS)), generator.randint(2, SIDE**2))
     return tuple(generator.choices(shown, k=SIDE**2))
 
 
 def conversations(split: str, made: list[Grid]) -> list[list[Question]]:
-    """Eight questions on each grid of a split, always the same."""
+    """Eight questions on each grid of a split, the same in every call."""
     return [grid.questions(random.Random(f"{NAME}:{split}:{index}")) for index, grid in enumerate(made)]
-
-
-def load_fashion_grid(split: str = "train", count: int | None = None) -> Dataset:
-    """Loads grids with their questions: in training one conversation of eight per grid, in the test one row each.
-
-    Args:
-        split (`str`, *optional*, defaults to `"train"`): `"train"` (8,000 grids) or `"test"` (800 grids).
-        count (`int`, *optional*): Only so many grids.
-
-    Returns:
-        `datasets.Dataset` with columns `messages`, `images`, `kind` and `answer`; in training, the latter two are those
-        of the last question.
-    """
-    made = grids(split, count)
-    rows = []
-    for grid, questions in zip(made, conversations(split, made), strict=True):
-        turns = [questions] if split == "train" else [[question] for question in questions]
-        image = grid.image()
-        rows += [
-            {"messages": messages(t), "images": [image], "kind": t[-1].kind, "answer": t[-1].answer} for t in turns
-        ]
-    return Dataset.from_list(rows, features=FEATURES)
-
-
-def messages(questions: list[Question]) -> list[dict]:
-    """A conversation that begins with the image."""
-    turns = []
-    for question in questions:
-        asked = [{"type": "text", "text": question.text}]
-        turns += [
-            {"role": "user", "content": asked if turns else [{"type": "image", "text": None}, *asked]},
-            {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
-        ]
-    return turns
 
 
 def _by_label(labels: np.ndarray) -> list[list[int]]:
@@ -158,12 +122,12 @@ def _by_label(labels: np.ndarray) -> list[list[int]]:
 
 
 def _read(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images `(n, 28, 28)` and labels `(n,)`: of a folder where there is one, else of the Hub."""
+    """Images `(n, 28, 28)` and labels `(n,)` from a folder, or from the Hub where there is none."""
     folder = Path(os.environ.get("FASHION_MNIST", FOLDER))
     paths = [folder / f"{FILES[split]}-{kind}.gz" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     if all(path.is_file() for path in paths):
         pixels, labels = (np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8) for path in paths)
-        # IDX: a head of 4 bytes, and of 4 for each dimension.
+        # The IDX format has a header of 4 bytes, and of 4 for each dimension.
         return pixels[16:].reshape(-1, 28, 28), labels[8:]
     if "FASHION_MNIST" in os.environ:
         raise FileNotFoundError(f"`FASHION_MNIST` is {str(folder)!r}, but there is no {paths[0].name} in it.")

@@ -1,4 +1,4 @@
-"""The ablation's language model: its words, and what it has learned before it sees a picture."""
+"""The ablation's language model: its tokenizer, and its pretraining on written grids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH, LEARNING_RATE = 32, 1e-3
 
 
 class WrittenGrids(nn.Module):
-    """A language model that reads written grids and answers questions about them."""
+    """A language model that answers questions about written grids: embeddings of items and places, no images."""
 
     def __init__(self, language: LlamaForCausalLM):
         super().__init__()
@@ -35,21 +35,24 @@ class WrittenGrids(nn.Module):
         for table in (self.item, self.place):
             nn.init.normal_(table.weight, std=2 * language.config.initializer_range)
         half = WRITTEN_SIDE // SIDE
+        # The tile of each of 8 x 8 patches: (64,).
         tiles = [row // half * SIDE + column // half for row in range(WRITTEN_SIDE) for column in range(WRITTEN_SIDE)]
         self.register_buffer("tile_of", torch.tensor(tiles), persistent=False)
 
     def forward(self, items: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss of answers `(B, S)` about grids of `items` `(B, 4)`; `input_ids` begin with the BOS."""
+        """The loss of answers `(B, S)` about grids of `items` `(B, 4)`. `input_ids` begin with the BOS."""
+        # Embed words (B, S, D) and patches (B, 64, D), and put the patches behind the BOS.
         words = self.language.get_input_embeddings()(input_ids)
         patches = self.item(items[:, self.tile_of]) + self.place(self.tile_of)
         embeddings = torch.cat([words[:, :1], patches, words[:, 1:]], 1)
+        # No loss on patches: labels become (B, S + 64).
         unread = labels.new_full(patches.shape[:2], IGNORED)
         labels = torch.cat([labels[:, :1], unread, labels[:, 1:]], 1)
         return {"loss": self.language(inputs_embeds=embeddings, labels=labels).loss}
 
 
 def pretrained_language_model(size: Size, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of the language model without its head, trained where `folder` does not hold them yet."""
+    """The language model's weights without its head, from `folder`, or trained and stored there."""
     steps = size.pretraining_steps
     path = folder / f"language-{size.hidden_size}x{size.layers}x{size.heads}-{steps}.safetensors"
     if not path.is_file():
@@ -64,7 +67,7 @@ def pretrained_language_model(size: Size, folder: Path) -> dict[str, torch.Tenso
 def train_plainly(
     model: nn.Module, rows: list[dict], collate: Callable, steps: int, batch: int, learning_rate: float
 ) -> None:
-    """Trains with transformers' own Trainer, and leaves the model on the CPU."""
+    """Trains with `transformers.Trainer` and moves the model to the CPU."""
     args = TrainingArguments(
         output_dir="runs/ablation/store",
         max_steps=steps,
@@ -85,22 +88,22 @@ def train_plainly(
 
 
 def save_whole(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Saves through a second file, so that an interruption leaves no half of it behind."""
+    """Saves weights by way of a second file, so that an interruption leaves no partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    # Tied weights are one in memory.
+    # safetensors refuses tied weights, which share memory.
     save_file({name: weight.clone().contiguous() for name, weight in weights.items()}, part)
     part.replace(path)
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Batches of [`written`]'s rows."""
+    """Pads rows of [`written`] to a batch."""
     fill = {"items": 0, "input_ids": tokenizer().pad_token_id, "labels": IGNORED}
     return {key: pad_sequence([torch.tensor(row[key]) for row in rows], True, value) for key, value in fill.items()}
 
 
 def written(number: int) -> dict[str, list[int]]:
-    """The written grid of a number, with eight questions."""
+    """A row of a written grid with eight questions. The number is its seed."""
     generator = random.Random(f"written:{number}")
     grid = written_grid(generator)
     ids, labels = talk(grid.questions(generator))
@@ -110,7 +113,7 @@ def written(number: int) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Size:
-    """The language model, its steps on written grids, those of the model to start from, and how much data there is."""
+    """Sizes of the language model, steps of its pretraining and of the common start, and numbers of grids."""
 
     hidden_size: int = 128
     layers: int = 3
@@ -123,26 +126,26 @@ class Size:
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word of the questions and answers."""
+    """A tokenizer with one token per word of questions and answers."""
     generator = random.Random(0)
     asked = [question.text for _ in range(100) for question in written_grid(generator).questions(generator)]
     return word_tokenizer([*asked, *ITEMS, *NUMBERS, "yes no"])
 
 
 def written_grid(generator: random.Random) -> Grid:
-    """A grid that has no tiles, only items."""
+    """A grid of items without tiles."""
     return Grid(np.empty(0), draw_items(generator))
 
 
 def language_model_config(size: Size, visual_tokens: int) -> LlamaConfig:
-    """The language model's shape."""
+    """The configuration of the language model."""
     config = language_config(tokenizer(), size.hidden_size, size.layers, size.heads, visual_tokens)
-    config.initializer_range = 0.04  # so narrow a model learns faster from it than from the usual 0.02
+    config.initializer_range = 0.04  # a narrow model learns faster than with the usual 0.02
     return config
 
 
 def talk(questions: list[Question]) -> tuple[list[int], list[int]]:
-    """Ids and labels of questions and answers, one after the other."""
+    """Token ids and labels of a conversation. Only answers are supervised."""
     ids, labels = [], []
     for question in questions:
         asked, right = _ids(f"USER: {question.text} ASSISTANT:"), [*_ids(question.answer), tokenizer().eos_token_id]

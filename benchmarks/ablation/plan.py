@@ -1,6 +1,6 @@
-"""What the ablation trains: ways to train, and the groups in which they are compared.
+"""The ablation's variants, and the groups in which they are compared.
 
-Every way says all that it depends on, so that results keep their meaning when defaults change.
+Each variant sets all options that it depends on, so results keep their meaning when defaults change.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ class Variant:
     name: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     plain: bool = False  # transformers.Trainer on all tokens
-    same_time: bool = False  # as many steps as the reference's time allows, not as many as the reference has
-    speed_up: float = 1.0  # the steps of all, divided by this
+    same_time: bool = False  # trains for the reference's time, not for its steps
+    speed_up: float = 1.0  # divides the number of steps
 
 
-FORMAT = 2  # of result files; in the first, all that was pruned was discarded
+FORMAT = 2  # of result files; in format 1, all variants discarded the pruned tokens
 BASELINE, REFERENCE = "full-tokens", "dualspeed"
 TIMED, ORIGINAL, PAPER = "time:", ":original", "paper:"
-# What the fast view consists of: the other tokens averaged into the kept ones, which then count for as many; or, as the
-# paper has it, tokens that are kept as they are, and the others gone.
+# The fast view. MERGED: the other tokens are averaged into the kept ones, which count for as many in attention.
+# DISCARDED, as in the paper: kept tokens stay as they are, the others are dropped.
 MERGED = {"proportional_attention": True}
 DISCARDED = {"proportional_attention": False, "pruner_kwargs": {"dropped_tokens": "discard"}}
-# What else a run may have, one after the other.
+# The parts beside the fast view.
 NONE = {"slow_mode_ratio": 0.0, "isolator_length": 0, "distillation_weight": 0.0}
 ISOLATED, DISTILLED = {"isolator_length": 4}, {"distillation_weight": 1.0}
 ALL = {**ISOLATED, **DISTILLED}
@@ -40,14 +40,14 @@ def slow(ratio: float) -> dict[str, float]:
 
 FULL = Variant(BASELINE, "full tokens", plain=True)
 DUALSPEED = Variant(REFERENCE, "DualSpeed", {**MERGED, **NONE, **ALL, **slow(0.05)})
-# The paper's own ablation: each has one thing more than the one before.
+# The paper's own ablation: each variant adds one part.
 PAPERS = (
     Variant("paper:pruned-only", "the paper's: pruned only", {**DISCARDED, **NONE}),
     Variant("paper:fast-slow", "the paper's: + 10 % slow", {**DISCARDED, **NONE, **slow(0.1)}),
     Variant("paper:isolator", "the paper's: + isolator", {**DISCARDED, **NONE, **slow(0.1), **ISOLATED}),
     Variant("paper:dualspeed", "the paper's: + distillation", {**DISCARDED, **NONE, **slow(0.1), **ALL}),
 )
-# The same with a fast view that looks like the full one.
+# The same parts with merged tokens and proportional attention.
 MERGED_ONLY = Variant("pruned-only", "merged, log(size)", {**MERGED, **NONE})
 PARTS = (
     Variant("sizes-only", "log(size), others gone", {**DISCARDED, **MERGED, **NONE}),
@@ -74,7 +74,7 @@ PRUNING_RATIOS = tuple(
     for kind, name, options in ((PAPER, "the paper's: ", PAPERS[-1].options), ("", "merged: ", DUALSPEED.options))
     for ratio in RATIOS
 )
-# Those that need no more of the tower than what it returns.
+# Pruners that read only the tower's output: the stored features have nothing else.
 OTHERS = (
     "random",
     "grid",
@@ -93,7 +93,7 @@ PRUNERS = (
     *(Variant(f"pruner-{name}", name, {**DUALSPEED.options, "pruner": name}) for name in OTHERS),
 )
 
-# When slow steps come, which matters only where they repair something.
+# Schedules of slow steps, in the paper's view: only there do slow steps have much to repair.
 PAPERS_10 = PAPERS[-1].options
 PAPERS_5, TAIL = {**PAPERS_10, **slow(0.05)}, {**PAPERS_10, **slow(0.0)}
 SCHEDULES = (
@@ -111,23 +111,23 @@ SCHEDULES = (
 
 
 def original(way: Variant) -> Variant:
-    """The same with the positions that the kept tokens had."""
+    """The same variant with original positions."""
     return Variant(way.key + ORIGINAL, f"{way.name}, original", {**way.options, "position_ids": "original"})
 
 
 def timed(way: Variant) -> Variant:
-    """The same, for the time of the reference."""
+    """The same variant, trained for the reference's time."""
     return Variant(TIMED + way.key, f"{way.name}, same time", way.options, way.plain, same_time=True)
 
 
 def of_seven_billion(speed_up: float) -> Variant:
-    """Full tokens for the steps that fit into DualSpeed's time where a model of 7 B parameters has this speed-up."""
+    """Full tokens, trained for DualSpeed's time at the given speed-up, measured at 7 B parameters."""
     return Variant(f"7b:{speed_up}", f"full tokens, same time at {speed_up}x", plain=True, speed_up=speed_up)
 
 
 # The speed-ups of the paper's DualSpeed measured at 7 B parameters, LLaVA-1.5 and LLaVA-NeXT.
 MEASURED = (2.83, 3.81)
-# What is compared in one table, in the order of training.
+# One table each, in the order of training.
 GROUPS: dict[str, tuple[Variant, ...]] = {
     "parts": (FULL, *PAPERS, *PARTS),
     "slow ratios": (FULL, *SLOW_RATIOS),

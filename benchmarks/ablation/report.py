@@ -1,23 +1,21 @@
-"""What `python -m benchmarks.ablation` shows: a table for each group, and a plot, from the results file alone."""
+"""Tables and plot of `python -m benchmarks.ablation`, from the results file alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from rich.console import Console
-from rich.table import Column, Table
 
+from hf_dualspeed.bench.plots import figure_of
 from hf_dualspeed.utils.text import markdown_table
 
+from ..common import cell, print_table
 from .plan import BASELINE, FORMAT, MEASURED, ORIGINAL, PAPER, of_seven_billion
 
 HEADER = ("trained with", "all tokens", "pruned tokens", "retention", "seconds", "speed-up", "steps", "slow")
-SECONDS = slice(4, 6)  # the columns of what is timed
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+SECONDS = slice(4, 6)  # the timed columns
+# Okabe and Ito's colours: colour-blind readers can tell them apart.
 MERGED, DISCARDED, KEPT = "merged, log(size)", "discarded, as in the paper", "original positions"
 LOOKS = {
     MERGED: ("#0072B2", "o"),
@@ -31,22 +29,19 @@ PLAIN = {BASELINE, *(of_seven_billion(speed_up).key for speed_up in MEASURED)}
 def write_report(results: dict, path: Path) -> None:
     """Writes tables and plot beside the results file `path`, and prints the tables."""
     for group in results["groups"]:
-        table = Table(*(Column(name, overflow="fold") for name in header(results)), title=group)
-        for row in group_rows(results, group):
-            table.add_row(*row)
-        Console().print(table)
+        print_table(header(results), group_rows(results, group), group)
     path.with_suffix(".md").write_text(f"# Ablation\n\n{readme_table(results)}\n", encoding="utf-8")
     plot(results, path.with_suffix(".png"))
 
 
 def readme_table(results: dict) -> str:
-    """The Markdown tables of all groups, behind what their numbers are."""
+    """Caption and Markdown tables of all groups."""
     tables = [f"**{group.capitalize()}**\n\n{group_table(results, group)}" for group in results["groups"]]
     return "\n\n".join([caption(results), *tables])
 
 
 def caption(results: dict) -> str:
-    """What the numbers of the tables are."""
+    """Describes the numbers of the tables."""
     settings, here, installed = results["settings"], results["machine"], results["versions"]
     size = settings["size"]
     where = here["cpu"] if settings["cpu"] else here["accelerator"]
@@ -82,23 +77,16 @@ def group_rows(results: dict, group: str) -> list[tuple[str, ...]]:
     rows = []
     for key, name in results["groups"][group]:
         own = results["summary"][key]
-        shares = [_cell(own[column], ".1%") for column in ("full", "pruned", "retention")]
-        times = [f"{own['seconds']['mean']:.0f}", _cell(own["speed_up"], ".2f", "x")]
+        shares = [cell(own[column], "{:.1%}") for column in ("full", "pruned", "retention")]
+        times = [f"{own['seconds']['mean']:.0f}", cell(own["speed_up"], "{:.2f}", "x")]
         times = times if results.get("timed", True) else []
         steps = own["steps"]
         rows.append((name, *shares, *times, f"{sum(steps.values()):.0f}", f"{steps['slow']:.0f}"))
     return rows
 
 
-def _cell(spread: dict[str, float] | None, form: str, unit: str = "") -> str:
-    if spread is None:
-        return "n/a"
-    center, low, high = (format(spread[key], form) for key in ("mean", "min", "max"))
-    return f"{center}{unit}" if low == high else f"{center}{unit} ({low} to {high})"
-
-
 def kind_of(key: str, results: dict) -> str:
-    """What a way's fast view is like; files of the first format know the paper's alone."""
+    """The kind of a variant's fast view. Files of the first format have only the paper's."""
     if key.endswith(BASELINE) or key in PLAIN:
         return "full tokens"
     if key.endswith(ORIGINAL):
@@ -112,9 +100,8 @@ def plot(results: dict, path: Path) -> None:
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
     most = max(len(results["groups"][group]) for group in groups)
-    figure = Figure(figsize=(7 * columns, lines * (1.2 + 0.3 * most)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    figure, axes = figure_of(7 * columns, lines * (1.2 + 0.3 * most), lines, columns)
+    panels = axes.flatten()
     for axis, group in zip(panels, groups, strict=False):
         _draw_group(axis, results, group)
     for axis in panels[len(groups) :]:
@@ -123,7 +110,7 @@ def plot(results: dict, path: Path) -> None:
         label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    figure.savefig(path)
+    figure.savefig(path, dpi=130)
 
 
 def _draw_group(axis: Axes, results: dict, group: str) -> None:

@@ -1,6 +1,6 @@
-"""What the ablation trains: a LLaVA with a small language model on stored DINOv2 features of [`fashion_grid`].
+"""The ablation's model and data: a LLaVA with a small language model, on stored DINOv2 features of [`fashion_grid`].
 
-The tower is frozen, so each image is encoded once, for all runs: what `vision_feature_cache` does within one model.
+The tower is frozen, so each image is encoded once for all runs, as `vision_feature_cache` does within one run.
 
 Shapes: B samples, S positions, N patches (144), D features (384).
 """
@@ -33,21 +33,21 @@ from .language import Size, language_model_config, pretrained_language_model, sa
 
 PATCHES, FEATURES = 144, 384
 ENCODED_AT_ONCE = 32
-ASKED = 4  # questions about each grid of the test split
+ASKED = 4  # questions per grid of the test split
 START_BATCH, START_LEARNING_RATE = 16, 1e-3
-# Where features, language model and start are kept, for all runs.
+# Features, language model and common start of all runs.
 STORE = Path("runs/ablation/store")
 
 
 def stored_features(split: str, count: int, folder: Path) -> np.ndarray:
-    """The tower's last states, after its norm, of a split's first grids: `(count, 1 + N, D)` in half precision.
+    """The tower's last states, after its norm, of a split's first grids: `(count, 1 + N, D)` in float16.
 
-    They are encoded where `folder` does not hold them yet.
+    They are read from `folder`, or encoded and stored there.
     """
     path = folder / f"{split}-{count}.npy"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        # Through a second file, so that an interruption leaves no half of it behind.
+        # By way of a second file, so that an interruption leaves no partial file.
         part = path.with_suffix(".part")
         _encode(grids(split, count), part, f"encoding the {split} images")
         part.replace(path)
@@ -62,6 +62,7 @@ def _encode(made: list[Grid], path: Path, description: str) -> None:
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     for first in track(range(0, len(made), ENCODED_AT_ONCE), description=description):
         images = [np.array(grid.image()) for grid in made[first : first + ENCODED_AT_ONCE]]
+        # Pixels (b, H, W, 3) in bytes to (b, 3, H, W), normalised; states (b, 1 + N, D).
         pixels = torch.from_numpy(np.stack(images)).to(device).movedim(-1, 1) / 255
         states = tower((pixels - mean) / std).last_hidden_state
         out[first : first + len(images)] = states.half().cpu().numpy()
@@ -70,9 +71,9 @@ def _encode(made: list[Grid], path: Path, description: str) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """Rows, features, and the weights to start from.
+    """Rows, features `(grids, 1 + N, D)` by split, and the common start's weights.
 
-    A row is a grid's number, its `input_ids` and their `labels`.
+    A row has a grid's number, `input_ids`, `labels` and the kind of its last question.
     """
 
     train: list[dict[str, Any]]
@@ -86,7 +87,7 @@ class Task:
 
 
 def _collator(features: np.ndarray) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-    """Makes batches of rows: ids, mask and labels `(B, S)`, and features in place of pixels."""
+    """Collates rows to ids, mask and labels `(B, S)`, and stored features `(B, 1 + N, D)` as pixel values."""
     pad = tokenizer().pad_token_id
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -105,19 +106,19 @@ def _collator(features: np.ndarray) -> Callable[[list[dict]], dict[str, torch.Te
 
 @cache
 def load_task(size: Size, folder: Path = STORE) -> Task:
-    """The task's rows, and features encoded where they are not yet there."""
+    """Rows, features and start. What `folder` lacks is computed and stored there."""
     counts = {"train": size.train_grids, "test": size.test_grids}
     asked = {split: conversations(split, grids(split, count)) for split, count in counts.items()}
     train = [encoded(number, questions) for number, questions in enumerate(asked["train"])]
     test = [encoded(number, [one]) for number, questions in enumerate(asked["test"]) for one in questions[:ASKED]]
     features = {split: stored_features(split, count, folder) for split, count in counts.items()}
-    # One half of the images for the model to start from, the other for the runs.
+    # The first half of the images trains the common start, the second half the runs.
     half = len(train) // 2
     return Task(train[half:], test, features, _start(size, folder, train[:half], _collator(features["train"])))
 
 
 def encoded(grid: int, questions: list[Question]) -> dict[str, Any]:
-    """A conversation about a grid as a row: image first, then each question with its answer, which is supervised."""
+    """A row of a conversation about a grid: the image's placeholders, then questions and supervised answers."""
     ids, labels = talk(questions)
     image = [tokenizer().convert_tokens_to_ids(IMAGE)] * PATCHES
     return {
@@ -129,7 +130,7 @@ def encoded(grid: int, questions: list[Question]) -> dict[str, Any]:
 
 
 def majority(task: Task) -> float:
-    """Accuracy of the most frequent answer to each kind of question, which needs no image."""
+    """Accuracy of always giving the most frequent answer to each kind of question. It needs no image."""
     answers: dict[str, list[int]] = {kind: [] for kind in KINDS}
     for row in task.test:
         answers[row["kind"]].append(row["labels"][-2])
@@ -137,21 +138,21 @@ def majority(task: Task) -> float:
 
 
 class StoredStates(nn.Module):
-    """A tower whose input are the states that it returns."""
+    """A tower that returns its input `(B, 1 + N, D)`, the stored states."""
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
         return BaseModelOutput(last_hidden_state=pixel_values, hidden_states=(pixel_values,))
 
 
 def build_model(task: Task, size: Size) -> LlavaForConditionalGeneration:
-    """The model that all runs start from: trained on all tokens for a while, as models to be fine-tuned are."""
+    """The model that all runs start from. It is trained on all tokens, like models that are fine-tuned."""
     model = _new_model(size, STORE)
     model.load_state_dict(task.start, strict=False)
     return model
 
 
 def _new_model(size: Size, folder: Path) -> LlavaForConditionalGeneration:
-    """A language model that has read written grids, and a new projector."""
+    """The pretrained language model with a new projector."""
     config = LlavaConfig(
         vision_config=Dinov2Config(hidden_size=FEATURES, num_hidden_layers=1, image_size=168, patch_size=14),
         text_config=language_model_config(size, PATCHES),
@@ -168,7 +169,7 @@ def _new_model(size: Size, folder: Path) -> LlavaForConditionalGeneration:
 
 
 def _start(size: Size, folder: Path, rows: list[dict], collate: Callable) -> dict[str, torch.Tensor]:
-    """The weights that all runs start from, trained where `folder` does not hold them yet."""
+    """The weights that all runs start from, from `folder`, or trained and stored there."""
     path = folder / f"start-{size.hidden_size}x{size.layers}x{size.heads}-{size.start_steps}-{len(rows)}.safetensors"
     if not path.is_file():
         model = _new_model(size, folder)
@@ -184,13 +185,13 @@ def accuracy(
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     batch_size: int = 100,
 ) -> dict[str, float]:
-    """The share of test questions whose answer, one word, is the most probable next one: of each kind, and of all.
+    """The share of test questions whose answer, one word, is the most probable next token: in all, and by kind.
 
     Args:
-        model (`nn.Module`): One of [`build_model`]'s, trained.
+        model (`nn.Module`): A trained model of [`build_model`].
         task ([`Task`]): Questions and features.
-        prepare (`Callable`, *optional*): Makes the model's inputs from the collator's, to prune for example.
-        batch_size (`int`, *optional*, defaults to 100): Questions at once.
+        prepare (`Callable`, *optional*): Maps the collator's batch to the model's inputs. It may prune.
+        batch_size (`int`, *optional*, defaults to 100): Questions per batch.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -199,7 +200,7 @@ def accuracy(
         batch = {key: value.to(device) for key, value in collate(task.test[first : first + batch_size]).items()}
         batch = batch if prepare is None else prepare(batch)
         labels = batch.pop("labels")
-        # A word's logits stand one place before it; behind it, the end of the turn is supervised as well.
+        # The answer's place (B,) is the first supervised one; its logits (B, V) stand one place before.
         place = (labels != IGNORED).int().argmax(1)
         rows = torch.arange(len(labels), device=device)
         answers = model(**batch).logits[rows, place - 1].argmax(-1)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
-import hashlib
-import json
 import shlex
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import torch
 from datasets import Dataset
@@ -23,35 +19,43 @@ from hf_dualspeed.data.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.data.easy_vqa import majority_accuracy
 from hf_dualspeed.data.loading import load_examples
 from hf_dualspeed.evaluation.generation import answer_accuracy
-from hf_dualspeed.evaluation.pruned_prompts import PrunedPrompts, check_prompt_pruner, prompts_of
+from hf_dualspeed.evaluation.pruned_prompts import check_prompt_pruner
 from hf_dualspeed.publishing.results import run_record
 from hf_dualspeed.recipes.arguments import RecipeArguments, parse_recipe
 from hf_dualspeed.recipes.run import load_model, prepare_model
-from hf_dualspeed.trainer.callbacks import ModeClock
-from hf_dualspeed.trainer.schedule import SLOW
-from hf_dualspeed.trainer.trainer import DualSpeedTrainer, resolve_pruner
+from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
 from hf_dualspeed.utils.environment import machine, versions
-from hf_dualspeed.utils.text import spread, without_paths, write_json
+from hf_dualspeed.utils.text import without_paths, write_json
 from hf_dualspeed.utils.validation import check_range
 
+from ..common import KeptRun, Parser, pruned_prompts, ratio, stored_results, summary_of, timed_training
 from .report import write_card, write_report
 
 COMMAND = "python -m benchmarks.compare"
 RESULTS = "docs/results/compare.json"
-# Nothing but training may happen inside train(), whose wall time is compared.
+# Only training may happen inside train(): its wall time is compared.
 TRAIN_ONLY = ("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false")
 TRAIN_ONLY += ("--speedup_rounds", "0", "--push_to_hub", "false")
 NO_SLOW_STEPS = ("--slow_mode_ratio", "0", "--slow_warmup_steps", "0", "--slow_tail_ratio", "0")
 NO_EXTRAS = ("--isolator_length", "0", "--distillation_weight", "0")
 LOSSES = ("loss", "fast_loss", "slow_loss", "distillation_loss", "train_loss")
-# What all runs have in common is published once.
+# Equal in all runs, so the results file has them once.
 COMMON = ("fingerprint", "training", "versions", "machine", "seeds")
+# The summary's columns, read from a run and the baseline's run of the same seed.
+COLUMNS = {
+    "accuracy_full": lambda run, base: run["accuracy_full"],
+    "accuracy_pruned": lambda run, base: run["accuracy_pruned"],
+    "retention": lambda run, base: ratio(run["accuracy_full"], base["accuracy_full"]),
+    "speed_up": lambda run, base: ratio(base["seconds"]["total"], run["seconds"]["total"]),
+    "train_seconds": lambda run, base: run["seconds"]["total"],
+    "steps_per_second": lambda run, base: run["steps_per_second"],
+}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the ways to train: its names, and what it changes in the recipe."""
+    """A way to train: its names, and the options that it changes in the recipe."""
 
     key: str
     name: str
@@ -70,8 +74,8 @@ BASELINE = VARIANTS[0]
 
 
 @dataclass(frozen=True)
-class Run:
-    """A way to train with a seed: what the recipe makes of it, and the data."""
+class Run(KeptRun):
+    """A variant with a seed: its recipe, its training arguments, and the data."""
 
     way: Variant
     recipe: RecipeArguments
@@ -79,9 +83,18 @@ class Run:
     train: Dataset
     test: Dataset
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir)
+
+    def depends_on(self) -> list:
+        """The folder is left out, so results may move."""
+        settings = {key: value for key, value in self.args.to_dict().items() if key != "output_dir"}
+        return [self.way.key, asdict(self.recipe), settings, versions(), machine()]
+
 
 def main(argv: list[str]) -> None:
-    """Compares, or renders an earlier comparison anew.
+    """Compares and renders the results, or only renders those of an earlier call.
 
     Args:
         argv (`list[str]`): The words after `python -m benchmarks.compare`.
@@ -95,21 +108,19 @@ def main(argv: list[str]) -> None:
     if not options.render_only:
         command = shlex.join([*COMMAND.split(), *without_paths(without_token(argv))])
         write_json(path, compare(words, options.seeds, command))
-    elif not path.is_file():
-        raise FileNotFoundError(f"`results` is {str(path)!r}, but there is no such file to render.")
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = stored_results("results", path)
     write_report(results, path)
     if options.card is not None:
         write_card(results, path, Path(options.card))
 
 
 def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
-    """Trains every way with every seed, but for runs that are finished, and sums up.
+    """Trains every variant with every seed, except for finished runs, and sums up.
 
     Args:
         words (`list[str]`): The recipe, as on the command line of `dualspeed train`.
-        seeds (`list[int]`): Each seed gives all four ways the same initial weights and order of data.
-        command (`str`, *optional*): What the results name as their origin.
+        seeds (`list[int]`): Each seed gives all four variants the same initial weights and order of data.
+        command (`str`, *optional*): The command that the results name.
     """
     recipe, args = parse_recipe(words, prog=COMMAND)
     _check(recipe, args, seeds)
@@ -120,12 +131,12 @@ def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
         folder = Path(args.output_dir) / f"{way.key}-seed{seed}"
         own = [*words, *way.changes, "--seed", str(seed), "--output_dir", str(folder), *TRAIN_ONLY]
         run = Run(way, *parse_recipe(own), train, test)
-        result = finished(run)
+        result = run.finished()
         note = "" if result is None else " (finished before)"
         Console().print(f"run {number} of {len(plan)}: {way.name}, seed {seed}{note}")
         if result is None:
             if not warm:
-                # The process's first step pays for set-up that later ones find done.
+                # The first step of a process does set-up, which must be in no run's time.
                 build_trainer(Run(BASELINE, *parse_recipe([*own, "--max_steps", "1"]), train, test)).train()
             warm, result = True, execute(run)
         results.append(result)
@@ -137,51 +148,39 @@ def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
 
 
 def without_token(words: list[str]) -> list[str]:
-    """The words of a command line without the Hub's token, for they are published."""
+    """The words of a command line without the Hub's token, because they are published."""
     flag, hidden = "--hub_token", "<HUB_TOKEN>"
     kept = [hidden if before == flag else word for before, word in zip(["", *words[:-1]], words, strict=True)]
     return [f"{flag}={hidden}" if word.startswith(f"{flag}=") else word for word in kept]
 
 
 def order(seeds: list[int]) -> Iterator[tuple[Variant, int]]:
-    """All runs, seed by seed, each seed beginning with another way: slow times of a machine hit all."""
+    """All runs, seed by seed. Each seed begins with another variant, to spread a machine's slow phases over all."""
     for index, seed in enumerate(seeds):
         first = index % len(VARIANTS)
         yield from ((way, seed) for way in (*VARIANTS[first:], *VARIANTS[:first]))
 
 
-def fingerprint(run: Run) -> str:
-    """Tells apart runs whose numbers may not be mixed: by recipe, way, seed, versions and machine."""
-    settings = {key: value for key, value in run.args.to_dict().items() if key != "output_dir"}
-    parts = [run.way.key, asdict(run.recipe), settings, versions(), machine()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def finished(run: Run) -> dict | None:
-    """The result that the run's folder holds, unless it is that of another run."""
-    path = Path(run.args.output_dir) / "result.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if found.get("fingerprint") == fingerprint(run) else None
-
-
 def execute(run: Run) -> dict:
-    """Trains, evaluates with all visual tokens and with pruned ones, and writes the run's result.json."""
-    # Every run starts without the memory of the one before.
+    """Trains, answers the test questions from all and from pruned visual tokens, and writes result.json."""
+    # The last run's memory is freed first.
     gc.collect()
     torch.cuda.empty_cache()
     trainer = build_trainer(run)
-    ours = isinstance(trainer, DualSpeedTrainer)
-    # The plain trainer's steps all train on all tokens, which is what slow means.
-    clock = trainer.clock if ours else ModeClock(SLOW)
-    if not ours:
-        trainer.add_callback(clock)
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    clock, seconds = timed_training(trainer)
     times = {"steps": clock.steps, "seconds": {mode: round(s, 3) for mode, s in clock.seconds.items()}}
-    full = _accuracy(trainer, run, None, "all visual tokens")
+    answer = partial(
+        answer_accuracy,
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        run.test,
+        batch_size=run.recipe.eval_batch_size,
+        max_new_tokens=run.recipe.max_new_tokens,
+        limit=run.recipe.eval_limit,
+    )
+    full = answer(description="accuracy with all visual tokens")
     prepare = pruned_prompts(trainer, run.args)
-    pruned = None if prepare is None else _accuracy(trainer, run, prepare, "pruned visual tokens")
+    pruned = prepare and answer(prepare=prepare, description="accuracy with pruned visual tokens")
     result = {
         "way": run.way.key,
         "seed": run.args.seed,
@@ -191,15 +190,13 @@ def execute(run: Run) -> dict:
         "n": full["n"],
         "steps_per_second": round(sum(clock.steps.values()) / seconds, 4),
         "losses": {key: log[key] for log in trainer.state.log_history for key in LOSSES if key in log},
-        **run_record(run.args, trainer.summary() if ours else times, seconds),
-        "fingerprint": fingerprint(run),
+        **run_record(run.args, trainer.summary() if isinstance(trainer, DualSpeedTrainer) else times, seconds),
     }
-    write_json(Path(run.args.output_dir) / "result.json", result)
-    return result
+    return run.keep(result)
 
 
 def build_trainer(run: Run) -> Trainer:
-    """The way's trainer, around a model whose initial weights depend on the seed alone."""
+    """The variant's trainer, with a model whose initial weights depend on the seed alone."""
     set_seed(run.args.seed)
     model, processor = load_model(run.recipe, run.train, run.args.seed)
     collator = VisionLanguageCollator(
@@ -214,57 +211,14 @@ def build_trainer(run: Run) -> Trainer:
     )
 
 
-def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> PrunedPrompts | None:
-    """Prunes prompts as the recipe's fast steps do, behind the trained isolator where there is one; None where the
-    pruner is learned, and this training has not taught it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(trainer, DualSpeedTrainer):
-        return prompts_of(trainer.dual_forward, model, args.seed)
-    pruner = resolve_pruner(None, args, model).to(args.device)
-    if pruner.state_dict():
-        return None
-    options = (args.position_ids, args.video_budget, args.proportional_attention)
-    return PrunedPrompts(model, pruner, None, *options, args.seed)
-
-
-def _accuracy(trainer: Trainer, run: Run, prepare: PrunedPrompts | None, tokens: str) -> dict:
-    return answer_accuracy(
-        trainer.accelerator.unwrap_model(trainer.model),
-        trainer.processing_class,
-        run.test,
-        batch_size=run.recipe.eval_batch_size,
-        max_new_tokens=run.recipe.max_new_tokens,
-        limit=run.recipe.eval_limit,
-        prepare=prepare,
-        description=f"accuracy with {tokens}",
-    )
-
-
 def summarise(results: list[dict]) -> dict[str, dict]:
-    """Per way, mean and spread over the seeds; ratios are taken to the baseline's run of the same seed."""
-    base = {run["seed"]: run for run in results if run["way"] == BASELINE.key}
-    summary = {}
-    for way in VARIANTS:
-        own = [run for run in results if run["way"] == way.key]
-        pairs = [(run, base[run["seed"]]) for run in own]
-        summary[way.key] = {
-            "name": way.name,
-            **{key: spread([run[key] for run in own]) for key in ("accuracy_full", "accuracy_pruned")},
-            "retention": spread([_ratio(a["accuracy_full"], b["accuracy_full"]) for a, b in pairs]),
-            "speed_up": spread([_ratio(b["seconds"]["total"], a["seconds"]["total"]) for a, b in pairs]),
-            "train_seconds": spread([run["seconds"]["total"] for run in own]),
-            "steps_per_second": spread([run["steps_per_second"] for run in own]),
-            "steps": {mode: mean(run["steps"][mode] for run in own) for mode in own[0]["steps"]},
-        }
-    return summary
-
-
-def _ratio(value: float, baseline: float) -> float | None:
-    return value / baseline if baseline else None
+    """Name, [`COLUMNS`] and steps of each variant."""
+    summary = summary_of(results, [way.key for way in VARIANTS], BASELINE.key, COLUMNS)
+    return {way.key: {"name": way.name, **summary[way.key]} for way in VARIANTS}
 
 
 def _description(recipe: RecipeArguments, results: list[dict]) -> dict:
-    """What was trained, on what, with what and where."""
+    """Model, data, settings, versions and machine."""
     dualspeed = next(run for run in results if run["way"] == "dualspeed")
     return {
         "model": recipe.model_name_or_path or {"tiny_llava": recipe.tiny_llava},
@@ -275,15 +229,10 @@ def _description(recipe: RecipeArguments, results: list[dict]) -> dict:
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
-def _parser() -> _Parser:
+def _parser() -> Parser:
     about = "Trains a recipe with full tokens, pruned tokens, fast and slow steps, and DualSpeed; compares them."
     epilog = "All options of `dualspeed train` work as well; --config names the recipe."
-    parser = _Parser(prog=COMMAND, allow_abbrev=False, description=about, epilog=epilog)
+    parser = Parser(prog=COMMAND, allow_abbrev=False, description=about, epilog=epilog)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds (default: 0 1 2).")
     parser.add_argument("--results", default=RESULTS, help=f"The JSON file to write (default: {RESULTS}).")
     parser.add_argument("--card", metavar="FOLDER", help="Write a model card of the DualSpeed runs into this folder.")

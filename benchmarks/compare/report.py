@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.compare` shows: a table, its caption and a plot, from the results file alone."""
+"""Table, caption, plot and card of `python -m benchmarks.compare`, from the results file alone."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from statistics import mean
 
 from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from rich.console import Console
-from rich.table import Column, Table
 
+from hf_dualspeed.bench.plots import figure_of
 from hf_dualspeed.publishing.cards import heading, merge_card
 from hf_dualspeed.publishing.model_card import assembled, citation, environment, pruning_words, settings_table
 from hf_dualspeed.utils.text import markdown_table
 
+from ..common import cell, print_table
+
 MAJORITY = "guessing from the question alone"
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colours: colour-blind readers can tell them apart.
 LOOKS = {
     "full-tokens": ("#000000", "o"),
     "pruned-only": ("#D55E00", "s"),
@@ -33,14 +32,11 @@ def write_report(results: dict, path: Path) -> None:
     path.with_suffix(".md").write_text(f"{caption(results)}\n\n{readme_table(results)}\n", encoding="utf-8")
     plot(results, path.with_suffix(".png"))
     header, *rows = table_rows(results)
-    table = Table(*(Column(name, overflow="fold") for name in header))
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    print_table(header, rows)
 
 
 def write_card(results: dict, source: Path, folder: Path) -> None:
-    """Writes the card of the comparison's DualSpeed runs into `folder`, with results and plot beside it."""
+    """Writes the model card of the DualSpeed runs into `folder`, and copies results and plot there."""
     folder.mkdir(parents=True, exist_ok=True)
     path, picture = folder / "README.md", source.with_suffix(".png")
     for file in (source, picture):
@@ -50,7 +46,7 @@ def write_card(results: dict, source: Path, folder: Path) -> None:
 
 
 def card(results: dict, picture: str) -> str:
-    """The model card of the models that a comparison trained with DualSpeed, over its seeds."""
+    """The model card of a comparison's DualSpeed runs, over all seeds."""
     own = results["summary"]["dualspeed"]
     accuracy = EvalResult(
         task_type="image-text-to-text",
@@ -109,7 +105,7 @@ def _results(results: dict, picture: str) -> str:
 
 
 def caption(results: dict) -> str:
-    """What the numbers of the table are."""
+    """Describes the numbers of the table."""
     here, used, installed = results["machine"], results["settings"], results["versions"]
     baseline = next(iter(results["summary"].values()))
     return (
@@ -131,20 +127,12 @@ def table_rows(results: dict) -> list[list[str]]:
     header = ["trained with", "accuracy, all tokens", "accuracy, pruned tokens", "retention"]
     rows = [[*header, "speed-up", "seconds", "steps/s"]]
     for own in results["summary"].values():
-        times = (("speed_up", ".2fx"), ("train_seconds", ".1f"), ("steps_per_second", ".2f"))
-        forms = [*((key, ".1%") for key in shares), *times]
-        rows.append([own["name"], *(_cell(own[key], form) for key, form in forms)])
+        times = (("speed_up", "{:.2f}x"), ("train_seconds", "{:.1f}"), ("steps_per_second", "{:.2f}"))
+        forms = [*((key, "{:.1%}") for key in shares), *times]
+        rows.append([own["name"], *(cell(own[key], form) for key, form in forms)])
     if "majority_accuracy" in results:
         rows.append([MAJORITY, f"{results['majority_accuracy']:.1%}", *["n/a"] * 5])
     return rows
-
-
-def _cell(spread: dict[str, float] | None, form: str) -> str:
-    if spread is None:
-        return "n/a"
-    unit = "x" if form.endswith("x") else ""
-    center, low, high = (format(spread[key], form.rstrip("x")) + unit for key in ("mean", "min", "max"))
-    return center if low == high else f"{center} ({low} to {high})"
 
 
 def readme_table(results: dict) -> str:
@@ -155,9 +143,7 @@ def readme_table(results: dict) -> str:
 
 def plot(results: dict, path: Path) -> None:
     """Draws accuracy with all tokens against training time: small markers for seeds, large ones for means."""
-    figure = Figure(figsize=(8, 5.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, ((axis,),) = figure_of(8, 5.2, 1, 1)
     for way, look in LOOKS.items():
         _draw_way(axis, results, way, *look)
     if "majority_accuracy" in results:
@@ -178,6 +164,6 @@ def _draw_way(axis: Axes, results: dict, way: str, colour: str, marker: str) -> 
     runs = [run for run in results["runs"] if run["way"] == way]
     seconds, accuracy = [run["seconds"]["total"] for run in runs], [run["accuracy_full"] for run in runs]
     axis.scatter(seconds, accuracy, s=22, marker=marker, color=colour, linewidths=0)
-    # Hollow, so that it does not hide the seeds, which lie close to their mean.
+    # The mean is hollow: seeds lie close to it and stay visible.
     look = {"s": 220, "marker": marker, "facecolors": "none", "edgecolors": colour, "linewidths": 2.2}
     axis.scatter(mean(seconds), mean(accuracy), label=results["summary"][way]["name"], **look)

@@ -1,4 +1,7 @@
-"""Counters around a step: floating-point operations, memory, waits for the device, and features from the cache."""
+"""What is counted of a step: floating-point operations, memory, and waits for the device.
+
+[`cached_batch`] makes the batch of a step whose vision features come from the cache.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +23,6 @@ from ..feature_cache.units import UNITS, units_of
 from ..pruning.encoding import encode
 from ..trainer.trainer import DualSpeedTrainer
 
-ROOM = 8.0  # GiB, more than the features of any batch
-
-
-def cached_batch(trainer: DualSpeedTrainer, batch: dict, folder: str) -> dict | None:
-    """The batch with its features, as a data loader hands them over in a second epoch, and a cache for the trainer.
-
-    None where they cannot be cached: the tower is trained in part, say, or the pruner reads its attention.
-    """
-    cache = FeatureCache(folder, ROOM, trainer.dual_forward.pruner, trainer.accelerator.mixed_precision)
-    try:
-        cache.begin(trainer.model)
-        with torch.no_grad():
-            encode(trainer.model, batch, served=partial(cache.serving, units_of(batch, cache.store)))
-    except ValueError:
-        return None
-    cache.flush()
-    trainer.feature_cache = cache
-    return {**batch, UNITS: units_of(batch, cache.store).to(trainer.args.device)}
-
-
 FLOP_COUNTING = (
     "torch.utils.flop_counter.FlopCounterMode over one training_step with SDPA; CPU flash attention by "
     "torch's own attention formulas, registered through custom_mapping; causal masks not deducted"
@@ -47,7 +30,8 @@ FLOP_COUNTING = (
 
 
 def flops_of(run: Callable[[], object]) -> int:
-    """The floating-point operations of a call, backward included where it goes backward."""
+    """The floating-point operations of a call, with its backward if it runs one."""
+    # FlopCounterMode has no formulas for the CPU's flash attention.
     cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {
@@ -62,8 +46,10 @@ def flops_of(run: Callable[[], object]) -> int:
 
 
 def with_heads_of(query: torch.Size, *shapes: torch.Size) -> list[tuple[int, ...]]:
-    """Shapes of keys and values `(B, H', S, d)` whose heads are shared by groups of the query's, with a head for each:
-    the formulas of torch before 2.11 know no groups."""
+    """Shapes of keys and values `(B, H', S, d)`, with the H heads of the query `(B, H, S, d)`.
+
+    The formulas of torch before 2.11 do not know grouped heads.
+    """
     return [(shape[0], query[1], *shape[2:]) for shape in shapes]
 
 
@@ -75,16 +61,16 @@ MEMORY_COUNTING = (
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that come to life inside it; `peak` is the most there were at a time.
+    """Counts the bytes of tensors that are made inside it. `peak` is the most that lived at one time.
 
     Args:
-        known: tensors from before, which do not count, nor do views of them.
+        known (`Iterable[torch.Tensor]`): Tensors from before. They and their views do not count.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]):
         super().__init__()
         self.live = self.peak = 0
-        # Python's object of a storage lives as long as the storage does.
+        # By the id of a storage's Python object, which lives as long as the storage.
         self._seen: dict[int, weakref.ref | None] = {}
         for tensor in known:
             self._seen[id(tensor.untyped_storage())] = None
@@ -112,11 +98,11 @@ class LiveMemory(TorchDispatchMode):
 
 
 def peak_memory(run: Callable[[], object], known: list[torch.Tensor]) -> int:
-    """The most bytes that `run` held at a time beside what lived before it.
+    """The most bytes that `run` held at one time, without what lived before it.
 
     Args:
-        run: a call on CUDA or a CPU.
-        known (`list[torch.Tensor]`): all tensors from before that it uses; asked for on a CPU alone.
+        run (`Callable`): A call on CUDA or a CPU.
+        known (`list[torch.Tensor]`): All tensors from before that it uses. CUDA reads only their device.
     """
     if known[0].is_cuda:
         gc.collect()
@@ -131,15 +117,15 @@ def peak_memory(run: Callable[[], object], known: list[torch.Tensor]) -> int:
     return memory.peak
 
 
-# What hands values of a tensor to Python; on an accelerator each of them waits for all work before it.
+# Methods that hand a tensor's values to Python. On an accelerator, each waits for all earlier work.
 VALUES = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy")
 
 
 @contextmanager
 def count_syncs() -> Iterator[list[str]]:
-    """A list that gets the name of each method of [`VALUES`] that is called inside the context.
+    """Yields a list of the calls of [`VALUES`] inside the context, by name.
 
-    It counts the same on a CPU, where nothing waits. Boolean indexing, which waits too, is not seen.
+    The list is the same on a CPU, where nothing waits. Boolean indexing also waits, but is not in it.
     """
     waits: list[str] = []
 
@@ -164,9 +150,9 @@ def count_syncs() -> Iterator[list[str]]:
 
 @contextmanager
 def device_waits() -> Iterator[list[str]]:
-    """A list that gets where each wait for a CUDA device inside the context was: "folder/file.py:line".
+    """Yields a list of the waits for a CUDA device inside the context, each as "folder/file.py:line".
 
-    CUDA itself tells them, boolean indexing and copies from the host included; the list is filled at the end.
+    CUDA reports them, boolean indexing and copies from the host included. The list is filled at the end.
     """
     before, places = torch.cuda.get_sync_debug_mode(), []
     with warnings.catch_warnings(record=True) as caught:
@@ -176,5 +162,25 @@ def device_waits() -> Iterator[list[str]]:
             yield places
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    told = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
-    places += ["/".join(Path(warning.filename).parts[-2:]) + f":{warning.lineno}" for warning in told]
+    found = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    places += ["/".join(Path(warning.filename).parts[-2:]) + f":{warning.lineno}" for warning in found]
+
+
+ROOM = 8.0  # GiB, more than the features of any batch take
+
+
+def cached_batch(trainer: DualSpeedTrainer, batch: dict, folder: str) -> dict | None:
+    """The batch with its vision features, as a data loader makes it in a later epoch. Gives the trainer the cache.
+
+    None where features cannot be cached, for example because the tower is trained or the pruner reads its attention.
+    """
+    cache = FeatureCache(folder, ROOM, trainer.dual_forward.pruner, trainer.accelerator.mixed_precision)
+    try:
+        cache.begin(trainer.model)
+        with torch.no_grad():
+            encode(trainer.model, batch, served=partial(cache.serving, units_of(batch, cache.store)))
+    except ValueError:
+        return None
+    cache.flush()
+    trainer.feature_cache = cache
+    return {**batch, UNITS: units_of(batch, cache.store).to(trainer.args.device)}

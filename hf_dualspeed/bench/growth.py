@@ -24,7 +24,7 @@ MEMORY_HEADER = ("checkpointing", "visual tokens", "Trainer, MB", "fast, MB", "s
 
 
 def measure(options: BenchArguments) -> dict:
-    """All runs, and the lines through them, of the first setting of checkpointing."""
+    """Measures all runs and fits lines to those of the first setting of checkpointing."""
     from .measure import measured
 
     results = measured(options, list(VARIANTS), derive)
@@ -32,7 +32,8 @@ def measure(options: BenchArguments) -> dict:
 
 
 def derive(run: dict, slow_ratio: float) -> dict:
-    """Medians and quartiles of the times, of a mix of fast and slow steps, and of the speed-up."""
+    """Medians and quartiles of the times, the time of a mix of fast and slow steps, and the speed-up."""
+    # Times and the speed-up within each round: (rounds,).
     times = {name: torch.tensor(values, dtype=torch.float64) for name, values in run["seconds_by_round"].items()}
     speedup = expected_speedup(times, slow_ratio, "plain")
     times["mix"] = times["plain"] / speedup
@@ -44,7 +45,7 @@ def derive(run: dict, slow_ratio: float) -> dict:
 
 
 def growth(runs: list[dict]) -> dict:
-    """Points by visual tokens of each line, of time and memory, and the exponent fitted to all but the first."""
+    """Lines of time and memory: points by visual tokens, and the exponent fitted to all points but the first."""
     runs = [run for run in runs if run["checkpointing"] == runs[0]["checkpointing"]]
     found = {"fitted_from": runs[min(1, len(runs) - 2)]["visual_tokens"], "seconds": {}, "memory": {}}
     for name in ("plain", "fast", "mix"):
@@ -59,7 +60,7 @@ def growth(runs: list[dict]) -> dict:
 
 
 def exponent(points: list[dict]) -> float:
-    """The slope of the least-squares line through the points' logarithms."""
+    """The exponent of a power law: the slope of the least-squares line through the points' logarithms."""
     tokens = [math.log(point["visual_tokens"]) for point in points]
     return linear_regression(tokens, [math.log(point["median"]) for point in points]).slope
 
@@ -79,12 +80,12 @@ def report(results: dict, path: Path) -> None:
 
 
 def label_of(name: str, results: dict) -> str:
-    """A line's name in words."""
+    """The label of a line."""
     return LABELS.get(name) or f"DualSpeed, {results['settings']['slow_ratio']:.0%} slow"
 
 
 def time_rows(results: dict) -> list[tuple[str, ...]]:
-    """A line per run: times and speed-up."""
+    """A row per run: times and speed-up."""
     return [
         (
             run["checkpointing"],
@@ -98,7 +99,7 @@ def time_rows(results: dict) -> list[tuple[str, ...]]:
 
 
 def memory_rows(results: dict) -> list[tuple[str, ...]]:
-    """A line per run: activation memory."""
+    """A row per run: activation memory."""
     return [
         (run["checkpointing"], f"{run['visual_tokens']:.0f}", *(megabytes(run["memory"][name]) for name in VARIANTS))
         for run in results["runs"]
@@ -119,7 +120,7 @@ def exponent_line(results: dict) -> str:
 
 
 def readme_table(results: dict) -> str:
-    """Times, speed-up and exponents, for a page that shows the plot itself."""
+    """Settings, times, speed-up and exponents, for a page that shows the plot itself."""
     check_format(results, KIND)
     return "\n\n".join([setting_line(results), markdown_table(HEADER, time_rows(results)), exponent_line(results)])
 

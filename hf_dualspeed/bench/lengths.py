@@ -1,7 +1,7 @@
-"""`dualspeed bench --lengths`: what grouping samples by the length that counts in each mode saves.
+"""`dualspeed bench --lengths`: what grouping samples by length saves. Fast steps are grouped by pruned length.
 
-The same samples, in the same modes, batched at random and by length, and every step of both timed in turn. Text lengths
-are drawn, not those of a data set: from a log-normal distribution, cut to a range.
+The same samples, in the same modes, are batched at random and by length, and the steps of both are timed in turn. Text
+lengths are not those of a data set: they are drawn from a log-normal distribution, cut to a range.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ KIND = "steps on batches of like length"
 RANDOM, GROUPED = "random", "grouped"
 LEAST_SLOW = 4  # steps
 MEDIAN, SIGMA, SHORTEST, SEED = 60, 0.9, 16, 0
-EPOCH_STEPS = 200  # of which the padding alone is counted; enough to be grouped as those of a long training are
+EPOCH_STEPS = 200  # steps whose padding is counted, enough for groups as large as in a long training
 HEADER = ("steps", "padding, random", "padding, by length", "random, ms", "by length, ms", "gain", "gain by FLOPs")
 
 
 def measure(options: BenchArguments) -> dict:
-    """Times both kinds of batches; the first setting of checkpointing."""
+    """Times both kinds of batches with the first setting of checkpointing."""
     threads = torch.get_num_threads()
     try:
         if options.threads is not None:
@@ -49,33 +49,34 @@ def measure(options: BenchArguments) -> dict:
 
 
 def drawn_lengths(count: int, longest: int) -> list[int]:
-    """Text tokens of each sample, log-normally distributed and cut."""
+    """Text tokens of each sample, log-normally distributed and cut to the range."""
     generator = torch.Generator().manual_seed(SEED)
     lengths = torch.exp(math.log(MEDIAN) + SIGMA * torch.randn(count, generator=generator))
     return lengths.round().clamp(SHORTEST, longest).long().tolist()
 
 
 def padding(batches: list[list[int]], lengths: torch.Tensor) -> dict[str, int]:
-    """Tokens of batches, and how many of them are padding."""
+    """Tokens of batches of samples of `lengths` `(samples,)`, and how many of them are padding."""
+    # Each batch (rows,) is padded to its longest sample.
     shares = [lengths[torch.tensor(batch)] for batch in batches]
     tokens = sum(len(share) * share.amax().item() for share in shares)
     return {"tokens": tokens, "padding": tokens - sum(share.sum().item() for share in shares)}
 
 
 class LengthBench(Bench):
-    """Steps of one trainer on the same samples in two orders."""
+    """Steps of one trainer on the same samples, batched at random and by length."""
 
     def __init__(self, options: BenchArguments, folder: str):
         shape = options.shapes()[0]
         super().__init__(options, shape, options.checkpointing[0], folder)
         self.whole, self.visual = self.batch, shape.visual_tokens
         steps, rows = options.steps, len(self.batch["input_ids"])
-        # Those are few in a short run, and two batches tell little of grouping; costs are weighted by the ratio.
+        # A few more slow steps than the ratio asks for: one or two say little. Costs are weighted by the ratio.
         slow = min(steps - 1, max(min(LEAST_SLOW, steps // 2), round(steps * options.slow_ratio)))
         self.modes = [SLOW if step < slow else FAST for step in range(steps)]
         self.texts = drawn_lengths(max(steps, EPOCH_STEPS) * rows, options.text_tokens)
         self.lengths = self.lengths_of(self.texts)
-        chunks = torch.arange(steps * rows).split(rows)  # drawn independently, they are in random order
+        chunks = torch.arange(steps * rows).split(rows)  # in random order, because lengths are drawn
         generator = torch.Generator().manual_seed(SEED)
         self.plans = {
             RANDOM: [chunk.tolist() for chunk in chunks],
@@ -85,7 +86,7 @@ class LengthBench(Bench):
         self.variants = {name: partial(self.run_step, *name) for name in names}
 
     def lengths_of(self, texts: list[int]) -> dict[str, torch.Tensor]:
-        """Lengths by mode of samples with one image each."""
+        """Lengths `(samples,)` by mode, of samples with one image each."""
         lengths = SampleLengths([text + self.visual for text in texts], [[self.visual]] * len(texts))
         return {FAST: lengths.pruned(self.options.pruning_ratio, self.dual.args.isolator_length), SLOW: lengths.full}
 
@@ -96,7 +97,7 @@ class LengthBench(Bench):
         self.step(self.modes[step])
 
     def run_steps(self) -> dict:
-        """Counts and times every step of both."""
+        """Counts and times all steps of both kinds of batches."""
         flops = {arm: {FAST: 0, SLOW: 0} for arm in self.plans}
         seconds = {arm: {mode: [0.0] * self.options.rounds for mode in (FAST, SLOW)} for arm in self.plans}
         with Progress(transient=True) as progress:
@@ -104,7 +105,7 @@ class LengthBench(Bench):
             for number in range(-1, self.options.rounds):
                 for step, mode in enumerate(self.modes):
                     for arm, _ in order([(arm, step) for arm in self.plans], number + step):
-                        if number < 0:  # counting warms up, too
+                        if number < 0:  # counting FLOPs is the warm-up
                             flops[arm][mode] += self.count_flops((arm, step))
                         else:
                             seconds[arm][mode][number] += self._time((arm, step))
@@ -126,14 +127,14 @@ class LengthBench(Bench):
         }
 
     def padding_of(self, batches: list[list[int]], modes: list[str]) -> dict[str, dict[str, int]]:
-        """The padding of steps by mode."""
+        """Padding by mode."""
         return {
             mode: padding([b for b, m in zip(batches, modes, strict=True) if m == mode], self.lengths[mode])
             for mode in (FAST, SLOW)
         }
 
     def epoch_padding(self) -> dict[str, dict]:
-        """The padding of an epoch as the trainer plans it, and of one in random order."""
+        """Padding of an epoch in the trainer's order and in random order."""
         rows, schedule = len(self.whole["input_ids"]), ModeSchedule(self.options.slow_ratio, "periodic")
         sampler = ModeLengthSampler(self.lengths, rows, schedule.mode_at, seed=SEED)
         modes = [schedule.mode_at(step) for step in range(sampler.steps_per_epoch)]
@@ -143,8 +144,9 @@ class LengthBench(Bench):
 
 
 def padded(whole: dict[str, torch.Tensor], visual: int, texts: list[int]) -> dict[str, torch.Tensor]:
-    """The rows of a batch `(B, S)`, each cut to so many text tokens and padded on the right; the ends supervised."""
+    """Cuts each row of a batch `(B, S)` to its number of text tokens, pads on the right and supervises the ends."""
     device = whole["input_ids"].device
+    # A row's visual and text tokens are real, the rest of (B, S') is padding; labels are the last ones of a row.
     text = torch.tensor(texts, device=device)[:, None]
     supervised = torch.tensor([supervised_tokens(count) for count in texts], device=device)[:, None]
     ids = whole["input_ids"][:, : visual + max(texts)]
@@ -156,8 +158,9 @@ def padded(whole: dict[str, torch.Tensor], visual: int, texts: list[int]) -> dic
 
 
 def derive(run: dict, slow_ratio: float) -> dict:
-    """Seconds and FLOPs per step, of a mix of fast and slow ones too, and what they are at random over by length."""
+    """Seconds and FLOPs per step, also of a mix of fast and slow ones, and their gain: random over by length."""
     steps, shares = run["steps"], {FAST: 1 - slow_ratio, SLOW: slow_ratio}
+    # Seconds per step in each round, (rounds,), and FLOPs per step.
     seconds, flops, gains = {}, {}, {}
     for arm in (RANDOM, GROUPED):
         rounds = run["seconds_by_round"][arm]
@@ -175,7 +178,7 @@ def derive(run: dict, slow_ratio: float) -> dict:
 
 
 def share_of_padding(padding: dict[str, dict[str, int]], name: str, slow_ratio: float, steps: dict[str, int]) -> float:
-    """Padding over tokens, of fast, of slow, or of a mix of steps."""
+    """Padding over tokens in fast, slow, or a mix of steps."""
     weights = {FAST: (1 - slow_ratio) / steps[FAST], SLOW: slow_ratio / steps[SLOW]}
     modes = weights if name == "mix" else [name]
     tokens, padded = (sum(weights[mode] * padding[mode][key] for mode in modes) for key in ("tokens", "padding"))
@@ -196,7 +199,7 @@ def report(results: dict, path: Path) -> None:
 
 
 def labels(results: dict) -> dict[str, str]:
-    """Kinds of steps in words."""
+    """Labels of the kinds of steps."""
     return {FAST: "fast", SLOW: "slow", "mix": f"mix, {results['settings']['slow_ratio']:.0%} slow"}
 
 
@@ -207,7 +210,7 @@ def shares(results: dict, arm: str) -> dict[str, float]:
 
 
 def rows(results: dict) -> list[tuple[str, ...]]:
-    """A line per kind of steps."""
+    """A row per kind of steps."""
     run = results["runs"][0]
     at_random, by_length = shares(results, RANDOM), shares(results, GROUPED)
     return [
@@ -224,7 +227,7 @@ def rows(results: dict) -> list[tuple[str, ...]]:
 
 
 def epoch_line(results: dict) -> str:
-    """The padding of a whole epoch in words."""
+    """The padding of an epoch in words."""
     run = results["runs"][0]
     found = run["epoch_padding"]
     both = {
@@ -241,7 +244,7 @@ def epoch_line(results: dict) -> str:
 
 
 def readme_table(results: dict) -> str:
-    """The setting and the table, for a page that shows the plot itself."""
+    """Settings and table, for a page that shows the plot itself."""
     check_format(results, KIND)
     return "\n\n".join([setting_line(results), markdown_table(HEADER, rows(results)), epoch_line(results)])
 
@@ -270,7 +273,7 @@ def markdown(results: dict, plot: str) -> str:
 
 
 def plot_lengths(results: dict, path: Path) -> Path:
-    """Draws the share of padding, and the time of a step over one of random batches, by kind of steps."""
+    """Draws, by kind of steps, the share of padding and the time relative to random batches."""
     from .lengths import GROUPED, RANDOM, labels, shares
 
     figure, (axes,) = figure_of(9, 3.6, 1, 2)

@@ -1,8 +1,8 @@
 """`dualspeed bench`: what a fast step costs beside a full one, in time, in floating-point operations and in memory.
 
-One model in random weights, one batch, and the trainers' own `training_step` (forward and backward; the optimizer's
-update, alike for all, is not in it). Every round measures every variant once, in changing order, so that noise meets
-all of them alike; ratios are taken within a round. Activation checkpointing is the trainers' own option, for both.
+A step is the trainers' own `training_step` on one model in random weights and one batch: forward and backward, without
+the optimizer's update, which is the same for all. Each round measures each variant once, in changing order, to spread
+noise evenly; ratios are taken within a round. Both trainers use their own option for activation checkpointing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .step_plot import plot_steps
 
 SEEDS = {"weights": 0, "batch": 0, "training": 0}
 WARM_UP_ROUNDS = 1
-PART = ".part.json"  # what is cut short leaves the runs that it has done
+PART = ".part.json"  # the runs so far, for an interrupted measurement
 
 
 def write(results: dict, path: Path) -> None:
@@ -72,18 +72,21 @@ def measured(
     evaluate: Callable[[dict, float], dict],
     run_of: Callable[[Bench, list[str]], dict] = lambda bench, names: bench.run(names),
 ) -> dict:
-    """Measures the variants `names` of each shape and setting by `run_of`, and adds what `evaluate` makes of a run."""
+    """Results of all runs: `run_of` measures the variants `names` of each shape and setting of checkpointing.
+
+    `evaluate` maps a run and the slow ratio to what is added to the run.
+    """
     threads, runs = torch.get_num_threads(), []
     try:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         for shape in options.shapes() or [None]:
             for checkpointing in options.checkpointing:
-                gc.collect()  # the last run's model
+                gc.collect()  # frees the last run's model
                 with tempfile.TemporaryDirectory() as folder:
                     run = run_or_say(options, shape, checkpointing, folder, partial(run_of, names=names))
                 runs.append({**run, **evaluate(run, options.slow_ratio)})
-                if options.kind == "steps":  # whose report asks for no number of runs
+                if options.kind == "steps":  # other reports need all runs
                     write({**surroundings(options), "runs": runs}, Path(options.output).with_suffix(PART))
         return {**surroundings(options), "runs": runs}
     finally:
@@ -93,7 +96,7 @@ def measured(
 def run_or_say(
     options: BenchArguments, shape: Shape | None, checkpointing: str, folder: str, run: Callable[[Bench], dict]
 ) -> dict:
-    """One run; where memory runs out, an error that says which, and the remedy."""
+    """One run, or a `ValueError` with the remedy where memory runs out."""
     try:
         return run(Bench(options, shape, checkpointing, folder))
     except torch.OutOfMemoryError as error:
@@ -122,7 +125,7 @@ def surroundings(options: BenchArguments) -> dict:
 
 
 def default_device() -> torch.device:
-    """A CUDA device where there is one, else the CPU: memory is counted on no other."""
+    """A CUDA device where there is one, else the CPU. Memory is counted on these two only."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -133,7 +136,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass
 class Subject:
-    """A model, a batch on its device, and what the result file says of them."""
+    """A model, a batch on its device, and their description in the results file."""
 
     model: nn.Module
     batch: dict[str, torch.Tensor]
@@ -141,7 +144,7 @@ class Subject:
 
 
 def build_subject(options: BenchArguments, shape: Shape | None, device: torch.device) -> Subject:
-    """What is measured: a shape in random weights, or the model that the options name."""
+    """The model and batch of a shape in random weights, or of the model that the options name."""
     dtype, rows = default_dtype(device), options.rows(shape)
     if shape is None:
         model, processor = given_model(options.model, dtype, device, options.lora)
@@ -162,6 +165,7 @@ def build_subject(options: BenchArguments, shape: Shape | None, device: torch.de
 
 def counted(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict:
     """Parameters by role, and the batch's tokens by kind."""
+    # Visual tokens are the placeholders among ids (B, S).
     ids = batch["input_ids"]
     placeholders = torch.tensor(sorted(visual_token_ids(model.config)), device=ids.device)
     visual = torch.isin(ids, placeholders).sum().item()
@@ -182,7 +186,7 @@ def counted(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict:
 
 
 class SteppedTrainer(DualSpeedTrainer):
-    """A trainer each of whose steps is in the mode that was set last."""
+    """A trainer whose steps are in the mode that was set last."""
 
     mode = FAST
 
@@ -191,7 +195,7 @@ class SteppedTrainer(DualSpeedTrainer):
 
 
 class FixedPruner:
-    """In the place of a pruner, one whose answer is known beforehand: it leaves everything else of shortening."""
+    """Returns a given result in place of a pruner, to time shortening without selection."""
 
     in_language_model = False
 
@@ -210,7 +214,7 @@ class Bench:
         self.device = default_device()
         self.subject = build_subject(options, shape, self.device)
         self.model, self.batch = self.subject.model, self.subject.batch
-        # As training counts them over the accumulated batches of a step.
+        # Supervised tokens, which training counts over all micro-batches of a step.
         self.items = (self.batch["labels"] != -100).sum()
         common = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "seed": SEEDS["training"]}
         common |= {"activation_checkpointing": checkpointing == "on", "disable_tqdm": True}
@@ -222,17 +226,17 @@ class Bench:
         self._begin()
         self.losses: dict[str, float] = {}
         self.dropped_tokens = self.dual.dual_forward.pruner.config.dropped_tokens
-        self.step("fast")  # whose size tells slow steps their parts
+        self.step("fast")  # slow_mode_splits="auto" needs the size of a fast step
         self._clean("fast")
-        # Growth, profiles and lengths have no step with it.
+        # Only the kind "steps" measures cached features.
         self.cached = cached_batch(self.dual, self.batch, f"{folder}/features") if options.kind == "steps" else None
         absent = {"fast_cached"} if self.cached is None else set()
-        absent |= {"fast_discarding"} if self.dual.dual_forward.pruner.merges else set()  # it has no other way
+        absent |= {"fast_discarding"} if self.dual.dual_forward.pruner.merges else set()  # it always merges
         self.steps = [name for name in STEPS if name not in absent]
         self.variants = {**{name: partial(self.step, name) for name in self.steps}, **self._parts()}
 
     def _begin(self) -> None:
-        """What `train` does in front of the first step."""
+        """What `train` does before the first step."""
         if self.plain.args.activation_checkpointing:
             self.model.activation_checkpointing_enable()
         for trainer in (self.plain, self.dual):
@@ -252,7 +256,7 @@ class Bench:
         self.loss = trainer.training_step(self.model, batch, self.items)
 
     def _parts(self) -> dict[str, Callable]:
-        """The fast step's parts alone: encoding, the pruner, and what else shortens the batch; and the teacher."""
+        """Parts of steps alone: the fast step's encoding, selection and shortening, and the slow step's teacher."""
         model, dual_forward = self.model.train(), self.dual.dual_forward
         pruner = dual_forward.pruner
         with torch.no_grad():
@@ -277,7 +281,7 @@ class Bench:
         }
 
     def run(self, names: list[str]) -> dict:
-        """Counts and measures those of the variants `names` that there are."""
+        """Counts and times those variants of `names` that exist."""
         names = [name for name in names if name in self.variants]
         parts, _ = self.dual._slow_parts(self.model, self.batch, self.items)
         counts = {
@@ -307,7 +311,7 @@ class Bench:
         return flops
 
     def count_memory(self, name: str) -> int:
-        """The most bytes that a variant holds beside weights and gradients."""
+        """The most bytes that a variant holds at one time, without weights and gradients."""
         known = [*self.model.parameters(), *self.model.buffers(), *self.batch.values(), self.items, *self.encoded]
         for parameter in self.model.parameters():
             if parameter.requires_grad:
@@ -317,9 +321,9 @@ class Bench:
         self._clean(name)
         return peak
 
-    def count_waits(self, name: str, told: Callable[[], AbstractContextManager] = count_syncs) -> dict[str, int]:
-        """How often a variant waits for the device, by what `told` tells of each time."""
-        with told() as waits:
+    def count_waits(self, name: str, watch: Callable[[], AbstractContextManager] = count_syncs) -> dict[str, int]:
+        """How often a variant waits for the device, by the names that `watch` collects."""
+        with watch() as waits:
             self.variants[name]()
         self._clean(name)
         return dict(Counter(waits))
@@ -360,7 +364,7 @@ def _tensors(values) -> list[torch.Tensor]:
 
 
 def order(names: list[str], number: int) -> list[str]:
-    """The names, rotated by the round's number; every other round backwards, to change neighbours too."""
+    """The names, rotated by the round's number. Odd rounds are reversed, to change neighbours too."""
     start = number % len(names)
     rotated = names[start:] + names[:start]
     return rotated[::-1] if number % 2 else rotated

@@ -14,7 +14,7 @@ SCALES = ("small", "full")
 SETTINGS = ("on", "off")  # of activation checkpointing
 GROWTH_TOKENS = (144, 576, 2304, 9216)
 STEPS = {"shape": ["llava-1.5", "llava-next"], "checkpointing": list(SETTINGS), "text_tokens": 200, "rounds": 8}
-# What can be measured, and the options of each that are left unset.
+# The kinds of measurement, and the defaults of each.
 KINDS = {
     "steps": STEPS,
     "growth": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
@@ -24,13 +24,13 @@ KINDS = {
 
 
 def defaults(option: str) -> str:
-    """What an option is by default, in words."""
+    """An option's defaults in words."""
 
-    def told(value: object) -> str:
+    def words(value: object) -> str:
         return " and ".join(value) if isinstance(value, list) else str(value)
 
-    usual = told(KINDS["steps"][option])
-    others = [f"{told(of[option])} with --{kind}" for kind, of in KINDS.items() if told(of[option]) != usual]
+    usual = words(KINDS["steps"][option])
+    others = [f"{words(of[option])} with --{kind}" for kind, of in KINDS.items() if words(of[option]) != usual]
     return f"Unset: {'; '.join([usual, *others])}."
 
 
@@ -129,7 +129,7 @@ class BenchArguments:
 
     @property
     def kind(self) -> str:
-        """What is measured: a key of [`KINDS`]."""
+        """The kind of measurement, a key of [`KINDS`]."""
         chosen = [name for name in list(KINDS)[1:] if getattr(self, name)]
         if len(chosen) > 1:
             raise ValueError(
@@ -167,7 +167,7 @@ class BenchArguments:
                 )
 
     def shapes(self) -> list[Shape]:
-        """The shapes to measure, of the size of image asked for; none where a model is given."""
+        """The shapes to measure, with the given image size. None where a model is given."""
         if self.model is not None:
             return []
         if self.growth:
@@ -183,11 +183,11 @@ class BenchArguments:
         return 1 if self.growth else 4 if shape is None else shape.batch
 
     def splits(self, checkpointing: str) -> int | str:
-        """`slow_mode_splits` beside a setting of checkpointing."""
+        """`slow_mode_splits` with a setting of checkpointing."""
         return self.slow_splits or ("auto" if checkpointing == "on" and not self.lengths else 1)
 
     def recorded(self) -> dict:
-        """What the result file keeps."""
+        """The options that the results file keeps."""
         left = ["output", "threads", "render_only", *KINDS, "shape", "checkpointing", "slow_splits", "batch"]
         if self.lengths:
             left.remove("steps")
@@ -212,7 +212,7 @@ one of --growth two minutes, one of --lengths a minute and a half."""
 
 
 def parse_arguments(argv: list[str]) -> BenchArguments:
-    """The options.
+    """Parses and checks the command line.
 
     Raises:
         ValueError: an option is unknown, cannot be converted or is out of range.
@@ -220,8 +220,8 @@ def parse_arguments(argv: list[str]) -> BenchArguments:
     parser = _Parser(prog="dualspeed bench", description=DESCRIPTION, allow_abbrev=False)
     for known in fields(BenchArguments):
         kind = str(known.type).removesuffix(" | None")
-        told = "" if known.default in (None, False) else f" (default: {known.default})"
-        words = {"default": known.default, "help": HELP[known.name] + told}
+        default = "" if known.default in (None, False) else f" (default: {known.default})"
+        words = {"default": known.default, "help": HELP[known.name] + default}
         if kind == "bool":
             words["action"] = "store_true"
         else:

@@ -1,4 +1,4 @@
-"""What the pictures of `dualspeed bench` share. Okabe and Ito's colours: colour-blind readers can tell them apart."""
+"""Styles of the plots of `dualspeed bench`. Okabe and Ito's colours: colour-blind readers can tell them apart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# A hatching too, so that the parts are told apart in black and white.
+# Hatches distinguish the parts in black and white.
 PART_STYLE = {
     "encoder": ("#0072B2", "//"),
     "selection": ("#D55E00", ""),
@@ -19,7 +19,7 @@ LINES = {"plain": ("#999999", "s"), "fast": ("#56B4E9", "o"), "mix": ("#0072B2",
 
 
 def figure_of(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of its own rather than pyplot's: no display, and no state shared with the caller's figures."""
+    """A figure without pyplot: it needs no display and shares no state with the caller's figures."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)

@@ -23,7 +23,7 @@ from .report import check_format, milliseconds, model_line, print_table, quartil
 
 
 def plot_profile(results: dict, path: Path) -> Path:
-    """Draws what a fast step consists of: its phases, and the operators that compute meanwhile."""
+    """Draws the time of a fast step by phase, and by kind of operator."""
     from .profile import PHASES
 
     runs = results["runs"]
@@ -48,7 +48,7 @@ def plot_profile(results: dict, path: Path) -> Path:
 
 
 KIND = "profile of a fast step"
-# Ranges in the order in which a step passes through them; those in front of others lie inside none of them.
+# Ranges of the profiler, in the order of a step.
 PHASES = {
     "dualspeed.encode": "vision encoder",
     "dualspeed.select": "selection",
@@ -58,8 +58,8 @@ PHASES = {
     "bench.backward": "backward",
 }
 STEP, REST = "bench.step", "losses and the rest"
-INSIDE = {"dualspeed.shorten": ("dualspeed.select",)}  # whose time is not theirs
-# The first pattern that an operator's name holds tells its kind.
+INSIDE = {"dualspeed.shorten": ("dualspeed.select",)}  # inner ranges, whose time is subtracted
+# The first pattern that matches an operator's name decides its kind.
 OPERATORS = {
     "matrix products": r"mm$|linear|convolution|matmul",
     "attention": r"attention",
@@ -74,7 +74,7 @@ OPERATOR_HEADER = ("operators", "ms", "share", "calls")
 
 
 def measure(options: BenchArguments) -> dict:
-    """A profile of each shape, with the first setting of checkpointing, which fast steps leave out."""
+    """Profiles the fast step of each shape. Checkpointing is not in it: fast steps leave it out."""
     from .measure import measured
 
     results = measured(options, [], lambda run, slow_ratio: {}, profiled)
@@ -82,7 +82,7 @@ def measure(options: BenchArguments) -> dict:
 
 
 def profiled(bench, names: list[str]) -> dict:
-    """Seconds by phase and by kind of operator of `rounds` fast steps, after one that warms up."""
+    """Seconds by phase and by kind of operator, over `rounds` fast steps after one warm-up step."""
     rounds = bench.options.rounds
     with marked(bench):
         steps = [profiled_step(bench) for _ in range(rounds + 1)][1:]
@@ -110,17 +110,17 @@ def profiled_step(bench) -> dict:
         bench.step("fast")
         synchronize(bench.device)
     bench._clean("fast")
-    return told(profiler, on_device=bench.device.type == "cuda")
+    return read_profile(profiler, on_device=bench.device.type == "cuda")
 
 
-def told(profiler: profile, on_device: bool) -> dict:
-    """What a profile tells of one step: seconds by phase, by kind of operator, and calls of operators.
+def read_profile(profiler: profile, on_device: bool) -> dict:
+    """Seconds of one step by phase and by kind of operator, and calls of operators.
 
-    Phases are wall time on the host, and on an accelerator the time in which their work is handed out; operators are
-    the time on the device that computes.
+    Phases are wall time on the host. On an accelerator, that is the time in which the host launches their work.
+    Operators are time on the device that computes.
     """
     events = profiler.key_averages()
-    # On an accelerator each range appears twice, the second time on the device.
+    # On an accelerator, each range appears a second time, on the device.
     wall = {event.key: event.cpu_time_total / 1e6 for event in events if event.device_type == DeviceType.CPU}
     phases = {name: wall.get(name, 0.0) for name in PHASES}
     for name, inner in INSIDE.items():
@@ -142,13 +142,13 @@ def told(profiler: profile, on_device: bool) -> dict:
 
 
 def kind_of(operator: str) -> str:
-    """The kind of an operator, such as "aten::mm"."""
+    """The kind of an operator; "aten::mm", for example, is a matrix product."""
     return next(kind for kind, pattern in OPERATORS.items() if re.search(pattern, operator))
 
 
 @contextmanager
 def marked(bench) -> Iterator[None]:
-    """Marks the ranges that the library itself does not: language model, head and backward."""
+    """Marks ranges that the library does not mark itself: language model, head and backward."""
     outer = unwrap(bench.model)
     head = outer.get_output_embeddings()
     with ExitStack() as stack:
@@ -203,20 +203,20 @@ def report(results: dict, path: Path) -> None:
 
 
 def phase_rows(run: dict) -> list[tuple[str, ...]]:
-    """A line per phase, and the step."""
+    """A row per phase, and one of the step."""
     labels = {**PHASES, REST: REST}
     rows = [(labels[name], *time_and_share(value, run)) for name, value in run["phases"].items()]
     return [*rows, ("step", *time_and_share(run["seconds"], run))]
 
 
 def operator_rows(run: dict) -> list[tuple[str, ...]]:
-    """A line per kind of operator."""
+    """A row per kind of operator."""
     calls = {IDLE: "", **{name: f"{count:,}" for name, count in run["calls"].items()}}
     return [(name, *time_and_share(value, run), calls[name]) for name, value in run["operators"].items()]
 
 
 def time_and_share(value: dict, run: dict) -> tuple[str, str]:
-    """Milliseconds, and their share of the step's."""
+    """Milliseconds, and their share of the step."""
     return milliseconds(value["median"]), f"{value['median'] / run['seconds']['median']:.1%}"
 
 

@@ -1,4 +1,4 @@
-"""What `dualspeed bench` makes of its measurements: ratios, targets, tables and a Markdown page."""
+"""Reports of `dualspeed bench`: ratios, tables and a Markdown page."""
 
 from __future__ import annotations
 
@@ -24,18 +24,7 @@ PARTS = {
 }
 FAST_PARTS = ("encoder", "selection", "shortening")
 REST = "the rest"
-# The least speed-up over a Trainer with the same setting of activation checkpointing, at the defaults.
-SPEEDUPS = {
-    ("llava-1.5", "on"): 3.7,
-    ("llava-next", "on"): 7.0,
-    ("llava-1.5", "off"): 2.7,
-    ("llava-next", "off"): 6.0,
-}
-# What merging and proportional attention may add to a fast step.
-VIEW_COST = 1.03
-SHARE_OF_LIMIT, SLOW_OVER_FAST_MEMORY, SELECTION_SHARE, SHORTENING_SHARE = 0.95, 1.25, 0.03, 0.02
-HOST_WAITS = 1  # tensors need a size
-OWN = ("hf_dualspeed", "pruners")  # folders
+OWN = ("hf_dualspeed", "pruners")  # this library's folders in the names of places
 
 
 def check_format(results: dict, kind: str = "training steps, forward and backward") -> None:
@@ -53,7 +42,11 @@ def check_format(results: dict, kind: str = "training steps, forward and backwar
 
 
 def derive(run: dict, slow_ratio: float) -> dict:
-    """Medians and quartiles of the times and of the ratios within each round, the FLOP limit, and the targets."""
+    """Medians and quartiles of times and of ratios within a round, and ratios of FLOPs and memory.
+
+    The FLOP limit is the expected speed-up if time were proportional to FLOPs.
+    """
+    # Times, and their ratios within each round: (rounds,).
     times = {name: torch.tensor(values, dtype=torch.float64) for name, values in run["seconds_by_round"].items()}
     fast = times["fast"]
     limit = expected_speedup(run["flops"], slow_ratio, "plain")
@@ -69,11 +62,11 @@ def derive(run: dict, slow_ratio: float) -> dict:
     }
     if "fast_discarding" in times:
         ratios["fast_over_discarding"] = fast / times["fast_discarding"]
-    if "fast_cached" in times:  # its slow steps are given no cache
+    if "fast_cached" in times:  # slow steps run without the cache
         cached = {**times, "fast": times["fast_cached"]}
         ratios["expected_speedup_cached"] = expected_speedup(cached, slow_ratio, "plain")
     flops, memory = run["flops"], run["memory"]
-    derived = {
+    return {
         "seconds": {name: quartiles(values) for name, values in times.items()},
         "ratios": {name: quartiles(values) for name, values in ratios.items()},
         "flop_ratios": {
@@ -86,43 +79,23 @@ def derive(run: dict, slow_ratio: float) -> dict:
             "plain_over_fast": memory["plain"] / memory["fast"],
         },
     }
-    return {**derived, "targets": targets({**run, **derived})}
 
 
 def steps_of(run: dict) -> dict[str, str]:
-    """The steps of a run and their labels: where features cannot be cached, there is none with a cache."""
+    """Names and labels of the steps that a run has. Not every pruner and model has all of them."""
     return {name: label for name, label in STEPS.items() if name in run["flops"]}
 
 
 def expected_speedup(costs: dict, slow_ratio: float, over: str):
-    """The cost of the steps `over` by that of a mix of fast and slow ones."""
+    """The cost of the steps `over`, divided by that of a mix of fast and slow steps."""
     return costs[over] / ((1 - slow_ratio) * costs["fast"] + slow_ratio * costs["slow"])
 
 
 def quartiles(values: torch.Tensor) -> dict[str, float]:
-    """Median and quartiles of one value per round."""
+    """Median and quartiles of values `(rounds,)`."""
     points = torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)
     low, middle, high = values.quantile(points).tolist()
     return {"median": middle, "q1": low, "q3": high}
-
-
-def targets(run: dict) -> dict[str, dict]:
-    """What a run should reach, what it does, and whether that is within the target."""
-    ratios, waits = run["ratios"], run["host_waits"]
-    least, most = {}, {}
-    if (run["shape"], run["checkpointing"]) in SPEEDUPS:
-        wanted = SPEEDUPS[run["shape"], run["checkpointing"]]
-        least["speedup"] = (ratios["expected_speedup"]["median"], wanted)
-    least["share_of_limit"] = (ratios["share_of_limit"]["median"], SHARE_OF_LIMIT)
-    if run["slow_splits"] == "auto":
-        most["slow_over_fast_memory"] = (run["memory_ratios"]["slow_over_fast"], SLOW_OVER_FAST_MEMORY)
-    if "fast_over_discarding" in ratios:
-        most["view_cost"] = (ratios["fast_over_discarding"]["median"], VIEW_COST)
-    most["selection_share"] = (ratios["selection_share"]["median"], SELECTION_SHARE)
-    most["shortening_share"] = (ratios["shortening_share"]["median"], SHORTENING_SHARE)
-    most["host_waits"] = (waits["selection"] + waits["shortening"], HOST_WAITS)
-    rows = {name: {"value": v, "at_least": limit, "met": v >= limit} for name, (v, limit) in least.items()}
-    return rows | {name: {"value": v, "at_most": limit, "met": v <= limit} for name, (v, limit) in most.items()}
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -139,21 +112,20 @@ HEADER = (
     "with cached features",
     "activations, MB: fast / slow / Trainer",
 )
-TARGETS = {
-    "speedup": ("speed-up", "{:.2f}"),
-    "share_of_limit": (f"share of FLOP limit >= {SHARE_OF_LIMIT}", "{:.2f}"),
-    "slow_over_fast_memory": (f"memory, slow / fast <= {SLOW_OVER_FAST_MEMORY}", "{:.2f}"),
-    "view_cost": (f"merged and proportional, over neither <= {VIEW_COST}", "{:.3f}"),
-    "selection_share": (f"selection <= {SELECTION_SHARE:.0%}", "{:.1%}"),
-    "shortening_share": (f"shortening <= {SHORTENING_SHARE:.0%}", "{:.1%}"),
-    "host_waits": (f"host waits <= {HOST_WAITS}", "{:d}"),
-}
-TARGET_HEADER = ("shape", "checkpointing", *(title for title, _ in TARGETS.values()))
+MORE_HEADER = (
+    "shape",
+    "checkpointing",
+    "memory, slow / fast",
+    "time, fast / others discarded",
+    "selection, share of fast",
+    "shortening, share of fast",
+    "host waits in both",
+)
 STEP_HEADER = ("step", "time, ms", "over Trainer", "GFLOP", "over Trainer", "activations, MB")
 
 
 def run_rows(results: dict) -> list[tuple[str, ...]]:
-    """A line per run: times, speed-up, its limit, and memory."""
+    """A row per run: times, speed-up, its limit, and memory."""
     return [
         (
             run["shape"],
@@ -175,24 +147,21 @@ def cached_speedup(run: dict) -> str:
     return "n/a" if found is None else spread(found, 2) + " x"
 
 
-def target_rows(results: dict) -> list[tuple[str, ...]]:
-    """A line per run: each target's value and verdict."""
+def more_rows(results: dict) -> list[tuple[str, ...]]:
+    """A row per run: memory, cost of merging and proportional attention, shares of pruning, waits for the device."""
     rows = []
     for run in results["runs"]:
-        cells = []
-        for name, (_, form) in TARGETS.items():
-            target = run["targets"].get(name)
-            if target is None:
-                cells.append("n/a")
-                continue
-            wanted = f" (>= {target['at_least']:g})" if name == "speedup" else ""
-            cells.append(f"{form.format(target['value'])}{wanted}, {'yes' if target['met'] else 'NO'}")
-        rows.append((run["shape"], run["checkpointing"], *cells))
+        ratios = run["ratios"]
+        view = f"{ratios['fast_over_discarding']['median']:.3f}" if "fast_over_discarding" in ratios else "n/a"
+        shares = (f"{ratios[name]['median']:.1%}" for name in ("selection_share", "shortening_share"))
+        waits = run["host_waits"]["selection"] + run["host_waits"]["shortening"]
+        memory = f"{run['memory_ratios']['slow_over_fast']:.2f}"
+        rows.append((run["shape"], run["checkpointing"], memory, view, *shares, str(waits)))
     return rows
 
 
 def step_rows(run: dict) -> list[tuple[str, ...]]:
-    """Each step's time, FLOPs and memory; below them parts of steps."""
+    """A row per step, then a row per part: time, FLOPs and memory."""
     seconds, flops, ratios = run["seconds"], run["flops"], run["ratios"]
     rows = []
     for name, label in steps_of(run).items():
@@ -202,8 +171,8 @@ def step_rows(run: dict) -> list[tuple[str, ...]]:
     for name, label in PARTS.items():
         share = f"{ratios[f'{name}_share']['median']:.1%} of fast" if name in FAST_PARTS else ""
         work = (f"{flops[name] / 1e9:.2f}", f"{flops[name] / flops['plain']:.3f}")
-        rows.append((f"  {label}", times_of(seconds[name]), share, *work, megabytes(run["memory"][name])))
-    return [*rows, (f"  {REST}", "", f"{ratios['rest_share']['median']:.1%} of fast", "", "", "")]
+        rows.append((label, times_of(seconds[name]), share, *work, megabytes(run["memory"][name])))
+    return [*rows, (REST, "", f"{ratios['rest_share']['median']:.1%} of fast", "", "", "")]
 
 
 def setting_line(results: dict) -> str:
@@ -246,13 +215,13 @@ def run_line(run: dict) -> str:
 
 
 def waits_line(run: dict) -> str:
-    """How often each step waits for a CUDA device, and how often of that in this library."""
-    told = []
+    """How often each step waits for a CUDA device, in all and in this library."""
+    counts = []
     for name, label in steps_of(run).items():
         waits = run["device_waits"][name]
         own = sum(count for place, count in waits.items() if place.split("/")[0] in OWN)
-        told.append(f"{label} {sum(waits.values())} ({own})")
-    return f"Waits for the device, and in brackets those in the library itself: {'; '.join(told)}."
+        counts.append(f"{label} {sum(waits.values())} ({own})")
+    return f"Waits for the device, and in brackets those in the library itself: {'; '.join(counts)}."
 
 
 def spread(value: dict, digits: int) -> str:
@@ -280,27 +249,27 @@ def print_report(results: dict) -> None:
     """Prints the tables."""
     console = Console()
     console.print(setting_line(results), highlight=False)
-    for header, rows in ((HEADER, run_rows(results)), (TARGET_HEADER, target_rows(results))):
-        # A column per run, which fits a terminal.
+    for header, rows in ((HEADER, run_rows(results)), (MORE_HEADER, more_rows(results))):
+        # Transposed, a column per run: that fits a terminal.
         print_table(console, ("", *(", ".join(row[:2]) for row in rows)), list(zip(header, *rows, strict=True))[2:])
 
 
 def print_table(console: Console, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Prints a table whose columns but the first are aligned right."""
+    """Prints a table. All columns but the first are aligned right."""
     table = Table(header[0])
     for title in header[1:]:
         table.add_column(title, justify="right")
     for row in rows:
-        # Brackets are quartiles here, not rich's markup.
+        # Brackets hold quartiles and are no markup of rich.
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
     console.print(table)
 
 
 def readme_table(results: dict) -> str:
-    """The runs, for a page that shows the plot itself.
+    """Settings and the table of runs, for a page that shows the plot itself.
 
     Raises:
-        ValueError: an earlier version has written the results.
+        ValueError: the results are of another kind or of an earlier version.
     """
     check_format(results)
     return "\n\n".join([setting_line(results), markdown_table(HEADER, run_rows(results))])
@@ -321,8 +290,8 @@ def markdown(results: dict, plot: str) -> str:
         "proportional_attention=False.",
         readme_table(results),
         f"![Step times]({plot})",
-        "What is aimed at, and whether it is reached:",
-        markdown_table(TARGET_HEADER, target_rows(results)),
+        "## Also measured",
+        markdown_table(MORE_HEADER, more_rows(results)),
     ]
     for run in results["runs"]:
         parts += [f"## {run['shape']}, checkpointing {run['checkpointing']}", run_line(run)]

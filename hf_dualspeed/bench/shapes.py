@@ -7,12 +7,11 @@
 | qwen2.5-vl | Qwen2.5-VL-7B (6.53 B) with its tower (630 M) | Qwen/Qwen2.5-VL-7B-Instruct | one image of 896 px, 4096 patches, 1024 tokens |
 | smolvlm | SmolVLM-500M: SmolLM2-360M (315 M) behind SigLIP-B/16 (85 M) | HuggingFaceTB/SmolVLM-500M-Instruct | 17 tiles of 512 px, 64 tokens each |
 
-The parameters are those of the layers. The small language models have about 25 M of them; the width of their
-feed-forward, the sharing of keys and the size of the vocabulary next to the layers are the real ones. The small towers
-are as deep as makes the ratio of FLOPs, of encoding a visual token to a token's forward pass in the language model, the
-real one, as near as whole layers of whole 64-wide heads allow ([`encoder_ratio`], attention included): 0.049, 0.045,
-0.41 and 4.2 in the real ones. What cannot be kept at this width is the share of attention in the language model's work:
-0.20 in place of 0.03 at 776 tokens.
+Parameters are those of the layers. Small language models have about 25 M of them, and the real proportions of
+feed-forward width, shared keys and vocabulary. The depth of a small tower keeps the real ratio of FLOPs between encoding
+a visual token and a token's forward pass in the language model ([`encoder_ratio`], attention included), as closely as
+whole layers and 64-wide heads allow: 0.049, 0.045, 0.41 and 4.2 in the real models. The share of attention in the
+language model's work cannot be kept at this width: it is 0.20 instead of 0.03 at 776 tokens.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ HEAD = 64
 PAD, IMAGE_ID, VIDEO_ID, VISION_START, VISION_END, FIRST_WORD = 0, 3, 4, 5, 6, 8
 SUPERVISED_TOKENS = 64
 WINDOW = 8  # patches along the edge of a window of Qwen2.5-VL's tower: 112 px
-# As LLaVA's own LoRA script: https://github.com/haotian-liu/LLaVA, scripts/v1_5/finetune_lora.sh
+# From LLaVA's own LoRA script: https://github.com/haotian-liu/LLaVA, scripts/v1_5/finetune_lora.sh
 LORA = {
     "r": 128,
     "lora_alpha": 256,
@@ -54,7 +53,7 @@ LORA = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a language model and of the vision tower in front of it."""
+    """Sizes of a language model and its vision tower."""
 
     hidden: int
     layers: int
@@ -68,7 +67,7 @@ class Sizes:
     tower_heads: int
 
     def resized(self, hidden: int | None, layers: int | None) -> Sizes:
-        """Another width (a multiple of 64) or depth of the language model; all else follows in proportion."""
+        """Sizes with another width (a multiple of 64) or depth of the language model, and the rest in proportion."""
         wide, deep = (hidden or self.hidden) / self.hidden, (layers or self.layers) / self.layers
         if wide == deep == 1:
             return self
@@ -93,13 +92,13 @@ class Shape:
     """A kind of model and batch.
 
     Args:
-        name (`str`): as the command line has it.
+        name (`str`): Name on the command line.
         kind (`str`): transformers' model type.
-        like (`str`): the real model.
-        real, small (`Sizes`): its sizes, and those of one like it for a CPU.
-        batch (`int`): samples, enough of them that a slow step's parts can be as small as a fast step.
-        image_size, patch, merge (`int`): edge of a tile and of a patch in pixels, of a token in patches.
-        tiles (`int`): tiles of a sample's one image.
+        like (`str`): The real model.
+        real, small (`Sizes`): Sizes of the real model, and of a small one for a CPU.
+        batch (`int`): Samples: enough for parts of a slow step that are as small as a fast step.
+        image_size, patch, merge (`int`): Edges of a tile and of a patch in pixels, and of a token in patches.
+        tiles (`int`): Tiles of an image. A sample has one image.
     """
 
     name: str
@@ -121,7 +120,7 @@ class Shape:
     @property
     def visual_tokens(self) -> int:
         """Placeholders of a sample."""
-        if self.kind == "llava_next":  # the whole image, and 2 x 2 tiles with the mark of each row's end
+        if self.kind == "llava_next":  # the whole image, and 2 x 2 tiles with a mark at the end of each row
             return self.grid**2 + 2 * self.grid * (2 * self.grid + 1)
         return self.tiles * (self.grid // self.merge) ** 2
 
@@ -188,9 +187,11 @@ SHAPES = {
 
 def encoder_ratio(shape: Shape, sizes: Sizes, text_tokens: int = 200) -> float:
     """FLOPs of encoding a visual token over those of a token's forward pass in the language model's layers."""
+    # Language model: 2 FLOPs per weight of queries, output, keys, values and feed-forward, and attention to all tokens.
     tokens, head = shape.visual_tokens + text_tokens, sizes.hidden // sizes.heads
     layer = 2 * sizes.hidden * (sizes.hidden + sizes.kv_heads * head) + 3 * sizes.hidden * sizes.intermediate
     language = sizes.layers * (2 * layer + 4 * tokens * sizes.hidden)
+    # Tower: the same per patch, with attention to all patches of a tile, or of a window in most layers of Qwen2.5-VL.
     width, patches = sizes.tower_hidden, shape.tiles * shape.grid**2
     matrices = 3 if shape.kind == "qwen2_5_vl" else 2
     layer = 4 * width**2 + matrices * width * sizes.tower_intermediate
@@ -203,15 +204,14 @@ def encoder_ratio(shape: Shape, sizes: Sizes, text_tokens: int = 200) -> float:
 
 
 def full_attention(sizes: Sizes) -> list[int]:
-    """Layers of Qwen2.5-VL's tower that attend beyond their window: every eighth, and at least the last."""
+    """Layers of Qwen2.5-VL's tower with full attention instead of windows: every eighth, or at least the last."""
     return list(range(7, sizes.tower_layers, 8)) or [sizes.tower_layers - 1]
 
 
 def build_model(
     shape: Shape, sizes: Sizes, text_tokens: int, dtype: torch.dtype, device: torch.device, seed: int, lora: bool
 ) -> PreTrainedModel:
-    """A model in random weights, made on `device`, its tower frozen; with `lora`, adapters in place of the language
-    model's weights, and the projector as it is."""
+    """A model in random weights on `device`, with a frozen tower. With `lora`, it trains adapters and the projector."""
     config = build_config(shape, sizes, shape.visual_tokens + text_tokens)
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
@@ -220,7 +220,7 @@ def build_model(
 
 
 def prepared(model: PreTrainedModel, lora: bool) -> PreTrainedModel:
-    """The model with its tower frozen, and with adapters where asked for."""
+    """Freezes the tower, and adds adapters with `lora`."""
     outer = model
     if lora:
         outer = add_lora(model, LORA).to(model.dtype)
@@ -266,7 +266,7 @@ def build_config(shape: Shape, sizes: Sizes, length: int) -> PreTrainedConfig:
 
 
 def qwen_config(shape: Shape, sizes: Sizes, text: dict) -> Qwen2_5_VLConfig:
-    """M-RoPE in the real proportions of its sections, 16 : 24 : 24, and the tower's windows of 112 px."""
+    """Qwen2.5-VL with the real proportions of its M-RoPE sections, 16 : 24 : 24, and windows of 112 px."""
     half = sizes.hidden // sizes.heads // 2
     time = half // 4
     sections = [time, (half - time) // 2, half - time - (half - time) // 2]
@@ -291,8 +291,9 @@ def qwen_config(shape: Shape, sizes: Sizes, text: dict) -> Qwen2_5_VLConfig:
 
 
 def build_batch(shape: Shape, sizes: Sizes, rows: int, text_tokens: int, seed: int) -> dict[str, torch.Tensor]:
-    """A batch without padding, on the CPU: two text tokens, the image, the rest of the text, its end supervised."""
+    """A batch without padding, on the CPU: two text tokens, the image, the other text tokens, the last supervised."""
     generator = torch.Generator().manual_seed(seed)
+    # Ids (rows, visual + text tokens); separators of tiles are among the text tokens.
     words = torch.randint(FIRST_WORD, sizes.vocabulary, (rows, text_tokens), generator=generator)
     ids = torch.cat([words[:, :2], placed(shape, words), words[:, 2 + shape.separators :]], dim=1)
     if shape.kind == "qwen2_5_vl":
@@ -309,20 +310,21 @@ def supervised_tokens(text_tokens: int) -> int:
 
 
 def placed(shape: Shape, words: torch.Tensor) -> torch.Tensor:
-    """Placeholders `(rows, visual_tokens + separators)`, a word between those of two tiles where the model has one."""
+    """Placeholders `(rows, visual_tokens + separators)`, with a word between tiles where the model has separators."""
     image = words.new_full((len(words), shape.visual_tokens), IMAGE_ID)
     if not shape.separators:
         return image
+    # Append one word to each of the tiles (rows, tiles, tokens), and drop the last.
     tiles = image.view(len(words), shape.tiles, -1)
     marks = torch.nn.functional.pad(words[:, 2 : 2 + shape.separators], (0, 1))
     return torch.cat([tiles, marks[..., None]], dim=2).flatten(1)[:, :-1]
 
 
 def pixels(shape: Shape, rows: int, ids: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Noise in the form in which the model's processor hands over images."""
+    """Noise in the format of the model's processor."""
     size = shape.image_size
     if shape.kind == "qwen2_5_vl":
-        values = 3 * 2 * shape.patch**2  # two frames of a patch, which a still image repeats
+        values = 3 * 2 * shape.patch**2  # two frames: a still image is repeated
         return {
             "pixel_values": torch.randn(rows * shape.grid**2, values, generator=generator),
             "image_grid_thw": torch.tensor([[1, shape.grid, shape.grid]] * rows),
@@ -337,13 +339,13 @@ def pixels(shape: Shape, rows: int, ids: torch.Tensor, generator: torch.Generato
 def given_model(
     name: str, dtype: torch.dtype, device: torch.device, lora: bool
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor of a folder or of the Hub."""
+    """Model and processor from a folder or the Hub."""
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device)
     return prepared(model, lora), AutoProcessor.from_pretrained(name)
 
 
 def given_batch(processor: ProcessorMixin, rows: int, text_tokens: int, image_size: int) -> dict[str, torch.Tensor]:
-    """A batch of drawn images, each with a question and an answer of together about `text_tokens` tokens."""
+    """A batch of drawn images, each with a question and an answer, together about `text_tokens` tokens."""
     words = " ".join(f"{number} and" for number in range(text_tokens))
     ids = processor.tokenizer(words, add_special_tokens=False)["input_ids"]
     supervised = supervised_tokens(text_tokens)

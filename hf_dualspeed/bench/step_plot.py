@@ -1,4 +1,4 @@
-"""The picture of `dualspeed bench`: each step's time, the fast one in its parts."""
+"""The plot of `dualspeed bench`: the time of each step, and of the fast step's parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .report import FAST_PARTS, PARTS, REST, STEPS, milliseconds
 
 
 def plot_steps(results: dict, path: Path) -> Path:
-    """Draws each run's median step times, the fast one in its parts, with marks at what FLOPs alone would give."""
+    """Draws median step times of each run, the fast step in parts, with marks where times follow FLOPs."""
     runs = results["runs"]
     columns = 1 if len(runs) == 1 else 2
     rows = -(-len(runs) // columns)
@@ -62,7 +62,7 @@ def _draw_run(axis: Axes, run: dict, steps: list[str]) -> None:
 
 
 def _stack_parts(axis: Axes, row: int, run: dict) -> None:
-    """The fast bar: its parts by their share of each round, so that they end where the step does."""
+    """Draws the fast bar in parts, by their share of a round. "The rest" ends where the step does."""
     whole, left = run["seconds"]["fast"]["median"], 0.0
     for name in (*FAST_PARTS, "rest"):
         width = whole - left if name == "rest" else whole * run["ratios"][f"{name}_share"]["median"]

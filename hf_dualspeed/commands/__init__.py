@@ -1,1 +1,1 @@
-"""One module for each subcommand of `dualspeed`: its options, and what it prints."""
+"""One module per subcommand of `dualspeed`: options and output."""

@@ -39,13 +39,13 @@ def main(argv: list[str]) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """Raises a `ValueError` where `folder` holds anything: it might be a model that took days to train."""
+    """Raises a `ValueError` where `folder` is not empty: it may hold a trained model."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"`output_dir` is {str(folder)!r}, which is not empty. Name a new folder, or delete this one.")
 
 
 def check_readers() -> None:
-    """Raises an `ImportError` where a package is missing that reads the two formats."""
+    """Raises an `ImportError` where a package for the two file formats is missing."""
     missing = [name for name in ("onnx", "gguf") if find_spec(name) is None]
     if missing:
         raise ImportError(f"Not installed: {', '.join(missing)}. Run `pip install hf-dualspeed[assemble]`.")

@@ -12,7 +12,7 @@ from ..utils.text import without_paths
 
 
 def main(argv: list[str]) -> None:
-    """Measures, or reads an earlier measurement, and writes JSON, Markdown and plot.
+    """Measures and writes JSON, or reads an earlier JSON file; writes Markdown and plot.
 
     Args:
         argv (`list[str]`): The words after `dualspeed bench`.

@@ -22,7 +22,7 @@ WORDS = {True: "[green]yes[/]", False: "[red]no[/]", None: "n/a"}
 
 
 def main(argv: list[str]) -> int:
-    """Prints the outcome of each check; 1 where one failed."""
+    """Prints the outcome of each check. Returns 1 where one failed."""
     options = parse(argv)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
     check_protocol(model)
@@ -43,7 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def batch_of(model: PreTrainedModel, processor: ProcessorMixin, images: list[Image.Image], positions: str) -> Batch:
-    """One image, two, and none, in conversations of different lengths, padded on the left."""
+    """Three conversations of different lengths, with one image, two and none, padded on the left."""
     processor.tokenizer.padding_side = "left"
     collator = VisionLanguageCollator(processor)
     shown = [images[:1], [images[0], images[-1]], []]
@@ -63,8 +63,9 @@ def batch_of(model: PreTrainedModel, processor: ProcessorMixin, images: list[Ima
 
 @torch.no_grad()
 def removal_is_masking(model: PreTrainedModel, ids: torch.Tensor) -> bool:
-    """Whether a masked token leaves the logits of the others as if it were not there, as attention alone does."""
-    ids = ids[:1, -8:]  # of the answer: no placeholders
+    """Whether masking a token has the effect of removing it, as in models of attention alone."""
+    # Logits of the last 8 ids (1, 8), text of the answer, with the one at place 3 masked or removed.
+    ids = ids[:1, -8:]
     places = torch.arange(ids.shape[1])
     left = places != 3
     mask = left.long()[None]

@@ -17,14 +17,14 @@ INTERRUPTED = 130
 
 
 def main(argv: list[str]) -> int:
-    """Evaluates, prints the scores and says where everything is.
+    """Evaluates, and prints the scores and the places of answers and results.
 
     Args:
         argv (`list[str]`): The words after `dualspeed evaluate`.
 
     Raises:
         ValueError: an option is out of range, the checkpoint is no vision-language model, the data cannot be
-            evaluated, or answers to something else lie in the output folder.
+            evaluated, or the output folder holds answers of another evaluation.
     """
     options = parse(argv)
     evaluation = prepare(options)
@@ -78,7 +78,7 @@ def add_views(group) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options, each in its range."""
+    """Parses the options and checks their ranges."""
     options = parser().parse_args(argv)
     for name in ("batch_size", "max_new_tokens"):
         check_range(name, getattr(options, name), 1)
@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def show(evaluation: Evaluation, entries: list[dict[str, Any]]) -> None:
-    """Prints a row per view with its scores."""
+    """Prints a row per view, with its scores."""
     metrics = evaluation.options.metric
     table = Table("visual tokens", *metrics, "questions", "seconds")
     for view in evaluation.views:

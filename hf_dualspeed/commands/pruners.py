@@ -18,6 +18,6 @@ def main(argv: list[str]) -> None:
     table = Table("pruner", "needs", "kind", "what it does")
     for name in available_pruners():
         cls = pruner_class(name)
-        needs = ", ".join(sorted(cls.needs - {"grid"}))  # which every model gives
+        needs = ", ".join(sorted(cls.needs - {"grid"}))  # every model gives the grid
         table.add_row(name, needs, kind_of(cls), (cls.__doc__ or "").strip().partition("\n")[0])
     Console().print(table)

@@ -1,4 +1,4 @@
-"""`dualspeed push` and `dualspeed card`: a finished run on the Hub, and its card."""
+"""`dualspeed push` and `dualspeed card`: publish a finished run on the Hub, and write its card."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def push_command(argv: list[str]) -> None:
 
 
 def card_command(argv: list[str]) -> None:
-    """Renders a run's card anew.
+    """Renders a run's card again.
 
     Args:
         argv (`list[str]`): The words after `dualspeed card`.

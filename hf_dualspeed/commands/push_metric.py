@@ -40,13 +40,13 @@ def main(argv: list[str]) -> None:
 
 
 def push_metric(name: str, repo_id: str, private: bool | None = None, commit_message: str | None = None) -> CommitInfo:
-    """Pushes a metric's module, card and widget; sections of the card that a person wrote there stay.
+    """Pushes a metric's module, card and widget. Sections of the card that a person wrote stay.
 
     Raises:
-        ValueError: there is no such metric, or `repo_id` is no "user/name" that Python can import.
+        ValueError: there is no such metric, or `repo_id` is no "user/name" with a name that Python can import.
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
-    # evaluate imports a module of the Space's name.
+    # evaluate imports a module with the Space's name.
     if not is_repo_id(repo_id) or not repo_id.split("/")[1].isidentifier():
         raise ValueError(
             f"`repo` must be a Space 'user/name' whose name is one of Python's, without hyphens, got {repo_id!r}."
@@ -63,7 +63,7 @@ def push_metric(name: str, repo_id: str, private: bool | None = None, commit_mes
 
 
 def space_files(name: str, repo_id: str) -> dict[str, str]:
-    """What a metric's Space holds: the module under the Space's name, its card, and a widget to try it."""
+    """The files of a metric's Space: the module under the Space's name, its card, and a widget to try it."""
     folder = metric_folder(name)
     card = (folder / CARD_NAME).read_text(encoding="utf-8").replace(HERE, repo_id)
     return {

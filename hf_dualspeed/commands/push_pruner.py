@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def setting(words: str) -> tuple[str, object]:
-    """ "key=value", with the value as in YAML."""
+    """Key and value of "key=value". The value is YAML."""
     key, equals, value = words.partition("=")
     if not equals:
         raise ValueError(f"`--set` takes KEY=VALUE, got {words!r}.")
@@ -62,7 +62,7 @@ def setting(words: str) -> tuple[str, object]:
 
 
 def build(name: str, settings: dict, trust_remote_code: bool = False) -> Pruner:
-    """The pruner to publish: a registered name, or a folder with some settings changed.
+    """The pruner to publish: a registered one or that of a folder, with changed settings.
 
     Raises:
         ValueError: a setting is unknown or not allowed, or the pruner is learned and no folder holds its weights.
@@ -91,7 +91,7 @@ def read_results(path: str | None) -> dict | list | None:
 
 
 def local_card(folder: Path) -> str:
-    """The card of a pruner's folder; that of a trained model's folder is another one."""
+    """The card of a pruner's folder. The card of a trained model's folder is not the pruner's."""
     path = folder / CARD_NAME
     if not path.is_file():
         return ""

@@ -1,6 +1,6 @@
-"""`dualspeed demo` and `dualspeed space`: the Space run locally, and published on the Hub.
+"""`dualspeed demo` and `dualspeed space`: run the Space locally, and publish it on the Hub.
 
-Its files are an app of their own, in `spaces_demo/` of the repository and in `hf_dualspeed/space_files` once installed.
+Its files are a separate app: `spaces_demo/` in the repository, `hf_dualspeed/space_files` in an installation.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..hub.source import is_repo_id
 from ..publishing.files import check_no_token
 from ..publishing.results import read_results
 
-# In the checkout they lie beside the package.
+# The files of an installation, and those of the checkout.
 PACKAGE = Path(__file__).parent.parent
 PLACES = (PACKAGE / "space_files", PACKAGE.parent / "spaces_demo")
 FILES = ("README.md", "requirements.txt", "app.py", "inference.py", "overlay.py", "slots.py", "views.py", "style.css")
-# Of each role the run that stands for it, as in spaces_demo/slots.py, where its folder knows the repo it was pushed to.
+# The default run of each role, as in spaces_demo/slots.py. Its results name the repo that it was pushed to.
 RUNS = {"baseline": "runs/quickstart_full", "dualspeed": "runs/quickstart", "pruned": "runs/quickstart_pruned"}
 COMPARE = "docs/results/compare.md"
 CHECKPOINTS = "checkpoints.json"
@@ -50,7 +50,7 @@ def demo_command(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if find_spec("gradio") is None:
         raise ImportError('The demo needs gradio. Run `pip install "hf-dualspeed[demo]"`.')
-    sys.path.insert(0, str(source_folder()))  # on a Space, app.py is a script that finds its parts beside it
+    sys.path.insert(0, str(source_folder()))  # app.py imports its parts by plain names, as on a Space
     names = {key: getattr(options, key) for key in RUNS}
     importlib.import_module("app").main(names, options.webcam, options.port)
 
@@ -85,10 +85,10 @@ def space_command(argv: list[str]) -> None:
 
 
 def source_folder() -> Path:
-    """Where the Space's files are.
+    """The folder of the Space's files.
 
     Raises:
-        FileNotFoundError: they are neither installed nor in the checkout.
+        FileNotFoundError: the files are neither installed nor in the checkout.
     """
     found = next((place for place in PLACES if (place / "app.py").is_file()), None)
     if found is None:
@@ -97,10 +97,10 @@ def source_folder() -> Path:
 
 
 def published_names(given: dict[str, str | None]) -> dict[str, str]:
-    """The Hub id of each role: as given, else the repo that the role's run was pushed to.
+    """The Hub id of each role: the given one, else the repo that the role's run was pushed to.
 
     Raises:
-        ValueError: a name is no Hub id; a Space cannot see this machine's folders.
+        ValueError: a name is no Hub id. A Space cannot read this machine's folders.
     """
     names = {}
     for key, run in RUNS.items():
@@ -117,10 +117,10 @@ def published_names(given: dict[str, str | None]) -> dict[str, str]:
 
 
 def compare_file(given: str | None) -> Path | None:
-    """The table to show, which `python -m benchmarks.compare` writes, if there is one.
+    """The table of `python -m benchmarks.compare` to show, or None where there is none.
 
     Raises:
-        FileNotFoundError: a file was given and is not there.
+        FileNotFoundError: the given file does not exist.
     """
     path = Path(given or COMPARE)
     if given is not None and not path.is_file():
@@ -129,10 +129,10 @@ def compare_file(given: str | None) -> Path | None:
 
 
 def push_space(repo_id: str, names: dict[str, str], private: bool | None = None, compare: Path | None = None) -> str:
-    """Publishes the Space's files in one commit, and returns its address.
+    """Publishes the Space's files in one commit. Returns the Space's address.
 
     Args:
-        repo_id (`str`): "user/name"; made where it does not exist.
+        repo_id (`str`): "user/name". The Space is made where it does not exist.
         names (`dict[str, str]`): Hub ids of checkpoints by role: "baseline", "dualspeed", "pruned".
         private (`bool`, *optional*): whether a new Space is private.
         compare (`Path`, *optional*): a table in Markdown, shown with the plot beside it.
@@ -160,7 +160,7 @@ def write_space(folder: Path, names: dict[str, str], compare: Path | None = None
     for name in FILES:
         shutil.copy(source_folder() / name, folder / name)
     card = folder / "README.md"
-    models = json.dumps(sorted(set(names.values())))  # which is YAML, too
+    models = json.dumps(sorted(set(names.values())))  # valid YAML too
     card.write_text(card.read_text(encoding="utf-8").replace("models: []", f"models: {models}"), encoding="utf-8")
     (folder / CHECKPOINTS).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
     if compare is not None:

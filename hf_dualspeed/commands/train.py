@@ -1,4 +1,4 @@
-"""`dualspeed train`: a training from a recipe."""
+"""`dualspeed train`: trains from a recipe."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from ..recipes.arguments import parse_recipe
 
 
 def main(argv: list[str]) -> None:
-    """Parses the recipe and trains."""
+    """Reads the recipe and trains.
+
+    Args:
+        argv (`list[str]`): The words after `dualspeed train`.
+    """
     arguments = parse_recipe(argv, prog="dualspeed train")
-    from ..recipes.run import run_recipe  # late, so that a wrong option is told at once
+    from ..recipes.run import run_recipe  # imported late: a wrong option is reported at once
 
     run_recipe(*arguments)

@@ -1,4 +1,7 @@
-"""Collators: conversations with images to batches, and labels without visual tokens."""
+"""Collators: from conversations with images to batches, whose labels contain no visual tokens.
+
+Shapes: B batch, S sequence.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,10 @@ def encode(
     """Calls the processor on rendered conversations; `images` and `videos` hold a list, possibly empty, per text."""
     bos = processor.tokenizer.bos_token
     options |= {"text": texts, "padding": True, "return_tensors": "pt"}
-    # A template that writes the BOS itself would otherwise yield two.
+    # Some templates write the BOS themselves; the tokenizer must not add a second one.
     options["add_special_tokens"] = not (bos and texts[0].startswith(bos))
     if videos and any(videos):
-        # These are the frames to use: nothing is left to sample.
+        # The frames were chosen already; the processor must not sample from them.
         options |= {"videos": [clip for clips in videos for clip in clips], "do_sample_frames": False}
     if not any(images):
         return processor(images=None, **options)
@@ -45,25 +48,28 @@ def encode(
     except ValueError:
         if any(len(row) != 1 for row in images):
             raise
-        # Processors of models of one image, such as GOT-OCR2, take no lists of lists.
+        # Processors for a single image per text, such as GOT-OCR2, take no lists of lists.
         return processor(images=[row[0] for row in images], **options)
 
 
 def assistant_spans(render: Callable[..., str], messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
     """Renders a conversation and finds the characters that the assistant has to produce.
 
-    Rendering the messages before a turn (with the generation prompt) and those up to it gives the turn's two
-    ends, whatever the template, so long as each is how the whole begins.
+    A turn starts where the messages before it (with the generation prompt) end, and ends where the messages up to it
+    end. This works for every template that renders these as prefixes of the whole conversation.
 
     Returns:
-        The rendered text, and `(start, end)` of each assistant turn, with its end-of-turn token.
+        The rendered text, and `(start, end)` of each assistant turn, including its end-of-turn token.
+
+    Raises:
+        ValueError: the template does not render prefixes.
     """
     text = render(messages)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        # Without messages, most templates fail: there is nothing to answer yet.
+        # Most templates fail on an empty conversation.
         before = render(messages[:index], add_generation_prompt=True) if index else ""
         after = render(messages[: index + 1])
         for what, prefix in (("before it plus the generation prompt", before), ("up to it", after)):
@@ -79,19 +85,18 @@ def assistant_spans(render: Callable[..., str], messages: list[dict]) -> tuple[s
 
 
 class VisionLanguageCollator:
-    """Makes a batch, with labels, from conversations in any layout that [`to_messages`] understands.
+    """Makes a batch with labels from conversations in any layout that [`to_messages`] reads.
 
-    Every assistant turn is supervised, with its end-of-turn token; everything else is -100. Samples with
-    several images, one or none may share a batch. Nothing in the examples changes. Works with any processor
-    that gives each conversation to a fast tokenizer as a whole; where a label's place is not certain, it raises.
+    Labels hold every assistant turn with its end-of-turn token; everything else is -100. Samples with several images,
+    one or none may share a batch. The examples stay unchanged. Works with any processor that passes each conversation
+    to a fast tokenizer as a whole; it raises if a label's place is not certain.
 
     Args:
         processor (`ProcessorMixin`): A processor of transformers with a chat template and a fast tokenizer.
         max_length (`int`, *optional*): Longer samples lose their end, but never visual tokens.
-        unreadable_images (`str`, *optional*, defaults to `"raise"`): What a sample with a broken image does:
-            `"raise"` a `ValueError`, or `"skip"`: it is left out of the batch, logged and counted in
-            `skipped` (per process, so per data loader worker).
-        image_folder (`str`, *optional*): What relative image paths are relative to.
+        unreadable_images (`str`, *optional*, defaults to `"raise"`): What to do with a broken image: `"raise"` a
+            `ValueError`, or `"skip"` the sample, log it and count it in `skipped` (per data loader worker).
+        image_folder (`str`, *optional*): Folder that relative image paths start from.
     """
 
     def __init__(
@@ -120,15 +125,15 @@ class VisionLanguageCollator:
         self._warned = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collates.
+        """Collates examples.
 
         Returns:
-            `dict` with `input_ids` `(B, S)`, `attention_mask` `(B, S)`, `labels` `(B, S)` and whatever else
-            the processor makes, such as `pixel_values`.
+            `dict` with `input_ids`, `attention_mask` and `labels`, each `(B, S)`, and the processor's other outputs,
+            such as `pixel_values`.
 
         Raises:
-            ValueError: an image cannot be read, the template rewrites earlier turns, the processor hides where
-                the text went, or `max_length` would cut into an image.
+            ValueError: an image cannot be read, the template rewrites earlier turns, the processor hides where the
+                text went, or `max_length` would cut into an image.
         """
         samples = [sample for index, example in enumerate(examples) if (sample := self._read(index, example))]
         if not samples:
@@ -140,6 +145,7 @@ class VisionLanguageCollator:
         texts = [text for text, _ in rendered]
         self._warn_without_end(rendered)
         batch, tokenized = recorded(self.processor, lambda processor: self._encode(processor, texts, samples))
+        # Masks (B, S): tokens of assistant turns, and tokens in place of placeholders.
         supervised, inserted = place(self.processor, batch, tokenized, rendered)
         self._add_token_types(batch, supervised)
         batch["labels"] = batch["input_ids"].masked_fill(~supervised, IGNORED)
@@ -158,11 +164,11 @@ class VisionLanguageCollator:
         return encode(processor, texts, images, videos)
 
     def _add_token_types(self, batch: dict, supervised: torch.Tensor) -> None:
-        """Adds what tells kinds of tokens apart, where the model needs it and the processor leaves it out."""
+        """Adds token types if the model needs them and the processor leaves them out."""
         if "labels" in batch and "token_type_ids" in batch:
-            # A processor with labels of its own (-100 where the type is 0) writes for a prefix language model. The
-            # prefix sees all of itself, so it must end at the first answer: a later question of type 0 would show
-            # that answer to the tokens that predict it.
+            # A processor that makes labels itself (-100 where the type is 0) serves a prefix language model. Prefix
+            # tokens see each other, so the prefix must end at the first answer, (B, S): a later question of type 0
+            # would show that answer to the tokens that predict it.
             suffix = supervised.cumsum(1) > 0
             batch["token_type_ids"] = (suffix & batch["attention_mask"].bool()).to(batch["token_type_ids"].dtype)
         if any(key.endswith("grid_thw") for key in batch) and "mm_token_type_ids" not in batch:
@@ -170,7 +176,7 @@ class VisionLanguageCollator:
             batch["mm_token_type_ids"] = torch.tensor(types)
 
     def _read(self, index: int, example: dict[str, Any]) -> dict[str, Any] | None:
-        """The example as messages and opened images, or None where it is to be skipped."""
+        """The example as messages and opened images, or None if it is skipped."""
         sample = to_messages(example)
         name = f"sample {index} of the batch, {sample_name(example)}"
         try:
@@ -200,22 +206,23 @@ class VisionLanguageCollator:
             )
 
     def _truncate(self, batch: dict, inserted: torch.Tensor, names: list[str]) -> None:
-        """Cuts every row to `max_length` tokens, whichever side the padding is on, but never an `inserted` one."""
+        """Cuts every row to `max_length` tokens, on either side of padding, but no `inserted` `(B, S)` ones."""
         shape = batch["input_ids"].shape
         lengths = batch["attention_mask"].sum(1)
         over = (lengths - self.max_length).clamp(min=0)
         if not over.any():
             return
         before = inserted.sum(1)
-        # Processors have their own side of padding, whatever the tokenizer's is.
+        # Look at the mask: a processor may pad on another side than its tokenizer says.
         left = bool(batch["attention_mask"][:, -1].all())
+        # Everything with a value per token, (B, S, ...).
         tensors = {
             key: value
             for key, value in batch.items()
             if isinstance(value, torch.Tensor) and value.shape[:2] == shape and not key.startswith(PIXEL_INPUTS)
         }
         for key, value in (tensors | {"inserted": inserted}).items():
-            # With padding on the left, rolling a row brings its surplus end to the front, where the cut is.
+            # Padded on the left, a row is rolled: its surplus end moves to the front, which is cut off.
             rows = torch.stack([row.roll(int(extra), 0) for row, extra in zip(value, over, strict=True)])
             cut = rows[:, -self.max_length :] if left else value[:, : self.max_length]
             if key == "inserted":
@@ -233,16 +240,15 @@ class VisionLanguageCollator:
 
 
 class MaskVisualLabels:
-    """Wraps any collator and makes sure that no visual token is a label, and that images reach the model.
+    """Wraps any collator, removes visual tokens from its labels and checks that the batch has images.
 
     Args:
-        collator (`Callable`): Makes a batch with `input_ids` `(B, S)` and `labels` `(B, S)` from a list of
-            examples.
-        visual_token_ids (`list[int]`): Ids of the placeholders that stand for visual tokens.
-        asks (`str`, *optional*): The pruner's name where it goes by the instruction, which labels may hide.
+        collator (`Callable`): Makes a batch with `input_ids` `(B, S)` and `labels` `(B, S)` from a list of examples.
+        visual_token_ids (`list[int]`): Ids of the placeholders for visual tokens.
+        asks (`str`, *optional*): The pruner's name if it needs the instruction, which labels may hide.
     """
 
-    # One warning per process is enough, however many trainers wrap their collators.
+    # Class attributes: one warning per process, however many trainers wrap their collators.
     _warned = False
     _warned_of_instructions = False
 
@@ -256,6 +262,7 @@ class MaskVisualLabels:
     def __call__(self, examples: list) -> dict[str, Any]:
         batch = dict(self.collator(examples))
         require(batch, "input_ids")
+        # visual (B, S): placeholders of visual tokens.
         visual = torch.isin(batch["input_ids"], torch.tensor(self.visual_token_ids, device=batch["input_ids"].device))
         if visual.any() and not any(key.startswith(PIXEL_INPUTS) for key in batch):
             raise ValueError(
@@ -274,7 +281,8 @@ class MaskVisualLabels:
         return batch
 
     def _look_for_instructions(self, batch: dict[str, Any], visual: torch.Tensor) -> None:
-        """Warns once where a row with images supervises all of its text."""
+        """Warns once if a row with images supervises all of its text."""
+        # text (B, S): instruction tokens, neither supervised nor visual nor padding.
         text = (batch["labels"] == IGNORED) & ~visual
         if batch.get("attention_mask") is not None:
             text = text & batch["attention_mask"].bool()

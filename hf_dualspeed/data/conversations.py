@@ -1,4 +1,4 @@
-"""Conversations of every common layout, as messages of a chat template."""
+"""Conversations in all common layouts, brought into the messages of a chat template."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ EXTRA_COLUMNS = ("id", "question", "answer")
 
 
 def to_messages(example: dict[str, Any]) -> dict[str, list]:
-    """Brings an example of any layout into one: messages with lists of parts, images and videos.
+    """Converts an example of any known layout to messages with lists of parts, images and videos.
 
-    Understood are TRL's `messages` and `prompt` + `completion`, each with `images` or `image`, and LLaVA's
-    `conversations` with `image`; `videos` or `video`, each a list of frames, go the same way. A `<image>` in a
-    plain text becomes a placeholder, and where there are videos, so does a `<video>`; where plain texts hold none,
-    the placeholders of all images (of all videos) go to the front of the first user message. The example is left as
-    it is.
+    Known layouts are TRL's `messages` and `prompt` + `completion`, each with `images` or `image`, and LLaVA's
+    `conversations` with `image`. Videos work the same way, as `videos` or `video`, each a list of frames. An `<image>`
+    in plain text becomes a placeholder, and so does a `<video>` if there are videos. If the plain texts hold no
+    placeholders, those of all images (or videos) go to the front of the first user message. The example stays
+    unchanged.
 
     Returns:
-        `dict` with `messages`, `images` and `videos`, with as many parts of type `"image"` as images and of type
-        `"video"` as videos.
+        `dict` with `messages`, `images` and `videos`; the messages hold one part of type `"image"` per image and one of
+        type `"video"` per video.
 
     Raises:
-        ValueError: the layout is unknown, or the numbers of images or videos and of placeholders differ.
+        ValueError: the layout is unknown, or the number of placeholders differs from that of images or videos.
     """
     media = {"image": _as_list(example.get("images") or example.get("image")), "video": _videos(example)}
     turns = _turns(example)
@@ -79,7 +79,7 @@ def _turns(example: dict[str, Any]) -> list[dict]:
 
 
 def _parts(content: str | list[dict] | None, placeholders: dict[str, str]) -> list[dict]:
-    """The content of a message as fresh parts, without the empty fields that Arrow adds."""
+    """The content of a message as new parts, without the empty fields that Arrow adds."""
     if not isinstance(content, str):
         for part in content or []:
             check_choice("type", part.get("type"), (*PLACEHOLDERS, "text"))
@@ -91,7 +91,7 @@ def _parts(content: str | list[dict] | None, placeholders: dict[str, str]) -> li
     if len(pieces) == 1:
         return [{"type": "text", "text": content}]
     kinds = {text: kind for kind, text in placeholders.items()}
-    # The line breaks around LLaVA's placeholders are the template's business.
+    # Drop line breaks around LLaVA's placeholders; the template writes its own.
     pieces = [piece.strip("\n") for piece in pieces]
     return [{"type": kinds[p]} if p in kinds else {"type": "text", "text": p} for p in pieces if p]
 
@@ -103,7 +103,7 @@ def _as_list(value: Any) -> list:
 
 
 def sample_name(example: dict[str, Any]) -> str:
-    """What a person finds the sample by: its id, else its first image's path."""
+    """Words that identify a sample to a person: its id, else the path of its first image."""
     if example.get("id") is not None:
         return f"id {example['id']!r}"
     for image in _as_list(example.get("images") or example.get("image")):
@@ -114,6 +114,6 @@ def sample_name(example: dict[str, Any]) -> str:
 
 
 def texts_of(value: Any) -> list[str]:
-    """One or several texts as a list; VQAv2's records of an answer are its text."""
+    """One or several texts as a list; takes the text from VQAv2's answer records."""
     values = [item.get("answer") if isinstance(item, dict) else item for item in _as_list(value)]
     return [str(item) for item in values if item is not None]

@@ -9,10 +9,11 @@ from datasets import Dataset, Features, Image, List, Value
 from ..utils.validation import check_choice
 
 SPLITS = ("train", "test")
-# Name as a data set -> which of its questions.
+# Data set name -> subset of questions.
 DATASETS = {"easy-vqa": "open", "easy-vqa-color": "color"}
 SHAPES = ("circle", "rectangle", "triangle")
-QUESTIONS = ("open", "color", "all")
+# Answers that each subset of questions leaves out.
+LEFT_OUT = {"open": ("yes", "no"), "color": ("yes", "no", *SHAPES), "all": ()}
 # Arrow wants one type per field: a part is an image (without text) or a text.
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 FEATURES = Features(
@@ -25,15 +26,15 @@ def load_easy_vqa(split: str = "train", questions: str = "open") -> Dataset:
 
     Args:
         split (`str`, *optional*, defaults to `"train"`): `"train"` (4,000 images) or `"test"` (1,000 images).
-        questions (`str`, *optional*, defaults to `"open"`): `"open"` leaves out the questions whose answer is
-            yes or no, which a model answers well without looking at the image; `"color"` keeps only those that
-            ask for a colour, which a small model learns within minutes; `"all"` keeps all.
+        questions (`str`, *optional*, defaults to `"open"`): `"open"` leaves out yes-or-no questions, which a model
+            answers well without the image; `"color"` keeps only questions for a colour, which a small model learns
+            within minutes; `"all"` keeps all.
 
     Returns:
         `datasets.Dataset` with columns `messages`, `images`, `question` and `answer`.
     """
     check_choice("split", split, SPLITS)
-    check_choice("questions", questions, QUESTIONS)
+    check_choice("questions", questions, tuple(LEFT_OUT))
     try:
         import easy_vqa
     except ImportError as error:
@@ -42,7 +43,7 @@ def load_easy_vqa(split: str = "train", questions: str = "open") -> Dataset:
         rows, paths = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
     else:
         rows, paths = easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()
-    kept = [row for row in zip(*rows, strict=True) if _belongs(row[1], questions)]
+    kept = [row for row in zip(*rows, strict=True) if row[1] not in LEFT_OUT[questions]]
     columns = {
         "messages": [_conversation(question, answer) for question, answer, _ in kept],
         "images": [[paths[image]] for _, _, image in kept],
@@ -52,20 +53,14 @@ def load_easy_vqa(split: str = "train", questions: str = "open") -> Dataset:
     return Dataset.from_dict(columns, features=FEATURES)
 
 
-def _belongs(answer: str, questions: str) -> bool:
-    if questions == "all":
-        return True
-    return answer not in ("yes", "no") and (questions == "open" or answer not in SHAPES)
-
-
 def majority_accuracy(train: Dataset, test: Dataset) -> float:
-    """Accuracy of guessing from the question alone: its most frequent answer in `train`.
+    """Accuracy of guessing each question's most frequent answer in `train`.
 
     A model that beats this number looks at the image.
 
     Args:
         train (`datasets.Dataset`): Rows with `question` and `answer` to count.
-        test (`datasets.Dataset`): Rows to guess; a question that `train` lacks gets the most frequent answer.
+        test (`datasets.Dataset`): Rows to guess; a question not in `train` gets the most frequent answer of all.
     """
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer in zip(train["question"], train["answer"], strict=True):

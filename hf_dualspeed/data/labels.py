@@ -1,7 +1,8 @@
-"""Where the text of a conversation lies among the tokens that a processor makes of it.
+"""Finds the tokens of spans of a conversation's text in a processor's output.
 
-Processors put visual tokens in place of placeholders, and some write more: a BOS behind the last image, a line break
-at the end. What they do to the text is seen here from the one place where all of it ends up: the call of the tokenizer.
+Processors replace placeholders by visual tokens, and some add text: a BOS behind the last image, a line break at the
+end. All text ends up in the call of the tokenizer, so that call is recorded and compared with the rendered text.
+Shapes: B batch, S sequence.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Span = tuple[int, int]
 
 
 class TokenizerRecorder:
-    """Stands in for a fast tokenizer and keeps every text it tokenizes, with the encoding of it."""
+    """Wraps a fast tokenizer and keeps every text with its encoding."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -37,10 +38,10 @@ class TokenizerRecorder:
 
 
 def recorded(processor: ProcessorMixin, call: Callable[[ProcessorMixin], dict]) -> tuple[dict, list[tuple[str, Any]]]:
-    """Calls a processor and keeps what it gave its tokenizer; the processor itself stays as it is.
+    """Calls a copy of the processor that records what it passes to its tokenizer.
 
     Returns:
-        The processor's batch, and `(text, encoding)` of everything that was tokenized for it.
+        The processor's batch, and `(text, encoding)` of every tokenized text.
     """
     stand_in = copy.copy(processor)
     recorder = TokenizerRecorder(processor.tokenizer)
@@ -50,11 +51,11 @@ def recorded(processor: ProcessorMixin, call: Callable[[ProcessorMixin], dict]) 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the rendered text, between placeholders, and where it can be in the text that was tokenized.
+    """A part of the rendered text between placeholders, and its possible places in the tokenized text.
 
     Args:
         start (`int`), end (`int`): its characters in the rendered text.
-        first (`int`), last (`int`): the leftmost and the rightmost place it can have among its neighbours.
+        first (`int`), last (`int`): its leftmost and rightmost possible place in the tokenized text.
     """
 
     start: int
@@ -63,7 +64,11 @@ class Piece:
     last: int
 
     def move(self, span: Span) -> Span | None:
-        """What of a span of the rendered text lies in this piece, as characters of the tokenized text."""
+        """The part of a rendered-text span in this piece, as characters of the tokenized text; None if there is none.
+
+        Raises:
+            ValueError: the piece has several possible places.
+        """
         start, end = max(span[0], self.start), min(span[1], self.end)
         if start >= end:
             return None
@@ -73,13 +78,13 @@ class Piece:
 
 
 def find_pieces(text: str, tokenized: str, placeholders: Iterable[str]) -> list[Piece]:
-    """Finds what lies between the placeholders of `text`, in order, in `tokenized`.
+    """Finds the pieces between the placeholders of `text`, in order, in `tokenized`.
 
-    Every way to place the pieces lies between the one that takes the leftmost place for each and the one that takes
-    the rightmost. Where the two agree, a piece has one place only: no guess is made.
+    One search takes the leftmost place for each piece, another the rightmost. If the two agree, the piece has only one
+    place, and nothing is guessed.
 
     Raises:
-        ValueError: a piece is missing, so the processor changed the text itself.
+        ValueError: a piece is missing, because the processor changed the text.
     """
     pattern = "|".join(re.escape(p) for p in sorted(placeholders, key=len, reverse=True)) or "(?!)"
     cuts = [0, *(edge for match in re.finditer(pattern, text) for edge in match.span()), len(text)]
@@ -99,7 +104,7 @@ def find_pieces(text: str, tokenized: str, placeholders: Iterable[str]) -> list[
 
 
 def replacements(text: str, tokenized: str, pieces: list[Piece]) -> list[Span]:
-    """What stands for placeholders, as characters of the tokenized text; what lies around the whole is left out."""
+    """Spans of the tokenized text that replace placeholders; text added around the whole is left out."""
     ends = [piece.first + piece.end - piece.start for piece in pieces]
     spans = [(end, piece.first) for end, piece in zip(ends, pieces[1:], strict=False)]
     if not pieces:
@@ -112,16 +117,16 @@ def replacements(text: str, tokenized: str, pieces: list[Piece]) -> list[Span]:
 
 
 def overlaps(offsets: torch.Tensor, spans: Iterable[Span]) -> torch.Tensor:
-    """Which tokens `(S,)` share a character with a span, given the characters `(S, 2)` of each."""
+    """Which tokens share a character with a span, `(S,)`; `offsets` `(S, 2)` holds each token's start and end."""
     found = torch.zeros(len(offsets), dtype=torch.bool)
     for start, end in spans:
-        # Tokens that a tokenizer adds cover no character: (0, 0).
+        # Tokens that the tokenizer adds have offsets (0, 0) and match no span.
         found |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
     return found
 
 
 def placeholders_of(processor: ProcessorMixin) -> set[str]:
-    """What templates write where an image, a clip or a sound goes."""
+    """The placeholders that templates write for images, clips and sounds."""
     names = ("image_token", "video_token", "audio_token")
     return {str(token) for name in names if (token := getattr(processor, name, None))}
 
@@ -129,13 +134,13 @@ def placeholders_of(processor: ProcessorMixin) -> set[str]:
 def place(
     processor: ProcessorMixin, batch: dict, rows: list[tuple[str, Any]], rendered: list[tuple[str, list[Span]]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Finds the tokens of spans of rendered texts, and those that stand for images.
+    """Finds the tokens of spans of rendered texts, and the tokens that replace placeholders.
 
     Args:
         processor (`ProcessorMixin`): Made the batch.
         batch (`dict`): `input_ids` `(B, S)` and `attention_mask` `(B, S)`.
         rows (`list`): What [`recorded`] kept.
-        rendered (`list`): Per sample, the text given to the processor and the spans of it to find.
+        rendered (`list`): Per sample, the text given to the processor and its spans to find.
 
     Returns:
         Two masks `(B, S)`: the tokens of the spans, and those in place of placeholders.
@@ -143,9 +148,10 @@ def place(
     Raises:
         ValueError: for some sample, the places are not certain.
     """
+    # Recorded texts by their token ids, with token offsets (S, 2), padding removed.
     known = defaultdict(list)
     for text, encoding in rows:
-        # Each of these is copied out of the tokenizer as a whole, so it is read once.
+        # Read each attribute of the encoding once: it copies its list on every access.
         here = torch.tensor(encoding.attention_mask, dtype=torch.bool)
         ids, offsets = torch.tensor(encoding.ids), torch.tensor(encoding.offsets).view(-1, 2)
         known[tuple(ids[here].tolist())].append((text, offsets[here]))
@@ -157,7 +163,7 @@ def place(
             same = known[tuple(batch["input_ids"][row][here].tolist())]
             if not same:
                 raise ValueError("it does not tokenize a conversation as a whole")
-            # Rows of equal tokens come in the order of the batch.
+            # Texts with equal tokens were recorded in batch order.
             tokenized, offsets = same.pop(0) if len(same) > 1 else same[0]
             pieces = find_pieces(text, tokenized, placeholders)
             moved = [place for span in spans for piece in pieces if (place := piece.move(span))]

@@ -1,6 +1,6 @@
-"""How many tokens each sample has, and how many of them are visual, without decoding its images.
+"""Counts the tokens of each sample, and the visual ones among them, without decoding images.
 
-For grouping alone: where a processor adds text of its own around images (tiles, marks), the number is off by that.
+For grouping only: text that a processor adds around images (tiles, marks) is not counted.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ REMEDY = (
 
 
 class SampleLengths:
-    """Tokens of the N samples of a data set.
+    """Numbers of tokens of the N samples of a data set.
 
     Args:
-        full (`Sequence[int]`): all tokens of each, visual ones included.
-        visual (`Sequence[Sequence[int]]`, *optional*): the visual tokens of each of its images and clips; None where
-            that is not known.
+        full (`Sequence[int]`): all tokens of each sample, visual ones included.
+        visual (`Sequence[Sequence[int]]`, *optional*): visual tokens of each of its images and clips; None if unknown.
     """
 
     def __init__(self, full: Sequence[int], visual: Sequence[Sequence[int]] | None):
@@ -44,8 +43,7 @@ class SampleLengths:
         return len(self.full)
 
     def pruned(self, pruning_ratio: float, isolator_length: int) -> torch.Tensor:
-        """Lengths `(N,)` in fast steps: of each image its budget, behind the isolator. The full ones where visual
-        tokens are not known."""
+        """Lengths in fast steps, `(N,)`: an image counts its budget and an isolator. Full ones if `visual` is None."""
         if self.visual is None:
             return self.full
         saved = [sum(n - budget(n, pruning_ratio) - isolator_length for n in units if n) for units in self.visual]
@@ -55,13 +53,13 @@ class SampleLengths:
 class TokenCounter:
     """Counts the tokens that a collator will make of an example.
 
-    Text is rendered and tokenized. Visual tokens follow from the image's size in its header, by the processor's own
-    rule; where the processor has none, every image counts as many as the first one. Clips are collated.
+    Text is rendered and tokenized. Visual tokens follow from the image size in the file header, by the processor's own
+    rule; without a rule, every image counts as many as the first one. Clips are collated.
 
     Args:
         collator (`Callable`): the data collator; its `processor`, `chat_template`, `max_length`, `image_folder` and
-            `unreadable_images` are taken into account where it has them.
-        processor (`ProcessorMixin`, *optional*): where the collator holds none.
+            `unreadable_images` are used if it has them.
+        processor (`ProcessorMixin`, *optional*): used if the collator holds none.
         visual_token_ids (`list[int]`): ids of the placeholders.
 
     Raises:
@@ -118,17 +116,17 @@ class TokenCounter:
         return list(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
 
     def _collated(self, example: Mapping, units: int) -> dict[str, Any]:
-        """Counted in the collator's own batch; its visual tokens evenly over the images and clips."""
+        """Counts by collating the example; shares its visual tokens evenly among `units` images and clips."""
         ids = self.collator([dict(example)])["input_ids"][0].tolist()
         visual = sum(token in self.visual_token_ids for token in ids)
         return {LENGTH: len(ids), VISUAL: [visual // units + (unit < visual % units) for unit in range(units)]}
 
 
 def given_lengths(dataset, column: str) -> SampleLengths | None:
-    """The lengths that a data set's own columns hold, if it has them.
+    """Lengths from the data set's own columns, or None if it has no such columns.
 
     Raises:
-        ValueError: what they hold are no lengths.
+        ValueError: the columns hold no lengths.
     """
     visual_column = visual_name(column)
     if isinstance(dataset, datasets.Dataset):
@@ -164,7 +162,7 @@ def visual_name(column: str) -> str:
 
 
 def checked(column: str, values: Iterable, right: Callable[[Any], bool], what: str) -> list:
-    """The entries of a column, each of them `right`."""
+    """The entries of a column; a `ValueError` names the first one that is not `right`."""
     values = list(values)
     for index, value in enumerate(values):
         if not right(value):
@@ -184,12 +182,11 @@ def is_counts(value: Any) -> bool:
 
 
 def measured_lengths(dataset, counter: TokenCounter, processes: int | None = None) -> SampleLengths:
-    """Counts every sample, by `datasets.Dataset.map` where it can, which shows its progress and keeps the result of a
-    data set on disk.
+    """Counts every sample. `datasets.Dataset.map` is used if possible: it shows progress and caches results on disk.
 
     Args:
         dataset: `datasets.Dataset`, or anything with a length whose items are examples.
-        counter (`TokenCounter`): counts one.
+        counter (`TokenCounter`): counts one sample.
         processes (`int`, *optional*): `num_proc` of the map.
     """
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":

@@ -14,19 +14,18 @@ from .easy_vqa import DATASETS, MESSAGES, load_easy_vqa
 
 FILE_TYPES = (".json", ".jsonl", ".parquet", ".csv")
 
-# What people answered, and what there is to choose from.
+# Accepted answers, and the options of a multiple-choice question.
 LIST_COLUMNS = ("answers", "options")
 
 
 def load_examples(path_or_name: str, split: str = "train", image_folder: str | None = None) -> Dataset:
-    """Loads conversations; images stay encoded, for [`VisionLanguageCollator`] to decode.
+    """Loads conversations; images stay encoded, and [`VisionLanguageCollator`] decodes them.
 
     Args:
         path_or_name (`str`): A `.json` or `.jsonl` file in LLaVA's or TRL's layout, a `.parquet` or `.csv` file, a
             folder written by `save_to_disk`, `easy-vqa`, `easy-vqa-color`, or a data set on the Hub.
-        split (`str`, *optional*, defaults to `"train"`): Split of a data set that has splits; a file has
-            none.
-        image_folder (`str`, *optional*): What image paths are relative to; default: the file's own folder.
+        split (`str`, *optional*, defaults to `"train"`): Split of a data set that has splits; a file has none.
+        image_folder (`str`, *optional*): Folder that image paths start from; default: the file's own folder.
     """
     path = Path(path_or_name)
     is_file = path.suffix.lower() in FILE_TYPES
@@ -49,7 +48,7 @@ def load_examples(path_or_name: str, split: str = "train", image_folder: str | N
 
 
 def _load_json(path: Path, image_folder: str | Path) -> Dataset:
-    """Normalises row by row, for Arrow refuses LLaVA's `image` that is a text, a list or absent."""
+    """Normalises row by row, because Arrow refuses LLaVA's `image`, which may be a text, a list or absent."""
     text = path.read_text(encoding="utf-8")
     try:
         lines = [line for line in text.split("\n") if line.strip()]
@@ -78,7 +77,7 @@ def _load_json(path: Path, image_folder: str | Path) -> Dataset:
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """Turns decoding off, so that an unreadable image meets the collator's policy, not the loader."""
+    """Turns image decoding off: the collator, not the loader, handles unreadable images."""
     for column, feature in dataset.features.items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(column, Image(decode=False))

@@ -1,4 +1,4 @@
-"""Images and videos of a sample, opened and described."""
+"""Opens the images and videos of a sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.image_utils import load_image
 
 
 def pattern(width: int, height: int) -> Image.Image:
-    """Waves of colour: no two patches are alike, so that pruners have something to choose from."""
+    """An image of waves of colour: no two patches are alike, which gives pruners something to choose from."""
     rows, columns = np.mgrid[:height, :width]
     waves = [np.sin(columns / 17) + np.cos(rows / 23), np.sin(rows * columns / 5e3), np.cos(columns / 41 + rows / 11)]
     return Image.fromarray((np.stack(waves, -1) * 60 + 128).clip(0, 255).astype(np.uint8))
@@ -20,7 +20,7 @@ def pattern(width: int, height: int) -> Image.Image:
 
 UNREADABLE_IMAGES = ("raise", "skip")
 
-# What Pillow raises on broken files: a PNG with a broken chunk is a SyntaxError, for example.
+# Errors that Pillow raises on broken files: a PNG with a broken chunk gives a SyntaxError, for example.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -30,16 +30,16 @@ def open_image(image: Any, folder: str | None = None) -> Image.Image:
 
 
 def image_size(image: Any, folder: str | None = None) -> tuple[int, int]:
-    """Height and width of the image that [`open_image`] would read, from its header alone."""
+    """Height and width of the image that [`open_image`] would return, read from its header."""
     image = opened(image, folder)
     width, height = image.size
-    # Asked for its EXIF data, a PNG without any is decoded.
+    # `getexif` would decode a PNG that has no EXIF data, so look at `info` first.
     turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (width, height) if turned else (height, width)
 
 
 def opened(image: Any, folder: str | None = None) -> Image.Image:
-    """The image as Pillow opens it, not decoded yet."""
+    """The image as Pillow opens it, not decoded."""
     if isinstance(image, dict):
         image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
     if isinstance(image, (str, os.PathLike)):
@@ -55,11 +55,11 @@ def opened(image: Any, folder: str | None = None) -> Image.Image:
 
 
 def open_video(frames: Any, folder: str | None = None) -> np.ndarray:
-    """Reads a clip as frames `(F, H, W, 3)`: an array or a tensor of that shape, or a list of images of one size.
+    """Reads a clip as frames `(F, H, W, 3)`, from an array or tensor of that shape or a list of images of one size.
 
     Raises:
-        TypeError: it is a file, which only packages beyond this library's can decode.
-        ValueError: its frames do not fit together.
+        TypeError: the clip is a file; decoding needs packages that this library does not depend on.
+        ValueError: the frames differ in size, or have another shape.
     """
     if isinstance(frames, (str, os.PathLike, dict)):
         raise TypeError(

@@ -1,1 +1,1 @@
-"""Answers from all visual tokens and from pruned ones, scores, and pictures of what was kept."""
+"""Answers from all and from pruned visual tokens, their scores, and pictures of the kept tokens."""

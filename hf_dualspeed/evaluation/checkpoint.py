@@ -1,4 +1,4 @@
-"""The checkpoint that an evaluation asks: checked before it is loaded, with what a run left beside it."""
+"""The checkpoint of an evaluation: checked before it is loaded, with the files that a run left beside it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..pruning.isolator import ModeIsolator, saved_length
 from ..publishing.results import read_results
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
 
-# What a run leaves beside its model, to answer from pruned tokens as its fast steps did.
+# Files that a run leaves beside its model. With them, a model answers from pruned tokens as in fast steps.
 BESIDE = (ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME)
 
 
@@ -37,11 +37,11 @@ class Checkpoint:
     Args:
         name (`str`): A folder or a Hub repo.
         dtype (`str`): Type of the loaded weights, or "auto".
-        trust_remote_code (`bool`): Run the code that the checkpoint brings along.
-        base (`str`, *optional*): The model below, where the checkpoint is a PEFT adapter.
-        commit (`str`, *optional*): That of a Hub repo.
-        weights (`str`): Changes when the weights do: a hash of the files' sizes and times, or the Hub's commit.
-        beside (`Path`, *optional*): The folder of isolator, pruner and results of the run, where it has any.
+        trust_remote_code (`bool`): Run the checkpoint's own code.
+        base (`str`, *optional*): The base model, where the checkpoint is a PEFT adapter.
+        commit (`str`, *optional*): The commit of a Hub repo.
+        weights (`str`): Identifies the weights: a hash of the files' sizes and times, or the Hub's commit.
+        beside (`Path`, *optional*): The folder of the run's isolator, pruner and results, where there are any.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Checkpoint:
 
     @property
     def run(self) -> Path | None:
-        """The folder of the run that trained it, where that lies here and has results."""
+        """The folder of the run that trained it, where it is local and has results."""
         folder = Path(self.name)
         return folder if (folder / RESULTS_NAME).is_file() else None
 
     def processor(self) -> ProcessorMixin:
-        """The processor; a `ValueError` where it has no chat template."""
+        """Loads the processor. Raises a `ValueError` where it has no chat template."""
         name, revision = self.name, self.commit
         if self.base is not None and _file(name, PROCESSOR_NAME, revision) is None:
             name, revision = self.base, None
@@ -74,7 +74,7 @@ class Checkpoint:
         return processor
 
     def model(self) -> PreTrainedModel:
-        """The model, on the accelerator where there is one."""
+        """Loads the model, on the accelerator where there is one."""
         options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
         options |= {"revision": None if self.base else self.commit}
         model = AutoModelForImageTextToText.from_pretrained(self.base or self.name, **options)
@@ -86,11 +86,11 @@ class Checkpoint:
         return model.to(device).eval()
 
     def isolator_length(self) -> int | None:
-        """How many tokens the run's isolator has; None where there is none."""
+        """The number of tokens of the run's isolator, or None where there is none."""
         return None if self.beside is None else saved_length(self.beside) or None
 
     def isolator(self, model: PreTrainedModel) -> ModeIsolator | None:
-        """The run's isolator, where it has one."""
+        """Loads the run's isolator, where it has one."""
         length = self.isolator_length()
         if length is None:
             return None
@@ -99,7 +99,7 @@ class Checkpoint:
         return isolator.to(model.device, model.dtype)
 
     def settings(self) -> dict[str, str | bool]:
-        """How the run's fast steps numbered positions, budgeted videos and attended, as far as it says so."""
+        """The run's settings of positions, video budget and attention, as far as its results have them."""
         known = read_results(self.beside).get("settings", {}) if self.beside is not None else {}
         return {key: known[key] for key in ("position_ids", "video_budget", "proportional_attention") if key in known}
 
@@ -107,11 +107,11 @@ class Checkpoint:
 def find_checkpoint(
     name: str, dtype: str = "auto", trust_remote_code: bool = False, pruned: bool = False
 ) -> Checkpoint:
-    """Looks at a checkpoint without loading it; where it is to be `pruned`, also at what a run left beside it.
+    """Checks a checkpoint without loading it. With `pruned`, finds the files that a run left beside it.
 
     Raises:
-        ValueError: it is no vision-language model.
-        OSError: there is none, or the Hub refuses, fails or cannot be reached.
+        ValueError: the checkpoint is no vision-language model.
+        OSError: there is no such checkpoint, or the Hub refuses, fails or cannot be reached.
     """
     folder = Path(name) if Path(name).is_dir() else None
     if folder is None and not is_repo_id(name):
@@ -122,7 +122,7 @@ def find_checkpoint(
         if found is None:
             raise ValueError(f"{name!r} holds no checkpoint: neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} is there.")
         base = json.loads(found.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    commit = None if folder is not None else found.parent.name  # as the Hub's cache is laid out
+    commit = None if folder is not None else found.parent.name  # the Hub's cache has a folder per commit
     _check_kind(name, base or name, None if base else commit, trust_remote_code)
     weights = _files(folder) if folder is not None else f"{name}@{commit}"
     beside = folder
@@ -143,7 +143,7 @@ def _check_kind(name: str, model: str, revision: str | None, trust_remote_code: 
 
 
 def _file(name: str, file: str, revision: str | None = None) -> Path | None:
-    """A file of a folder or of a Hub repo, where there is one."""
+    """A file of a folder or Hub repo, or None where there is none."""
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None

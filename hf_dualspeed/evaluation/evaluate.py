@@ -1,4 +1,4 @@
-"""Answers a data set's questions from all visual tokens and from pruned ones, and scores them."""
+"""Answers a data set's questions from all and from pruned visual tokens, and scores the answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SUMMARY = "evaluation.json"
 
 @dataclass(frozen=True)
 class View:
-    """What of the visual tokens the model sees: all without a pruner."""
+    """The visual tokens that the model sees: all, or those that a pruner keeps."""
 
     name: str
     pruner: Pruner | None = None
@@ -42,7 +42,7 @@ class View:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of the command: what is asked of which model, from which tokens."""
+    """One call of the command: questions, model and views."""
 
     options: argparse.Namespace
     checkpoint: Checkpoint
@@ -52,11 +52,11 @@ class Evaluation:
 
 
 def prepare(options: argparse.Namespace) -> Evaluation:
-    """Looks at checkpoint, pruners and data, and fails here for all that can be known without the model."""
+    """Checks checkpoint, pruners and data. Errors that need no model are raised here."""
     pruned = bool(options.pruner or options.pruning_ratio)
     checkpoint = find_checkpoint(options.checkpoint, options.dtype, options.trust_remote_code, pruned)
     if checkpoint.run is not None:
-        # The results go there: what is wrong with them, or with the card, is said before.
+        # Scores are written into results and card, so both must be readable.
         read_results(checkpoint.run)
         split_front_matter(read_card(checkpoint.run / CARD_NAME))
     views = [View(FULL), *(pruned_views(options, checkpoint.beside) if pruned else [])]
@@ -64,14 +64,14 @@ def prepare(options: argparse.Namespace) -> Evaluation:
     for metric in options.metric:
         if needs_options(metric):
             check_options(questions, metric)
-        score(metric, questions.table, [""] * len(questions.table))  # says what is wrong with references
+        score(metric, questions.table, [""] * len(questions.table))  # raises for unusable references
     place = "-".join(filter(None, (questions.name, questions.split)))
     folder = output_folder(options) / re.sub(r"[^\w.-]+", "--", place)
     return Evaluation(options, checkpoint, questions, views, folder)
 
 
 def pruned_views(options: argparse.Namespace, beside: Path | None) -> list[View]:
-    """Every pruner with every ratio."""
+    """One view per pruner and ratio."""
     views = []
     for name in options.pruner or [None]:
         for ratio in options.pruning_ratio or [None]:
@@ -92,7 +92,7 @@ def output_folder(options: argparse.Namespace) -> Path:
 
 
 def identity(evaluation: Evaluation, view: View) -> dict[str, Any]:
-    """All that a view's answers depend on."""
+    """All settings that a view's answers depend on."""
     options, questions = evaluation.options, evaluation.questions
     names = ("batch_size", "max_new_tokens", "dtype")
     found = {"weights": evaluation.checkpoint.weights, "questions": questions.fingerprint, "n": len(questions.table)}
@@ -104,7 +104,7 @@ def identity(evaluation: Evaluation, view: View) -> dict[str, Any]:
 
 
 def evaluate(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Answers what has not been answered before, and scores all of it."""
+    """Answers the questions that have no answer yet, and scores all answers."""
     options = evaluation.options
     stores = [
         Predictions(evaluation.folder, v.name, identity(evaluation, v), options.batch_size, options.overwrite)
@@ -120,13 +120,13 @@ def evaluate(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def answer(evaluation: Evaluation, stores: list[Predictions]) -> None:
-    """Generates the answers that are missing, the model loaded once."""
+    """Loads the model and generates the missing answers."""
     processor = evaluation.checkpoint.processor()
     model = evaluation.checkpoint.model()
     prepares = [prompts_of(evaluation, view, model) for view in evaluation.views]
     dataset, options = evaluation.questions.dataset, evaluation.options
     sample = next((row for row in dataset if question_and_answers(row)[0]["images"]), dataset[0])
-    for prune in filter(None, prepares):  # what the model has not, a pruner may need: said before hours of answers
+    for prune in filter(None, prepares):  # a pruner may need what the model lacks: fails before hours of answers
         replace(prune)(prompts(model, processor, [sample]))
     for view, store, prune in zip(evaluation.views, stores, prepares, strict=True):
         if store.finished:
@@ -156,7 +156,7 @@ def prompts_of(evaluation: Evaluation, view: View, model: PreTrainedModel) -> Pr
 
 
 def keep(store: Predictions, table: list[dict[str, Any]], batches: Iterator[list[str]]) -> None:
-    """Stores each batch of answers as it comes, with the seconds that an answer took."""
+    """Stores each batch of answers as it comes, with the seconds per answer."""
     began = time.perf_counter()
     for texts in batches:
         seconds = round((time.perf_counter() - began) / len(texts), 6)
@@ -167,7 +167,7 @@ def keep(store: Predictions, table: list[dict[str, Any]], batches: Iterator[list
 
 
 def score(metric: str, table: list[dict[str, Any]], predictions: list[str]) -> float:
-    """What a metric makes of answers."""
+    """The score of all answers by a metric."""
     columns = {"references": [row["references"] for row in table]}
     if needs_options(metric):
         columns["options"] = [row["options"] for row in table]
@@ -175,7 +175,7 @@ def score(metric: str, table: list[dict[str, Any]], predictions: list[str]) -> f
 
 
 def entry(evaluation: Evaluation, view: View, store: Predictions, metric: str) -> dict[str, Any]:
-    """A score as results.json holds it."""
+    """A score as an entry of results.json."""
     config = view.pruner and view.pruner.config
     isolated = config and not evaluation.options.no_isolator
     found = {
@@ -195,7 +195,7 @@ def entry(evaluation: Evaluation, view: View, store: Predictions, metric: str) -
 
 
 def record(evaluation: Evaluation, entries: list[dict[str, Any]]) -> None:
-    """Writes the scores beside the answers, and into results and card of the run whose folder the checkpoint is."""
+    """Writes the scores beside the answers. A run's folder also gets them in its results and card."""
     path, head = evaluation.folder / SUMMARY, {"weights": evaluation.checkpoint.weights}
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     same = earlier.get("evaluations", []) if earlier.get("weights") == head["weights"] else []

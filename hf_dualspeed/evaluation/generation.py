@@ -1,4 +1,4 @@
-"""Answers of a model to the questions of a data set, by greedy generation, and their accuracy."""
+"""A model's answers to the questions of a data set, by greedy generation, and their accuracy."""
 
 from __future__ import annotations
 
@@ -30,22 +30,20 @@ def answer_accuracy(
     limit: int | None = None,
     description: str = "evaluating",
 ) -> dict[str, Any]:
-    """The share of rows whose generated answer equals an expected one, but for case and white space.
+    """The share of rows whose generated answer equals an expected one, apart from case and white space.
 
     Args:
         model (`PreTrainedModel`): Generates on its own device; its training mode is restored.
         processor (`ProcessorMixin`): The model's processor, with a chat template.
-        dataset (`datasets.Dataset`): Questions and what is expected, as [`question_and_answers`] reads them.
-        batch_size (`int`, *optional*, defaults to 64): Rows that generate at once.
-        max_new_tokens (`int`, *optional*, defaults to 8): Longest answer.
-        prepare (`Callable`, *optional*): Makes `generate`'s inputs from the processor's, to prune for
-            example.
-        limit (`int`, *optional*): Only the first so many rows.
+        dataset (`datasets.Dataset`): Questions and expected answers, as [`question_and_answers`] reads them.
+        batch_size (`int`, *optional*, defaults to 64): Questions per batch.
+        max_new_tokens (`int`, *optional*, defaults to 8): Longest answer in tokens.
+        prepare (`Callable`, *optional*): Maps the processor's output to `generate`'s inputs. It may prune.
+        limit (`int`, *optional*): Number of rows, from the first on.
         description (`str`, *optional*, defaults to `"evaluating"`): Caption of the progress bar.
 
     Returns:
-        `dict` with `accuracy` (`float`), `n` (`int`) and `predictions` (`list[str]`, in the order of the
-        rows).
+        `dict` with `accuracy` (`float`), `n` (`int`) and `predictions` (`list[str]`, in the order of the rows).
     """
     dataset = first_rows(dataset, limit)
     expected = [question_and_answers(row)[1] for row in dataset]
@@ -57,7 +55,7 @@ def answer_accuracy(
 
 
 def first_rows(dataset: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` rows, or all; a `ValueError` where there are none."""
+    """The first `limit` rows, or all. Raises a `ValueError` where there are none."""
     if limit is not None:
         check_range("limit", limit, 1, off="Use None for all rows.")
         dataset = dataset.select(range(min(limit, len(dataset))))
@@ -77,9 +75,9 @@ def answers_in_batches(
     start: int = 0,
     description: str = "evaluating",
 ) -> Iterator[list[str]]:
-    """Generates batch by batch, in the order of the rows, and yields the answers of each.
+    """Yields the answers of each batch, in the order of the rows.
 
-    The arguments are those of [`answer_accuracy`]; `start` is the first row to answer.
+    The arguments are those of [`answer_accuracy`], and `start` is the first row to answer.
     """
     check_range("batch_size", batch_size, 1)
     check_range("max_new_tokens", max_new_tokens, 1)
@@ -101,17 +99,17 @@ def answers(
     max_new_tokens: int,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> list[str]:
-    """Answers the questions of some rows at once, greedily."""
+    """Answers the questions of one batch, greedily."""
     inputs = prompts(model, processor, rows)
     if prepare is not None:
         inputs = prepare(inputs)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    # A `prepare` that prunes shortens the prompt, so its length is that of what `generate` got.
+    # Answers are the tokens behind the prompt (B, S'), which `prepare` may have shortened.
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def prompts(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The questions of some rows as inputs of the model: ids and mask `(B, S)`, padded on the left, and pixels."""
+    """The questions of a batch as model inputs: ids and mask `(B, S)`, padded on the left, and pixels."""
     samples = [question_and_answers(row)[0] for row in rows]
     texts = [
         processor.apply_chat_template(sample["messages"], tokenize=False, add_generation_prompt=True)
@@ -124,22 +122,22 @@ def prompts(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict[s
             videos.append([open_video(video) for video in sample["videos"]])
         except IMAGE_ERRORS as error:
             raise ValueError(f"An image or a video cannot be read ({sample_name(row)}): {error}") from error
-    # Generation continues the last column, which therefore must not be padding.
+    # Padding goes to the left, because generation continues the last column.
     return dict(encode(processor, texts, images, videos, padding_side="left").to(model.device, model.dtype))
 
 
 def question_and_answers(row: dict[str, Any]) -> tuple[dict[str, list], list[str]]:
-    """What a row asks, and all that is right.
+    """A row's question and its right answers.
 
-    Asked are the messages before the last answer of the assistant, or, where there is no conversation, the column
-    `question` about the row's images. Right is what the column `answers` holds (texts, or VQAv2's records), else
-    `answer`, else the last message.
+    The question is all messages before the assistant's last one. A row without a conversation has it in the column
+    `question`. Right answers are in the column `answers` (texts, or VQAv2's records), else in `answer`, else in the
+    last message.
 
     Returns:
         `dict` with `messages`, `images` and `videos`, and `list[str]`.
 
     Raises:
-        ValueError: the row holds neither conversation nor question, or nothing that is right.
+        ValueError: the row has neither conversation nor question, or no right answer.
     """
     if row.get("question") and not any(row.get(key) for key in CONVERSATIONS):
         row = {**row, "messages": [{"role": "user", "content": row["question"]}]}

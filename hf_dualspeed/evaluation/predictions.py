@@ -1,4 +1,4 @@
-"""The answers of an evaluation on disk: appended batch by batch, a data set once all are there."""
+"""Answers of an evaluation on disk: appended batch by batch, and a data set once all are there."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ FEATURES = Features(
 
 
 class Predictions:
-    """The answers of one view of a model to one data set: `view.parquet`, and `view.jsonl` until that is written.
+    """Answers of one view of a model to one data set: in `view.jsonl` until all are there, then in `view.parquet`.
 
-    `view.json` holds what the answers depend on. Answers of something else are never gone on with.
+    `view.json` holds the identity of the answers. Answers of another identity are never continued.
 
     Args:
-        folder (`str` or `Path`): Where the files are; made where it does not exist.
-        view (`str`): Which visual tokens the model saw; the files' name.
-        identity (`dict`): All that the answers depend on, by names that the user knows. Of JSON's types alone.
-        batch_size (`int`): Rows that are answered at once. Only whole batches count.
-        overwrite (`bool`, *optional*, defaults to `False`): Begin anew, whatever is there.
+        folder (`str` or `Path`): Folder of the files. It is made where it does not exist.
+        view (`str`): Name of the view and of the files.
+        identity (`dict`): All that the answers depend on, by names that the user knows, in types of JSON.
+        batch_size (`int`): Questions per batch. Only whole batches count.
+        overwrite (`bool`, *optional*, defaults to `False`): Delete what is there first.
 
     Raises:
-        ValueError: answers of something else are there, and `overwrite` is False; the message names what differs.
+        ValueError: answers of another identity are there and `overwrite` is False. The message names what differs.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Predictions:
 
     @property
     def path(self) -> Path:
-        """The data set, once it is there."""
+        """The file of the data set."""
         return self._table
 
     def _check_identity(self) -> None:
@@ -75,7 +75,7 @@ class Predictions:
             raise ValueError(f"{str(self.folder)!r} holds answers ({self.view}) of something else: {changes}. {REMEDY}")
 
     def _read(self) -> list[dict[str, Any]]:
-        """The answers so far, of whole batches; what an interruption left of another one is taken off the file."""
+        """The answers of whole batches so far. Cuts an incomplete batch off the file."""
         if self.finished:
             return read_table(self._table).to_pylist()
         if not self._lines.is_file():
@@ -87,7 +87,7 @@ class Predictions:
         return rows
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Adds the answers of one batch, so that no interruption of this process or machine loses them again."""
+        """Adds the answers of one batch and syncs them to disk, so no interruption loses them."""
         if not self._settings.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             part = self._settings.with_suffix(".json.part")
@@ -100,7 +100,7 @@ class Predictions:
         self.rows += rows
 
     def finish(self) -> None:
-        """Writes the data set, in place of the lines."""
+        """Writes the data set and deletes the lines."""
         part = self._table.with_suffix(".parquet.part")
         Dataset.from_list(self.rows, features=FEATURES).to_parquet(part)
         part.replace(self._table)

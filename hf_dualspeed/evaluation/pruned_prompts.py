@@ -1,4 +1,4 @@
-"""Prompts with pruned visual tokens, to generate from: which pruner, behind which isolator."""
+"""Prompts with pruned visual tokens, to generate from."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..utils.constants import PRUNER_CONFIG_NAME
 
 @dataclass
 class PrunedPrompts:
-    """Prunes one batch of prompts after the other: the `prepare` of [`answer_accuracy`].
+    """Prunes batches of prompts. It is a `prepare` of [`answer_accuracy`].
 
     Args:
         model (`PreTrainedModel`): The model that generates.
-        pruner ([`Pruner`]): One that works in front of the language model.
-        isolator ([`ModeIsolator`], *optional*): In front of each image's kept tokens.
+        pruner ([`Pruner`]): A pruner in front of the language model.
+        isolator ([`ModeIsolator`], *optional*): Learned tokens in front of each image's kept tokens.
         position_ids (`str`, *optional*, defaults to `"auto"`): As in [`prune_inputs`].
         video_budget (`str`, *optional*, defaults to `"clip"`): As in [`prune_inputs`].
         proportional_attention (`bool`, *optional*, defaults to `True`): As in [`prune_inputs`].
-        seed (`int`, *optional*, defaults to 0): For pruners that draw.
-        batch (`int`, *optional*, defaults to 0): Number of the next batch. It is part of the seed, so that a batch is
-            pruned the same whether or not others were before it.
+        seed (`int`, *optional*, defaults to 0): Seed of random pruners.
+        batch (`int`, *optional*, defaults to 0): Number of the next batch. It is part of the seed, so a resumed
+            evaluation prunes like an uninterrupted one.
     """
 
     model: PreTrainedModel
@@ -42,7 +42,7 @@ class PrunedPrompts:
     batch: int = 0
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # Generators of CPUs go by the lower 32 bits alone.
+        # A CPU generator uses only the lower 32 bits of a seed.
         generator = torch.Generator(self.model.device).manual_seed((self.seed * 1_000_003 + self.batch) % 2**32)
         self.batch += 1
         return prune_inputs(
@@ -58,7 +58,7 @@ class PrunedPrompts:
 
 
 def prompts_of(dual_forward: DualForward, model: PreTrainedModel, seed: int = 0) -> PrunedPrompts:
-    """Prunes prompts as the fast steps of a training do."""
+    """Prunes prompts as a training's fast steps do."""
     return PrunedPrompts(
         model,
         dual_forward.pruner,
@@ -71,7 +71,7 @@ def prompts_of(dual_forward: DualForward, model: PreTrainedModel, seed: int = 0)
 
 
 def check_prompt_pruner(name: str) -> None:
-    """Raises a `ValueError` for a registered pruner that shortens no prompt."""
+    """Raises a `ValueError` for a pruner inside the language model, which shortens no prompt."""
     if name in available_pruners() and pruner_class(name).in_language_model:
         raise ValueError(
             f"`pruner` is {name!r}, which drops tokens inside the language model: it shortens no prompt to "
@@ -80,15 +80,15 @@ def check_prompt_pruner(name: str) -> None:
 
 
 def prompt_pruner(name: str | None, folder: Path | None, ratio: float | None) -> Pruner:
-    """A pruner to answer with: that of a run, with what it has learned and its settings, or another one.
+    """A pruner to answer with: the run's own, with its settings and weights, or another one.
 
     Args:
-        name (`str`, *optional*): A registered pruner, a folder, or a Hub repo; by default the run's own.
-        folder (`Path`, *optional*): Where a run keeps its pruner.
-        ratio (`float`, *optional*): Fraction of the visual tokens removed; by default the pruner's own.
+        name (`str`, *optional*): A registered pruner, a folder, or a Hub repo. By default the run's own.
+        folder (`Path`, *optional*): The folder of the run's pruner.
+        ratio (`float`, *optional*): Fraction of the visual tokens removed. By default the pruner's own.
 
     Raises:
-        ValueError: there is no pruner to take, it is learned and its weights are not there, or it shortens no prompt.
+        ValueError: there is no pruner, it is learned and has no weights, or it shortens no prompt.
     """
     own = folder if folder is not None and (folder / PRUNER_CONFIG_NAME).is_file() else None
     if name is None and own is None:

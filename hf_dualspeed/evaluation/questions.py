@@ -1,4 +1,4 @@
-"""The questions of an evaluation, read and checked before a model answers the first one."""
+"""The questions of an evaluation, all checked before the model answers the first one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .generation import first_rows, question_and_answers
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked, and what is right.
+    """Questions and right answers.
 
     Args:
         dataset (`datasets.Dataset`): The rows to answer.
-        table (`list[dict]`): For each row its `index`, `id`, `question`, `references` and `options`.
-        fingerprint (`str`): A hash of all that is asked, images included, and of what is right.
-        name (`str`): The data set, without the folders above it.
+        table (`list[dict]`): The `index`, `id`, `question`, `references` and `options` of each row.
+        fingerprint (`str`): A hash of questions, images and right answers.
+        name (`str`): The data set's name, without the folders above it.
         split (`str`, *optional*): None where the data set has no splits.
     """
 
@@ -40,17 +40,17 @@ class Questions:
 
 
 def load_questions(name: str, split: str, image_folder: str | None = None, limit: int | None = None) -> Questions:
-    """Loads a data set for evaluation, as [`load_examples`] does, and looks at every row.
+    """Loads a data set for evaluation, as [`load_examples`] does, and checks every row.
 
     Args:
-        name (`str`): What [`load_examples`] takes.
+        name (`str`): The data set, as for [`load_examples`].
         split (`str`): Split of a data set that has splits.
-        image_folder (`str`, *optional*): Where relative image paths start.
-        limit (`int`, *optional*): Only the first so many rows.
+        image_folder (`str`, *optional*): Folder that relative image paths start from.
+        limit (`int`, *optional*): Number of rows, from the first on.
 
     Raises:
-        ValueError: a row asks nothing, says nothing of what is right, or an image is missing or none; the message
-            names the row.
+        ValueError: a row has no question or no right answer, or an image is missing or unreadable. The message names
+            the row.
     """
     dataset = first_rows(load_examples(name, split=split, image_folder=image_folder), limit)
     table, digest = [], hashlib.sha256()
@@ -77,10 +77,10 @@ def _entry(index: int, row: dict, messages: list[dict], right: list[str], option
 
 
 def _image_mark(image: Any) -> list:
-    """What tells an image from others without decoding it: only its head is read.
+    """Name, size and length or checksum of an image. A file is not decoded: only its header is read.
 
     Raises:
-        OSError, ValueError: it is missing, or no image.
+        OSError, ValueError: the image is missing, or is none.
     """
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") else image.get("path")
@@ -96,7 +96,7 @@ def _image_mark(image: Any) -> list:
 
 
 def check_options(questions: Questions, metric: str) -> None:
-    """Raises a `ValueError` where a row has no options to choose from, which `metric` needs."""
+    """Raises a `ValueError` where a row lacks the options that `metric` needs."""
     for entry in questions.table:
         if not entry["options"]:
             raise ValueError(

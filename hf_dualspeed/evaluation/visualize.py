@@ -1,4 +1,4 @@
-"""Which tokens of an image a pruner keeps, as a picture."""
+"""Pictures of the tokens that a pruner keeps."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ VEIL = (255, 255, 255)
 
 @dataclass
 class View:
-    """Where the kept tokens of an image lie.
+    """The places of an image's kept tokens.
 
     Args:
-        image (`PIL.Image.Image`): what the model saw: cut and scaled by its processor.
-        rows, columns (`int`): the grid of its tokens.
-        kept (`set[tuple[int, int]]`): (row, column) of the kept ones.
-        elsewhere (`int`): kept tokens that lie in tiles, and not on this grid.
+        image (`PIL.Image.Image`): The image as the model saw it, cropped and scaled by the processor.
+        rows, columns (`int`): Size of the token grid.
+        kept (`set[tuple[int, int]]`): (row, column) of each kept token.
+        elsewhere (`int`): Number of kept tokens in tiles, outside this grid.
     """
 
     image: Image.Image
@@ -46,20 +46,21 @@ class View:
 
 
 def view_of(calls: list[tuple], inputs: Mapping, image: Image.Image, processor: object) -> View | None:
-    """The view of the one image of a batch, for models of tiles that of the whole image in front of them.
+    """The view of a batch's only image. In models with tiles, it shows the whole image in front of the tiles.
 
     Args:
-        calls (`list[tuple]`): what the pruner got and gave.
-        inputs (`Mapping`): the processor's output.
-        image (`PIL.Image.Image`): what the processor got.
-        processor: the model's.
+        calls (`list[tuple]`): Inputs and outputs of the pruner's calls.
+        inputs (`Mapping`): The processor's output.
+        image (`PIL.Image.Image`): The processor's input.
+        processor (`ProcessorMixin`): The model's processor.
 
     Returns:
-        `View`, or None where tiles are pruned each by itself, so that there is no one grid.
+        `View`, or None where each tile is pruned alone and there is no one grid.
     """
     if len(calls) != 1 or len(calls[0][1].lengths) != 1 or calls[0][0].grid is None:
         return None
     tokens, pruned = calls[0]
+    # Grid (N, 3) of tile, row and column; tile 0 is the whole image.
     grid = tokens.grid[0].cpu()
     base = grid[grid[:, 0] == 0]
     kept = grid[pruned.positions[0, : pruned.lengths[0]].cpu()]
@@ -70,19 +71,20 @@ def view_of(calls: list[tuple], inputs: Mapping, image: Image.Image, processor: 
 
 
 def seen(inputs: Mapping, image: Image.Image, processor: object) -> Image.Image:
-    """What the model saw: its pixels, where the processor gives an image, else the image as it was."""
+    """The image as the model saw it, from its pixels; the original where pixels are no image."""
     pixels, reader = inputs.get("pixel_values"), getattr(processor, "image_processor", None)
     while isinstance(pixels, torch.Tensor) and pixels.dim() > 3:
         pixels = pixels[0]
     mean, std = (getattr(reader, name, None) for name in ("image_mean", "image_std"))
     if not isinstance(pixels, torch.Tensor) or pixels.dim() != 3 or len(pixels) != 3 or not mean or not std:
         return image
+    # Undo the normalisation of (3, H, W).
     pixels = pixels.float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def draw(view: View) -> Image.Image:
-    """The kept tokens in colour and framed, the others grey and veiled."""
+    """Draws kept tokens in colour with a frame, the others grey and faded."""
     width, height = view.image.size
     scale = EDGE / max(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -99,8 +101,7 @@ def draw(view: View) -> Image.Image:
 
 
 def watch_calls(pruner: Pruner) -> tuple[list[tuple], Callable[[], None]]:
-    """A list to which each call of the pruner adds the tokens it got and those it gave, grids included; and what ends
-    it."""
+    """A list that gets input and output tokens of each call of the pruner, with grids, and a function that ends it."""
     calls: list[tuple] = []
     needs, pruner.needs = pruner.needs, pruner.needs | {"grid"}
     hook = pruner.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
@@ -113,17 +114,17 @@ def watch_calls(pruner: Pruner) -> tuple[list[tuple], Callable[[], None]]:
 
 
 def draw_images(prepare: PrunedPrompts, processor: object, rows: Dataset, path: Path) -> str | None:
-    """Draws the first image of each row, and under it what is kept of it, into a PNG file.
+    """Draws the first image of each row, with its kept tokens below, into a PNG file.
 
     Args:
-        prepare ([`PrunedPrompts`]): prunes the rows' questions.
-        processor: the model's.
-        rows (`datasets.Dataset`): questions about images, as in evaluation.
-        path (`Path`): the file to write.
+        prepare ([`PrunedPrompts`]): Prunes the rows' questions.
+        processor (`ProcessorMixin`): The model's processor.
+        rows (`datasets.Dataset`): Questions about images, as in evaluation.
+        path (`Path`): The file to write.
 
     Returns:
-        `str`: The file's name, or None where the family's tokens lie on no grid, or an image cannot be had: not worth
-        a training that is over.
+        `str`: The file's name, or None where tokens lie on no grid or an image cannot be read. That is only logged,
+        because the training that asks for the picture is over.
     """
     model, training, pairs = prepare.model, prepare.model.training, []
     calls, watch = watch_calls(prepare.pruner)
@@ -150,7 +151,7 @@ def draw_images(prepare: PrunedPrompts, processor: object, rows: Dataset, path: 
 
 
 def first_images(rows: Dataset, count: int) -> Dataset:
-    """The first rows of `count` different images, as far as their bytes or paths tell."""
+    """The first rows with `count` different images, by bytes or path."""
     seen, chosen = set(), []
     for index, row in enumerate(rows):
         images = to_messages(row)["images"]
@@ -165,7 +166,7 @@ def first_images(rows: Dataset, count: int) -> Dataset:
 
 
 def sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    """Pairs side by side, the image above and the kept tokens below."""
+    """One picture of all pairs, side by side: images above, kept tokens below."""
     pairs = [(image.resize(drawn.size, Image.Resampling.BICUBIC), drawn) for image, drawn in pairs]
     width = sum(drawn.width for _, drawn in pairs) + GAP * (len(pairs) - 1)
     height = max(drawn.height for _, drawn in pairs)

@@ -1,7 +1,7 @@
 """An optional cache of a frozen vision tower's outputs across epochs: `vision_feature_cache`.
 
-What the model's own encoder reads of the tower's output is stored for each image or tile; projector and all that comes
-after run in each step. Shapes: U units, P patches of the batch.
+It stores, for each image or tile, what the model's own encoder reads of the tower's output. The projector and
+everything after it run in each step. Shapes: U units (images or tiles), R rows of all of them.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from ..pruning.encoding import CONFIGURED, IN_TOWER
 from ..utils.devices import on_host
 from .store import IN_USE, FeatureStore
 from .tower import TowerCall
-from .units import REMEDY, UNITS, ImageUnits, WithImageUnits
+from .units import REMEDY, UNITS, ImageUnits
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
 CHUNK = 2**26  # bytes of weights that are hashed at a time
-WAITING = 8  # batches on their way to the disk, beyond which a step waits for the first
-MARK_EVERY = 3600.0  # seconds, far below those after which another run may remove what this one reads
+WAITING = 8  # batches in the writer's queue, beyond which a step waits for the first
+MARK_EVERY = 3600.0  # seconds, far less than `IN_USE`, after which another run may remove this tower's files
 
 
 class FeatureCache(TrainerCallback):
-    """Stores what the tower makes of each image, and serves it in place of the tower.
+    """Stores the tower's outputs for each image, and serves them in place of the tower.
 
     Args:
         folder (`str`): the cache's folder, for several models and runs.
-        gib (`float`): the most it may take, in GiB.
-        pruner (`Pruner`): which may need the tower to run.
-        precision (`str`): that of autocast, which changes what the tower returns.
+        gib (`float`): its maximal size in GiB.
+        pruner (`Pruner`): may need the tower to run.
+        precision (`str`): the precision of autocast, which changes the tower's outputs.
     """
 
     def __init__(self, folder: str, gib: float, pruner: Pruner, precision: str = "no"):
         self.root, self.bound, self.pruner, self.precision = folder, int(gib * GIB), pruner, precision
         self.store: FeatureStore | None = None
-        self._layout: tuple[str, ...] | None = None  # names of the tensors that are read of the tower's output
-        self._alike = False  # whether units were seen to be encoded each by itself
-        self._said = False
-        self._marked = 0.0  # when what is stored was last marked as used
+        self._layout: tuple[str, ...] | None = None  # names of the tensors that the encoder reads
+        self._alike = False  # whether the tower was seen to encode a unit alone as in a batch
+        self._said = False  # whether the one warning was given
+        self._marked = 0.0  # time of the last mark as used
         self._hits = self._asked = 0
         self._writer = ThreadPoolExecutor(1, "feature_cache")
         self._waiting: deque[Future] = deque()
@@ -64,7 +64,7 @@ class FeatureCache(TrainerCallback):
     # --- what the trainer calls -----------------------------------------------------------------------------------
 
     def check(self, model: nn.Module) -> None:
-        """Raises a `ValueError` where the outputs of the model's tower cannot be stored, or not in this folder."""
+        """Raises a `ValueError` if the outputs of the model's tower cannot be stored, or not in this folder."""
         reason = obstacle(unwrap(model), self.pruner)
         if reason is not None:
             raise ValueError(f"`vision_feature_cache` is set, but {reason}")
@@ -82,7 +82,7 @@ class FeatureCache(TrainerCallback):
         self.begin(model, count=args.local_process_index == 0)
 
     def begin(self, model: nn.Module, count: bool = True) -> None:
-        """Looks for what was stored of this model's tower; one process of several counts its bytes."""
+        """Opens the store for this model's tower. One of several processes counts its bytes."""
         self.check(model)
         outer = unwrap(model)
         self.store = FeatureStore(self.root, fingerprint(outer, self.precision), self.bound)
@@ -92,7 +92,7 @@ class FeatureCache(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.mark()
-        self.flush()  # workers may be forked next, which had better not happen while the lock is held
+        self.flush()  # data loader workers may be forked next, which is unsafe while the lock is held
 
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic() - self._marked > MARK_EVERY:
@@ -106,47 +106,38 @@ class FeatureCache(TrainerCallback):
         self.flush()
 
     def mark(self) -> None:
-        """Marks what is stored as used, without waiting for the disk."""
+        """Marks the stored features as used, without waiting for the disk."""
         self._marked = time.monotonic()
         self._waiting.append(self._writer.submit(self._on_disk, self.store.use))
 
     def flush(self) -> None:
-        """Waits until all that was encoded is on the disk."""
+        """Waits until all encoded features are on the disk."""
         while self._waiting:
             self._waiting.popleft().result()
 
     def taken(self, inputs: Mapping) -> tuple[Mapping, Callable | None]:
-        """A batch without its [`ImageUnits`], and what serves them in place of the tower."""
+        """Splits a batch into its model inputs and the context that serves its [`ImageUnits`] in place of the tower."""
         if UNITS not in inputs:
             return inputs, None
         rest = {key: value for key, value in inputs.items() if key != UNITS}
         return rest, partial(self.serving, inputs[UNITS])
 
-    @contextmanager
-    def collating(self, trainer) -> Iterator[None]:
-        """Data loaders that are made inside look images up; those of evaluation, made outside, do not."""
-        before = trainer.data_collator
-        trainer.data_collator = WithImageUnits(before, self)
-        try:
-            yield
-        finally:
-            trainer.data_collator = before
-
     def window(self) -> dict[str, float]:
-        """The share of this process's images since the last call that the cache had."""
+        """The share of this process's images found in the cache since the last call."""
         hits, asked = self._hits, self._asked
         self._hits = self._asked = 0
         return {"vision_cache_hit_rate": round(hits / asked, 4)} if asked else {}
 
     def __getstate__(self) -> dict:
-        """For workers, which look up what is stored."""
+        """The state for data loader workers, which only look up features."""
         return {"store": self.store}
 
     # --- in place of the tower ------------------------------------------------------------------------------------
 
     @contextmanager
     def serving(self, units: ImageUnits, tower: nn.Module) -> Iterator[None]:
-        """Inside, a call of `tower` returns what is stored of `units`, and runs it for the others alone."""
+        """Inside, a call of `tower` returns the stored outputs of `units`, and runs the tower on the others only."""
+        # Replace the tower's forward for one call of the encoder.
         call, own = TowerCall(tower, units, self._layout or tuple(units.features)), vars(tower).get("forward")
         tower.forward = call
         try:
@@ -155,8 +146,9 @@ class FeatureCache(TrainerCallback):
             del tower.forward
             if own is not None:
                 tower.forward = own
+        # Count hits, check the tower once, and store new features.
         names = call.end()
-        if names is None:  # units and what the tower was given do not match: it ran as always
+        if names is None:  # the tower's inputs did not match the units, so it ran normally
             self._asked += len(units.keys)
             return
         if not self._alike and len(call.missing) > 1:
@@ -168,9 +160,10 @@ class FeatureCache(TrainerCallback):
             self._keep([call.keys[index] for index in call.missing], {name: call.encoded(name) for name in names})
 
     def _keep(self, keys: list[str], encoded: dict[str, tuple[torch.Tensor, list[int]]]) -> None:
-        """Sends what was encoded to the disk, without waiting for the device."""
+        """Queues encoded features for the disk, without waiting for the device."""
         if self.store.full:
             return
+        # Copy (R, ...) to the host. The event marks the end of the copies for the writer.
         rows = {name: (on_host(tensor), lengths) for name, (tensor, lengths) in encoded.items()}
         copied = torch.cuda.Event() if any(tensor.is_cuda for tensor, _ in encoded.values()) else None
         if copied is not None:
@@ -184,13 +177,14 @@ class FeatureCache(TrainerCallback):
             copied.synchronize()
         if self.store.full:
             return
+        # Rows of each unit, (R, ...) -> U times (rows, ...).
         parts = {name: tensor.split(lengths) for name, (tensor, lengths) in rows.items()}
         self.store.write({key: {name: units[i] for name, units in parts.items()} for i, key in enumerate(keys)})
         if self.store.full:
             self._warn("%s", full_message(self.store))
 
     def _on_disk(self, task: Callable, *given) -> None:
-        """Runs a task of the writer's; a disk that fails ends the storing, not the training."""
+        """Runs a task of the writer. A disk error ends the storing, not the training."""
         try:
             task(*given)
         except OSError as error:
@@ -204,7 +198,7 @@ class FeatureCache(TrainerCallback):
 
 
 def feature_cache_of(trainer) -> FeatureCache | None:
-    """The cache that a trainer's arguments ask for, among its callbacks.
+    """Creates the cache that a trainer's arguments ask for, and adds it to the callbacks.
 
     Raises:
         ValueError: it cannot be used; the message says why.
@@ -227,7 +221,7 @@ def feature_cache_of(trainer) -> FeatureCache | None:
 
 
 def full_message(store: FeatureStore) -> str:
-    """Why no more is stored, with what it takes to choose a larger bound."""
+    """Why no more is stored, and how to choose a larger bound."""
     units, size, total = store.held()
     each = size / units if units else store.refused
     others = ""
@@ -244,13 +238,13 @@ def full_message(store: FeatureStore) -> str:
 
 
 def image_tower(outer: nn.Module) -> nn.Module | None:
-    """The vision tower, where it is a module of its own."""
+    """The vision tower, if it is a module of its own."""
     tower = outer.get_encoder(modality="image") if hasattr(outer, "get_encoder") else None
     return None if tower in (None, outer, getattr(outer, "model", None)) else tower
 
 
 def obstacle(outer: nn.Module, pruner: Pruner) -> str | None:
-    """Why this model's vision features cannot be cached, with the remedy; None where they can."""
+    """Why this model's vision features cannot be cached, with the remedy; None if they can."""
     tower = image_tower(outer)
     if tower is None or family_of(outer.config).encode is not None:
         return f"{type(outer).__name__} has no vision tower of its own. {REMEDY}"
@@ -283,22 +277,22 @@ def obstacle(outer: nn.Module, pruner: Pruner) -> str | None:
 
 
 def is_of_peft(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's, or of a class derived from one; PEFT need not be installed."""
+    """Whether a module's class, or one that it derives from, is from PEFT. PEFT need not be installed."""
     return any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
 
 
 def dropout_rates(module: nn.Module) -> list[float]:
-    """A module's rates of dropout, by whatever name."""
+    """A module's dropout rates, under any attribute name."""
     rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
     return [*rates, module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else rates
 
 
 def fingerprint(outer: nn.Module, precision: str) -> str:
-    """A hash of all that the tower's outputs depend on beside the image: weights, code, precision, what is read."""
+    """A hash of everything but the image that the tower's outputs depend on: weights, code, precision, tensors read."""
     tower, config = image_tower(outer), outer.config
     own = getattr(tower, "config", None)
     settings = own.to_dict() if own is not None else {}
-    settings.pop("_name_or_path", None)  # the same weights from elsewhere
+    settings.pop("_name_or_path", None)  # the same weights may come from another path
     facts = {
         "model": type(outer).__name__,
         "tower": type(tower).__name__,

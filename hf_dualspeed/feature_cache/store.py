@@ -1,7 +1,7 @@
-"""Features of the vision tower on disk, and the collator's side of them: which of a batch's images are there.
+"""Features of the vision tower on disk.
 
-Nothing here waits for a device: keys are hashed and files are read where the batch is made, in a data loader's workers
-where there are some. Shapes: U units (images or tiles), P patches of the batch.
+Nothing here waits for a device. Keys are hashed and files are read while a batch is collated, in a data loader's
+workers if there are any.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-ABANDONED = 3600.0  # seconds after which a half-written file is nobody's
-IN_USE = 24 * 3600.0  # seconds since its last use for which a tower stays: from one run of a series to the next
+ABANDONED = 3600.0  # seconds after which a half-written file counts as abandoned
+IN_USE = 24 * 3600.0  # seconds that a tower is kept after its last use, to bridge the runs of a series
 
-# The folder may hold files of the user's, so that only what bears these names is counted or removed.
+# The folder may hold the user's files, so only files with these names are counted or removed.
 LEDGER, LOCK = "dualspeed_features.bytes", "dualspeed_features.lock"
-MARKER = "dualspeed_features"  # a file in each tower's folder; its time is that of the last use
+MARKER = "dualspeed_features"  # a file in each tower's folder, whose time is that of the last use
 TOWER = re.compile(r"tower-[0-9a-f]{32}")
-PART = "[0-9a-f][0-9a-f]"  # folders in a tower's, as a glob
+PART = "[0-9a-f][0-9a-f]"  # glob of the folders in a tower's folder
 OWN = re.compile(r"[0-9a-f]{32}\.(safetensors|\d+\.tmp)")
 
 
 class FeatureStore:
-    """A folder of files, one for each unit, beside those of other towers; together they never exceed a bound.
+    """A folder with one file per unit and a subfolder per tower. All towers together never exceed a bound.
 
-    A file is written under another name and then moved, so that readers, of any process, see it whole or not at all.
-    What can't be read counts as missing. A lock is held while files are written and their sizes added up in another, so
-    that the bound holds for all processes together. Only paths and numbers are kept here, so that it can go to workers.
+    A file is written under another name and then moved, so every process reads it whole or not at all. Unreadable files
+    count as missing. Writers hold a lock and add up sizes in another file, so the bound holds for all processes. The
+    object holds only paths and numbers, so it can be sent to workers.
 
-    A tower that was not used for a day makes room for others. What else lies in the folder is neither counted nor
+    A tower that was not used for a day makes room for others. Other files in the folder are neither counted nor
     removed.
 
     Args:
@@ -48,11 +48,13 @@ class FeatureStore:
     def __init__(self, root: str, tower: str, bound: int):
         self.root, self.folder, self.bound = Path(root), Path(root) / f"tower-{tower}", bound
         self.full = False
-        self.refused = 0  # bytes of the unit that found no room
+        self.refused = 0  # bytes of the unit that did not fit
 
     def open(self, count: bool = True) -> None:
-        """Makes the folder and marks it as used. With `count`, adds up what there is, for files may have been removed
-        by hand, or been written by a run that was killed before it could note them."""
+        """Creates the folder and marks it as used. With `count`, adds up the bytes of all towers.
+
+        Files may have been removed by hand, or written by a run that was killed before it noted them.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(self.root / LOCK):
             self._mark()
@@ -60,7 +62,7 @@ class FeatureStore:
                 self._note(sum(size_of(tower) for tower in self._towers()))
 
     def use(self) -> None:
-        """Marks the folder as used now, so that no other run removes it for a day."""
+        """Marks the folder as used, so no other run removes it for a day."""
         with WeakFileLock(self.root / LOCK):
             self._mark()
 
@@ -69,7 +71,7 @@ class FeatureStore:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The tensors of a unit, mapped from disk; None where there are none, or no whole ones."""
+        """The tensors of a unit, mapped from disk; None if the file is missing or incomplete."""
         try:
             with safe_open(self.path(key), framework="pt") as file:
                 return {name: file.get_tensor(name) for name in sorted(file.keys())}
@@ -77,7 +79,7 @@ class FeatureStore:
             return None
 
     def write(self, units: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Stores units by their keys as far as there is room, which unused towers make, the longest unused first."""
+        """Stores units by their keys while there is room. Unused towers make room, the longest unused first."""
         with WeakFileLock(self.root / LOCK):
             self._mark()
             used = self._used()
@@ -98,7 +100,7 @@ class FeatureStore:
                 self._note(used)
 
     def held(self) -> tuple[int, int, int]:
-        """How many units of this tower are stored, their bytes, and the bytes of all towers."""
+        """The number of stored units of this tower, their bytes, and the bytes of all towers."""
         with WeakFileLock(self.root / LOCK):
             units = sum(path.suffix != ".tmp" for path in own_files(self.folder))
             return units, size_of(self.folder), sum(size_of(tower) for tower in self._towers())
@@ -114,10 +116,13 @@ class FeatureStore:
         partial.replace(path)
 
     def _make_room(self, size: int) -> int:
-        """Removes unused towers until `size` more bytes fit, or none where even all would not do; the bytes of those
-        that are left, counted anew."""
+        """Removes unused towers until `size` more bytes fit, or none if even all were not enough.
+
+        Returns the bytes of the remaining towers, counted from their files.
+        """
         sizes = {tower: size_of(tower) for tower in self._towers()}
-        used, unused = sum(sizes.values()), [tower for tower in sizes if self._unused(tower)]
+        used = sum(sizes.values())
+        unused = [tower for tower in sizes if tower != self.folder and time.time() - last_use(tower) > IN_USE]
         if used + size - sum(sizes[tower] for tower in unused) <= self.bound:
             for tower in unused:
                 if used + size > self.bound:
@@ -125,18 +130,15 @@ class FeatureStore:
                     used -= sizes[tower]
         return used
 
-    def _unused(self, tower: Path) -> bool:
-        return tower != self.folder and time.time() - last_use(tower) > IN_USE
-
     def _towers(self) -> list[Path]:
-        """The towers' folders, the longest unused first; no others, whatever they are called."""
+        """The towers' folders, the longest unused first."""
         marked = [path.parent for path in self.root.glob(f"tower-*/{MARKER}")]
         return sorted((folder for folder in marked if TOWER.fullmatch(folder.name)), key=last_use)
 
     def _used(self) -> int:
         try:
             return int((self.root / LEDGER).read_text())
-        except (OSError, ValueError):  # gone, or cut short by a crash
+        except (OSError, ValueError):  # missing, or truncated by a crash
             return sum(size_of(tower) for tower in self._towers())
 
     def _note(self, used: int) -> None:
@@ -144,19 +146,19 @@ class FeatureStore:
 
 
 def last_use(tower: Path) -> float:
-    """When a tower was last used, in seconds since the epoch."""
+    """The time of a tower's last use, in seconds since the epoch."""
     return (tower / MARKER).stat().st_mtime
 
 
 def own_files(tower: Path) -> Iterator[Path]:
-    """The files that stores have written below a tower's folder, the marker aside."""
+    """The files that stores have written to a tower's folder, without the marker."""
     for path in tower.glob(f"{PART}/*"):
         if OWN.fullmatch(path.name) and path.name[:2] == path.parent.name and path.is_file():
             yield path
 
 
 def size_of(tower: Path) -> int:
-    """Bytes of a tower's files, but for half-written ones of dead processes, which are removed."""
+    """Bytes of a tower's files. Half-written files of dead processes are removed instead."""
     total = 0
     for path in own_files(tower):
         try:
@@ -165,13 +167,13 @@ def size_of(tower: Path) -> int:
                 path.unlink()
             else:
                 total += status.st_size
-        except FileNotFoundError:  # moved or removed by another process meanwhile
+        except FileNotFoundError:  # moved or removed by another process in the meantime
             continue
     return total
 
 
 def remove(tower: Path) -> None:
-    """Removes a tower's files, the marker last, and the folders that are empty then; what is not its own stays."""
+    """Removes a tower's files, the marker last, and folders that are empty then. Other files stay."""
     for path in [*own_files(tower)]:
         path.unlink(missing_ok=True)
     for part in [*tower.glob(PART)]:
@@ -181,6 +183,6 @@ def remove(tower: Path) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Removes a folder unless something is in it."""
+    """Removes a folder if it is empty."""
     with suppress(OSError):
         folder.rmdir()

@@ -1,4 +1,7 @@
-"""One call of a frozen vision tower, of which only what is not stored yet is run."""
+"""One call of a frozen vision tower, which runs only on units that are not stored yet.
+
+Shapes: U units (images or tiles), R rows of an output tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from transformers.utils import ModelOutput
 from .tower_outputs import assembled, tensors_in, unwatch, watch
 from .units import REMEDY, ImageUnits
 
-CLOSE = 0.05  # of a unit's features alone, to those of the same unit in a batch
+CLOSE = 0.05  # largest relative distance between a unit's features alone and in a batch
 
 
 class TowerCall:
@@ -20,7 +23,7 @@ class TowerCall:
     Args:
         tower (`nn.Module`): the vision tower.
         units (`ImageUnits`): of the batch.
-        names (`tuple[str, ...]`): the tensors that are read of its output; none while that is not known.
+        names (`tuple[str, ...]`): the tensors that are read of its output; empty if unknown.
     """
 
     def __init__(self, tower: nn.Module, units: ImageUnits, names: tuple[str, ...]):
@@ -39,6 +42,7 @@ class TowerCall:
         if not self._matched():
             self.plain = True
             return self.forward(*args, **kwargs)
+        # First batch: run on all units and watch which output tensors the encoder reads.
         if not self.names:
             self.missing = [*range(len(self.keys))]
             self._output = self.forward(*args, **kwargs)
@@ -46,6 +50,7 @@ class TowerCall:
                 raise ValueError(f"{self._said()} returns a {type(self._output).__name__}. {REMEDY}")
             self._encoded = tensors_in(self._output)
             return watch(self._output)
+        # Later: run on units that are not stored, each once, and assemble the output from stored and new rows.
         found = set(self.units.found) if self.names == tuple(self.units.features) else set()
         first: dict[str, int] = {}
         for index, key in enumerate(self.keys):
@@ -58,11 +63,11 @@ class TowerCall:
 
     @property
     def hits(self) -> int:
-        """Units that were not encoded."""
+        """Number of units that were not encoded."""
         return len(self.keys) - len(self.missing)
 
     def end(self) -> tuple[str, ...] | None:
-        """Names of the tensors that were read; None where nothing is to be stored."""
+        """Names of the tensors that were read; None if nothing is to be stored."""
         if not self.called:
             raise ValueError(f"{self._said()} is not called where the model encodes images. {REMEDY}")
         if not self.plain and not self.names:
@@ -70,7 +75,8 @@ class TowerCall:
         return None if self.plain else self.names
 
     def check_alone(self, names: tuple[str, ...]) -> None:
-        """Raises a `ValueError` unless the tower encodes a unit alone as it did among others. Waits for the device."""
+        """Raises a `ValueError` unless the tower encodes a unit alone as in a batch. Waits for the device."""
+        # Run the first new unit alone and compare each tensor that is read, (rows, ...), in relative norm.
         with torch.no_grad():
             alone = tensors_in(self.run(self.missing[:1]))
         for name in names:
@@ -80,8 +86,9 @@ class TowerCall:
                 raise ValueError(f"{self._said()} does not encode an image alone as it does in a batch. {REMEDY}")
 
     def encoded(self, name: str) -> tuple[torch.Tensor, list[int]]:
-        """A tensor of the units that were encoded, and the rows of each of them."""
+        """A tensor of the encoded units, `(R, ...)`, and the rows of each unit."""
         rows, sizes = self._encoded[name], [self.sizes[index] for index in self.missing]
+        # R is shared out in proportion to the units' input rows: 1 each, or their patches.
         count, total = len(rows), sum(sizes)
         lengths = [count * size // total for size in sizes]
         if sum(lengths) != count or any(count * size % total for size in sizes) or total == len(sizes) != count:
@@ -93,6 +100,7 @@ class TowerCall:
 
     def run(self, indices: list[int]) -> ModelOutput:
         """The tower's output for some of the units."""
+        # Where each unit's input rows begin and end.
         ends = [0]
         for size in self.sizes:
             ends.append(ends[-1] + size)
@@ -100,6 +108,7 @@ class TowerCall:
         def cut(value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or not value.dim():
                 return value
+            # Tensors with a row per input row, such as pixels, or with a row per unit, such as sizes.
             if len(value) == ends[-1]:
                 return torch.cat([value[ends[index] : ends[index + 1]] for index in indices])
             return torch.cat([value[index : index + 1] for index in indices])
@@ -107,14 +116,15 @@ class TowerCall:
         return self.forward(*map(cut, self._args), **{name: cut(value) for name, value in self._kwargs.items()})
 
     def _matched(self) -> bool:
-        """Whether the units are those that the tower was given, perhaps without the padding."""
+        """Whether the tower's inputs are those of the units, possibly without padding."""
         values = (*self._args, *self._kwargs.values())
         given = [len(value) for value in values if isinstance(value, torch.Tensor) and value.dim()]
+        # All units first, then those that are not padding.
         for real in ([*range(len(self.keys))], [i for i, empty in enumerate(self.units.padding) if not empty]):
             self.keys, self.sizes = [[of[i] for i in real] for of in (self.units.keys, self.units.sizes)]
             if given[:1] == [sum(self.sizes)] and {*given} <= {sum(self.sizes), len(real)}:
                 return True
-        if self.names:  # a real tile that is all zeros, say
+        if self.names:  # for example a real tile of zeros, which looked like padding
             return False
         raise ValueError(
             f"{self._said()} is given tensors of {given} rows for {len(self.units.keys)} images or tiles, which cannot "
@@ -122,10 +132,12 @@ class TowerCall:
         )
 
     def _rows(self, name: str) -> torch.Tensor:
-        """A tensor of all units, of those that were found and those that were encoded."""
+        """A tensor of all units, stored and encoded ones, `(R, ...)` in the order of the batch."""
         features = self.units.features.get(name)
+        # All units are stored, in this order.
         if not self.missing and self.units.found == self.keys:
             return features
+        # Rows of each unit by key: the stored ones, then the encoded ones.
         parts: dict[str, torch.Tensor] = {}
         if features is not None:
             parts = dict(zip(self.units.found, features.split(self.units.lengths[name]), strict=True))

@@ -1,4 +1,4 @@
-"""Outputs of a vision tower of which only some tensors are read: which these are, and outputs that hold no others."""
+"""Records which tensors of a vision tower's output are read, and builds outputs that hold only those."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LAYERS = "hidden_states"
 
 
 class Watched(ModelOutput):
-    """Takes the place of an output's class for a while and notes which of the tower's tensors are read."""
+    """Temporarily replaces an output's class and records which of the tower's tensors are read."""
 
     def __getattribute__(self, name: str):
         value = super().__getattribute__(name)
         watched = super().__getattribute__("__dict__").get("_watched")
-        # What the encoder has put in the place of a tensor is not the tower's.
+        # A value that the encoder has put in place of a tensor is not the tower's.
         if name.startswith("_") or watched is None or value is None or watched.fields.get(name) is not value:
             return value
         if name == LAYERS:
@@ -36,7 +36,7 @@ class Watched(ModelOutput):
 
 
 class Levels(tuple):
-    """Hidden states that note which of them are read."""
+    """Hidden states that record which of them are read."""
 
     def __new__(cls, values: Sequence[torch.Tensor], noted: set[str]):
         levels = super().__new__(cls, values)
@@ -53,7 +53,7 @@ class Levels(tuple):
 
 
 class SomeLevels(Sequence):
-    """Hidden states of which only some are there."""
+    """Hidden states of which only some are present."""
 
     def __init__(self, levels: dict[int, torch.Tensor], count: int):
         self.levels, self.count = levels, count
@@ -70,7 +70,7 @@ class SomeLevels(Sequence):
 
 @dataclass
 class Watching:
-    """What is noted of an output: its fields as the tower gave them, and the names of the tensors that were read."""
+    """The record of an output: its fields as the tower returned them, and the names of the tensors that were read."""
 
     fields: dict[str, Any]
     noted: set[str]
@@ -78,25 +78,25 @@ class Watching:
 
 @lru_cache
 def watched_class(kind: type[ModelOutput]) -> type[ModelOutput]:
-    """A class like `kind` that notes what is read."""
+    """A subclass of `kind` that records reads."""
     return type(kind.__name__, (Watched, kind), {"_kind": kind})
 
 
 def watch(output: ModelOutput) -> ModelOutput:
-    """Notes from now on which tensors are read of `output`."""
+    """Records from now on which tensors of `output` are read."""
     output.__dict__["_watched"] = Watching(dict(output.items()), set())
     output.__class__ = watched_class(type(output))
     return output
 
 
 def unwatch(output: ModelOutput) -> tuple[str, ...]:
-    """Ends [`watch`]: the names of what was read."""
+    """Ends [`watch`] and returns the names of the tensors that were read."""
     output.__class__ = type(output)._kind
     return tuple(sorted(output.__dict__.pop("_watched").noted))
 
 
 def names_of(field: str, value: object) -> list[str]:
-    """Names of the tensors in a field: its own, or one for each of its levels, which tells their number too."""
+    """Names of the tensors in a field: its own, or one per level, which includes the number of levels."""
     if isinstance(value, torch.Tensor):
         return [field]
     levels = len(value) if isinstance(value, (list, tuple)) else 0
@@ -115,6 +115,7 @@ def tensors_in(output: ModelOutput) -> dict[str, torch.Tensor]:
 def assembled(tensors: Mapping[str, torch.Tensor]) -> ModelOutput:
     """An output that holds these tensors."""
     fields: dict[str, Any] = {}
+    # "field" is a tensor, "field.level.count" one of `count` hidden states.
     for name, tensor in tensors.items():
         field, *place = name.split(".")
         if place:
@@ -122,11 +123,12 @@ def assembled(tensors: Mapping[str, torch.Tensor]) -> ModelOutput:
             fields.setdefault(field, SomeLevels({}, count)).levels[level] = tensor
         else:
             fields[field] = tensor
+    # Complete lists of hidden states become plain lists.
     for field, value in fields.items():
         if isinstance(value, SomeLevels) and len(value.levels) == value.count:
             fields[field] = [value.levels[level] for level in range(value.count)]
     output = output_class(tuple(fields))()
-    for field, value in fields.items():  # not as arguments, of which a lone one would be taken for pairs
+    for field, value in fields.items():  # not as arguments: ModelOutput takes a single one for pairs
         output[field] = value
     return output
 

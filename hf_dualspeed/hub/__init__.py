@@ -1,1 +1,1 @@
-"""What comes from the Hub and goes there: found, checked, explained."""
+"""Downloads from the Hub and uploads to it: files are checked, errors are explained."""

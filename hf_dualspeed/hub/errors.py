@@ -1,4 +1,4 @@
-"""Errors of the Hub's client, with what failed and what to do."""
+"""Errors of the Hub's client, with messages that say what failed and what to do."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from huggingface_hub.errors import (
 
 @contextmanager
 def explained(action: str, what: str, filename: str = "") -> Iterator[None]:
-    """Errors of the Hub's client keep their kind and say what failed and what to do; failed connections are a
-    `ConnectionError`. No message holds a token."""
+    """Rewrites messages of errors of the Hub's client: they say what failed and what to do, and hold no token.
+
+    Errors keep their type; failed connections become a `ConnectionError`.
+    """
     try:
         yield
     except Exception as error:
-        # The client hides a failed upload in a RuntimeError, and what fails under `force_download` in a ValueError.
+        # The client wraps a failed upload in a RuntimeError, and a failure under `force_download` in a ValueError.
         hidden = type(error) in (RuntimeError, ValueError) and isinstance(error.__cause__, (HTTPError, OSError))
-        told = _told(error.__cause__ if hidden else error, f"Cannot {action} {what}: ", filename)
-        if told is error:
+        helpful = _helpful(error.__cause__ if hidden else error, f"Cannot {action} {what}: ", filename)
+        if helpful is error:
             raise
-        raise told from None if hidden else error
+        raise helpful from None if hidden else error
 
 
-def _told(error: Exception, cannot: str, filename: str) -> Exception:
-    """The error with a message that helps; errors of other kinds as they are."""
+def _helpful(error: Exception, cannot: str, filename: str) -> Exception:
+    """The error with a helpful message; errors of other kinds stay as they are."""
     words = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, HfHubHTTPError):
         error.args = (cannot + _remedy(error, filename),)

@@ -1,4 +1,4 @@
-"""Published parts in a folder or a Hub repo: found, and checked before they are read."""
+"""Finds published files in a folder or a Hub repo, and checks them before they are read."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .errors import explained
 
 logger = logging.getLogger(__name__)
 
-# The only files that are read, and the most bytes they may have. The largest learned pruners hold some 100 MB.
+# The only files that are read, and their largest size in bytes. The largest learned pruners have about 100 MB.
 LIMITS = {PRUNER_CONFIG_NAME: 2**20, PRUNER_WEIGHTS_NAME: 2**30, CARD_NAME: 2**20}
 CODE_NAME, CODE_LIMIT = re.compile(r"[A-Za-z_]\w*\.py", re.ASCII), 2**20
 REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# The words of safetensors for dtypes. A weight may be stored in another precision, but never as another kind of number.
+# Names of dtypes in safetensors. A floating-point weight may have another precision; all others need their own dtype.
 FLOATS = ("F64", "F32", "F16", "BF16")
 OTHERS = {
     torch.int64: "I64",
@@ -42,7 +42,7 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Source:
-    """A folder, or a Hub repo at a revision; once `commit` is known, every file comes from it.
+    """A folder, or a Hub repo at a revision. Once `commit` is set, every file comes from it.
 
     Args:
         name (`str`): the folder, or the repo as "user/name".
@@ -66,13 +66,13 @@ class Source:
         return f"the Hub repo {self.name!r} at revision {self.commit or self.revision or 'main'!r}"
 
     def fetch(self, filename: str) -> Path:
-        """The path of a file, downloaded where needed; its size is checked first.
+        """The path of a file, downloaded if needed; its size is checked first.
 
         Raises:
             FileNotFoundError, EntryNotFoundError: the folder, or the repo, has no such file.
             RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError: the Hub refuses or fails.
             ConnectionError: the Hub cannot be reached, or breaks off, and the cache has no such file.
-            ValueError: the name is not one of those that are ever read, or the file is too large.
+            ValueError: the name is not among those that are read, or the file is too large.
         """
         limit = CODE_LIMIT if CODE_NAME.fullmatch(filename) else LIMITS.get(filename)
         if limit is None:
@@ -95,7 +95,7 @@ class Source:
         revision = self.commit or self.revision
         cached = try_to_load_from_cache(self.name, filename, cache_dir=self.cache_dir, revision=revision)
         cached = Path(cached) if isinstance(cached, str) and not self.force_download else None
-        # A commit never changes.
+        # A cached file of a commit is never outdated.
         if cached is not None and (self.local_files_only or COMMIT.fullmatch(revision or "")):
             return cached
         try:
@@ -120,10 +120,10 @@ class Source:
 
 
 def find_source(name: str | Path, registered: list[str], **options) -> Source:
-    """Where a pruner's files are: an existing folder, else a Hub repo "user/name".
+    """The source of a pruner's files: an existing folder, else a Hub repo "user/name".
 
     Raises:
-        ValueError: it is neither; the message lists what may be given, and the nearest registered name.
+        ValueError: `name` is neither; the message lists the allowed values and the nearest registered name.
     """
     if Path(name).is_dir():
         return Source(str(name), local=True)
@@ -138,7 +138,7 @@ def find_source(name: str | Path, registered: list[str], **options) -> Source:
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether `name` can be a Hub repo "user/name"; never a path out of a folder, nor an absolute one."""
+    """Whether `name` can be a Hub repo "user/name"; never true for absolute paths and paths such as "../x"."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -155,7 +155,7 @@ def read_json(path: Path, source: Source) -> dict:
     """The JSON object in a file.
 
     Raises:
-        ValueError: the file holds anything else, or a number that is not finite.
+        ValueError: the file holds something else, or a number that is not finite.
     """
     problem = "a JSON object"
     try:
@@ -172,15 +172,15 @@ def _refuse_constant(word: str):
 
 
 def check_weights(path: Path, expected: dict[str, torch.Tensor]) -> None:
-    """Reads the header of a safetensors file alone and compares names, shapes and kinds of numbers.
+    """Compares names, shapes and dtypes in a safetensors file with `expected`; reads the header only.
 
     Args:
         path (`Path`): the file.
-        expected (`dict[str, torch.Tensor]`): tensors of any device, "meta" too; floating-point ones may be stored in
-            another precision, others in their own dtype alone.
+        expected (`dict[str, torch.Tensor]`): tensors on any device, "meta" too. Floating-point ones may be stored in
+            another precision, others only in their own dtype.
 
     Raises:
-        ValueError: the file is no safetensors file, or holds other weights than `expected`.
+        ValueError: the file is not a safetensors file, or its weights differ from `expected`.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -202,16 +202,16 @@ def check_weights(path: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 def check_numbers(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises a `ValueError` where one of the tensors read from `path` holds NaN."""
+    """Raises a `ValueError` if one of the tensors read from `path` holds NaN."""
     for name, tensor in tensors.items():
         if tensor.isnan().any():
             raise ValueError(f"{name!r} in {str(path)!r} holds NaN: the training that wrote it diverged.")
 
 
 def save_code(part: object, kind: str, folder: Path) -> dict:
-    """Copies the module that defines `part` into `folder`; the `auto_map` for the config, {} where it has no file.
+    """Copies the module that defines `part` into `folder` and returns the `auto_map` for the config.
 
-    What is written in `__main__`, in a notebook or in a function cannot be imported by others.
+    Returns {} for classes of `__main__`, a notebook or a function: others cannot import them.
     """
     cls = type(part)
     module, name = sys.modules.get(cls.__module__), cls.__module__.rpartition(".")[2]
@@ -226,10 +226,10 @@ def save_code(part: object, kind: str, folder: Path) -> dict:
 
 
 def code_file(reference: object, source: Source) -> str:
-    """The Python file of "file.ClassName", which lies beside the config.
+    """The Python file of "file.ClassName", beside the config.
 
     Raises:
-        ValueError: the reference is of another form, such as one that names another repo or a package.
+        ValueError: the reference has another form, for example names another repo or a package.
     """
     match = REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
     if match is None:
@@ -241,7 +241,7 @@ def code_file(reference: object, source: Source) -> str:
 
 
 def load_class(reference: str, source: Source) -> type:
-    """Runs the code of "file.ClassName" at the source's commit; only for a source that the user trusts."""
+    """Runs the code of "file.ClassName" at the source's commit. The user must trust the source."""
     file = source.fetch(code_file(reference, source))
     if source.local:
         return get_class_from_dynamic_module(reference, str(file.parent.resolve()))

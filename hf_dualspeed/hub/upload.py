@@ -1,4 +1,4 @@
-"""Folders and cards on their way to the Hub."""
+"""Uploads folders and cards to the Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .source import Source, is_repo_id
 
 
 def card_text(path: Path, what: str) -> str:
-    """The text of a card; a `ValueError` names `what` where it is not UTF-8."""
+    """The text of a card; a `ValueError` names `what` if it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -21,7 +21,7 @@ def card_text(path: Path, what: str) -> str:
 
 
 def published_card(repo_id: str, revision: str | None, token: str | bool | None) -> str:
-    """The card on the Hub as it is now, that of the main branch for a new one; "" where there is none yet."""
+    """The current card on the Hub, that of the main branch if `revision` is new; "" if there is none."""
     source = Source(repo_id, local=False, revision=revision, token=token, force_download=True)
     try:
         return card_text(source.fetch(CARD_NAME), f"{CARD_NAME} of {source}")
@@ -41,12 +41,12 @@ def push_folder(
     commit_message: str,
     delete: list[str] | None = None,
 ) -> CommitInfo:
-    """Pushes a folder's files in one commit, making repo and branch where needed.
+    """Pushes a folder's files in one commit; creates repo and branch if needed.
 
-    A push that fails leaves the folder as it is, and the repo without a part of it; it can be run again.
+    A failed push changes no files, neither in the folder nor in the repo, and can be repeated.
 
     Raises:
-        ValueError: `repo_id` is no "user/name".
+        ValueError: `repo_id` is not "user/name".
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
     if not is_repo_id(repo_id):

@@ -1,4 +1,4 @@
-"""Metrics of short answers, each an `evaluate.Metric` in a folder that evaluate loads and the Hub takes as it is."""
+"""Metrics for short answers. Each is an `evaluate.Metric` in a folder that `evaluate.load` and the Hub accept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..utils.validation import check_choice
 if TYPE_CHECKING:
     from evaluate import Metric
 
-# Each folder's module imports nothing of this library, for on the Hub it stands alone.
+# A metric's module imports nothing of this library, because it stands alone on the Hub.
 CLASSES = {
     "exact_match": "ExactMatch",
     "vqa_accuracy": "VQAAccuracy",
@@ -22,7 +22,7 @@ CLASSES = {
 
 
 def load_metric(name: str) -> Metric:
-    """One of this library's metrics, which works in memory and without a network.
+    """Loads one of this library's metrics; it works in memory and without a network.
 
     Args:
         name (`str`): `"exact_match"`, `"vqa_accuracy"`, `"relaxed_accuracy"`, `"anls"` or `"multiple_choice"`.
@@ -35,11 +35,11 @@ def load_metric(name: str) -> Metric:
 
 
 def metric_folder(name: str) -> Path:
-    """The folder of a metric: `evaluate.load` takes it."""
+    """The folder of a metric, for `evaluate.load`."""
     check_choice("metric", name, tuple(CLASSES))
     return Path(__file__).parent / name
 
 
 def needs_options(name: str) -> bool:
-    """Whether a metric takes the `options` of each question besides."""
+    """Whether a metric also takes the `options` of each question."""
     return name == "multiple_choice"

@@ -1,1 +1,1 @@
-"""What a vision-language model of transformers is: its parts, its visual tokens, its attention. Changes no model."""
+"""What a vision-language model consists of: its modules, visual tokens and attention. Changes no model."""

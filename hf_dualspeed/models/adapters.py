@@ -1,4 +1,4 @@
-"""PEFT adapters: which kinds are refused, how a checkpoint is read back into them, and QLoRA's 4-bit weights."""
+"""PEFT adapters: which kinds are refused, how checkpoints are loaded into them, and QLoRA's 4-bit weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG_NAME = "adapter_config.json"
 
 
 def check_adapter(config) -> None:
-    """Raises a `ValueError` for PEFT methods that put virtual tokens in front of the sequence."""
+    """Raises a `ValueError` for PEFT methods that put virtual tokens before the sequence."""
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
             f"`peft_config` ({type(config).__name__}) learns virtual tokens, which shift every position that DualSpeed "
@@ -27,10 +27,10 @@ def check_adapter(config) -> None:
 
 
 def load_adapters(model: nn.Module, folder: str | Path) -> bool:
-    """Fills each adapter of `model` from a checkpoint, in place; False where either has none.
+    """Fills each adapter of `model` from a checkpoint, in place; False if either has none.
 
-    The Trainer's own loading (transformers 5.23) would freeze all adapters but one, so that the optimizer no longer
-    knew one that the fast view alone uses, and it knows no adapters that transformers' `add_adapter` made.
+    The Trainer's own loading (transformers 5.23) freezes all adapters but one, and the optimizer then loses an adapter
+    used by the fast view only. It also skips adapters that transformers' `add_adapter` made.
 
     Raises:
         ValueError: the checkpoint lacks one of the model's adapters.
@@ -45,42 +45,42 @@ def load_adapters(model: nn.Module, folder: str | Path) -> bool:
         if not (path / CONFIG_NAME).is_file():
             raise ValueError(f"The checkpoint {str(folder)!r} holds no adapter {name!r}. Remove it from the model.")
         weights = load_peft_weights(str(path), device="cpu")
-        if not isinstance(model, PeftModel):  # the file has the names that a PeftModel would give
+        if not isinstance(model, PeftModel):  # the file has the names of a PeftModel
             weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
         set_peft_model_state_dict(model, weights, adapter_name=name)
     return True
 
 
 def add_lora(model: nn.Module, options: dict):
-    """The model with the LoRA adapters of a recipe, whose base is prepared first where it is quantized."""
+    """Adds the LoRA adapters of a recipe to the model. A quantized base is prepared first."""
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError as error:
         raise ImportError("`lora` needs PEFT. Run `pip install hf-dualspeed[peft]`.") from error
     check_keys("lora", options, [field.name for field in fields(LoraConfig) if field.init])
     if getattr(model, "is_quantized", False):
-        # Checkpointing is the training arguments' to switch on.
+        # The training arguments decide on activation checkpointing.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, LoraConfig(**options))
 
 
 def four_bit(dtype: str, lora: dict) -> dict:
-    """Arguments of `from_pretrained` that load QLoRA's weights: 4-bit NormalFloat, quantized twice.
+    """Arguments of `from_pretrained` that load weights for QLoRA: 4-bit NormalFloat with double quantization.
 
     Args:
-        dtype (`str`): The type to compute in; "auto" means bfloat16.
-        lora (`dict`): The recipe's adapters. Modules that they train as a whole cannot be quantized.
+        dtype (`str`): compute dtype; "auto" means bfloat16.
+        lora (`dict`): the recipe's adapters. Modules that they train as a whole cannot be quantized.
     """
     if not is_bitsandbytes_available():
         raise ImportError('`load_in_4bit` needs bitsandbytes. Run `pip install "hf-dualspeed[qlora]"`.')
-    whole = [f".*{re.escape(name)}" for name in lora.get("modules_to_save") or ()]  # PEFT goes by the name's end
+    whole = [f".*{re.escape(name)}" for name in lora.get("modules_to_save") or ()]  # PEFT matches the name's end
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
-        # A list replaces transformers' default, which leaves out the head.
+        # A list replaces transformers' default, which skips the head.
         llm_int8_skip_modules=["lm_head", *whole] if whole else None,
     )
-    # Quantizing happens on the device, which must be this process's own.
+    # Weights are quantized on the device of this process.
     return {"quantization_config": config, "device_map": {"": PartialState().device}}

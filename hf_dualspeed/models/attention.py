@@ -1,8 +1,10 @@
 """Attention that visual tokens receive, in the vision tower or the language model, under any implementation.
 
-SDPA and FlashAttention return no attention maps, so the queries and keys that one layer hands to its attention
-function, behind norms and rotary positions, are kept and only the needed mean is computed from them. Shapes: U images
-or tiles, H heads, N tokens of each, d head width.
+SDPA and FlashAttention return no attention maps. So the queries and keys of one layer are captured as they reach its
+attention function, after norms and rotary positions, and only the needed mean is computed from them.
+
+Shapes: U images or tiles, N tokens of each, P patches of the batch; in the language model B batch, S sequence,
+Q queries, K keys, M chosen queries; H heads of queries, H' heads of keys, d head width.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 1024  # queries whose scores (U, H, rows, N) are in memory at a time
 REMEDY = "Choose a pruner that needs no attention, such as 'divprune'."
-# What else may change the weights, in the names that transformers' attention functions give it.
+# Other arguments of transformers' attention functions that change the weights; the capture refuses them.
 UNKNOWN = ("softcap", "s_aux", "position_bias", "sliding_window", "cache", "position_ids")
 
 
@@ -32,10 +34,10 @@ class Call:
     key: torch.Tensor
     mask: torch.Tensor | None
     scaling: float
-    bounds: torch.Tensor | None  # where sequences packed in one row begin and end
+    bounds: torch.Tensor | None  # boundaries of sequences packed in one row
 
     def sequences(self) -> Iterator[Call]:
-        """The packed sequences one by one. Waits for the device where there are some."""
+        """Yields the packed sequences one by one. Waits for the device if sequences are packed."""
         if self.bounds is None:
             yield self
             return
@@ -44,11 +46,11 @@ class Call:
             yield Call(query, key, None, self.scaling, None)
 
 
-class Listener(Protocol):
-    """Who is told of calls of attention functions; see [`attention_hook`]."""
+class AttentionObserver(Protocol):
+    """Receives the calls of attention functions; see [`attention_hook`]."""
 
-    def listens_to(self, module: nn.Module) -> bool:
-        """Whether the calls of this attention layer are wanted."""
+    def observes(self, module: nn.Module) -> bool:
+        """Whether it wants the calls of this attention layer."""
 
     def on_attention(
         self,
@@ -59,11 +61,11 @@ class Listener(Protocol):
         rest: tuple,
         options: dict,
     ) -> None:
-        """A call: `query` `(B, H, S, d)`, `key` `(B, H', S, d)`, and what else the attention function is given."""
+        """Receives one call: `query` `(B, H, S, d)`, `key` `(B, H', S, d)`, and the other arguments."""
 
 
 class AttentionCapture:
-    """The calls of one attention layer's attention function, filled while the tower runs."""
+    """Captures the calls of one attention layer's attention function while the tower runs."""
 
     def __init__(self, tower: nn.Module):
         self.tower = type(tower).__name__
@@ -72,34 +74,37 @@ class AttentionCapture:
         self.calls: list[Call] = []
         self.obstacle: str | None = None
 
-    def listens_to(self, module: nn.Module) -> bool:
+    def observes(self, module: nn.Module) -> bool:
         return module is self.layer
 
     def on_attention(self, module, query, key, mask, rest: tuple, options: dict) -> None:
-        """Keeps a call, or what stands in the way of knowing its attention."""
+        """Keeps a call, or the reason why its attention cannot be known."""
         self.obstacle = self.obstacle or obstacle_of(self.layer, query, key, mask, rest, options)
         if self.obstacle is None:
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # heads in groups share a key
+            # Grouped heads share a key: (U, H', N, d) -> (U, H, N, d).
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             scaling = options.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             mask = None if mask is None else mask.detach()
             self.calls.append(Call(query.detach(), key.detach(), mask, scaling, options.get("cu_seq_lens_q")))
 
     def received(self) -> torch.Tensor:
-        """Attention that each patch receives, in the order of the layer's tokens, in float32, `(P,)`.
+        """Returns the attention that each patch receives, `(P,)` in float32, in the order of the layer's tokens.
 
         Raises:
-            ValueError: it is unknown.
+            ValueError: the attention is unknown.
         """
         mean = class_row if self.class_token else column_mean
+        # [CLS]'s row (U, N - 1), or the mean over queries (U, N), of each sequence; flattened to (P,).
         return torch.cat([mean(part).flatten() for call in self._known() for part in call.sequences()])
 
     def keys(self) -> torch.Tensor:
-        """The key of each patch, mean over heads, in the order of the layer's tokens, `(P, d)`.
+        """Returns the key of each patch, averaged over heads, `(P, d)`, in the order of the layer's tokens.
 
         Raises:
-            ValueError: they are unknown.
+            ValueError: the keys are unknown.
         """
+        # Without [CLS]: (U, H, N, d) -> (U, N, d) -> (P, d).
         return torch.cat([call.key.mean(1)[:, int(self.class_token) :].flatten(0, 1) for call in self._known()])
 
     def _known(self) -> list[Call]:
@@ -112,12 +117,13 @@ class AttentionCapture:
 
 
 def obstacle_of(layer: nn.Module, query, key, mask, rest: tuple, options: dict) -> str | None:
-    """Why a call's attention can't be told from its queries, keys and mask; None where it can."""
+    """Why a call's attention cannot be computed from its queries, keys and mask; None if it can."""
     if query.dim() != 4 or query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
         return f"attends with queries of shape {tuple(query.shape)} to keys of shape {tuple(key.shape)}"
     unknown = [name for name in UNKNOWN if options.get(name) is not None]
     if unknown or rest:
         return f"takes {unknown or 'unnamed arguments'}"
+    # Without a mask, attention is known unless it is causal; masks must be (U, 1, N, N).
     causal = options.get("is_causal")
     causal = getattr(layer, "is_causal", True) if causal is None else causal
     if mask is None:
@@ -128,51 +134,54 @@ def obstacle_of(layer: nn.Module, query, key, mask, rest: tuple, options: dict) 
     return None
 
 
-_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_observer: ContextVar[AttentionObserver | None] = ContextVar("observer", default=None)
 _lock, _open = Lock(), 0
 _lookup = AttentionInterface.get_interface
 _change: Callable[[str, Callable, nn.Module], Callable | None] | None = None
 
 
-def _heard_lookup(self, attn_implementation: str, default: Callable) -> Callable:
+def _observed_lookup(self, attn_implementation: str, default: Callable) -> Callable:
+    """Replaces `AttentionInterface.get_interface`; returns an attention function that reports its calls."""
     function = _lookup(self, attn_implementation, default)
-    # Compiled layers know no context; who listens is never compiled.
-    listener = None if torch.compiler.is_compiling() else _listener.get()
+    # Compiled code cannot read a ContextVar, and observed layers are never compiled.
+    observer = None if torch.compiler.is_compiling() else _observer.get()
 
-    def heard(module, query, key, value, attention_mask=None, *rest, **options):
-        if listener is not None and listener.listens_to(module):
-            listener.on_attention(module, query, key, attention_mask, rest, options)
+    def observed(module, query, key, value, attention_mask=None, *rest, **options):
+        if observer is not None and observer.observes(module):
+            observer.on_attention(module, query, key, attention_mask, rest, options)
         changed = None if _change is None else _change(attn_implementation or "eager", function, module)
-        call = function if changed is None else changed  # `or` is more than some compilers can follow
+        call = function if changed is None else changed  # some compilers cannot trace `or`
         return call(module, query, key, value, attention_mask, *rest, **options)
 
-    return function if listener is None and _change is None else heard
+    return function if observer is None and _change is None else observed
 
 
 def change_calls(change: Callable[[str, Callable, nn.Module], Callable | None]) -> None:
-    """From now on, `change(implementation, function, layer)` may give a function to call in place of a layer's own
-    attention function, or None."""
+    """Installs `change(implementation, function, layer)`.
+
+    It may return a function to call in place of the layer's attention function, or None.
+    """
     global _change
     with _lock:
         _change = change
-        AttentionInterface.get_interface = _heard_lookup
+        AttentionInterface.get_interface = _observed_lookup
 
 
 @contextmanager
-def attention_hook(listener: Listener) -> Iterator[None]:
-    """Tells `listener` of the calls of attention functions while the body runs, in this thread.
+def attention_hook(observer: AttentionObserver) -> Iterator[None]:
+    """Reports the calls of attention functions in this thread to `observer` while the body runs.
 
-    Layers look their attention function up at each call; while any thread listens, that lookup is replaced.
+    Layers look up their attention function at each call. That lookup is replaced while any thread has an observer.
     """
     global _open
     with _lock:
         _open += 1
-        AttentionInterface.get_interface = _heard_lookup
-    token = _listener.set(listener)
+        AttentionInterface.get_interface = _observed_lookup
+    token = _observer.set(observer)
     try:
         yield
     finally:
-        _listener.reset(token)
+        _observer.reset(token)
         with _lock:
             _open -= 1
             if not _open and _change is None:
@@ -181,20 +190,20 @@ def attention_hook(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def capture_attention(tower: nn.Module) -> Iterator[AttentionCapture]:
-    """Catches queries and keys of [`penultimate_layer`] while the body runs the tower in this thread."""
+    """Captures queries and keys of [`penultimate_layer`] while the body runs the tower in this thread."""
     capture = AttentionCapture(tower)
     with attention_hook(capture):
         yield capture
 
 
 def attention_layers(tower: nn.Module) -> list[nn.Module]:
-    """The tower's attention modules, in order: those that own a query projection or a fused one."""
+    """The tower's attention modules in order: those that own a query projection or a fused one."""
     projections = (("qkv",), ("q_proj", "k_proj"), ("q", "k"))
     return [m for m in tower.modules() if any(all(hasattr(m, name) for name in names) for names in projections)]
 
 
 def penultimate_layer(tower: nn.Module) -> nn.Module:
-    """The penultimate attention layer; where some layers see only windows, the last that sees the whole image.
+    """The penultimate attention layer. If some layers see only windows, the last one that sees the whole image.
 
     Raises:
         ValueError: the tower has no layer with known query and key projections.
@@ -207,51 +216,58 @@ def penultimate_layer(tower: nn.Module) -> nn.Module:
 
 
 def has_class_token(tower: nn.Module) -> bool:
-    """Whether the tower puts a [CLS] token in front of the patches."""
+    """Whether the tower puts a [CLS] token before the patches."""
     return any(name.rsplit(".", 1)[-1] in ("class_embedding", "cls_token") for name, _ in tower.named_parameters())
 
 
 def weights(query: torch.Tensor, call: Call, mask: torch.Tensor | None) -> torch.Tensor:
-    """Attention of some of a call's queries, mean over heads, `(U, q, N)`."""
+    """Attention weights of some of a call's queries `(U, H, q, d)`, averaged over heads, `(U, q, N)`."""
+    # Scaled dot products with all keys in float32: (U, H, q, d) @ (U, H, d, N) -> (U, H, q, N).
     scores = query.float() @ call.key.float().transpose(-1, -2) * call.scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    # Softmax over keys, mean over heads: (U, H, q, N) -> (U, q, N).
     return scores.softmax(-1).mean(1)
 
 
 def class_row(call: Call) -> torch.Tensor:
     """Attention from [CLS] to each patch, `(U, N - 1)`."""
     mask = None if call.mask is None else call.mask[:, :, :1]
+    # [CLS] is token 0: the row of its query, without its own key.
     return weights(call.query[:, :, :1], call, mask)[:, 0, 1:]
 
 
 def column_mean(call: Call) -> torch.Tensor:
-    """Attention each token receives, mean over heads and the queries that see it, `(U, N)`, in chunks of rows."""
+    """Attention that each token receives, averaged over heads and over the queries that see it, `(U, N)`."""
+    # Every query sees every key: the mean over queries, in chunks of rows.
     if call.mask is None:
         return sum(weights(part, call, None).sum(1) for part in call.query.split(ROWS_AT_ONCE, 2)) / call.query.shape[2]
+    # Real queries (U, N, 1): padding does not see itself.
     total = seen_by = 0
-    real = seen(call.mask.diagonal(dim1=-2, dim2=-1)).transpose(-1, -2)  # padding does not see itself
+    real = seen(call.mask.diagonal(dim1=-2, dim2=-1)).transpose(-1, -2)
+    # Sums over real queries, chunk by chunk: attention (U, N), and how many queries see each key (U, N).
     for part, mask, rows in zip(
         *(tensor.split(ROWS_AT_ONCE, 2) for tensor in (call.query, call.mask)), real.split(ROWS_AT_ONCE, 1), strict=True
     ):
         total = total + (weights(part, call, mask) * rows).nan_to_num().sum(1)
         seen_by = seen_by + (seen(mask[:, 0]) & rows).sum(1)
+    # Mean over the queries that see the key; 0 for padding.
     return total / seen_by.clamp(min=1)
 
 
 def seen(mask: torch.Tensor) -> torch.Tensor:
-    """Whether a mask, of booleans or to be added, lets a query see a key."""
+    """Whether a mask, boolean or additive, lets a query see a key."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 # --- single queries of a causal language model --------------------------------------------------------------------
 
-# What changes the weights and can't be told from outside.
+# Arguments that change the weights in ways that cannot be recomputed here.
 OPAQUE = ("s_aux", "position_bias", "cache")
 
 
 def query_obstacle(query: torch.Tensor, key: torch.Tensor, mask, rest: tuple, options: dict) -> str | None:
-    """Why [`attention_of`] can't tell a call's weights; None where it can."""
+    """Why [`attention_of`] cannot compute a call's weights; None if it can."""
     if query.dim() != 4 or query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
         return f"attends with queries of shape {tuple(query.shape)} to keys of shape {tuple(key.shape)}"
     unknown = [name for name in OPAQUE if options.get(name) is not None]
@@ -273,26 +289,30 @@ def attention_of(
     options: dict,
     log_sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention that the queries at `places` `(B, M)` pay to all keys, mean over heads, in float32, `(B, M, S)`.
+    """Attention of the queries at `places` `(B, M)` to all keys, averaged over heads, in float32, `(B, M, S)`.
 
     Args:
-        query (`torch.Tensor` of shape `(B, H, S, d)`), key (`torch.Tensor` of shape `(B, H', S, d)`): heads in groups
+        query (`torch.Tensor` of shape `(B, H, S, d)`), key (`torch.Tensor` of shape `(B, H', S, d)`): groups of heads
             share a key.
-        mask (`torch.Tensor`, *optional*): `(B, 1, S, S)`, of booleans or to be added, or `(B, S)` of what is no
-            padding, as FlashAttention takes it.
+        mask (`torch.Tensor`, *optional*): `(B, 1, S, S)`, boolean or additive, or FlashAttention's padding mask
+            `(B, S)`.
         log_sizes (`torch.Tensor` of shape `(B, S)`, *optional*): what proportional attention adds to the logits.
     """
     batch, heads, length, width = query.shape
     scaling, softcap = options.get("scaling"), options.get("softcap")
     scaling = width**-0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
+        # The asked queries in float32: (B, H, S, d) -> (B, H, M, d).
         asked = query.gather(2, places[:, None, :, None].expand(-1, heads, -1, width)).float()
+        # Heads of one key side by side, then their logits: (B, H', H/H' * M, d) -> (B, H, M, S).
         asked = asked.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         scores = (asked @ key.float().mT * scaling).view(batch, heads, -1, length)
         if softcap is not None:
             scores = (scores / softcap).tanh() * softcap
+        # Proportional attention: log(s) for a key that stands for s tokens, (B, S) over heads and queries.
         if log_sizes is not None:
             scores = scores + log_sizes[:, None, None]
+        # Mask, softmax over keys, mean over heads: (B, H, M, S) -> (B, M, S).
         allowed = rows_of_mask(layer, places, length, mask, options)
         scores = scores.masked_fill(~allowed, float("-inf")) if allowed.dtype == torch.bool else scores + allowed
         return scores.softmax(-1).mean(1)
@@ -301,27 +321,34 @@ def attention_of(
 def rows_of_mask(
     layer: nn.Module, places: torch.Tensor, length: int, mask: torch.Tensor | None, options: dict
 ) -> torch.Tensor:
-    """What the queries at `places` `(B, M)` may see: `(B, 1, M, S)`, of booleans or to be added."""
+    """Which keys the queries at `places` `(B, M)` may see: `(B, 1, M, S)`, boolean or additive."""
+    # A full mask (B, 1, S, S) has a row per query.
     if mask is not None and mask.dim() == 4:
         mask = mask.expand(len(places), -1, -1, -1)
         return mask.gather(2, places[:, None, :, None].expand(-1, mask.shape[1], -1, length))
+    # Without one, causality and window follow from the places: (B, 1, M, 1) against (S,).
     causal, window = options.get("is_causal"), options.get("sliding_window")
     causal = getattr(layer, "is_causal", True) if causal is None else causal
     keys, places = torch.arange(length, device=places.device), places[:, None, :, None]
     allowed = keys <= places if causal else torch.ones_like(keys <= places)
     if window is not None:
         allowed = allowed & (keys > places - window)
+    # FlashAttention's mask (B, S) hides padding.
     return allowed if mask is None else allowed & mask[:, None, None].bool()
 
 
 def allowed_rows(
     layer: nn.Module, query: torch.Tensor, keys: int, mask: torch.Tensor | None, options: dict
 ) -> torch.Tensor:
-    """What the queries `(B, H, Q, d)` may see of the last `keys` keys, where FlashAttention is told by `mask` `(B, K)`
-    of what is no padding, by windows and by the ends of packed samples: `(B, 1, Q, K)`, of booleans."""
+    """Which of the last `keys` keys the queries `(B, H, Q, d)` may see under FlashAttention: `(B, 1, Q, K)`, boolean.
+
+    `mask` `(B, K)` is False on padding; `options` give the window and the boundaries of packed samples.
+    """
     index = torch.arange(keys, device=query.device)
+    # With a cache, queries are the last Q of K places.
     places = index[keys - query.shape[2] :]
     allowed = rows_of_mask(layer, places.expand(len(query), -1), keys, mask, options)
+    # Packed samples: a query sees the keys of its own sample, (Q, K).
     ends = options.get("cu_seq_lens_k")
     if ends is not None:
         sample = torch.searchsorted(ends, index, right=True)

@@ -1,11 +1,11 @@
-"""Which parameters of a vision-language model are its vision tower, its projector and its language model."""
+"""Finds the parameters of a model's vision tower, projector and language model."""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
 
-# Of transformers' models; the projector is the one role that they have no accessor for.
+# Names in transformers' models: the projector is the only role without an accessor.
 PROJECTOR_NAMES = (
     "multi_modal_projector",
     "connector",
@@ -29,16 +29,16 @@ PROJECTOR_NAMES = (
 def freeze_roles(
     model: PreTrainedModel, *, train_vision_tower: bool, train_projector: bool, train_language_model: bool
 ) -> None:
-    """Freezes the roles that are not to be trained, adapters inside them included, and thaws nothing.
+    """Freezes the roles that are not to be trained, adapters inside them included. Unfreezes nothing.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The model, without a PEFT wrapper around it.
-        train_vision_tower (`bool`): Whether to leave the vision tower as it is.
-        train_projector (`bool`): Whether to leave the projector, and what belongs to no role, as it is.
-        train_language_model (`bool`): Whether to leave the language model, with its head, as it is.
+        model ([`~transformers.PreTrainedModel`]): the model, without a PEFT wrapper.
+        train_vision_tower (`bool`): whether to leave the vision tower as it is.
+        train_projector (`bool`): whether to leave the projector, and parameters without a role, as they are.
+        train_language_model (`bool`): whether to leave the language model, with its head, as it is.
 
     Raises:
-        ValueError: some role is to be frozen, but the model has no module for one of the roles.
+        ValueError: a role is to be frozen, but the model has no module for one of the roles.
     """
     if train_vision_tower and train_projector and train_language_model:
         return
@@ -51,26 +51,26 @@ def freeze_roles(
 def parameter_roles(model: PreTrainedModel) -> dict[str, str]:
     """The role of each parameter by its name: `"vision_tower"`, `"projector"` or `"language_model"`."""
     modules = role_modules(model)
-    # A projector may lie inside the vision tower (Qwen's merger), so it comes last and wins.
+    # The projector comes last and wins, because it may lie inside the vision tower (Qwen's merger).
     owner = {
         id(parameter): role
         for role in ("language_model", "vision_tower", "projector")
         for module in modules[role]
         for parameter in module.parameters()
     }
-    # What is left joins the modalities (LLaVA-NeXT's image_newline, a Q-Former): it follows the projector.
+    # Other parameters join the modalities (LLaVA-NeXT's image_newline, a Q-Former) and count as projector.
     return {name: owner.get(id(parameter), "projector") for name, parameter in model.named_parameters()}
 
 
 def language_parts(model: PreTrainedModel) -> list[nn.Module]:
-    """The language model and its head, of a model without a PEFT wrapper around it."""
+    """The language model and its head, for a model without a PEFT wrapper."""
     return [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
 
 
 def role_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """The modules of each role, found by transformers' accessors and by the names of its projectors."""
     decoder = model.get_decoder()
-    # transformers answers with the model itself where it finds nothing.
+    # transformers returns the model itself if it finds nothing.
     whole = (model, model.base_model)
     towers = [model.get_encoder(modality=modality) for modality in ("image", "video", "audio")]
     modules = {

@@ -1,7 +1,7 @@
-"""What a model says of itself: its modalities, their encoders and their placeholders.
+"""What a model says about itself: its modalities, their encoders and their placeholders.
 
-transformers' protocol is `get_image_features` and its like to encode, `forward(mm_encoder_outputs=...)` to take the
-result in place of pixels. What single families need beyond it stands in `families.py`.
+transformers' protocol: `get_image_features` and similar methods encode, `forward(mm_encoder_outputs=...)` takes the
+result in place of pixels. `families.py` describes single families that need more.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from .families import family_of
 
 @dataclass(frozen=True)
 class Modality:
-    """How a modality is named.
+    """The names of one modality.
 
     Args:
         name (`str`): its key in `mm_encoder_outputs`.
@@ -52,7 +52,7 @@ RAW_KEYS = tuple(key for modality in MODALITIES for key in modality.raw)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's and the distributed wrappers."""
+    """The transformers model inside the wrappers of PEFT and distributed training."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -62,14 +62,50 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def encoder_owner(model: nn.Module, method: str) -> nn.Module | None:
-    """The module that owns `method`: the inner model first, for some outer classes hide its arguments."""
-    outer = unwrap(model)
+@dataclass(frozen=True)
+class ForwardInterface:
+    """The arguments of the `forward` of a class of models.
+
+    Args:
+        names (`frozenset[str]`): named arguments.
+        required (`frozenset[str]`): those without a default.
+        takes_any (`bool`): whether it accepts others, too.
+    """
+
+    names: frozenset[str]
+    required: frozenset[str]
+    takes_any: bool
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether `use_cache` can be passed."""
+        return "use_cache" in self.names or self.takes_any
+
+
+@cache
+def forward_interface(kind: type[nn.Module]) -> ForwardInterface:
+    """The arguments of a class's `forward`, read once per class."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return ForwardInterface(
+        frozenset(p.name for p in named),
+        frozenset(p.name for p in named if p.default is p.empty),
+        any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
+
+
+def slices_logits(outer: nn.Module) -> bool:
+    """Whether the model can compute logits at chosen positions only."""
+    return "logits_to_keep" in forward_interface(type(outer)).names and family_of(outer.config).slices_logits
+
+
+def encoder_owner(outer: nn.Module, method: str) -> nn.Module | None:
+    """The module that has `method`. The inner model comes first, because some outer classes hide its arguments."""
     return next((m for m in (getattr(outer, "model", None), outer) if hasattr(m, method)), None)
 
 
 def encoder_of(outer: nn.Module, modality: Modality) -> tuple[nn.Module | None, Callable | None]:
-    """The encoder of `modality` and the module that owns it; some models encode videos with the one for images."""
+    """The encoder of `modality` and the module that owns it. Some models encode videos with the image encoder."""
     family = family_of(outer.config, modality.name)
     if family.encode is not None:
         owner = getattr(outer, "model", outer)
@@ -96,20 +132,20 @@ def modalities_in(inputs: Mapping) -> set[str]:
 
 
 def raw_keys(config) -> list[str]:
-    """The inputs that are encoded apart from the model's forward."""
+    """The inputs that are encoded outside the model's forward."""
     return [key for modality in MODALITIES if not family_of(config, modality.name).whole for key in modality.raw]
 
 
 def check_protocol(model: nn.Module) -> None:
-    """Raises a `ValueError` that says what is missing unless `model` takes encoded images or has an audio encoder."""
+    """Raises a `ValueError` that names what is missing, unless `model` takes encoded images or has an audio encoder."""
     outer = unwrap(model)
     image, _, audio = MODALITIES
     if reads(outer, audio) and not family_of(outer.config, audio.name).whole:
         return
     missing = []
-    if "mm_encoder_outputs" not in inspect.signature(outer.forward).parameters:
+    if "mm_encoder_outputs" not in forward_interface(type(outer)).names:
         missing.append("its forward takes no `mm_encoder_outputs`")
-    if encoder_owner(model, image.method) is None:
+    if encoder_owner(outer, image.method) is None:
         missing.append(f"it has no `{image.method}`")
     if placeholder_id(outer.config, image) is None:
         missing.append("its config has no `image_token_id`")
@@ -122,8 +158,10 @@ def check_protocol(model: nn.Module) -> None:
 
 
 def position_scheme(model: nn.Module, scheme: str) -> str:
-    """What "auto" stands for with this model: "original" where images have rows and columns in its positions (M-RoPE),
-    which renumbering would take away; "compact" elsewhere. Other schemes stand for themselves.
+    """Resolves "auto" for this model; other schemes stay as they are.
+
+    "auto" is "original" if the model's positions have rows and columns (M-RoPE), which renumbering would remove, and
+    "compact" otherwise.
 
     Raises:
         ValueError: the model cannot take positions with gaps.
@@ -131,7 +169,7 @@ def position_scheme(model: nn.Module, scheme: str) -> str:
     outer = unwrap(model)
     places = family_of(outer.config).places
     if scheme == "auto":
-        return "compact" if places or encoder_owner(model, "compute_3d_position_ids") is None else "original"
+        return "compact" if places or encoder_owner(outer, "compute_3d_position_ids") is None else "original"
     if scheme == "original" and places:
         raise ValueError(
             f"position_ids='original' does not work with {type(outer).__name__}: its attention takes position ids for "

@@ -23,7 +23,7 @@ class AutoPruner:
 
         Raises:
             ValueError: unknown name (the message lists the known ones) or a setting outside its range.
-            TypeError: a setting that the pruner does not have.
+            TypeError: the pruner has no such setting.
         """
         cls = pruner_class(name)
         return cls(cls.config_class(**settings))
@@ -32,19 +32,19 @@ class AutoPruner:
     def from_pretrained(name: str | Path, *, trust_remote_code: bool = False, **hub) -> Pruner:
         """Loads a pruner from a folder or a Hub repo: `AutoPruner.from_pretrained("user/name", revision="v1")`.
 
-        Only registered names are looked up, and weights are read from safetensors alone. A pruner whose class this
-        program has registered never runs other code.
+        Only registered names are looked up, and weights come from safetensors alone. If your program has registered
+        the pruner's class, no downloaded code runs.
 
         Args:
             name (`str` or `Path`): an existing folder, else a Hub repo "user/name".
-            trust_remote_code (`bool`): run the code that the pruner brings along, of the commit its config is from.
+            trust_remote_code (`bool`): run the pruner's own code, from the same commit as its config.
             hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, as everywhere on the Hub.
 
         Raises:
             FileNotFoundError, EntryNotFoundError: the folder, or the repo, lacks a file.
             RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError: the Hub refuses or fails.
-            ConnectionError: it cannot be reached and the cache does not help.
-            ValueError: `name` is neither a folder nor a repo, a file holds what it should not, or the pruner needs
+            ConnectionError: the Hub cannot be reached and the cache has no copy.
+            ValueError: `name` is neither a folder nor a repo, a file has invalid contents, or the pruner needs
                 `trust_remote_code`.
         """
         source, config = load_config(name, trust_remote_code, hub)
@@ -52,7 +52,7 @@ class AutoPruner:
         expected = planned_weights(cls, config, f"{PRUNER_CONFIG_NAME} of {source}")
         if not expected:
             return cls(config)
-        # Before the pruner takes any memory: the file bounds what its config may ask for.
+        # Check the file before the pruner takes memory: the file bounds what its config may ask for.
         path = weights_file(source.name if source.local else source.fetch(PRUNER_WEIGHTS_NAME).parent, expected, config)
         pruner = cls(config)
         pruner.load_weights(path.parent)

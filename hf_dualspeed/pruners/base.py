@@ -1,4 +1,4 @@
-"""What every pruner shares: how tokens are chosen, weights, and its way to a folder or the Hub.
+"""Base classes of pruners: selection, weights, saving and publishing.
 
 Shapes: B images, N visual tokens, K kept tokens, D hidden, T text tokens.
 """
@@ -27,16 +27,15 @@ from .tokens import PrunedTokens, VisualTokens
 class Pruner(nn.Module):
     """Keeps `budget(N, pruning_ratio)` visual tokens of each image.
 
-    A selecting pruner implements [`rank`], and what becomes of the other tokens is a setting, `dropped_tokens`; one
-    that merges by a rule of its own overrides [`reduce`]. Ranking runs in float32 without gradients; gathering and
-    merging stay differentiable.
-
+    A selecting pruner implements [`rank`]; its setting `dropped_tokens` decides what happens to the other tokens. A
+    pruner with a merging rule of its own overrides [`reduce`]. Ranking runs in float32 without gradients; gathering
+    and merging stay differentiable.
     """
 
     config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()  # optional fields of `VisualTokens` that it reads
     deterministic: ClassVar[bool] = True
-    merges: ClassVar[bool] = False
+    merges: ClassVar[bool] = False  # by a rule of its own
     in_language_model: ClassVar[bool] = False
 
     def __init__(self, config: PrunerConfig):
@@ -45,14 +44,14 @@ class Pruner(nn.Module):
 
     @property
     def pruning_ratio(self) -> float:
-        """The fraction of tokens removed; where it changes over training, at the end."""
+        """The fraction of tokens removed, at the end of training if it changes."""
         return self.config.pruning_ratio
 
     def reconfigure(self, **settings) -> None:
-        """Changes settings, but for those that the sizes of learned weights follow from.
+        """Changes settings that leave the sizes of learned weights as they are.
 
         Raises:
-            ValueError: a setting is unknown, outside its range, or one of those.
+            ValueError: a setting is unknown, outside its range, or changes the size of a weight.
         """
         check_keys("settings", settings, [f.name for f in fields(self.config)])
         config = replace(self.config, **settings)
@@ -65,21 +64,21 @@ class Pruner(nn.Module):
         self.config = config
 
     def rank(self, tokens: VisualTokens, k: int) -> torch.Tensor:
-        """Source positions in the order in which they are kept, `(B, k)`; padding last. No gradients here."""
+        """Source positions, best first, `(B, k)`; padding last. Runs without gradients."""
         raise NotImplementedError(f"{type(self).__name__} must implement `rank` or override `reduce`.")
 
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
-        """Keeps the first `lengths[b]` ranked positions of image b, in their source order."""
+        """Keeps the first `lengths[b]` ranked positions of image b, in source order."""
         with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
             ranked = self.rank(tokens, max(lengths))
         return take(tokens, ranked, lengths, self.config.dropped_tokens)
 
     def forward(self, tokens: VisualTokens, progress: float = 1.0) -> PrunedTokens:
-        """Prunes.
+        """Prunes the tokens of each image.
 
         Args:
             tokens ([`VisualTokens`]): B images of N tokens.
-            progress (`float`): fraction of the training that is done, for a ratio that changes.
+            progress (`float`): fraction of training done, for a ratio that changes.
 
         Raises:
             ValueError: `tokens` lacks a field that the pruner needs, or its features hold NaN or infinity.
@@ -91,12 +90,14 @@ class Pruner(nn.Module):
         lengths = [budget(n, ratio) for n in tokens.lengths]
         if lengths == list(tokens.lengths):
             return unpruned(tokens)
+        # One flag on the device. Attention may be -inf: tokens that come from no patch have that.
         finite = tokens.features.detach().isfinite().all()
-        for known in (tokens.attention, tokens.keys):  # rows that no patch made have an attention of -inf
+        for known in (tokens.attention, tokens.keys):
             finite = finite if known is None else finite & ~known.isnan().any()
         if not tokens.defer_checks:
             check_finite(bool(finite))
         pruned = self.reduce(tokens, lengths)
+        # sizes (B, K): every source token (B, N) counts for the kept one nearest to it.
         if pruned.sizes is None:
             owner = nearest_kept(tokens, pruned.positions, pruned.valid)
             pruned.sizes = counts(owner, pruned.positions.shape[1])
@@ -106,7 +107,7 @@ class Pruner(nn.Module):
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Writes `pruner_config.json` and, for a learned pruner, `pruner.safetensors`.
 
-        `state_dict` stands in for its own weights, where those are sharded.
+        `state_dict` replaces the pruner's own weights where those are sharded.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder, **({} if is_own(type(self)) else save_code(self, AUTO_CLASS, Path(folder))))
@@ -120,7 +121,7 @@ class Pruner(nn.Module):
 
         Raises:
             FileNotFoundError: the pruner is learned and the folder holds no weights.
-            ValueError: they are those of another pruner, or the file is damaged.
+            ValueError: the weights are another pruner's, or the file is damaged.
         """
         expected = self.state_dict()
         if expected:
@@ -136,20 +137,21 @@ class Pruner(nn.Module):
         revision: str | None = None,
         results: dict | list[dict] | None = None,
     ) -> CommitInfo:
-        """Publishes config, weights, code of its own and a card on the Hub, in one commit; sections that a person
-        wrote into the card stay.
+        """Publishes config, weights, custom code and a card on the Hub, in one commit.
+
+        Card sections that a person wrote stay.
 
         Args:
-            repo_id (`str`): "user/name"; made where it does not exist.
+            repo_id (`str`): "user/name"; created if missing.
             private (`bool`, *optional*): whether a new repo is private.
-            token (`str`, *optional*): in place of that of `hf auth login` or HF_TOKEN.
-            commit_message (`str`, *optional*): what the history says.
-            revision (`str`, *optional*): the branch, made where it does not exist.
+            token (`str`, *optional*): replaces the token of `hf auth login` or HF_TOKEN.
+            commit_message (`str`, *optional*): message of the commit.
+            revision (`str`, *optional*): the branch; created if missing.
             results (`dict` or `list[dict]`, *optional*): measured values for the card: names and values, or rows.
 
         Raises:
-            ValueError: `repo_id` is no "user/name", or the published card's front matter cannot be read.
-            HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached. Nothing local has changed.
+            ValueError: `repo_id` is not "user/name", or the published card's front matter cannot be read.
+            HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached. Nothing local changes.
         """
         return push_pruner(self, repo_id, results, commit_message, private=private, token=token, revision=revision)
 
@@ -158,9 +160,9 @@ class Pruner(nn.Module):
 
 
 def planned_weights(cls: type[Pruner], config: PrunerConfig, where: str) -> dict[str, torch.Tensor]:
-    """The weights that a pruner of this config has, without memory for them, so that a config can ask for any size.
+    """The weights of a pruner with this config, on the device "meta": they take no memory, however large they are.
 
-    A class of a user's own that cannot be built on the device "meta" is built as it is.
+    A user's class that cannot be built on "meta" is built on the default device.
 
     Raises:
         ValueError: a class of this library asks for sizes that no tensor can have; the message names `where`.
@@ -178,7 +180,7 @@ def planned_weights(cls: type[Pruner], config: PrunerConfig, where: str) -> dict
 
 
 def weights_file(folder: str | Path, expected: dict[str, torch.Tensor], config: PrunerConfig) -> Path:
-    """A learned pruner's file of weights, of which the header alone has been read: it fits."""
+    """The path of a learned pruner's weights; checks the file's header, loads no weights."""
     path = Path(folder) / PRUNER_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(
@@ -192,21 +194,23 @@ def weights_file(folder: str | Path, expected: dict[str, torch.Tensor], config: 
 class LayerPruner(Pruner):
     """Drops visual tokens between layers of the language model: the first layers see all of them.
 
-    [`stages`] says where, and how many; [`rank`] which: by default those that the last instruction token attends to
-    least. Nothing is dropped from the inputs, so `prune_inputs` refuses such a pruner; the trainer and
-    `prune_visual_tokens` take it. Called by itself, it keeps what its last stage would keep, in one step.
+    [`stages`] says where and how many tokens are dropped. [`rank`] says which; by default, those that the last
+    instruction token attends to least. The inputs keep all tokens, so `prune_inputs` refuses these pruners; the trainer
+    and `prune_visual_tokens` take them. Called directly, such a pruner keeps what its last stage keeps, in one step.
 
-    At a stage `rank` is given the hidden states as `VisualTokens.features` `(U, N, D)` and, as
-    `VisualTokens.attention` `(U, N)`, the attention that the last instruction token pays to each visual token, mean
-    over heads, in the layer before. N counts the tokens that earlier stages left.
+    At a stage, `rank` gets the hidden states of U units (images or clips) as `VisualTokens.features` `(U, N, D)`, and
+    the last instruction token's attention to each visual token, mean over heads, in the layer before, as
+    `VisualTokens.attention` `(U, N)`. N counts the tokens that earlier stages left.
     """
 
     in_language_model: ClassVar[bool] = True
 
     def stages(self, layers: int, pruning_ratio: float) -> dict[int, float]:
-        """Where tokens are dropped in a language model of so many layers: {index of the layer in front of which, from
-        1 to `layers - 1`: fraction of each image's tokens that is gone from there on}. `pruning_ratio` is that of now,
-        where it changes over training."""
+        """Where a language model of `layers` layers drops tokens, as {layer index: fraction removed}.
+
+        Tokens are dropped in front of that layer, 1 to `layers - 1`. The fraction counts all of an image's tokens that
+        are gone from there on. `pruning_ratio` is the current one if it changes over training.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement `stages`.")
 
     def rank(self, tokens: VisualTokens, k: int) -> torch.Tensor:

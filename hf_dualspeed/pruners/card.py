@@ -1,4 +1,4 @@
-"""The card of a published pruner, and its way to the Hub."""
+"""Card and upload of a published pruner."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from huggingface_hub import CommitInfo
 
 from ..hub.source import is_repo_id
 from ..hub.upload import published_card, push_folder
-from ..publishing.cards import heading, merge_card, table
+from ..publishing.cards import heading, merge_card
 from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.text import markdown_table
 from .config import budget
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def push_pruner(
     own_card: str = "",
     **hub,
 ) -> CommitInfo:
-    """What [`Pruner.push_to_hub`] does; `own_card` is a card that a person wrote where the repo has none yet."""
+    """Implements [`Pruner.push_to_hub`]; `own_card` is a hand-written card, used if the repo has none yet."""
     if not is_repo_id(repo_id):
         raise ValueError(f"`repo_id` must be a Hub repo 'user/name', got {repo_id!r}.")
     existing = published_card(repo_id, hub.get("revision"), hub.get("token"))
@@ -86,7 +87,7 @@ pruner = AutoPruner.from_pretrained("{repo_id}"{options})
 
 
 def is_custom(pruner: Pruner) -> bool:
-    """Whether its class is not one of this library."""
+    """Whether the pruner's class comes from outside this library."""
     return type(pruner).__module__.partition(".")[0] != __name__.partition(".")[0]
 
 
@@ -118,7 +119,7 @@ To train with it: `DualSpeedTrainingArguments(..., pruner="{repo_id}")`, or `pru
 def _rule(pruner: Pruner) -> str:
     needs = "".join(f"\n- {NEEDS[need]}" for need in sorted(pruner.needs))
     reads = f"\n\nBeside the features of the tokens it reads:\n{needs}" if needs else ""
-    # A heading in it would be taken for a section of the user's.
+    # An unescaped heading would be taken for a section that a user wrote.
     described = re.sub(r"^#", r"\\#", _document(pruner), flags=re.MULTILINE)
     return f"{heading('The rule')}\n\n{described or 'Its author has not described it.'}{reads}"
 
@@ -136,12 +137,12 @@ def _budget(pruner: Pruner) -> str:
             f"({config.pruning_schedule}); outside of training it is {config.pruning_ratio:.1%}.\n\n"
         )
     kept = ("kept",) if len(rows[0]) == 2 else ("kept at first", "kept in the end")
-    return f"{heading('Budget')}\n\n{text}{table(('visual tokens', *kept), rows)}"
+    return f"{heading('Budget')}\n\n{text}{markdown_table(('visual tokens', *kept), rows, words=True)}"
 
 
 def _settings(pruner: Pruner) -> str:
     rows = [(f"`{key}`", f"`{json.dumps(value)}`") for key, value in pruner.config.to_dict().items()]
-    return f"{heading('Settings')}\n\n{table(('setting', 'value'), rows)}"
+    return f"{heading('Settings')}\n\n{markdown_table(('setting', 'value'), rows, words=True)}"
 
 
 def _results(results: dict | list[dict] | None) -> str:
@@ -151,11 +152,12 @@ def _results(results: dict | list[dict] | None) -> str:
         results = [{"measured": key, "value": value} for key, value in results.items()]
     check_results(results)
     columns = list(dict.fromkeys(key for row in results for key in row))
-    return f"{heading('Results')}\n\n{table(columns, [[row.get(column, '') for column in columns] for row in results])}"
+    rows = [[row.get(column) for column in columns] for row in results]
+    return f"{heading('Results')}\n\n{markdown_table(columns, rows, words=True)}"
 
 
 def check_results(rows: object) -> None:
-    """Raises a `ValueError` unless the results are rows of plain values."""
+    """Raises a `ValueError` unless `rows` is a list of mappings of plain values."""
     plain = isinstance(rows, list) and all(
         isinstance(row, dict) and all(isinstance(value, (str, int, float, type(None))) for value in row.values())
         for row in rows

@@ -14,11 +14,11 @@ from .tokens import VisualTokens
 class ClsAttentionPruner(Pruner):
     """Keeps the tokens that receive the most attention in the vision tower's penultimate layer.
 
-    FasterVLM's rule (arXiv 2412.01818, v1): the attention of [CLS] to each patch, mean over heads. Where the tower has
-    no [CLS] (SigLIP, Qwen), the mean over all queries, which the paper does not cover. Inputs: the tower's attention,
-    taken from queries and keys, so that it works under SDPA and FlashAttention; the official code needs eager
-    attention and keeps all of that layer's maps. Where the tower's patches are merged to a token, it gets their mean.
-    Cost: one row of one layer's attention, or that layer's whole attention without a [CLS].
+    FasterVLM's rule (arXiv 2412.01818, v1): the attention of [CLS] to each patch, mean over heads. In a tower without
+    [CLS] (SigLIP, Qwen), the mean over all queries is taken, which the paper does not cover. A token that merges
+    several patches gets their mean. Inputs: the tower's attention. It is computed from queries and keys and works under
+    SDPA and FlashAttention; the official code needs eager attention and keeps all maps of that layer. Cost: one row of
+    one layer's attention, or that layer's whole attention without a [CLS].
     """
 
     needs = frozenset({"attention"})

@@ -1,4 +1,4 @@
-"""What is published of a pruner: its settings, the budget that follows from them, and its ratio over training."""
+"""Settings of a pruner, the token budget that follows from them, and the pruning ratio over training."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def budget(tokens: int, pruning_ratio: float) -> int:
 
 @dataclass
 class PrunerConfig:
-    """What is published of a pruner: its registered name and its settings, as `pruner_config.json`.
+    """Registered name and settings of a pruner, saved as `pruner_config.json`.
 
     Args:
-        pruning_ratio (`float`): fraction of the tokens removed; where it changes over training, at the end.
-        pruning_schedule (`str`): "constant", or how it gets from `initial_pruning_ratio` there: "linear" or "cosine".
-        initial_pruning_ratio (`float`, *optional*): the ratio at the start of training, where it changes.
-        dropped_tokens (`str`): what becomes of the tokens that a selecting pruner does not keep: "merge" averages each
-            into the kept one that is most similar to it; "discard" leaves them out, as the papers do. Pruners that
-            merge by a rule of their own have no such setting.
+        pruning_ratio (`float`): fraction of the tokens removed, at the end of training if it changes.
+        pruning_schedule (`str`): "constant", or how the ratio leaves `initial_pruning_ratio`: "linear" or "cosine".
+        initial_pruning_ratio (`float`, *optional*): the ratio at the start of training, if it changes.
+        dropped_tokens (`str`): what a selecting pruner does with dropped tokens: "merge" averages each into the most
+            similar kept token; "discard" removes them, as the papers do. Pruners with a merging rule of their own have
+            no such setting.
     """
 
     pruner_type: ClassVar[str] = ""
@@ -78,7 +78,7 @@ class PrunerConfig:
             check_range("initial_pruning_ratio", initial, 0, 1, right_open=True, off=off)
 
     def ratio_at(self, progress: float) -> float:
-        """The pruning ratio when the fraction `progress` of training is done."""
+        """The pruning ratio after the fraction `progress` of training."""
         if self.pruning_schedule == "constant" or progress >= 1:
             return self.pruning_ratio
         done = progress if self.pruning_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
@@ -99,10 +99,10 @@ class PrunerConfig:
 
     @classmethod
     def from_dict(cls, values: dict, where: str = PRUNER_CONFIG_NAME) -> PrunerConfig:
-        """Builds the config of what a file holds, dropping keys of a newer version with a warning.
+        """Builds the config from a file's values; unknown keys, as of a newer version, are dropped with a warning.
 
         Raises:
-            ValueError: a value is of the wrong type or outside its range; the message names file, key and value.
+            ValueError: a value has the wrong type or is out of range; the message names file, key and value.
         """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known - {"pruner_type", "auto_map"})
@@ -128,12 +128,12 @@ class PrunerConfig:
 
     @staticmethod
     def from_pretrained(name: str | Path, *, trust_remote_code: bool = False, **hub) -> PrunerConfig:
-        """Reads the config of whichever pruner the folder or Hub repo names; see [`AutoPruner.from_pretrained`]."""
+        """Reads the config of any pruner from a folder or Hub repo; see [`AutoPruner.from_pretrained`]."""
         return load_config(name, trust_remote_code, hub)[1]
 
 
 def fits(value: object, hint: object) -> bool:
-    """Whether a value from JSON is of a setting's type, and a number neither infinite nor beyond 32 bits."""
+    """Whether a value from JSON has a setting's type; floats must be finite, integers fit 32 bits."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, option) for option in inner)
@@ -147,7 +147,7 @@ def fits(value: object, hint: object) -> bool:
 
 
 def load_config(name: str | Path, trust_remote_code: bool, hub: dict) -> tuple[Source, PrunerConfig]:
-    """The config, its class registered, and where it came from: everything else is read of that very commit."""
+    """The config and its source, pinned to the commit that all other files are read from; registers the class."""
     source = find_source(name, available_pruners(), **hub)
     path = source.fetch(PRUNER_CONFIG_NAME)
     source = source.pinned(path)

@@ -10,10 +10,10 @@ from .ops import take
 from .registry import register_pruner
 from .tokens import PrunedTokens, VisualTokens
 
-# What the (N, N) similarities of the images that are chosen from together may take. Reading them is what makes a choice
-# cheap: without them, each kept token costs a product with all N.
+# Most memory for the (N, N) similarities of a group of images. Without them, each kept token costs a product with all
+# N; with them, it costs one read.
 MATRIX_BYTES = 2**30
-# Rows of similarities that are made at a time: few enough that half of the products are left out.
+# Rows of similarities per product. Small blocks skip nearly half of the symmetric matrix.
 BLOCK = 256
 FARTHEST = -2.0  # below every cosine
 
@@ -22,10 +22,10 @@ FARTHEST = -2.0  # below every cosine
 class DivPrune(Pruner):
     """Keeps the most diverse tokens, by greedy max-min cosine distance.
 
-    DivPrune, arXiv 2503.02175. The first token is the one whose nearest neighbour is farthest; each next one is the
-    token farthest from those already kept. Inputs: features alone. Cost: one product of each pair of tokens and O(K N)
-    for the choice, batched over images, with no host synchronisation. The official code loops over images in Python and
-    recomputes the minimum over all kept tokens at each step; the running minimum here gives the same choice.
+    DivPrune, arXiv 2503.02175. The first token is the one whose nearest neighbour is farthest; each next one is
+    farthest from those already kept. Inputs: features alone. Cost: one product per pair of tokens and O(K N) for the
+    choice, batched over images, without host synchronisation. The official code loops over images in Python and
+    recomputes the minimum over all kept tokens at each step; the running minimum here makes the same choice.
     """
 
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
@@ -34,9 +34,9 @@ class DivPrune(Pruner):
         return take(tokens, ranked, lengths, self.config.dropped_tokens, similarity)
 
     def choose(self, tokens: VisualTokens, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept positions in the order of their choice `(B, K)`, and how similar all tokens are to them
-        `(B, K, N)`."""
+        """Kept positions in the order of choice `(B, K)`, and similarities of all tokens to them `(B, K, N)`."""
         units = F.normalize(tokens.features.detach().float(), dim=-1)
+        # Groups of as many images as fit in MATRIX_BYTES; if not even one fits, the whole batch without matrices.
         fitting = MATRIX_BYTES // (units.element_size() * units.shape[1] ** 2)
         together = units.split(fitting or len(units))
         valid = [None] * len(together) if tokens.valid is None else tokens.valid.split(fitting or len(units))
@@ -48,29 +48,36 @@ class DivPrune(Pruner):
 def farthest_first(
     units: torch.Tensor, valid: torch.Tensor | None, most: int, whole: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The greedy choice from unit vectors `(B, N, D)`, of which `valid` `(B, N)` count: `(B, most)`, and the
-    similarities of all tokens to those chosen `(B, most, N)`, to themselves infinite.
+    """Greedy farthest-first choice from unit vectors `(B, N, D)`, of which `valid` `(B, N)` count.
 
     With `whole`, all similarities are held in memory.
+
+    Returns:
+        Chosen tokens `(B, most)`, and similarities of all tokens to them `(B, most, N)`, infinite to themselves.
     """
     batch, count, _ = units.shape
+    # Row of each image's first token in the flattened batch, (B,).
     first_rows = torch.arange(batch, device=units.device) * count
+    # The first pick (B,) is the token least similar to its nearest neighbour; padding is never picked.
     padding = 0.0 if valid is None else torch.where(valid, 0.0, float("inf"))
     nearest, similarity = similarities(units, valid, whole)
     pick = (nearest + padding).argmin(dim=1)
+    # Infinite similarity to itself keeps a chosen token from being picked again.
     if similarity is not None:
-        # A kept token is infinitely similar to itself, so that it is never the farthest from the kept ones.
         similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    # nearest (B, N): similarity of each token to its nearest chosen one. rows (B * N, N), or (B * N, D) without matrix.
     nearest = torch.full_like(units[..., 0], FARTHEST) + padding
     rows = units if similarity is None else similarity
     rows, chosen, similar = rows.flatten(0, 1), [pick], []
     while True:
+        # Similarity of every token to the pick, (B, N): a row of the matrix, or a product.
         to_pick = rows.index_select(0, first_rows + pick)
         if similarity is None:
             to_pick = (units @ to_pick[..., None])[..., 0].scatter_(1, pick[:, None], float("inf"))
         similar.append(to_pick)
         if len(chosen) == most:
             return torch.stack(chosen, dim=1), torch.stack(similar, dim=1)
+        # Running maximum; the next pick is the token least similar to all chosen ones.
         nearest = torch.maximum(nearest, to_pick)
         pick = nearest.argmin(dim=1)
         chosen.append(pick)
@@ -81,20 +88,24 @@ def similarities(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Similarity of each token to its nearest other one, `(B, N)`, and, if `whole`, all similarities `(B, N, N)`.
 
-    Each pair is multiplied once: the other half of the symmetric matrix is a copy.
+    Each pair is multiplied once; the other half of the symmetric matrix is a copy.
     """
     batch, count, _ = units.shape
     matrix = units.new_empty(batch, count, count) if whole else None
     nearest = torch.full_like(units[..., 0], FARTHEST)
     for start in range(0, count, BLOCK):
         end = min(start + BLOCK, count)
+        # Rows start:end of the upper triangle, (B, n, N - start).
         part = units[:, start:end] @ units[:, start:].mT
+        # Fill these rows of the matrix; the part left of the diagonal is a transposed earlier block.
         if matrix is not None:
             matrix[:, start:end, start:] = part
             matrix[:, start:end, :start] = matrix[:, :start, start:end].mT
+        # Leave out a token's similarity to itself and to padding.
         part.diagonal(dim1=1, dim2=2).fill_(FARTHEST)
         if valid is not None:
             part.masked_fill_(~(valid[:, start:end, None] & valid[:, None, start:]), FARTHEST)
+        # Update the block's tokens by row and the later tokens by column.
         nearest[:, start:end] = torch.maximum(nearest[:, start:end], part.amax(dim=2))
         nearest[:, end:] = torch.maximum(nearest[:, end:], part[:, :, end - start :].amax(dim=1))
     return nearest, matrix

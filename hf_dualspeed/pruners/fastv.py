@@ -15,7 +15,7 @@ class FastVConfig(PrunerConfig):
     """[`PrunerConfig`] and where tokens are dropped.
 
     Args:
-        layer (`int`): behind so many layers of the language model; the paper's K.
+        layer (`int`): number of language-model layers in front of the drop; the paper's K.
     """
 
     layer: int = 2
@@ -32,13 +32,13 @@ class FastV(LayerPruner):
     """Keeps the tokens that the instruction attends to most, from behind the language model's first layers on.
 
     The score is the attention of the last instruction token in layer `layer` (the paper's K, counted from 1), mean over
-    heads. Inputs: queries and keys of that layer. Cost: `layer` layers run on all tokens; one row of attention for each
+    heads. Inputs: queries and keys of that layer. Cost: `layer` layers run on all tokens; one row of attention per
     image.
 
-    The official code is made for generation: it looks from the last token of the first sample, keeps a fixed number
-    at a fixed place of every sequence, and drops nothing under gradient checkpointing. Here the budget is that of each
-    image, wherever it stands; the query is the token in front of the first answer behind the image, so that no answer
-    chooses; and gradients flow, for dropped tokens through the first layers only.
+    The official code is made for generation: it queries from the last token of the first sample, keeps a fixed number
+    of tokens at a fixed place of every sequence, and drops nothing under gradient checkpointing. Here each image has
+    its own budget, wherever it stands. The query is the token in front of the first answer behind the image, so no
+    answer takes part in the choice. Gradients flow; those of dropped tokens pass through the first layers only.
     """
 
     config_class = FastVConfig

@@ -1,4 +1,4 @@
-"""The layers of learned pruners, which compute in float32 whatever holds their weights."""
+"""Layers of learned pruners; they compute in float32, whatever the dtype of their weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 class Float32Linear(nn.Linear):
     """A linear layer in float32: sharded and half-precision training may hold its weights in bfloat16.
 
-    Args of its call: `rows` `(..., in_features)`, and `most` (`int`, *optional*) of its outputs, the first so many;
-    returns `(..., most)`. Autocast is left to the caller to turn off.
+    Its call takes `rows` `(..., in_features)` and, optionally, `most`, and returns the first `most` outputs,
+    `(..., most)`. The caller turns autocast off.
     """
 
     def forward(self, rows: torch.Tensor, most: int | None = None) -> torch.Tensor:
@@ -20,7 +20,7 @@ class Float32Linear(nn.Linear):
 
 
 def check_width(features: torch.Tensor, hidden_size: int) -> None:
-    """Raises a `ValueError` unless `features` `(B, N, D)` are as wide as the pruner that is to learn from them."""
+    """Raises a `ValueError` unless `features` `(B, N, D)` have the width of the learned pruner."""
     if features.shape[-1] != hidden_size:
         raise ValueError(
             f"`hidden_size` is {hidden_size}, but the visual tokens are {features.shape[-1]} wide. Set "

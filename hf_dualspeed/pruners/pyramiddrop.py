@@ -12,7 +12,7 @@ from .registry import register_pruner
 
 @dataclass
 class PyramidDropConfig(PrunerConfig):
-    """[`PrunerConfig`], whose `pruning_ratio` holds behind the last stage, and where the stages are.
+    """[`PrunerConfig`] and the stages; `pruning_ratio` holds behind the last one.
 
     Args:
         stages (`tuple[float, ...]`): depths at which tokens are dropped, ascending fractions of the number of layers.
@@ -36,26 +36,26 @@ class PyramidDropConfig(PrunerConfig):
 class PyramidDrop(LayerPruner):
     """Keeps a share of the tokens that falls with the language model's depth, by the instruction's attention.
 
-    Of n stages, stage i leaves the fraction `(1 - pruning_ratio) ** (i / n)` of each image's tokens, so that each
-    stage drops the same share of what the one before left: `pruning_ratio=0.875` with three stages gives the paper's
-    1/2, 1/4 and 1/8. The score is the attention of the last instruction token, mean over heads, in the layer before
-    the stage. Inputs: queries and keys of these layers. Cost: the average share of tokens over all layers, far more
-    than that of a pruner in front of the language model at the same ratio; one row of attention for each image and
-    stage.
+    Stage i of n leaves the fraction `(1 - pruning_ratio) ** (i / n)` of each image's tokens, so each stage drops the
+    same share of what the one before left. `pruning_ratio=0.875` with three stages gives the paper's 1/2, 1/4 and 1/8.
+    The score is the attention of the last instruction token, mean over heads, in the layer before the stage. Inputs:
+    queries and keys of these layers. Cost: the average share of tokens over all layers, far more than that of a pruner
+    in front of the language model at the same ratio; one row of attention per image and stage.
 
-    A stage at depth f of L layers lies behind `floor(f * L)` of them (8, 16 and 24 of 32, as in the paper), and behind
-    the first at least; where several fall together, the last counts.
+    A stage at depth f of L layers lies behind `floor(f * L)` of them (8, 16 and 24 of 32, as in the paper), but at
+    least behind the first. If several stages fall on one layer, the last counts.
 
-    The official code scores by projecting the stage's hidden states once more with the next layer's weights; here the
-    attention is the one that the layer before has just used, which costs no projection and fits any architecture. It
-    averages the queries in front of all answers of a conversation, so that later turns choose for earlier ones; here
-    the query is the token in front of the first answer behind the image. It renumbers positions at each stage; here
-    tokens keep theirs. Padding may be on either side.
+    The official code scores by projecting the stage's hidden states again with the next layer's weights. Here the
+    attention is that of the layer before, which costs no projection and fits any architecture. The official code
+    averages the queries in front of all answers of a conversation, so later turns choose for earlier ones; here the
+    query is the token in front of the first answer behind the image. It renumbers positions at each stage; here tokens
+    keep theirs. Padding may be on either side.
     """
 
     config_class = PyramidDropConfig
 
     def stages(self, layers: int, pruning_ratio: float) -> dict[int, float]:
         depths, kept = self.config.stages, 1 - pruning_ratio
+        # The last stage takes the ratio itself: `1 - kept` may round differently.
         gone = [1 - kept ** (i / len(depths)) for i in range(1, len(depths))] + [pruning_ratio]
         return {max(1, int(depth * layers + 1e-6)): share for depth, share in zip(depths, gone, strict=True)}

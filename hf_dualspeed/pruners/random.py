@@ -14,8 +14,8 @@ from .tokens import VisualTokens
 class RandomPruner(Pruner):
     """Keeps a uniformly random subset, drawn anew on each call.
 
-    A baseline, not a published method. Inputs: `tokens.generator`; the trainer seeds it by step, micro-batch and rank.
-    Cost: O(N log N).
+    A baseline, not a published method. Inputs: `tokens.generator`, which the trainer seeds by step, micro-batch and
+    rank. Cost: O(N log N).
     """
 
     deterministic = False

@@ -1,4 +1,4 @@
-"""Pruners by name."""
+"""Registry of pruners by name."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _REGISTRY: dict[str, type[Pruner]] = {}
 
 
 def register_pruner(name: str) -> Callable[[type[Pruner]], type[Pruner]]:
-    """Class decorator that makes a pruner known to configs, arguments and the command line under `name`.
+    """Class decorator that registers a pruner under `name` for configs, arguments and the command line.
 
     Raises:
-        ValueError: another class holds the name, or the class's `needs` names an unknown input.
+        ValueError: another class has the name, or `needs` names an unknown input.
     """
 
     def register(cls: type[Pruner]) -> type[Pruner]:
         known = _REGISTRY.get(name)
-        # A class of the same qualified name replaces itself, so that a notebook cell can be run twice; code from the
-        # Hub gives way, so that two revisions can be loaded.
+        # A class of the same qualified name replaces itself: a notebook cell may run twice. Code from the Hub is
+        # replaced too: two revisions may be loaded.
         twin = known is None or (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
         if not twin and not is_fetched(known):
             raise ValueError(f"`name` {name!r} is taken by {known.__qualname__}. Choose another name.")
         unknown = sorted(cls.needs - NEEDS)
         if unknown:
             raise ValueError(f"`needs` of {cls.__name__} must be among {sorted(NEEDS)}, got {unknown}.")
-        # A config of its own, so that pruners that share their settings still differ in name; pickle finds it here.
+        # Each pruner gets its own config class, because the class holds the name; pickle finds it by `__qualname__`.
         known_as = {"pruner_type": name, "merges": cls.merges}
         known_as |= {"__module__": cls.__module__, "__doc__": cls.config_class.__doc__}
         config = type(f"{cls.__name__}Config", (cls.config_class,), known_as)
@@ -62,22 +62,22 @@ def known_class(name: object) -> type[Pruner] | None:
 
 
 def keep_class(name: str, cls: type[Pruner]) -> None:
-    """Registers a fetched class, in place of an earlier one of that name."""
+    """Registers a fetched class and replaces an earlier one of that name."""
     _REGISTRY[name] = cls
 
 
 def is_own(cls: type[Pruner]) -> bool:
-    """Whether the class is one of this library."""
+    """Whether the class belongs to this library."""
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def is_fetched(cls: type[Pruner]) -> bool:
-    """Whether the class is code that was loaded beside a config, and not registered by the user's own program."""
+    """Whether the class was loaded from code beside a config, not registered by the user's program."""
     return cls.__module__.startswith("transformers_modules.")
 
 
 def kind_of(cls) -> str:
-    """What sets a class of pruners apart from those that select tokens by a fixed rule."""
+    """How a class of pruners differs from those that select tokens by a fixed rule, in words."""
     learned = "hidden_size" in {f.name for f in fields(cls.config_class)}
     kinds = {"learned": learned, "merges": cls.merges, "in the LLM": cls.in_language_model}
     return ", ".join(kind for kind, is_so in kinds.items() if is_so) or "selects"

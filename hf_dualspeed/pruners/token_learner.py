@@ -16,8 +16,8 @@ from .ops import in_source_order
 from .registry import register_pruner
 from .tokens import PrunedTokens, VisualTokens
 
-# Multiples of these, modulo 1, fill a line, a square and a cube evenly from the first one on: powers of the inverse
-# of the plastic number for (row, column), and the like of the next dimension for t.
+# Multiples of these, modulo 1, cover a line, a square and a cube evenly, however many there are: powers of the inverse
+# of the plastic number for (row, column), and its counterpart of the next dimension for t.
 SPREAD = (0.8191725134, 0.7548776662, 0.5698402910)
 
 
@@ -26,9 +26,9 @@ class TokenLearnerSettings(PrunerConfig):
     """Settings of `token_learner`.
 
     Args:
-        hidden_size (`int`): width D of the visual tokens, that of the language model; the trainer fills it in.
-        max_tokens (`int`): learned maps, the most tokens that an image may keep.
-        bottleneck_size (`int`): width in which tokens and maps meet; 64 in the official code.
+        hidden_size (`int`): width D of the visual tokens, equal to the language model's; the trainer fills it in.
+        max_tokens (`int`): number of learned maps, the most tokens that an image may keep.
+        bottleneck_size (`int`): width of the bottleneck between tokens and maps; 64 in the official code.
     """
 
     hidden_size: int = 4096
@@ -46,16 +46,16 @@ class TokenLearner(Pruner):
     """Learns K maps over the tokens and keeps the sum that each of them weighs out (merges).
 
     TokenLearner 1.1 (arXiv 2106.11297, and its official code): an MLP with a bottleneck scores each token for each
-    map, a softmax over the positions makes the scores weights. It learns from the loss of fast steps, end to end.
+    map; a softmax over the positions turns scores into weights. It learns from the loss of fast steps, end to end.
 
-    Where we part from it: K follows from the image and the ratio, so there are `max_tokens` maps, of which an image
-    uses the first K. The official maps see positions in the features of a vision transformer trained with them; ours
-    start behind any tower, from noise that would make all K sums the same mean. So map k begins as a round region
-    about a place of its own, the first K of which cover the image evenly for any K, with a learned reach (`focus`)
-    that can widen to the whole image. Places are fixed; without a grid they lie on the line of the tokens.
+    Differences: K follows from the image and the ratio, so there are `max_tokens` maps, and an image uses the first K.
+    The official maps are trained with their vision transformer, whose features contain positions. Ours start behind any
+    tower, from noise that would make all K sums the same mean. So map k starts as a round region around a place of its
+    own, with a learned reach (`focus`) that can widen to the whole image. For any K, the first K places cover the image
+    evenly. Places are fixed; without a grid they lie on the line of the tokens.
 
-    A merged token stands where its map is highest. Maps that share a place move on to the next free ones, in the
-    order of their number, so that positions are unique; the tokens come in the order of their positions.
+    A merged token stands where its map is highest. If maps share a place, later ones move to the next free place, so
+    positions are unique. The tokens come in the order of their positions.
 
     Inputs: features, and the grid if there is one. Cost: O(N D b + N K (b + D)) for a bottleneck of b.
     """
@@ -76,24 +76,27 @@ class TokenLearner(Pruner):
 
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
         device = tokens.features.device
+        # Maps (B, K, N), sorted by the position (B, K) at which each one is highest.
         with torch.autocast(device.type, enabled=False):
             weights = self.weights(tokens, lengths)
         with torch.no_grad():
             positions, order, valid = unique_places(weights.argmax(-1), lengths, tokens.lengths, weights.shape[-1])
         weights = weights.gather(1, order[..., None].expand_as(weights))
-        # Every map weighs all tokens, so each stands for an equal share of them.
+        # sizes (B, K): every map weighs all tokens, so each stands for an equal share, N / K.
         shares = torch.tensor([[n / k] for n, k in zip(tokens.lengths, lengths, strict=True)])
         sizes = shares.to(device, non_blocking=True).expand(positions.shape)
         sizes = sizes if valid is None else sizes * valid
 
         def merge(features: torch.Tensor) -> torch.Tensor:
+            # (B, K, N) @ (B, N, D') to (B, K, D').
             with torch.autocast(device.type, enabled=False):
                 return (weights @ features.float()).to(features.dtype)
 
         return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge, sizes)
 
     def weights(self, tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
-        """The first `max(lengths)` maps of each image, `(B, K, N)`, each of sum 1; 0 on padding."""
+        """The first `max(lengths)` maps of each image, `(B, K, N)`. Each sums to 1; padding is 0."""
+        # Scores of the MLP (B, K, N), minus the distance from the map's place, scaled by its focus.
         rows = F.layer_norm(tokens.features.float(), tokens.features.shape[-1:])
         scores = self.maps(F.gelu(self.project(rows)), max(lengths)).mT
         scores = scores - self.focus[: max(lengths)].float().exp()[:, None] * distances(tokens, lengths)
@@ -102,8 +105,10 @@ class TokenLearner(Pruner):
         return scores.softmax(-1)
 
     def check(self, tokens: VisualTokens) -> None:
-        """Raises a `ValueError` for tokens of another width, and for more of them than there are maps, be it later in
-        training. Where nothing is ever pruned, there need be no maps."""
+        """Raises a `ValueError` if the tokens have another width, or an image keeps more of them than there are maps.
+
+        In training, the lowest ratio of a schedule counts. A ratio that never prunes needs no maps.
+        """
         check_width(tokens.features, self.config.hidden_size)
         changes = self.training and self.config.pruning_schedule != "constant"
         ratio = self.config.lowest_ratio if changes else self.config.pruning_ratio
@@ -120,23 +125,26 @@ class TokenLearner(Pruner):
 def distances(tokens: VisualTokens, lengths: list[int]) -> torch.Tensor:
     """Squared distance of each token from each of the K places, `(B, K, N)`.
 
-    In the unit in which exp(-distance) is a normal distribution with a sigma half as broad as a place's share.
+    Its scale makes exp(-distance) a normal distribution whose sigma is half the width of a place's share.
     """
     device, most = tokens.features.device, max(lengths)
     at, used = coordinates(tokens)
+    # places (K, 3) of a low-discrepancy sequence; differences along the used axes, (B, K, N, 3).
     places = (
         torch.arange(1, most + 1, device=device)[:, None] * torch.tensor(SPREAD).to(device, non_blocking=True) + 0.5
     ) % 1
     apart = (at[:, None] - places[:, None]) * used[:, None, None]
+    # Squared inverse width of a place's share, (B,): K ** (2 / number of used axes).
     kept = torch.tensor(lengths, dtype=torch.float32).to(device, non_blocking=True)
     share = kept ** (2 / used.sum(-1).clamp(min=1))
     return 2 * share[:, None, None] * apart.square().sum(-1)
 
 
 def coordinates(tokens: VisualTokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """(t, row, column) of each token in [0, 1], `(B, N, 3)`, and along which of them an image extends, `(B, 3)`."""
+    """(t, row, column) of each token in [0, 1], `(B, N, 3)`, and 1 on the axes that an image uses, `(B, 3)`."""
     batch, count = tokens.features.shape[:2]
     grid = tokens.grid
+    # Without a grid, all tokens lie in one row, (B, N, 3).
     if grid is None:
         line = torch.arange(count, device=tokens.features.device)
         grid = torch.stack([torch.zeros_like(line), torch.zeros_like(line), line], -1).expand(batch, -1, -1)
@@ -148,17 +156,20 @@ def coordinates(tokens: VisualTokens) -> tuple[torch.Tensor, torch.Tensor]:
 def unique_places(
     places: torch.Tensor, lengths: list[int], counts: list[int], most_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Sorts places `(B, K)` ascending and moves each that is taken to the next free one: positions, order, validity.
+    """Sorts places `(B, K)` ascending and moves each that is taken to the next free one.
 
     Args:
         lengths, counts (`list[int]`): kept and all tokens of each image.
         most_tokens (`int`): N, with padding.
+
+    Returns:
+        Positions, the maps that they belong to, and which are valid (None if all are), each `(B, K)`.
     """
     device, most = places.device, places.shape[1]
     slot = torch.arange(most, device=device)
-    # One key for place and map, so that maps of one place sort by their number.
+    # Sort by a key of place and map, (B, K): maps of one place follow their number.
     keys, order, valid = in_source_order(places * most + slot, lengths, most_tokens * most)
-    # Ascending by at least one each, then as far from the image's end as those that follow need.
+    # Strictly ascending positions, each at most as late as leaves room for those that follow.
     positions = (keys // most - slot).cummax(1).values + slot
     spare = torch.tensor([n - k for n, k in zip(counts, lengths, strict=True)]).to(device, non_blocking=True)
     positions = torch.minimum(positions, spare[:, None] + slot)

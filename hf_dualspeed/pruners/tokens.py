@@ -1,4 +1,4 @@
-"""What a pruner gets, and what it returns."""
+"""Input and output of a pruner."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class VisualTokens:
 
     Args:
         features (`torch.Tensor` of shape `(B, N, D)`): projected visual tokens.
-        valid (`torch.BoolTensor` of shape `(B, N)`, *optional*): False on padding, which lies at the end of a row.
+        valid (`torch.BoolTensor` of shape `(B, N)`, *optional*): False on padding, at the end of a row.
         grid (`torch.LongTensor` of shape `(B, N, 3)`, *optional*): (t, row, column) of each token.
         attention (`torch.Tensor` of shape `(B, N)`, *optional*): attention each token receives in the vision tower.
         keys (`torch.Tensor` of shape `(B, N, Dk)`, *optional*): attention keys of the vision tower, mean over heads;
-            zeros where no patch made the token.
+            zeros for tokens that come from no patch.
         text (`torch.Tensor` of shape `(B, T, D)`, *optional*): instruction embeddings; never answer tokens.
-        text_valid (`torch.BoolTensor` of shape `(B, T)`, *optional*): False where `text` is no instruction token; an
-            image may have none at all.
+        text_valid (`torch.BoolTensor` of shape `(B, T)`, *optional*): True on instruction tokens; an image may have
+            none.
         generator (`torch.Generator`, *optional*): source of randomness, on the features' device.
-        lengths (`list[int]`, *optional*): tokens per image. Given beside `valid`, it spares a host synchronisation.
+        lengths (`list[int]`, *optional*): tokens per image. With `valid`, it saves a host synchronisation.
         defer_checks (`bool`): the caller reads `PrunedTokens.finite` itself, where it waits for the device anyway.
     """
 
@@ -59,26 +59,25 @@ class VisualTokens:
 
 
 def gather_rows(features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Gathers rows of `features` `(B, N, D)` at `positions` `(B, K)`: `(B, K, D)`."""
+    """Gathers rows of `features` `(B, N, D)` at `positions` `(B, K)`, `(B, K, D)`."""
     return features.gather(1, positions[..., None].expand(-1, -1, features.shape[-1]))
 
 
 @dataclass
 class PrunedTokens:
-    """What a pruner returns.
+    """Output of a pruner.
 
     Args:
         features (`torch.Tensor` of shape `(B, K, D)`): kept or merged tokens.
         positions (`torch.LongTensor` of shape `(B, K)`): their source positions, ascending in each row.
-        valid (`torch.BoolTensor` of shape `(B, K)`, *optional*): False on padding; None where every row holds K.
+        valid (`torch.BoolTensor` of shape `(B, K)`, *optional*): False on padding; None if every row holds K.
         lengths (`list[int]`): kept tokens per image.
-        merge (`Callable`, *optional*): what a merging pruner did to the features, to be done to others of the same
-            tokens: `(B, N, D')` to `(B, K, D')`.
-        sizes (`torch.Tensor` of shape `(B, K)`, *optional*): how many source tokens each one stands for, in float32;
-            N in each row together, 0 on padding. Left out by `reduce`, they are counted by the nearest kept token.
-        finite (`torch.BoolTensor` of no dimensions, *optional*): whether the features were; None where none was pruned.
-        auxiliary_loss (`torch.Tensor` of no dimensions, *optional*): what a learned pruner in training mode adds to the
-            loss, a mean over the images, already weighted. The trainer takes the mean over micro-batches.
+        merge (`Callable`, *optional*): merges other features of the same tokens alike, `(B, N, D')` to `(B, K, D')`.
+        sizes (`torch.Tensor` of shape `(B, K)`, *optional*): source tokens that each one stands for, in float32; a row
+            sums to its source tokens, padding is 0. If `reduce` gives none, they are counted by the nearest kept token.
+        finite (scalar `torch.BoolTensor`, *optional*): whether the features are finite; None if none was pruned.
+        auxiliary_loss (scalar `torch.Tensor`, *optional*): loss of a learned pruner in training mode, weighted, mean
+            over images. The trainer takes the mean over micro-batches.
     """
 
     features: torch.Tensor
@@ -91,5 +90,5 @@ class PrunedTokens:
     auxiliary_loss: torch.Tensor | None = None
 
     def apply_to(self, features: torch.Tensor) -> torch.Tensor:
-        """Other features of the same tokens, `(B, N, D')`, pruned alike: `(B, K, D')`."""
+        """Prunes other features `(B, N, D')` of the same tokens alike, `(B, K, D')`."""
         return self.merge(features) if self.merge is not None else gather_rows(features, self.positions)

@@ -16,14 +16,14 @@ from .tokens import PrunedTokens, VisualTokens, gather_rows
 class TrimPruner(Pruner):
     """Keeps the K - 1 tokens most similar to the instruction, and the mean of all others.
 
-    TRIM, arXiv 2409.10994. Similarity is the cosine of a token with the mean embedding of the instruction, or with the
-    image's own mean token where there is no instruction. The mean of the others stands at the one of them that is
-    nearest to it; with a budget of 1 it is all that is left. Needs the instruction. Cost: O(N D).
+    TRIM, arXiv 2409.10994. Similarity is the cosine of a token with the mean embedding of the instruction; without an
+    instruction, with the image's own mean token. The mean of the others stands at the position of the one nearest to
+    it; a budget of 1 leaves only this mean. Needs the instruction. Cost: O(N D).
 
-    The paper keeps as many tokens as are outliers in the distribution of similarities (above the third quartile by
-    1.5 interquartile ranges); here, as everywhere, the pruning ratio sets the budget. The official code compares in
-    CLIP's space, which most models lack, ranks by the negated similarity there, counts outliers over the whole batch,
-    and puts the mean behind all kept tokens.
+    The paper keeps as many tokens as are outliers among the similarities (more than 1.5 interquartile ranges above the
+    third quartile); here the pruning ratio sets the budget. The official code compares in CLIP's space, which most
+    models lack, ranks by the negated similarity there, counts outliers over the whole batch, and puts the mean behind
+    all kept tokens.
     """
 
     needs = frozenset({"text"})
@@ -33,33 +33,36 @@ class TrimPruner(Pruner):
         with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
             ranked, share, centre = self.split(tokens, lengths)
         positions, _, valid = in_source_order(ranked, lengths, tokens.features.shape[1])
+        # sizes (B, K): the mean stands for N - K + 1 tokens, every other one for itself.
         others = on_device([n - k + 1 for n, k in zip(tokens.lengths, lengths, strict=True)], tokens)
         sizes = torch.where(positions == centre, others.float(), 1.0)
         sizes = sizes if valid is None else sizes * valid
 
         def merge(features: torch.Tensor) -> torch.Tensor:
-            # In float32, since `share` is; a matrix product would follow autocast.
+            # Mean (B, 1, D') of (B, N, D'), in float32 as `share` is; a matrix product would follow autocast.
             mean = (share[..., None] * features).sum(1, keepdim=True).to(features.dtype)
             return torch.where((positions == centre)[..., None], mean, gather_rows(features, positions))
 
         return PrunedTokens(merge(tokens.features), positions, valid, lengths, merge, sizes)
 
     def split(self, tokens: VisualTokens, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Kept positions `(B, K)` with the mean's last, the share of each token in the mean `(B, N)`, and the mean's
-        position `(B, 1)`."""
+        """Kept positions `(B, K)`, the mean's last; each token's share in the mean `(B, N)`; its position `(B, 1)`."""
         features = tokens.features.detach().float()
         real = real_tokens(tokens)
+        # Similarity (B, N) to the instruction (B, D), or to the image's mean (B, D) where there is none.
         whole = features.masked_fill(~real[..., None], 0).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
         asked = instruction(tokens)
         direction = torch.where((asked != 0).any(1, keepdim=True), asked, whole)
         similarity = F.cosine_similarity(features, direction[:, None], dim=-1)
 
+        # rest (B, N): real tokens that rank K-th or later; the mean takes an equal share of each.
         count = features.shape[1]
         order = top_k(similarity, tokens.valid, count)
         last = on_device(lengths, tokens) - 1
         slot = torch.arange(count, device=features.device)
         rest = torch.zeros_like(real).scatter(1, order, slot >= last) & real
         share = rest / rest.sum(1, keepdim=True).clamp(min=1)
+        # The one of them nearest to the mean gives its position, (B, 1).
         mean = (share[..., None] * features).sum(1, keepdim=True)
         distance = torch.linalg.vector_norm(features - mean, dim=-1).masked_fill(~rest, float("inf"))
         centre = distance.argmin(1, keepdim=True)
@@ -68,7 +71,7 @@ class TrimPruner(Pruner):
 
 
 def instruction(tokens: VisualTokens) -> torch.Tensor:
-    """Mean embedding of each image's instruction in float32, `(B, D)`; zeros where there is none.
+    """Mean embedding of each image's instruction in float32, `(B, D)`; zeros without an instruction.
 
     Raises:
         ValueError: `tokens.text` is not as wide as `tokens.features`.

@@ -1,1 +1,1 @@
-"""What is done to a batch: images are encoded, tokens selected, inputs shortened, attention kept in proportion."""
+"""Prunes a batch: encodes images, selects tokens, shortens inputs and keeps attention proportional."""

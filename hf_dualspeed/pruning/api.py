@@ -1,4 +1,4 @@
-"""Pruning for inference: a batch of a model without a trainer, and generation from it."""
+"""Pruning for inference: prunes a batch without a trainer, for `forward` or `generate`."""
 
 from __future__ import annotations
 
@@ -29,33 +29,36 @@ def prune_inputs(
     video_budget: str = "clip",
     proportional_attention: bool = True,
 ) -> dict:
-    """Encodes the images of a batch, prunes their tokens and shortens every `[B, S]` tensor alike.
+    """Encodes the images of a batch, prunes their tokens and shortens every `[B, S]` tensor accordingly.
 
     Args:
         model (`nn.Module`): a vision-language model of transformers, PEFT-wrapped or not.
-        inputs (`Mapping`): what its processor or collator gives, labels included or not.
-        pruner (`Pruner`): keeps K tokens of each image, in front of the language model.
-        isolator (`ModeIsolator`, *optional*): l learned tokens in front of each image's kept tokens.
-        position_ids (`str`): "original": each kept token keeps its place, the isolator takes its image's first;
-            "compact": the shortened sequence is renumbered 0, 1, ... (on all three axes for M-RoPE); "auto": compact,
-            or original for M-RoPE.
-        generator (`torch.Generator`, *optional*): for pruners that draw.
-        video_budget (`str`): "clip": the tokens of a video are pruned as one; "frame": those of each frame by
-            themselves, each frame behind an isolator of its own.
+        inputs (`Mapping`): what its processor or collator returns, with or without labels.
+        pruner (`Pruner`): keeps K tokens of each image, before the language model.
+        isolator (`ModeIsolator`, *optional*): l learned tokens before each image's kept tokens.
+        position_ids (`str`): "original": each kept token keeps its position, and the isolator takes its image's first;
+            "compact": the shortened sequence is renumbered 0, 1, ... (on all three axes for M-RoPE); "auto": original
+            for M-RoPE, otherwise compact.
+        generator (`torch.Generator`, *optional*): for pruners that sample.
+        video_budget (`str`): "clip": the tokens of a video are pruned as one; "frame": those of each frame separately,
+            each frame after its own isolator.
         proportional_attention (`bool`): a kept token that stands for s tokens gets log(s) added to its attention
-            logits in every layer of the language model; False is the paper's.
+            logits in every layer of the language model. False as in the paper.
 
     Returns:
-        `dict`: for `model(**short)` and `model.generate(**short)` of this very model, which knows from now on how to
-        take the sizes that lie in it. It holds no pixels. A batch without images comes back as it is. Where
-        activations are recomputed, run backward before the model's next call. `generate` expands its tensors in place
-        for beams, so make a new one for each call; to go on from its cache, prune with `position_ids="compact"`, for
-        transformers numbers what follows by counting. Call the model itself, not its `forward`, and leave
-        `prefill_chunk_size` alone, or pass `proportional_attention=False`.
+        `dict`: for `model(**short)` and `model.generate(**short)` of the same model, whose new hooks read the sizes in
+        it. It holds no pixels. A batch without images is returned unchanged.
+
+        - If activations are recomputed, run backward before the model's next call.
+        - `generate` expands the tensors in place for beams, so make a new dict for each call.
+        - To continue from its cache, prune with `position_ids="compact"`, because transformers numbers later tokens by
+          counting.
+        - Call the model itself, not its `forward`, and leave `prefill_chunk_size` unset, or pass
+          `proportional_attention=False`.
 
     Raises:
-        ValueError: the model does not speak the protocol, features and placeholders differ in number, the pruner
-            drops tokens inside the language model, or, when the model is called, its attention cannot be made
+        ValueError: the model does not support the protocol, the numbers of features and placeholders differ, the pruner
+            drops tokens inside the language model, or (when the model is called) its attention cannot be made
             proportional.
     """
     position_ids = check_options(model, position_ids, video_budget)
@@ -78,8 +81,8 @@ def prune_visual_tokens(
 ) -> Iterator[nn.Module]:
     """[`prune_inputs`] as a context: `model(**inputs)` runs pruned inside it.
 
-    Pruners that drop tokens inside the language model work here too, without a cache; the logits have the full length
-    then. `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))`
+    Pruners that drop tokens inside the language model work here too, without a cache, and their logits have the full
+    length. `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))`
     and raises inside this context.
     """
     position_ids = check_options(model, position_ids, video_budget)
@@ -93,12 +96,14 @@ def prune_visual_tokens(
         if kwargs.get("mm_encoder_outputs") is not None or kwargs.get("past_key_values") is not None:
             raise ValueError("`prune_visual_tokens` covers forward. Use model.generate(**prune_inputs(model, ...)).")
         check_inputs(kwargs)
+        # Encode and shorten before the model's forward.
         encodings = encode(model, kwargs, pruner.needs, video_budget)
         layers = None
         if pruner.in_language_model:
             layers = LayerPass(model, pruner, proportional_attention)
             layer_passes.append(layers)
         short = shorten_inputs(model, kwargs, encodings, pruner, isolator, position_ids, generator, layers)
+        # Proportional attention for this call; `close` ends it.
         key_sizes.take(model)
         key_sizes.set(short.log_sizes if proportional_attention else None)
         if layers is None:
@@ -128,7 +133,7 @@ def prune_visual_tokens(
 
 
 def check_options(model: nn.Module, position_ids: str, video_budget: str) -> str:
-    """The scheme of positions; a `ValueError` for a model that cannot be pruned, or not in this way."""
+    """Resolves the position scheme; raises a `ValueError` if the model cannot be pruned, or not with these options."""
     check_choice("position_ids", position_ids, POSITION_IDS)
     check_choice("video_budget", video_budget, VIDEO_BUDGETS)
     check_protocol(model)

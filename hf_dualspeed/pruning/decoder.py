@@ -1,10 +1,12 @@
 """Drops visual tokens between the layers of the language model, by hooks on its decoder layers.
 
-A stage is a decoder layer in front of which tokens are dropped. From there on hidden states, masks and positions are
-cut to the kept tokens; behind the last layer the states are laid out over the full length again, so that labels and
-`logits_to_keep` stay right. Sliding windows reach as far as they would without dropping, but for FlashAttention, which
-counts what is left. Shapes: B batch, S sequence, L shortened sequence of a stage, U units (images, clips),
-N tokens of a unit (padded), D hidden.
+A stage is a decoder layer before which tokens are dropped. From there on, hidden states, masks and positions hold only
+the kept tokens. After the last layer, the states are spread over the full length again, because labels and
+`logits_to_keep` refer to it. Sliding windows reach as far as without dropping, except under FlashAttention, which
+counts kept tokens only.
+
+Shapes: B batch, S sequence, L shortened sequence after a stage, L' before it, U units (images, clips), N tokens of a
+unit (padded), K kept tokens of a unit (padded), D hidden.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ from .packing import VARLEN, is_flash, varlen
 from .proportional_attention import ATTRIBUTE, KeySizes, check_used, key_sizes_of
 
 REMEDY = "Choose a pruner that works in front of the language model, such as 'divprune'."
-# Kinds of layers whose tokens meet in attention alone.
+# Kinds of layers that mix tokens by attention only.
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
-# Arguments that layers are handed and do not read.
+# Arguments that layers receive and do not read.
 UNREAD = {"labels", "logits_to_keep"}
 
 
@@ -43,14 +45,15 @@ def refused(model: nn.Module, pruner: LayerPruner, reason: str, remedy: str = RE
 
 
 def check_layers(model: nn.Module, pruner: LayerPruner, progress: float = 1.0) -> dict[int, float]:
-    """The pruner's stages in this model, in order, when the fraction `progress` of training is done.
+    """The pruner's stages in this model, in order, at the fraction `progress` of training.
 
     Raises:
-        ValueError: tokens cannot be dropped between its layers, or not there; the message says why.
+        ValueError: tokens cannot be dropped between the model's layers, or not at these; the message says why.
     """
     outer = unwrap(model)
     config, family = outer.config.get_text_config(), family_of(outer.config)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    # Tokens can be dropped only between layers that mix them by attention, each with its own keys and values.
     foreign = sorted(set(kinds) - ATTENDING)
     if foreign:
         raise refused(model, pruner, f"it has layers of kind {', '.join(map(repr, foreign))}")
@@ -60,6 +63,7 @@ def check_layers(model: nn.Module, pruner: LayerPruner, progress: float = 1.0) -
         raise refused(model, pruner, "it adds visual features to the hidden states of several layers")
     if family.places:
         raise refused(model, pruner, "its attention takes position ids for places in the sequence")
+    # Attention before a stage decides what to drop, so the first layer cannot be one.
     count = len(decoder_layers(model, pruner)[1])
     stages = pruner.stages(count, pruner.config.ratio_at(progress))
     outside = [index for index in stages if not 1 <= index < count]
@@ -70,7 +74,7 @@ def check_layers(model: nn.Module, pruner: LayerPruner, progress: float = 1.0) -
 
 
 def decoder_layers(model: nn.Module, pruner: LayerPruner) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that runs the language model's layers, and these."""
+    """The module that runs the language model's layers, and the layers."""
     outer = unwrap(model)
     count = outer.config.get_text_config().num_hidden_layers
     for module in outer.get_decoder().modules():
@@ -85,10 +89,10 @@ class Units:
     """The droppable tokens of all units of a batch.
 
     Args:
-        rows (`torch.LongTensor` of shape `(U, 1)`): the row a unit lies in.
-        turns (`torch.LongTensor` of shape `(U, 1)`): which unit of its row it is.
-        places (`torch.LongTensor` of shape `(U, N)`): of its tokens in the row; padding repeats the first.
-        query (`torch.LongTensor` of shape `(U, 1)`): the place of its last instruction token.
+        rows (`torch.LongTensor` of shape `(U, 1)`): the batch row of each unit.
+        turns (`torch.LongTensor` of shape `(U, 1)`): the number of the unit within its row.
+        places (`torch.LongTensor` of shape `(U, N)`): positions of its tokens in the row; padding repeats the first.
+        query (`torch.LongTensor` of shape `(U, 1)`): position of its last instruction token.
         lengths (`list[int]`): tokens of each unit.
         sizes (`torch.Tensor` of shape `(U, N)`): how many tokens each one stands for; 0 on padding.
     """
@@ -103,7 +107,7 @@ class Units:
 
 @dataclass
 class Budget:
-    """What a stage leaves, known on the host.
+    """What a stage keeps, known on the host.
 
     Args:
         lengths (`list[int]`): tokens of each unit.
@@ -115,10 +119,10 @@ class Budget:
 
 
 class LayerPass:
-    """One batch's way through the language model, with visual tokens dropped between its layers.
+    """One batch's pass through the language model, with visual tokens dropped between its layers.
 
-    [`locate`] reads the batch; between [`open`] and [`close`] the model's forward then drops tokens. Decisions are kept
-    that long, for layers that are computed again in backward.
+    [`locate`] reads the batch. Between [`open`] and [`close`], the model's forward drops tokens. Decisions are kept
+    until [`close`], because backward may recompute layers.
     """
 
     def __init__(
@@ -128,43 +132,45 @@ class LayerPass:
         self._shared = key_sizes_of(model) if proportional_attention else None
         self.stages = check_layers(model, pruner, progress)
         self.owner, self.layers = decoder_layers(model, pruner)
-        # A layer is known by the module that calls the attention function.
+        # Attention functions report the calling module, so each module maps to the stage after its layer.
         self._watched = {id(m): index for index in self.stages for m in self.layers[index - 1].modules()}
         self._budgets: dict[int, Budget] = {}
         self._cuts: dict[int, Cut] = {}
         self._scores: dict[int, torch.Tensor] = {}
         self._obstacle: str | None = None
-        self._handed: list[tuple] = []
-        # What keys stand for from each stage on, kept for layers that are computed again.
+        self._recent: list[tuple] = []  # (argument, cut, result) of the last layers' arguments
+        # Key sizes from each stage on, kept for layers that backward recomputes.
         self._key_sizes: dict[int, KeySizes] = {}
-        self._hooks, self._ear = ExitStack(), ExitStack()
+        self._hooks, self._observing = ExitStack(), ExitStack()
 
     def locate(self, inputs: Mapping, encodings: list[VisualEncoding], isolator_length: int, packed: bool) -> None:
         """Finds the tokens that may be dropped in a batch that holds all of them.
 
         Args:
-            inputs (`Mapping`): `input_ids` and `attention_mask` `(B, S)`, and `labels` if there are some.
-            encodings (`list[VisualEncoding]`): whose tokens are in it, each unit behind an isolator.
+            inputs (`Mapping`): `input_ids` and `attention_mask` `(B, S)`, and `labels` if there are any.
+            encodings (`list[VisualEncoding]`): the encoded tokens in it, each unit after an isolator.
             isolator_length (`int`): tokens of the isolator.
             packed (`bool`): whether rows hold several samples.
 
         Raises:
-            ValueError: such a batch cannot be cut.
+            ValueError: tokens of this batch cannot be dropped.
         """
         if packed:
             raise refused(self.model, self.pruner, "rows of the batch hold several samples", "Pad the batch instead.")
         self._units, row_of, counts = find_units(inputs, encodings, isolator_length)
         self._budgets = budgets(self.stages, self._units.lengths, row_of, counts)
+        # DeepStack adds features of all visual tokens to the first layers, so stages must come after them.
         deepest = max((len(levels) for e in encodings for levels in e.companions.values()), default=0)
         if deepest > min(self._budgets, default=deepest):
             reason = f"it adds visual features to the hidden states of its first {deepest} layers"
             raise refused(self.model, self.pruner, reason, f"Let the first stage lie behind them. {REMEDY}")
         self._most = max(map(row_of.count, row_of))
+        # Tokens that always stay, (B, S): text and isolators.
         mask, rows, places = inputs["attention_mask"].bool(), self._units.rows, self._units.places
-        self._fixed = mask.index_put((rows, places), mask.new_zeros(()))  # text and isolators
+        self._fixed = mask.index_put((rows, places), mask.new_zeros(()))
 
     def open(self) -> None:
-        """Hooks the layers."""
+        """Registers the hooks."""
         hooks = [
             self.owner.register_forward_pre_hook(self._enter),
             self.owner.register_forward_hook(self._leave, always_call=True),
@@ -177,37 +183,41 @@ class LayerPass:
             self._hooks.callback(handle.remove)
         if self._shared is None:
             return
+        # Each layer reads the key sizes of the last stage up to it; `close` restores the shared ones.
         self._key_sizes = {stage: KeySizes() for stage in self._budgets}
         for index, layer in enumerate(self.layers):
             stage = max((stage for stage in self._budgets if stage <= index), default=None)
             if stage is not None:
-                self._hand_out(layer, self._key_sizes[stage])
-                self._hooks.callback(self._hand_out, layer, self._shared)
+                self._set_sizes(layer, self._key_sizes[stage])
+                self._hooks.callback(self._set_sizes, layer, self._shared)
 
-    def _hand_out(self, layer: nn.Module, sizes: KeySizes) -> None:
+    def _set_sizes(self, layer: nn.Module, sizes: KeySizes) -> None:
         for module in layer.modules():
             module.__dict__[ATTRIBUTE] = sizes
 
     def close(self) -> None:
-        """Takes the hooks away and forgets the batch."""
-        self._ear.close()
+        """Removes the hooks and forgets the batch."""
+        self._observing.close()
         self._hooks.close()
-        self._budgets, self._cuts, self._scores, self._handed = {}, {}, {}, []
+        self._budgets, self._cuts, self._scores, self._recent = {}, {}, {}, []
 
     # --- in the forward pass --------------------------------------------------------------------------------------
 
     def _enter(self, owner: nn.Module, args: tuple) -> None:
-        self._ear.enter_context(attention_hook(self))
+        self._observing.enter_context(attention_hook(self))
 
     def _leave(self, owner: nn.Module, args: tuple, output):
-        """Lays the states out over the full length: each place gets those of the last kept token up to it, which is
-        the one that predicts what follows."""
-        self._ear.close()
-        self._handed = []
+        """Spreads the states over the full length.
+
+        Each position gets the states of the last kept token up to it, which predict what follows.
+        """
+        self._observing.close()
+        self._recent = []
         for sizes in self._key_sizes.values() if output is not None else ():
             check_used(self.model, sizes)
         if output is None or not self._cuts:  # None after an error
             return output
+        # (B, L, D) -> (B, S, D)
         cut = self._cuts[max(self._cuts)]
         states = output[0]
         states = states.gather(1, cut.back[..., None].expand(-1, -1, states.shape[-1]))
@@ -216,30 +226,32 @@ class LayerPass:
         output["last_hidden_state"] = states
         return output
 
-    def listens_to(self, module: nn.Module) -> bool:
+    def observes(self, module: nn.Module) -> bool:
         return id(module) in self._watched
 
     def on_attention(self, module, query, key, mask, rest: tuple, options: dict) -> None:
-        """Keeps, of the attention in front of a stage, what the instruction pays to each droppable token, `(U, N)`."""
+        """Keeps the attention that the last instruction token pays to each droppable token before a stage, `(U, N)`."""
         index = self._watched[id(module)]
         if index not in self._budgets or index in self._cuts or self._obstacle:
             return
         self._obstacle = query_obstacle(query, key, mask, rest, options)
         if self._obstacle is None:
             units = self._units
+            # Current positions of the instruction tokens, (U, 1), laid out per row: (B, most units of a row).
             asked = self._slots(index, units.query)
             places = asked.new_zeros(len(query), self._most).index_put((units.rows, units.turns), asked)
+            # Their attention over all keys, (B, most units, L'), then at each unit's own tokens, (U, N).
             sizes = module.__dict__[ATTRIBUTE].log_sizes if self._key_sizes else None
             paid = attention_of(module, places, query, key, mask, options, sizes)
             self._scores[index] = paid[units.rows, units.turns, self._slots(index, units.places)]
 
     def _slots(self, index: int, places: torch.Tensor) -> torch.Tensor:
-        """Where tokens at `places` `(U, n)` lie in front of stage `index`."""
+        """Current positions, before stage `index`, of the tokens at original positions `places` `(U, n)`."""
         before = max((stage for stage in self._cuts if stage < index), default=None)
         return places if before is None else self._cuts[before].back[self._units.rows, places]
 
     def _cut_inputs(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Cuts what layer `index` is handed, and says how many tokens each of its keys stands for."""
+        """Shortens the inputs of layer `index` and sets the sizes of its keys."""
         stage = max(stage for stage in self._budgets if stage <= index)
         named = names_of(layer, args)
         values = dict(zip(named, args, strict=True)) | kwargs
@@ -247,67 +259,75 @@ class LayerPass:
         if hidden is None or hidden.dim() != 3:
             shape = None if hidden is None else tuple(hidden.shape)
             raise refused(self.model, self.pruner, f"its {type(layer).__name__} is handed hidden states {shape}")
+        # The first call of a stage's layer decides; recomputed layers reuse the decision.
         if stage == index and index not in self._cuts:
             self._cuts[index] = self._decide(index, hidden)
         cut = self._cuts[stage]
         if self._key_sizes:
             self._key_sizes[stage].set(cut.log_sizes)
-        short = {name: self._handed_on(name, value, layer, cut) for name, value in values.items()}
+        # Masks and positions, in every layer from the stage on.
+        short = {name: self._cut_argument(name, value, layer, cut) for name, value in values.items()}
+        # Hidden states, in the stage's own layer: (B, L', D) -> (B, L, D); later layers receive short ones.
         if stage == index:
             left = hidden.gather(1, cut.slots[..., None].expand(-1, -1, hidden.shape[-1]))
             hidden = left if cut.merge is None else cut.merge(hidden, left)
         short["hidden_states"] = hidden
         if len(hidden) == 1 and is_flash(unwrap(self.model).config.get_text_config()):
-            # One sample, whatever its position ids look like.
+            # FlashAttention would read gaps in position ids as sample boundaries: declare one sample.
             ends = torch.tensor([0, hidden.shape[1]], dtype=torch.int32).to(hidden.device, non_blocking=True)
             short |= varlen(ends, hidden.shape[1])
         return tuple(short.pop(name) for name in named), short
 
     @torch.no_grad()
     def _decide(self, index: int, hidden: torch.Tensor) -> Cut:
-        """Chooses what is kept from layer `index` on."""
+        """Chooses the tokens that stay from layer `index` on."""
         if index not in self._scores:
             attention = self._obstacle or "does not call transformers' attention function"
             raise refused(self.model, self.pruner, f"its layer {index - 1} {attention}")
+        # States of the droppable tokens, (B, L', D) -> (U, N, D), and their attention scores (U, N).
         units, left = self._units, self._budgets[index]
         scores, slots = self._scores.pop(index), self._slots(index, self._units.places)
         features = hidden[units.rows, slots]
+        # The pruner ranks each unit's tokens; the best of them stay, (U, K) in source order.
         with torch.autocast(hidden.device.type, enabled=False):
             valid = kept_mask(units.lengths, hidden.device)
             tokens = VisualTokens(features, valid, attention=scores, lengths=units.lengths)
             ranked = self.pruner.rank(tokens, max(left.lengths))
         positions, _, valid = in_source_order(ranked, left.lengths, scores.shape[1])
+        # Their positions in the full sequence, (U, K); padding repeats the first.
         places = units.places.gather(1, positions)
         if valid is not None:
             places = torch.where(valid, places, places[:, :1])
-        # How much of each token goes into each kept one, (U, K, N).
+        # Weights (U, K, N) of each token in each kept one: its size where the kept one is the most similar, else 0.
         weights = members(nearest_kept(tokens, positions, valid), positions.shape[1]) * units.sizes[:, None]
         self._units = replace(units, places=places, lengths=left.lengths, sizes=weights.sum(2))
+        # Everything that stays, (B, S), and how to get there from the previous stage.
         kept = self._fixed.index_put((units.rows, places), self._fixed.new_ones(()))
         before = max((stage for stage in self._cuts if stage < index), default=None)
         cut = cut_of(kept, left.rows, None if before is None else self._cuts[before])
-        # Where the kept tokens of all units lie now, (sum K_i,).
+        # Row and slot of every kept token without padding, (sum K_i,) each.
         real = torch.cat([torch.arange(k) + unit * positions.shape[1] for unit, k in enumerate(left.lengths)])
         real = real.to(hidden.device, non_blocking=True)
         rows = units.rows.expand_as(places).flatten()[real]
         there = cut.back[units.rows, places].flatten()[real]
+        # log(size) of each key, (B, L): 0 on text and isolators.
         sizes = torch.zeros(cut.slots.shape, device=hidden.device)
         cut.log_sizes = sizes.index_put((rows, there), self._units.sizes.flatten()[real].log())
         if self.pruner.config.dropped_tokens == MERGE:
             cut.merge = partial(merged, weights, (units.rows, slots), real, (rows, there))
         return cut
 
-    def _handed_on(self, name: str, value, layer: nn.Module, cut: Cut):
-        """An argument of a layer, cut; layers are often handed the same one."""
+    def _cut_argument(self, name: str, value, layer: nn.Module, cut: Cut):
+        """Cuts one argument of a layer. Layers often receive the same object, so the last results are cached."""
         if value is None or name in UNREAD or isinstance(value, (bool, int, float, str)) or name.startswith(VARLEN):
             return value
-        known = next((done for given, by, done in self._handed if given is value and by is cut), None)
+        known = next((done for given, by, done in self._recent if given is value and by is cut), None)
         if known is None:
             try:
                 known = cut_argument(name, value, cut)
             except ValueError as error:
                 raise refused(self.model, self.pruner, f"its {type(layer).__name__} {error}") from None
-            self._handed = [*self._handed[-7:], (value, cut, known)]
+            self._recent = [*self._recent[-7:], (value, cut, known)]
         return known
 
 
@@ -319,66 +339,86 @@ def merged(
     hidden: torch.Tensor,
     left: torch.Tensor,
 ) -> torch.Tensor:
-    """The states `left` `(B, L, D)` behind a stage, in which each kept token is the mean of those that it stands for.
+    """The states after a stage `(B, L, D)`, in which each kept token is the mean of the tokens that it stands for.
 
     Args:
-        weights (`torch.Tensor` of shape `(U, K, N)`): how much of each token of a unit goes into each kept one.
+        weights (`torch.Tensor` of shape `(U, K, N)`): weight of each token of a unit in each kept one.
         sources: row `(U, 1)` and slot `(U, N)` of the tokens in `hidden` `(B, L', D)`.
-        real (`torch.LongTensor` of shape `(sum K_i,)`): which of the `U * K` kept ones are no padding.
-        targets: row and slot, both `(sum K_i,)`, of these in `left`.
+        real (`torch.LongTensor` of shape `(sum K_i,)`): which of the `U * K` kept ones are not padding.
+        targets: row and slot of these in `left` `(B, L, D)`, both `(sum K_i,)`.
     """
+    # Weighted means in float32: (U, K, N) @ (U, N, D) -> (U, K, D).
     with torch.autocast(hidden.device.type, enabled=False):
         means = weights @ hidden[sources].float() / weights.sum(2, keepdim=True).clamp(min=1)
+    # Write the real ones to their slots.
     return left.index_put(targets, means.flatten(0, 1)[real].to(left.dtype))
 
 
 def find_units(
     inputs: Mapping, encodings: list[VisualEncoding], isolator_length: int
 ) -> tuple[Units, list[int], list[int]]:
-    """The droppable tokens of a batch, the row of each unit, and the real tokens of each row. It waits for the device
-    once: how many tokens a row loses depends on the units that lie in it."""
+    """The droppable tokens of a batch, the row of each unit, and the number of real tokens of each row.
+
+    Waits for the device once: the units of a row determine how many tokens it loses.
+    """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     lengths = [n for encoding in encodings for n in encoding.lengths]
+    # Positions in the flattened batch, (U, N), split into row and column.
     flat = torch.cat([places_of(ids, e.token_id, e.lengths, isolator_length, max(lengths)) for e in encodings])
     rows, places = flat[:, :1] // ids.shape[1], flat % ids.shape[1]
+    # The one host synchronisation: row of each unit (U,) and real tokens of each row (B,).
     known = torch.cat([rows[:, 0], mask.long().sum(1)]).tolist()
     row_of, counts = known[: len(lengths)], known[len(lengths) :]
+    # Number of each unit within its row, (U, 1).
     turns = torch.tensor([[row_of[:unit].count(row)] for unit, row in enumerate(row_of)])
+    # Last token of each unit, (U, 1), and the instruction token that asks about it.
     last = torch.tensor([[n - 1] for n in lengths]).to(ids.device, non_blocking=True)
     query = last_instruction(inputs, rows[:, 0], places.gather(1, last))
     turns = turns.to(ids.device, non_blocking=True)
+    # Each real token stands for itself: ones (U, N), zeros on padding.
     sizes = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float().to(ids.device, non_blocking=True)
     return Units(rows, turns, places, query, lengths, sizes), row_of, counts
 
 
 def places_of(ids: torch.Tensor, token_id: int, lengths: list[int], isolator_length: int, most: int) -> torch.Tensor:
-    """Where in the flattened batch the tokens of each unit lie, behind its isolator: `(U, most)`; padding repeats the
-    first."""
+    """Positions of each unit's tokens in the flattened batch, without isolators, `(U, most)`.
+
+    Padding repeats the first.
+    """
+    # Number of each unit's first token among all placeholders, isolators counted: (U, 1).
     starts = torch.tensor([isolator_length, *(n + isolator_length for n in lengths[:-1])]).cumsum(0)[:, None]
+    # Numbers of all its tokens, (U, most).
     place = torch.arange(most)
     order = starts + torch.where(place < torch.tensor(lengths)[:, None], place, 0)
     return flat_places(ids, token_id, order.to(ids.device, non_blocking=True))
 
 
 def last_instruction(inputs: Mapping, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """The place in front of the first supervised token behind each unit, whose last token lies at `ends` `(U, 1)`;
-    without one, the last token of its row, `(U, 1)`."""
+    """The position before the first supervised token after each unit, `(U, 1)`; without one, the last token of the row.
+
+    `ends` `(U, 1)` are the positions of the units' last tokens, `rows` `(U,)` their rows.
+    """
     ids, labels = inputs["input_ids"], inputs.get("labels")
     place = torch.arange(ids.shape[1], device=ids.device)
+    # Last real token of each unit's row, (U, 1).
     last = torch.where(inputs["attention_mask"].bool(), place, 0).amax(1, keepdim=True)[rows]
     if labels is None:
         return last
+    # Supervised tokens after each unit, (U, S); the first one's predecessor, (U, 1).
     behind = (labels != -100)[rows] & (place > ends)
     return torch.where(behind, place - 1, last).amin(1, keepdim=True)
 
 
 def budgets(stages: dict[int, float], lengths: list[int], row_of: list[int], counts: list[int]) -> dict[int, Budget]:
-    """What each stage leaves of units of `lengths` in the rows `row_of`, which hold `counts` tokens. A stage that drops
-    nothing is left out."""
+    """What each stage keeps of units of `lengths` in the rows `row_of`, which hold `counts` tokens.
+
+    A stage that drops nothing is left out.
+    """
     found, now = {}, lengths
     for index, ratio in stages.items():
         left = [min(n, budget(whole, ratio)) for n, whole in zip(now, lengths, strict=True)]
         if left != now:
+            # A row loses what its units have lost since the first stage.
             rows = list(counts)
             for row, whole, n in zip(row_of, lengths, left, strict=True):
                 rows[row] -= whole - n
@@ -388,10 +428,13 @@ def budgets(stages: dict[int, float], lengths: list[int], row_of: list[int], cou
 
 def cut_of(kept: torch.Tensor, counts: list[int], before: Cut | None) -> Cut:
     """How to keep the `counts[b]` tokens of row b where `kept` `(B, S)` is True."""
+    # Kept tokens up to each position, (B, S).
     seen, length = kept.cumsum(1), max(counts)
     slot = torch.arange(length, device=kept.device)
+    # Slot j holds the first position with more than j kept tokens; slots beyond the row's end repeat its last, (B, L).
     most = seen[:, -1:]
     places = torch.searchsorted(seen, torch.minimum(slot + 1, most)).clamp(max=kept.shape[1] - 1)
+    # The same in slots of the previous stage.
     slots = places if before is None else before.back.gather(1, places)
     filler = None if min(counts) == length else slot >= most
     return Cut(places, slots, (seen - 1).clamp(min=0), filler)

@@ -1,9 +1,11 @@
-"""Runs a model's own encoders and describes the tokens they give.
+"""Runs a model's own encoders and describes the tokens they return.
 
-The seam is transformers' protocol: `get_image_features` and its like encode, `forward(mm_encoder_outputs=...)` takes
-the result in place of pixels. What single families need beyond it stands in `families.py`, where tokens lie in
-`layout.py`. Shapes: U units (images, tiles, frames, clips), N tokens of a unit (padded), T tokens of the batch,
-D hidden.
+transformers' protocol: `get_image_features` and similar methods encode, `forward(mm_encoder_outputs=...)` takes the
+result in place of pixels. `models/families.py` describes single families that need more, `models/token_layout.py` where
+tokens lie in their image.
+
+Shapes: U units (images, tiles, frames, clips), n_i tokens of unit i, N the most of any unit (padded), T tokens of the
+batch, P patches of the tower, L tokens of an instruction (padded), D hidden, D' and Dk other widths.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from ..pruners import VisualTokens
 from .instructions import instructions
 from .shortening import check_count
 
-# What is read off the vision tower's attention while it runs.
+# Inputs of pruners that are captured from the vision tower's attention while it runs.
 IN_TOWER = frozenset({"attention", "keys"})
 CONFIGURED = ("vision_feature_layer", "vision_feature_select_strategy")
-# Fields of an encoder's output with a row per token that `forward` reads beside the tokens.
+# Fields of an encoder's output, beside the tokens, with one row per token that `forward` reads.
 COMPANIONS = ("deepstack_features",)
 
 
 @dataclass
 class VisualEncoding:
-    """The encoder's answer for one modality of a batch.
+    """The encoded tokens of one modality of a batch.
 
     Args:
         modality (`str`): "image", "video" or "audio".
@@ -47,10 +49,11 @@ class VisualEncoding:
         lengths (`list[int]`): tokens of each unit: image, tile, frame or clip.
         consumed (`set[str]`): inputs that only the encoder reads.
         grids (`list[torch.Tensor]`, *optional*): (t, row, column) of each token, `(n_i, 3)`, on the CPU.
-        attention (`list[torch.Tensor]`, *optional*): attention each token receives in the tower, `(n_i,)`.
+        attention (`list[torch.Tensor]`, *optional*): attention that each token receives in the tower, `(n_i,)`.
         keys (`list[torch.Tensor]`, *optional*): its attention key in the tower, `(n_i, Dk)`.
         text (`torch.Tensor` of shape `(U, L, D)`, *optional*): embeddings of each unit's instruction.
         text_valid (`torch.BoolTensor` of shape `(U, L)`, *optional*): False on their padding.
+        companions (`dict[str, list[torch.Tensor]]`): other features of the same tokens, by level, `(T, D')`.
     """
 
     modality: str
@@ -74,19 +77,22 @@ class VisualEncoding:
 
     @property
     def embedded(self) -> bool:
-        """Whether the tokens go in as input embeddings, since `forward` takes no encoded ones."""
+        """Whether the tokens go in as input embeddings, because `forward` takes no encoded ones."""
         return self.modality == "audio" or self.family.project is not None
 
     def with_features(
         self, features: torch.Tensor, companions: dict[str, list[torch.Tensor]], lengths: list[int]
     ) -> object:
-        """A copy of the encoder's output that holds `features` `(sum K, D)`, in units of `lengths`, as they came."""
+        """A copy of the encoder's output with `features` `(sum K_i, D)` in units of `lengths`, in the same
+        containers."""
         output, name = copy.copy(self.output), self.family.field
         old = getattr(output, name)
+        # A list of (layer, tokens): the first level is the features, the others are companions.
         if self.family.layered:
             levels = zip(old, [features, *companions[name]], strict=True)
             setattr(output, name, [(layer, refill(was, rows, lengths)) for (layer, was), rows in levels])
             return output
+        # Tokens and companions are separate fields: (sum K_i, D) into their containers.
         setattr(output, name, refill(old, features, lengths))
         for name, levels in companions.items():
             old = getattr(output, name)
@@ -99,7 +105,8 @@ class VisualEncoding:
         return replace(self, features=self.features.detach(), companions=beside)
 
     def padded(self, rows: torch.Tensor) -> torch.Tensor:
-        """`(T, D)` as `(U, N, D)`."""
+        """Pads `(T, D)` to `(U, N, D)`."""
+        # Units of equal length need no padding.
         if min(self.lengths) == max(self.lengths):
             return rows.view(len(self.lengths), self.lengths[0], rows.shape[-1])
         return nn.utils.rnn.pad_sequence(rows.split(self.lengths), batch_first=True)
@@ -108,6 +115,7 @@ class VisualEncoding:
         """The pruner's view: all units padded to one length."""
         device = self.features.device
         valid = None
+        # Padding (U, N) is False; not needed if all units are of one length.
         if min(self.lengths) != max(self.lengths):
             counts = torch.tensor(self.lengths).to(device, non_blocking=True)
             valid = torch.arange(max(self.lengths), device=device) < counts[:, None]
@@ -121,7 +129,7 @@ class VisualEncoding:
             text_valid=self.text_valid,
             generator=generator,
             lengths=self.lengths,
-            defer_checks=True,  # by `plan_shortening`
+            defer_checks=True,  # `plan_shortening` checks
         )
 
 
@@ -140,11 +148,16 @@ def encode(
 ) -> list[VisualEncoding]:
     """Encodes each modality whose raw inputs are in `inputs`; an empty list for a text-only batch.
 
-    `needs` names what the pruner wants beside the features ("grid", "attention", "keys", "text"); `video_budget` says
-    whether the tokens of a video are a unit by "clip" or by "frame". Images are encoded inside `served(tower)`.
-    A frozen tower makes no graph, unless `graphs` says that it should as in the model's own `forward`.
+    Args:
+        model (`nn.Module`): a vision-language model, wrapped or not.
+        inputs (`Mapping`): the batch.
+        needs (`frozenset[str]`): what the pruner reads beside the features: "grid", "attention", "keys", "text".
+        video_budget (`str`): whether a unit is a whole "clip" or a "frame".
+        served (`Callable`, *optional*): images are encoded inside the context `served(tower)`.
+        graphs (`bool`): whether a frozen tower builds a graph, as in the model's own `forward`.
     """
     outer = unwrap(model)
+    # Modalities in the batch, except those that `forward` encodes itself.
     present, config = modalities_in(inputs), outer.config
     present = [m for m in MODALITIES if m.name in present and not family_of(config, m.name).whole]
     return [
@@ -162,6 +175,7 @@ def encode_modality(
     served: Callable[[nn.Module], AbstractContextManager] | None = None,
     graphs: bool = False,
 ) -> VisualEncoding:
+    """Encodes one modality; see [`encode`]."""
     family, token_id = family_of(outer.config, modality.name), placeholder_id(outer.config, modality)
     owner, encoder = encoder_of(outer, modality)
     if owner is None or token_id is None:
@@ -169,6 +183,7 @@ def encode_modality(
             f"{type(outer).__name__} was given {modality.name} inputs but has no `{modality.method}` or placeholder id."
         )
     check_pixels(inputs, modality)
+    # Encode; the pruner may capture the tower's attention, and the feature cache may replace the tower.
     arguments, consumed = encoder_arguments(owner, encoder, inputs, modality)
     tower = outer.get_encoder(modality=modality.name) if needs & IN_TOWER or served is not None else None
     with ExitStack() as around:
@@ -179,28 +194,33 @@ def encode_modality(
             around.enter_context(served(tower))
         output = encoder(**arguments, return_dict=True)
         container, companions = tokens_of(output, family, type(outer).__name__), companions_of(output, family)
+    # The tokens as flat rows (T, D), and how many of them each unit and each of its parts has.
     rows, parts = flat_rows(container), parts_of(container, family, inputs, token_id)
     if modality.name == "video":
         parts = clips(owner, parts, inputs, video_budget)
+    # Some families drop rows of the encoder's output by a mask (T,).
     encoded, kept = parts, None
     if inputs.get(family.row_mask) is not None and modality.name != "image":
         kept = inputs[family.row_mask].bool().flatten()
         rows, parts = rows[kept], masked_parts(parts, kept)
         consumed.add(family.row_mask)
+    # Units that are pruned on their own: whole images and clips, or single frames.
     whole = video_budget == "clip" or modality.name != "video"
     lengths = [sum(unit) for unit in parts] if whole else [n for unit in parts for n in unit]
-    lengths = [n for n in lengths if n]  # a sample without images may be an empty unit
+    lengths = [n for n in lengths if n]  # the unit of a sample without images may be empty
     check_count(token_id, sum(lengths), len(rows))
     encoding = VisualEncoding(modality.name, token_id, output, family, rows, lengths, consumed)
     encoding.companions = companions
+    # Project what `forward` would project: (T, D') -> (T, D).
     if family.project is not None:
         encoding.features = family.project(owner, rows)
+    # What the pruner reads beside the features.
     if needs & {"grid", *IN_TOWER}:
         layout = token_layout(owner, inputs, modality.name, encoded, lengths, kept)
         encoding.grids = layout.grids
         place = partial(at_tokens, tower=tower, modality=modality, inputs=inputs, layout=layout)
         if "attention" in needs:
-            encoding.attention = place(capture.received(), absent=float("-inf"))  # what no patch made goes last
+            encoding.attention = place(capture.received(), absent=float("-inf"))  # tokens without a patch rank last
         if "keys" in needs:
             encoding.keys = place(capture.keys(), absent=0.0)
     if "text" in needs:
@@ -211,12 +231,16 @@ def encode_modality(
 
 @contextmanager
 def frozen_tower(outer: nn.Module, modality: Modality) -> Iterator[None]:
-    """Runs a tower of which nothing is trained without a graph. Activation checkpointing in transformers makes the
-    embeddings of every tower require gradients, which would be carried back to where nothing needs them."""
+    """Runs a frozen tower without a graph.
+
+    Activation checkpointing in transformers makes the embeddings of every tower require gradients, and backward would
+    run through the whole tower for them.
+    """
     tower = outer.get_encoder(modality=modality.name) if hasattr(outer, "get_encoder") else None
     if tower is None or tower is outer or any(p.requires_grad for p in tower.parameters()):
         yield
         return
+    # Hooks turn gradients off during the tower's forward only, not for the projector after it.
     with ExitStack() as hooks:
         before = torch.is_grad_enabled()
         begin = tower.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(False) and None)
@@ -231,12 +255,14 @@ def parts_of(container: Container, family: Family, inputs: Mapping, token_id: in
     parts = part_lengths(container)
     if parts is not None and not family.runs:
         return parts
+    # Each run of placeholders is a unit: split the encoder's parts at the runs.
     runs = placeholder_runs(inputs["input_ids"], token_id)
     return [[n] for n in runs] if parts is None else units_by_runs(parts, runs)
 
 
 def companions_of(output, family: Family) -> dict[str, list[torch.Tensor]]:
     """Other features of the same tokens that `forward` reads, each level `(T, D')`."""
+    # The first level holds the tokens themselves.
     if family.layered:
         return {family.field: [flat_rows(tokens) for _, tokens in getattr(output, family.field)[1:]]}
     levels = {name: getattr(output, name, None) for name in COMPANIONS}
@@ -246,22 +272,22 @@ def companions_of(output, family: Family) -> dict[str, list[torch.Tensor]]:
 def encoder_arguments(
     owner: nn.Module, encoder: Callable, inputs: Mapping, modality: Modality
 ) -> tuple[dict[str, object], set[str]]:
-    """The encoder's arguments, and the names of the inputs that only it reads."""
+    """The encoder's arguments, and the names of the inputs that only the encoder reads."""
     parameters = inspect.signature(encoder).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    # The forward reads these from the config, the encoder of some families has other defaults.
+    # The forward reads these from the config, but some encoders have other defaults.
     arguments = {key: getattr(owner.config, key) for key in CONFIGURED if key in names and hasattr(owner.config, key)}
     arguments |= {key: inputs[key] for key in names if key in inputs}
     consumed = {key for key in inputs if key in arguments or key in modality.raw} - {"input_ids"}
+    # The raw input in the model's dtype. If the encoder names it otherwise, it is the first argument.
     raw = next(key for key in modality.raw if inputs.get(key) is not None)
-    # Under another name than the forward's, it is always the first.
     named = raw if raw in arguments or not names else names[0]
     arguments[named] = in_dtype_of(owner, inputs[raw])
     return arguments, consumed
 
 
 def in_dtype_of(owner: nn.Module, raw: object) -> object:
-    """Raw inputs in the precision of a half-precision model, as most forwards make them."""
+    """Casts raw inputs to the dtype of a half-precision model, as most forwards do."""
     dtype = getattr(owner, "dtype", None)
     floating = isinstance(raw, torch.Tensor) and raw.is_floating_point()
     return raw.to(dtype) if floating and dtype in (torch.float16, torch.bfloat16) else raw
@@ -279,10 +305,12 @@ def check_pixels(inputs: Mapping, modality: Modality) -> None:
 
 
 def tokens_of(output, family: Family, name: str) -> Container:
-    """The visual tokens in the encoder's output."""
+    """The visual tokens in the encoder's output, in their container."""
     container = getattr(output, family.field, None)
+    # A list of (layer, tokens): the first level.
     if family.layered:
         container = container[0][1]
+    # A tensor (U, N, D) or (T, D), or one (..., N, D) per unit.
     known = isinstance(container, (torch.Tensor, list, tuple)) and len(container)
     if not known or not all(isinstance(unit, torch.Tensor) for unit in container):
         raise ValueError(
@@ -295,14 +323,15 @@ def tokens_of(output, family: Family, name: str) -> Container:
 def at_tokens(
     rows: torch.Tensor, tower: nn.Module, modality: Modality, inputs: Mapping, layout: TokenLayout, absent: float
 ) -> list[torch.Tensor]:
-    """From a value per patch of the tower, `(P, ...)`, to those of the tokens of each image, `(n_i, ...)`.
+    """Maps a value per patch of the tower, `(P, ...)`, to the tokens of each image, `(n_i, ...)`.
 
     Args:
         absent (`float`): the value of tokens that no patch made.
 
     Raises:
-        ValueError: the tower's patches can't be matched with the model's tokens.
+        ValueError: the tower's patches cannot be matched with the model's tokens.
     """
+    # The tower merges squares of patches to tokens: average each square, (P, ...) -> (T, ...).
     grid_thw, merge = inputs.get(f"{modality.name}_grid_thw"), getattr(tower, "spatial_merge_size", None)
     if grid_thw is not None and merge and len(rows) == layout.total * merge**2:
         rows = merged_patches(rows, tower, grid_thw)
@@ -312,13 +341,16 @@ def at_tokens(
             f"{type(tower).__name__} attends over {len(rows)} tokens, the model {uses}: their attention cannot "
             f"be matched. {REMEDY}"
         )
-    rows = torch.cat([rows, rows.new_full((1, *rows.shape[1:]), absent)])  # index -1 reads the last entry
+    # One more row for tokens without a patch, which index -1 reads; then rows by token, (n_i, ...).
+    rows = torch.cat([rows, rows.new_full((1, *rows.shape[1:]), absent)])
     return [rows[patches.to(rows.device, non_blocking=True)] for patches in layout.patches]
 
 
 def merged_patches(rows: torch.Tensor, tower: nn.Module, grid_thw: torch.Tensor) -> torch.Tensor:
-    """Qwen-VL: patches `(P, ...)` in the order in which they are merged to tokens, or of windows; `(T, ...)`."""
+    """Qwen-VL: the mean over the patches that become one token, `(P, ...)` to `(T, ...)`."""
+    # Patches of one token are adjacent, `spatial_merge_size ** 2` of them.
     merged = rows.unflatten(0, (-1, tower.spatial_merge_size**2)).mean(1)
+    # With window attention, the tower's tokens are in the order of windows: back to raster order.
     if getattr(tower, "window_size", None):
         from transformers.vision_utils import get_vision_window_index
 

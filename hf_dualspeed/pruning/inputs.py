@@ -1,6 +1,7 @@
 """The fast pass: encode, select, isolate, shorten. The model's own forward does the rest.
 
-Shapes: B batch, S sequence, S' shortened sequence, U images, K kept tokens, l isolator tokens, D hidden.
+Shapes: B batch, S sequence, S' shortened sequence, U units (images, clips), N tokens of a unit (padded), K kept tokens
+of a unit (padded), l isolator tokens, D hidden; N_i and K_i without padding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
 
-from ..models.interface import RAW_KEYS, encoder_owner, raw_keys, unwrap, visual_token_ids
+from ..models.interface import RAW_KEYS, encoder_owner, forward_interface, raw_keys, unwrap, visual_token_ids
 from ..pruners import PrunedTokens, Pruner
 from ..pruners.ops import unpruned
 from .decoder import LayerPass, check_layers
@@ -25,7 +26,7 @@ from .shortening import FILL, Shortening, plan_shortening
 
 
 def check_pruner(model: nn.Module, pruner: Pruner) -> None:
-    """Raises a `ValueError` where the pruner drops tokens inside the language model and this one does not let it."""
+    """Raises a `ValueError` if the pruner drops tokens inside the language model and cannot do so in this one."""
     if pruner.in_language_model:
         check_layers(model, pruner)
 
@@ -45,13 +46,13 @@ def check_inputs(inputs: Mapping) -> None:
 
 @dataclass
 class ShortenedBatch:
-    """A batch whose visual tokens were pruned.
+    """A batch with pruned visual tokens.
 
     Args:
         inputs (`dict`): for the model's forward.
         log_sizes (`torch.Tensor` of shape `(B, S')`, *optional*): for proportional attention, the logarithm of how many
-            tokens each one stands for, in float32; None where each stands for itself.
-        visual_tokens (`tuple[int, int]`): of all images, before and after pruning; (0, 0) where they are dropped later,
+            tokens each one stands for, in float32; None if each stands for itself.
+        visual_tokens (`tuple[int, int]`): of all images, before and after pruning; (0, 0) if they are dropped later,
             inside the language model.
         auxiliary_loss (`torch.Tensor` of no dimensions, *optional*): what a learned pruner adds to the loss.
     """
@@ -73,8 +74,10 @@ def shorten_inputs(
     layer_pass: LayerPass | None = None,
     progress: float = 1.0,
 ) -> ShortenedBatch:
-    """[`prune_inputs`] after encoding, when the fraction `progress` of training is done. With a `layer_pass` all tokens
-    stay, for it to drop later."""
+    """[`prune_inputs`] after encoding, at the fraction `progress` of training.
+
+    With a `layer_pass` all tokens stay, and it drops them later.
+    """
     if pruner.in_language_model and layer_pass is None:
         raise ValueError(
             f"The pruner {pruner.config.pruner_type!r} drops tokens inside the language model, so the inputs cannot be "
@@ -83,48 +86,47 @@ def shorten_inputs(
         )
     if not encodings:
         return ShortenedBatch(dict(inputs))
+    outer = unwrap(model)
     prompt = isolator() if isolator is not None and isolator.length else None
-    # Select: the isolator and the kept tokens of each modality.
+    # Select: the isolator (l, D), and per modality the kept tokens of all units, (sum (l + K_i), D).
     kept = {e.modality: keep_tokens(e, pruner, prompt, generator, progress) for e in encodings}
-    check_placeholders(model, encodings)
-    # Shorten: dropped placeholders leave every (B, S) tensor, isolator tokens enter it.
-    packing = Packing.of(model, inputs)
+    check_placeholders(outer, encodings)
+    # Shorten: (B, S) -> (B, S'). Dropped placeholders leave every tensor, isolator tokens enter it.
+    packing = Packing.of(outer, inputs)
     mask = mask_of(inputs)
     finite = [of.finite for of in kept.values() if of.finite is not None]
     plan = plan_shortening(inputs["input_ids"], mask, {e.token_id: kept[e.modality].repeats for e in encodings}, finite)
     consumed = set().union(*(e.consumed for e in encodings))
-    short = shorten_tensors(model, inputs, plan, consumed)
-    short["position_ids"] = shortened_positions(model, inputs, mask, plan, position_ids, packing)
+    short = shorten_tensors(outer, inputs, plan, consumed)
+    short["position_ids"] = shortened_positions(outer, inputs, mask, plan, position_ids, packing)
+    # Find the tokens that layers will drop later.
     if layer_pass is not None:
         layer_pass.locate(short, encodings, 0 if prompt is None else len(prompt), packing is not None)
+    # Keep the samples of a packed row apart, and a single sample together.
     if packing is not None:
         short |= packing.shortened(plan, position_ids, inputs)
     elif prompt is not None:
-        short |= one_sample(model, plan)
-    # Hand over: kept tokens in place of pixels, and what proportional attention, counters and losses need beside.
+        short |= one_sample(outer, plan)
+    # Hand over: kept tokens in place of pixels, plus key sizes (B, S'), token counts and losses.
     log_sizes = key_log_sizes(short["input_ids"], encodings, kept)
-    short |= absent_inputs(model, consumed) | merged_inputs(model, short, encodings, kept)
+    short |= absent_inputs(outer, consumed) | merged_inputs(outer, short, encodings, kept)
     losses = [of.auxiliary_loss for of in kept.values() if of.auxiliary_loss is not None]
+    counts = sum(sum(e.lengths) for e in encodings), sum(of.count for of in kept.values())
     return ShortenedBatch(
         short,
         log_sizes,
-        (0, 0) if pruner.in_language_model else visual_tokens_of(encodings, kept),
+        (0, 0) if pruner.in_language_model else counts,
         sum(losses) if losses else None,
     )
 
 
-def visual_tokens_of(encodings: list[VisualEncoding], kept: Mapping[str, Kept]) -> tuple[int, int]:
-    """How many visual tokens there were, and how many are kept; counted on the host."""
-    return sum(sum(e.lengths) for e in encodings), sum(of.count for of in kept.values())
-
-
 def key_log_sizes(ids: torch.Tensor, encodings: list[VisualEncoding], kept: Mapping[str, Kept]) -> torch.Tensor | None:
-    """The logarithm of how many tokens each one of the shortened `ids` `(B, S')` stands for, in float32; None where
-    each stands for itself."""
+    """The log of how many tokens each of the shortened `ids` `(B, S')` stands for, in float32; None if all are 1."""
     merged = [(encoding.token_id, kept[encoding.modality].sizes) for encoding in encodings]
     merged = [(token_id, sizes) for token_id, sizes in merged if sizes is not None]
     if not merged:
         return None
+    # 0 for text; at each modality's placeholders, in order, log(size) of its kept tokens (sum (l + K_i),).
     log_sizes = torch.zeros(ids.shape, device=ids.device)
     for token_id, sizes in merged:
         log_sizes = log_sizes.masked_scatter(ids == token_id, sizes.log())
@@ -133,14 +135,14 @@ def key_log_sizes(ids: torch.Tensor, encodings: list[VisualEncoding], kept: Mapp
 
 @dataclass
 class Kept:
-    """What is left of the tokens of one modality.
+    """The remaining tokens of one modality.
 
     Args:
         features (`torch.Tensor` of shape `(sum (l + K_i), D)`): isolator and kept tokens of each unit.
         companions (`dict[str, list[torch.Tensor]]`): other features of the same tokens.
         lengths (`list[int]`): l + K_i of each unit.
         repeats (`torch.LongTensor` of shape `(sum N_i,)`): how often each placeholder appears in the shortened batch.
-        sizes (`torch.Tensor` of shape `(sum (l + K_i),)`, *optional*): how many tokens each one stands for; None where
+        sizes (`torch.Tensor` of shape `(sum (l + K_i),)`, *optional*): how many tokens each one stands for; None if
             each stands for itself.
         finite (`torch.BoolTensor` of no dimensions, *optional*): whether all features were finite.
         count (`int`): sum K_i.
@@ -164,22 +166,27 @@ def keep_tokens(
     generator: torch.Generator | None,
     progress: float,
 ) -> Kept:
-    """Prunes one modality and puts the isolator in front of each unit."""
+    """Prunes one modality and puts the isolator before each unit."""
     tokens, length = encoding.tokens(generator), 0 if prompt is None else len(prompt)
+    # Prune: (U, N, D) -> (U, K, D).
     if pruner.in_language_model:
         pruned = replace(unpruned(tokens), finite=tokens.features.detach().isfinite().all())
     else:
         with record_function("dualspeed.select"):
             pruned = pruner(tokens, progress=progress)
+    # Real rows of (U * (l + K), D), and repeats of each placeholder (sum N_i,).
     rows, repeats = kept_rows(pruned, encoding.lengths, length)
 
+    # Other features of the kept tokens, zeros for the isolator: (sum N_i, D') -> (sum (l + K_i), D').
     def carried(level: torch.Tensor) -> torch.Tensor:
         return isolated_by_zeros(pruned.apply_to(encoding.padded(level)), prompt).index_select(0, rows)
 
+    # Isolator before each unit, padding removed: (U, K, D) -> (sum (l + K_i), D).
     companions = {name: [carried(level) for level in levels] for name, levels in encoding.companions.items()}
     features = isolated(pruned.features, prompt).index_select(0, rows)
+    # Tokens that each row stands for, (U, K) -> (sum (l + K_i),): 1 for isolator tokens.
     sizes = None
-    if pruned.lengths != encoding.lengths:  # isolator tokens stand for themselves
+    if pruned.lengths != encoding.lengths:
         sizes = F.pad(pruned.sizes.float(), (length, 0), value=1.0).flatten().index_select(0, rows)
     return Kept(
         features,
@@ -193,43 +200,42 @@ def keep_tokens(
     )
 
 
-def check_placeholders(model: nn.Module, encodings: list[VisualEncoding]) -> None:
-    """Raises a `ValueError` where two modalities of the batch are written with one placeholder."""
+def check_placeholders(outer: nn.Module, encodings: list[VisualEncoding]) -> None:
+    """Raises a `ValueError` if two modalities of the batch share a placeholder."""
     if len({encoding.token_id for encoding in encodings}) < len(encodings):
         raise ValueError(
-            f"{type(unwrap(model)).__name__} writes images and videos with one placeholder (token id "
+            f"{type(outer).__name__} writes images and videos with one placeholder (token id "
             f"{encodings[0].token_id}), so a batch may hold images or videos, not both."
         )
 
 
 def whole_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncoding]) -> dict:
-    """The batch with all tokens of `encodings` in place of raw images, for a pass that need not encode again."""
-    encoded = raw_keys(unwrap(model).config)
-    absent = absent_inputs(model, set().union(*(e.consumed for e in encodings)))
+    """The batch with all tokens of `encodings` in place of raw images, for a pass that does not encode again."""
+    outer = unwrap(model)
+    encoded = raw_keys(outer.config)
+    absent = absent_inputs(outer, set().union(*(e.consumed for e in encodings)))
     whole = {key: value for key, value in inputs.items() if key not in encoded} | absent
+    # All tokens, as the encoder returned them, or as embeddings at their placeholders.
     outputs = {e.modality: e.output for e in encodings if not e.embedded}
     embedded = {e.token_id: e.features for e in encodings if e.embedded}
-    if embedded and encoder_owner(model, "compute_3d_position_ids") is not None:  # which reads the ids
-        whole["position_ids"] = full_positions(model, inputs, mask_of(inputs))
-    return whole | handed_over(model, inputs["input_ids"], outputs, embedded)
+    if embedded and encoder_owner(outer, "compute_3d_position_ids") is not None:  # M-RoPE positions need the ids
+        whole["position_ids"] = full_positions(outer, inputs, mask_of(inputs))
+    return whole | handed_over(outer, inputs["input_ids"], outputs, embedded)
 
 
 def mask_of(inputs: Mapping) -> torch.Tensor:
-    """The batch's attention mask `(B, S)`; of ones where it has none."""
+    """The batch's attention mask `(B, S)`; ones if it has none."""
     mask = inputs.get("attention_mask")
     return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 
 
-def absent_inputs(model: nn.Module, consumed: set[str]) -> dict:
-    """Inputs of the encoder that `forward` must be given even where they have been encoded: None."""
-    parameters = inspect.signature(unwrap(model).forward).parameters.values()
-    required = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    return dict.fromkeys(required & {*consumed, *RAW_KEYS})
+def absent_inputs(outer: nn.Module, consumed: set[str]) -> dict:
+    """Required arguments of `forward` that have been encoded already: None for each."""
+    return dict.fromkeys(forward_interface(type(outer)).required & {*consumed, *RAW_KEYS})
 
 
-def merged_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncoding], kept: Mapping[str, Kept]) -> dict:
-    """What hands the encoded tokens to `forward`: `mm_encoder_outputs`, and input embeddings for those it takes
-    nowhere else."""
+def merged_inputs(outer: nn.Module, inputs: Mapping, encodings: list[VisualEncoding], kept: Mapping[str, Kept]) -> dict:
+    """Passes kept tokens to `forward`: in `mm_encoder_outputs`, or as input embeddings if it takes no encoded ones."""
     outputs, embedded = {}, {}
     for encoding in encodings:
         of = kept[encoding.modality]
@@ -237,31 +243,33 @@ def merged_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncod
             embedded[encoding.token_id] = of.features
         else:
             outputs[encoding.modality] = encoding.with_features(of.features, of.companions, of.lengths)
-    return handed_over(model, inputs["input_ids"], outputs, embedded)
+    return handed_over(outer, inputs["input_ids"], outputs, embedded)
 
 
-def handed_over(model: nn.Module, ids: torch.Tensor, outputs: dict, embedded: Mapping[int, torch.Tensor]) -> dict:
-    """Encoder outputs by modality, and tokens by placeholder that go in as embeddings, as arguments of `forward`."""
+def handed_over(outer: nn.Module, ids: torch.Tensor, outputs: dict, embedded: Mapping[int, torch.Tensor]) -> dict:
+    """Arguments of `forward` for encoder outputs by modality and for embedded tokens by placeholder id."""
     arguments = {"mm_encoder_outputs": outputs} if outputs else {}
     if embedded:
-        arguments |= {"input_ids": None, "inputs_embeds": embedded_ids(model, ids, embedded)}
+        arguments |= {"input_ids": None, "inputs_embeds": embedded_ids(outer, ids, embedded)}
     return arguments
 
 
-def embedded_ids(model: nn.Module, ids: torch.Tensor, embedded: Mapping[int, torch.Tensor]) -> torch.Tensor:
+def embedded_ids(outer: nn.Module, ids: torch.Tensor, embedded: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """Input embeddings `(B, S, D)` with the rows of `embedded` at their placeholders."""
-    outer = unwrap(model)
+    # Embeddings of the text, (B, S) -> (B, S, D).
     text = ids
-    for token_id in embedded:  # some placeholders are no row of the embedding
+    for token_id in embedded:  # some placeholder ids have no row in the embedding
         text = text.masked_fill(ids == token_id, fill_value(outer.config))
     states = outer.get_input_embeddings()(text)
+    # Encoded tokens (T, D) at their placeholders.
     for token_id, rows in embedded.items():
         states = states.masked_scatter((ids == token_id)[..., None], rows.to(states.dtype))
     return states
 
 
 def isolated(features: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
-    """Kept tokens `(U, K, D)` behind the isolator `(l, D)`, flattened: `(U * (l + K), D)`."""
+    """Puts the isolator `(l, D)` before the kept tokens `(U, K, D)` and flattens: `(U * (l + K), D)`."""
+    # (l, D) -> (U, l, D), then (U, l + K, D).
     if prompt is not None:
         prompt = prompt.to(features.dtype).expand(len(features), -1, -1)
         features = torch.cat([prompt, features], dim=1)
@@ -269,18 +277,19 @@ def isolated(features: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tenso
 
 
 def isolated_by_zeros(features: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
-    """[`isolated`] for features that are added deeper in the model, where the isolator adds nothing."""
+    """[`isolated`] for features that are added deeper in the model, to which the isolator adds zeros."""
     return isolated(features, None if prompt is None else features.new_zeros(len(prompt), features.shape[-1]))
 
 
 def kept_rows(pruned: PrunedTokens, lengths: list[int], isolator_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows of [`isolated`] are real, and how often each placeholder appears in the shortened batch.
+    """The rows of [`isolated`] that are not padding, and how often each placeholder appears in the shortened batch.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: rows `(sum (l + K_i),)` and repeats `(sum N_i,)`. All sizes are known on
         the host, so nothing here waits for the device.
     """
     device = pruned.positions.device
+    # On the host: real rows of (U, l + K), real entries of (U, K), and the first placeholder of each unit.
     slots, first, rows, kept, starts = pruned.positions.shape[1], 0, [], [], []
     for image, (count, keep) in enumerate(zip(lengths, pruned.lengths, strict=True)):
         begin = image * (isolator_length + slots)
@@ -288,30 +297,35 @@ def kept_rows(pruned: PrunedTokens, lengths: list[int], isolator_length: int) ->
         kept.append(torch.arange(image * slots, image * slots + keep))
         starts.append(first)
         first += count
+    # Placeholders of the kept tokens: positions (U, K) within units -> (sum K_i,) within the batch.
     starts = torch.tensor(starts).to(device, non_blocking=True)
     positions = (pruned.positions + starts[:, None]).flatten()
     positions = positions[torch.cat(kept).to(device, non_blocking=True)]
+    # 1 for each kept placeholder, 0 for others; a unit's first one stands for its isolator, too.
     repeats = torch.zeros(first, dtype=torch.long, device=device)
-    repeats.index_fill_(0, positions, 1)  # `repeats[positions] = 1` would copy the 1 from the host, and wait
+    repeats.index_fill_(0, positions, 1)  # `repeats[positions] = 1` would copy the 1 from the host and wait
     repeats[starts] += isolator_length
     return torch.cat(rows).to(device, non_blocking=True), repeats
 
 
-def shorten_tensors(model: nn.Module, inputs: Mapping, plan: Shortening, consumed: set[str]) -> dict:
-    """Shortens every `[B, S]` tensor that the language model reads; what only the encoder reads is left out."""
+def shorten_tensors(outer: nn.Module, inputs: Mapping, plan: Shortening, consumed: set[str]) -> dict:
+    """Shortens every `[B, S]` tensor that the language model reads, and leaves out what only the encoder reads."""
     shape = inputs["input_ids"].shape
-    config = unwrap(model).config
+    config = outer.config
     encoded, short = raw_keys(config), {}
-    left = tuple(key for key in RAW_KEYS if key not in encoded)  # for `forward`, with their masks
+    left = tuple(key for key in RAW_KEYS if key not in encoded)  # `forward` encodes these, with their masks
+    # (B, S) -> (B, S'). Padding: a text id for ids, -100 for labels, else 0.
     for key, value in inputs.items():
         if key in consumed or key in encoded or key == "position_ids":
             continue
         if isinstance(value, torch.Tensor) and value.shape == shape and not key.startswith(left):
             value = plan.apply(value, fill_value(config) if key == "input_ids" else FILL.get(key, 0))
         short[key] = value
+    # The mask of the shortened batch, in the dtype of the given one.
     given = short.get("attention_mask")
     short["attention_mask"] = plan.mask.to(plan.source.dtype if given is None else given.dtype)
-    if "labels" in short:  # the two modes must count the same tokens
+    # No labels at placeholders, because both modes must count the same tokens.
+    if "labels" in short:
         for token_id in visual_token_ids(config):
             short["labels"] = short["labels"].masked_fill(short["input_ids"] == token_id, -100)
     return short
@@ -321,42 +335,47 @@ def fill_value(config) -> int:
     """A padding id that is no placeholder."""
     pad = config.get_text_config().pad_token_id
     taken = visual_token_ids(config)
+    # The model's padding id if it has a suitable one, else the smallest id that is no placeholder.
     return pad if pad is not None and pad not in taken else next(i for i in range(len(taken) + 1) if i not in taken)
 
 
 def shortened_positions(
-    model: nn.Module, inputs: Mapping, mask: torch.Tensor, plan: Shortening, scheme: str, packing: Packing | None
+    outer: nn.Module, inputs: Mapping, mask: torch.Tensor, plan: Shortening, scheme: str, packing: Packing | None
 ) -> torch.Tensor:
     """Position ids of the shortened batch, `(B, S')`, or `(3, B, S')` for M-RoPE."""
-    full = full_positions(model, inputs, mask)
+    full = full_positions(outer, inputs, mask)
+    # Original: each token's own position, (..., B, S) -> (..., B, S').
     if scheme == "original":
         return plan.apply(full)
+    # Compact: count real tokens, per sample in a packed row; equal on all axes.
     compact = plan.mask.long().cumsum(1) - 1 if packing is None else packing.restarted(plan)
     return compact.clamp(min=0).expand(*full.shape[:-2], -1, -1)
 
 
 def full_positions(model: nn.Module, inputs: Mapping, mask: torch.Tensor) -> torch.Tensor:
-    """The positions that the model would give the full sequence, `(B, S)` or `(3, B, S)`."""
+    """The positions that the model gives the full sequence, `(B, S)` or `(3, B, S)`."""
+    # The batch may bring its own, and most models number 0, 1, ...
     given = inputs.get("position_ids")
     if given is not None:
         return given
-    ids = inputs["input_ids"]
-    owner = encoder_owner(model, "compute_3d_position_ids")
+    ids, outer = inputs["input_ids"], unwrap(model)
+    owner = encoder_owner(outer, "compute_3d_position_ids")
     if owner is None:
         return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    # The model's own numbering of images needs the kind of each token, and some take silence for "all text".
-    rope = encoder_owner(model, "get_rope_index")
+    # The model numbers images by the type of each token, and some models take a missing type for text.
+    rope = encoder_owner(outer, "get_rope_index")
     asks = rope is not None and "mm_token_type_ids" in inspect.signature(rope.get_rope_index).parameters
     if asks and inputs.get("mm_token_type_ids") is None:
         raise ValueError(
             "`inputs` lacks `mm_token_type_ids`, without which the model numbers image tokens as text. "
             "Let the collator pass on all that the processor returns."
         )
+    # M-RoPE: the model's own function, (3, B, S), without a trace of the call on the model.
     names = inspect.signature(owner.compute_3d_position_ids).parameters
     arguments = {key: inputs.get(key) for key in names}
-    if inputs.get("feature_attention_mask") is not None:  # of mel frames, which `forward` counts like this
+    if inputs.get("feature_attention_mask") is not None:  # `forward` counts mel frames this way, too
         arguments["audio_feature_lengths"] = inputs["feature_attention_mask"].sum(1)
-    before = getattr(owner, "rope_deltas", None)  # which numbering the full sequence overwrites
+    before = getattr(owner, "rope_deltas", None)  # the call overwrites them
     positions = owner.compute_3d_position_ids(**{**arguments, "attention_mask": mask, "past_key_values": None})
     owner.rope_deltas = before
     return torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions

@@ -1,4 +1,7 @@
-"""The mode isolator: a short learned prompt that marks the pruned view of an image (arXiv 2602.03815)."""
+"""The mode isolator: a short learned prompt that marks the pruned view of an image (arXiv 2602.03815).
+
+Shapes: l isolator tokens, D hidden.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from ..utils.constants import ISOLATOR_WEIGHTS_NAME
 
 
 class ModeIsolator(nn.Module):
-    """`length` learned tokens, put in front of each image's kept tokens in fast mode.
+    """`length` learned tokens before each image's kept tokens in fast mode.
 
     Args:
         length (`int`): number of tokens l.
         hidden_size (`int`): width D of the language model.
-        std (`float`): scale of the initial values; that of the token embeddings keeps the prompt in their range.
+        std (`float`): scale of the initial values; the scale of the token embeddings keeps the prompt in their range.
     """
 
     def __init__(self, length: int, hidden_size: int, std: float = 0.02):
@@ -27,11 +30,11 @@ class ModeIsolator(nn.Module):
 
     @classmethod
     def for_model(cls, model: nn.Module, length: int) -> ModeIsolator:
-        """An isolator of the model's width, at the scale of its token embeddings, in the dtype of what is trained."""
+        """An isolator of the model's width and trained dtype, at the scale of its token embeddings."""
+        # Width D and scale of the token embeddings, (V, D).
         weight = model.get_input_embeddings().weight
         text = model.config.get_text_config()
-        # Parameters partitioned by ZeRO-3 are empty here and quantized ones are codes; the scale they were drawn with
-        # is in the config.
+        # ZeRO-3's partitioned parameters are empty here and quantized ones hold codes: take the config's initial scale.
         known = weight.numel() and weight.is_floating_point()
         std = weight.detach().float().std().item() if known else text.initializer_range
         return cls(length, text.hidden_size, std).to(weight.device, trained_dtype(model))
@@ -41,7 +44,7 @@ class ModeIsolator(nn.Module):
         return self.prompt.shape[0]
 
     def forward(self) -> torch.Tensor:
-        """The prompt, `(l, D)`. Called as a module, so that sharded training gathers it first."""
+        """The prompt, `(l, D)`. Called as a module, because sharded training gathers parameters in module calls."""
         return self.prompt
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -75,16 +78,17 @@ class ModeIsolator(nn.Module):
 
 
 def trained_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's trainable parameters, the widest where they differ; else that of the model.
+    """The widest dtype of the trainable parameters; without any, that of the model.
 
-    Adapters of a bfloat16 model are float32, since small updates round to nothing in bfloat16: the prompt's would too.
+    Adapters of a bfloat16 model are float32, because small updates round to nothing in bfloat16. The same holds for the
+    prompt.
     """
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     return reduce(torch.promote_types, dtypes) if dtypes else model.dtype
 
 
 def saved_length(folder: str | Path) -> int | None:
-    """Length of the isolator in `folder`; None where it holds none."""
+    """Length of the isolator in `folder`; None if there is none."""
     path = Path(folder) / ISOLATOR_WEIGHTS_NAME
     return load_file(path)["prompt"].shape[0] if path.is_file() else None
 

@@ -1,6 +1,6 @@
-"""What a decoder layer is handed beside its hidden states, cut to the tokens that are left.
+"""Cuts the arguments of a decoder layer, other than its hidden states, to the kept tokens.
 
-Shapes: B batch, S sequence, L shortened sequence.
+Shapes: B batch, S sequence, L shortened sequence after a stage, L' before it, D hidden, d rotary width.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ ROTARY = ("position_embeddings", "freqs_cis")
 
 @dataclass
 class Cut:
-    """What a stage has decided. Rows hold their tokens in order, then fillers that no token sees.
+    """The decision of a stage. Rows hold their tokens in order, then fillers that no token sees.
 
     Args:
-        places (`torch.LongTensor` of shape `(B, L)`): where each slot's token lies in the model's input.
-        slots (`torch.LongTensor` of shape `(B, L)`): where it lay before this stage.
-        back (`torch.LongTensor` of shape `(B, S)`): the slot of each place; of a dropped one, that of the last kept
-            token before it.
-        filler (`torch.BoolTensor` of shape `(B, L)`, *optional*): True on fillers; None where there are none.
-        merge (`Callable`, *optional*): puts the means of merged tokens into hidden states: those in front of this stage
-            `(B, L', D)` and those behind it `(B, L, D)` to the latter.
-        log_sizes (`torch.Tensor` of shape `(B, L)`, *optional*): the logarithm of how many tokens each one stands for.
+        places (`torch.LongTensor` of shape `(B, L)`): position of each slot's token in the model's input.
+        slots (`torch.LongTensor` of shape `(B, L)`): its slot before this stage.
+        back (`torch.LongTensor` of shape `(B, S)`): slot of each position; for a dropped one, of the last kept token
+            before it.
+        filler (`torch.BoolTensor` of shape `(B, L)`, *optional*): True on fillers; None if there are none.
+        merge (`Callable`, *optional*): maps hidden states before this stage `(B, L', D)` and after it `(B, L, D)` to
+            the latter with the means of merged tokens.
+        log_sizes (`torch.Tensor` of shape `(B, L)`, *optional*): the log of how many tokens each one stands for.
     """
 
     places: torch.Tensor
@@ -47,42 +47,49 @@ def names_of(layer: nn.Module, args: tuple) -> list[str]:
 
 
 def cut_argument(name: str, value, cut: Cut):
-    """An argument of a layer that runs over the tokens of `cut` alone.
+    """Cuts an argument of a layer to the tokens of `cut`.
 
     Raises:
-        ValueError: it holds something of each token that can't be cut without knowing it.
+        ValueError: it has a value per token in an unknown layout.
     """
     batch, length = cut.back.shape
     if name == "attention_mask":
         return cut_mask(value, cut)
+    # Several rotary embeddings, such as (cos, sin) or one per kind of layer.
     if name.startswith(ROTARY) and not isinstance(value, torch.Tensor):
         if isinstance(value, Mapping):
             return {key: cut_argument(name, part, cut) for key, part in value.items()}
         return tuple(cut_argument(name, part, cut) for part in value)
     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    # (..., B, S) or (..., 1, S) -> (..., B, L)
     if name == "position_ids" and shape[-1:] == (length,) and shape[-2:-1] in ((batch,), (1,)):
         wide = value.expand(*shape[:-2], batch, length)
         return wide.gather(-1, cut.places.expand(*shape[:-2], -1, -1))
+    # (B, S, d), (1, S, d) or (3, B, S, d) -> (..., B, L, d)
     if name.startswith(ROTARY) and shape[-2:-1] == (length,) and shape[:-2] in ((1,), (batch,), (3, batch)):
         wide = value.expand(*shape[:-3], batch, length, shape[-1])
         return wide.gather(-2, cut.places[..., None].expand(*wide.shape[:-2], -1, shape[-1]))
+    # Anything else that may run over the sequence is refused rather than guessed.
     if any(length in tensor.shape for tensor in tensors_in(value)):
         raise ValueError(f"is handed `{name}`, {describe(value)}, which it is not known how to cut")
     return value
 
 
 def cut_mask(mask: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """An attention mask `(B, S)` or `(B, 1, S, S)`, cut; no token sees fillers."""
+    """Cuts an attention mask `(B, S)` or `(B, 1, S, S)`; no token sees fillers."""
     batch, length = cut.back.shape
     shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else ()
+    # Padding mask: (B, S) -> (B, L).
     if shape == (batch, length):
         short = mask.gather(1, cut.places)
         return short if cut.filler is None else short.masked_fill(cut.filler, 0)
     if len(shape) != 4 or shape[0] not in (1, batch) or shape[2:] != (length, length):
         raise ValueError(f"is handed an attention mask, {describe(mask)}, which it is not known how to cut")
+    # Full mask: rows of queries, then columns of keys, (B, 1, S, S) -> (B, 1, L, S) -> (B, 1, L, L).
     short = mask.expand(batch, -1, -1, -1)
     short = short.gather(2, cut.places[:, None, :, None].expand(-1, shape[1], -1, length))
     short = short.gather(3, cut.places[:, None, None].expand(-1, shape[1], cut.places.shape[1], -1))
+    # No query sees fillers.
     if cut.filler is not None:
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         short = short.masked_fill(cut.filler[:, None, None], hidden)
@@ -90,7 +97,7 @@ def cut_mask(mask: torch.Tensor, cut: Cut) -> torch.Tensor:
 
 
 def tensors_in(value) -> Iterator[torch.Tensor]:
-    """The tensors in a value, in containers too."""
+    """The tensors in a value, also inside containers."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):

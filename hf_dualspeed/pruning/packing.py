@@ -1,8 +1,10 @@
-"""Batches without padding: several samples in a row, told apart by position ids that restart.
+"""Batches without padding: several samples in a row, separated by position ids that restart.
 
-transformers reads such a batch by its rule: no attention mask, and a new sample wherever the position does not grow
-by one. Kept tokens that keep their own positions leave gaps, which that rule would take for boundaries, so the
-boundaries are found before shortening and handed on. Shapes: B batch, S sequence, S' shortened sequence, C samples.
+transformers detects such a batch by its rule: no attention mask, and a new sample wherever the position does not grow
+by one. Kept tokens with their original positions leave gaps, which the rule would take for boundaries. So boundaries
+are found before shortening and passed on.
+
+Shapes: B batch, S sequence, S' shortened sequence, C samples.
 """
 
 from __future__ import annotations
@@ -14,23 +16,22 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 
-from ..models.interface import unwrap
 from .shortening import Shortening
 
-# Kinds of layers that run over the whole row, whatever a mask says.
+# Kinds of layers that ignore masks and run over the whole row.
 RUNNING = ("conv", "linear", "linear_attention", "mamba", "recurrent")
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass
 class Packing:
-    """Which sample each token of a packed batch belongs to.
+    """The sample of each token of a packed batch.
 
     Args:
         config: the language model's.
         dtype (`torch.dtype`): that of its hidden states.
         sample (`torch.LongTensor` of shape `(B, S)`): 0, 1, ... in each row.
-        samples (`int`, *optional*): C, where the batch says it.
+        samples (`int`, *optional*): C, if the batch gives it.
     """
 
     config: object
@@ -39,34 +40,36 @@ class Packing:
     samples: int | None
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Mapping) -> Packing | None:
-        """The packing of a batch; None for a batch that has a mask, or no position ids of its own."""
-        positions = inputs.get("position_ids")
-        if positions is None or inputs.get("attention_mask") is not None:
+    def of(cls, outer: nn.Module, inputs: Mapping) -> Packing | None:
+        """The packing of a batch; None if the batch has a mask, or no position ids of its own."""
+        if not is_packed(inputs):
             return None
-        if positions.dim() == 3:  # M-RoPE: text positions in front of the three axes, or no packing
-            if len(positions) != 4:
-                return None
-            positions = positions[0]
+        positions = inputs["position_ids"]
+        # Text positions, (B, S), which M-RoPE has before its axes. A sample begins where they do not grow by one.
+        positions = positions[0] if positions.dim() == 3 else positions
         restarts = torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1) != 1
-        outer, boundaries = unwrap(model), inputs.get("cu_seq_lens_q")
+        # Number of samples, if the batch gives boundaries; sample of each token, (B, S).
+        boundaries = inputs.get("cu_seq_lens_q")
         samples = None if boundaries is None else boundaries.numel() - 1
         return cls(outer.config.get_text_config(), outer.dtype, restarts.long().cumsum(-1), samples)
 
     def restarted(self, plan: Shortening) -> torch.Tensor:
         """Positions `(B, S')` that restart in each sample and have no gaps."""
+        # Sample of each kept token, (B, S'), -1 on padding.
         sample = plan.apply(self.sample, -1)
         index = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
+        # Distance to the last position where the sample changed.
         begins = torch.diff(sample, dim=1, prepend=sample[:, :1] - 1) != 0
         return index - torch.where(begins, index, 0).cummax(1).values
 
     def shortened(self, plan: Shortening, scheme: str, inputs: Mapping) -> dict:
-        """What `forward` needs to keep the samples of the shortened batch apart: their lengths for FlashAttention, a
-        mask for the others.
+        """Arguments that keep the samples of the shortened batch separate: lengths for FlashAttention, a mask for
+        others.
 
         Raises:
-            ValueError: the model's attention cannot be told the boundaries.
+            ValueError: the model's attention cannot separate the samples.
         """
+        # FlashAttention needs boundaries only.
         flash = is_flash(self.config)
         packed = {"attention_mask": None}
         if flash or "cu_seq_lens_q" in inputs:
@@ -74,6 +77,7 @@ class Packing:
         if flash:
             return packed
         self._check_attention(inputs)
+        # Causal mask that separates samples by restarting positions, (B, 1, S', S').
         window = self._window(plan.source.shape[1])
         if not window:
             packed["attention_mask"] = create_causal_mask(
@@ -88,25 +92,26 @@ class Packing:
                 f"Packed samples and a sliding window of {window} tokens need position_ids='compact': with 'original' "
                 "no mask can say both. Set position_ids='compact', or pad the batch instead of packing it."
             )
-        else:  # transformers finds the boundaries in restarting positions, but not where it fills a cache
+        else:  # transformers finds the boundaries in restarting positions, but not while it fills a cache
             packed["use_cache"] = False
         return packed
 
     def varlen(self, plan: Shortening) -> dict:
-        """FlashAttention's boundaries of a row; one host synchronisation where the batch did not bring its own."""
+        """FlashAttention's boundaries of a row. One host synchronisation if the batch has no boundaries of its own."""
         if len(self.sample) != 1:
             raise ValueError(
                 f"FlashAttention takes packed samples in one row, got {len(self.sample)} rows with restarting "
                 "`position_ids` and no attention mask. Flatten the batch into one row."
             )
+        # Sample of each kept token, (S',), in ascending order.
         sample = plan.apply(self.sample, -1)[0]
         samples = int(self.sample.amax()) + 1 if self.samples is None else self.samples
-        # searchsorted counts the tokens of earlier samples.
+        # Number of tokens of earlier samples, (C + 1,).
         ends = torch.searchsorted(sample, torch.arange(samples + 1, device=sample.device)).int()
         return varlen(ends, len(sample))
 
     def _check_attention(self, inputs: Mapping) -> None:
-        """Refuses what lets packed samples see each other in transformers itself."""
+        """Refuses what mixes packed samples in transformers itself."""
         layers = getattr(self.config, "layer_types", None) or getattr(self.config, "layers_block_type", None) or ()
         running = sorted({f"layers of kind {kind!r}" for kind in layers if kind in RUNNING})
         kinds = ["attention that depends on `token_type_ids`"] if inputs.get("token_type_ids") is not None else []
@@ -117,16 +122,31 @@ class Packing:
             )
 
     def _window(self, length: int) -> int | None:
-        """The sliding window of some layers, where it is shorter than the batch."""
+        """The sliding window of some layers, if it is shorter than the batch."""
         window = getattr(self.config, "sliding_window", None)
         local = "sliding_attention" in (getattr(self.config, "layer_types", None) or ())
         return window if local and window and window < length else None
 
 
-def one_sample(model: nn.Module, plan: Shortening) -> dict:
-    """Says that a batch of one row is one sample, where FlashAttention would look at its position ids: it takes each
-    isolator token at the start of a sequence, all of the first position, for a sample of its own."""
-    if len(plan.source) != 1 or not is_flash(unwrap(model).config.get_text_config()):
+def is_packed(inputs: Mapping) -> bool:
+    """Whether rows hold several samples: the batch has position ids of its own, and no mask.
+
+    M-RoPE then has text positions before its three axes.
+    """
+    positions = inputs.get("position_ids")
+    if positions is None or inputs.get("attention_mask") is not None:
+        return False
+    # (B, S), or (4, B, S): text positions and the axes of M-RoPE.
+    return positions.dim() != 3 or len(positions) == 4
+
+
+def one_sample(outer: nn.Module, plan: Shortening) -> dict:
+    """Declares a batch of one row as one sample for FlashAttention.
+
+    From position ids alone, FlashAttention would take each isolator token at the start of a sequence for a sample,
+    because all of them have the first position.
+    """
+    if len(plan.source) != 1 or not is_flash(outer.config.get_text_config()):
         return {}
     length = plan.source.shape[1]
     return varlen(torch.tensor([0, length], dtype=torch.int32).to(plan.source.device, non_blocking=True), length)
@@ -138,5 +158,5 @@ def is_flash(config) -> bool:
 
 
 def varlen(ends: torch.Tensor, length: int) -> dict:
-    """The arguments of FlashAttention for samples that end at `ends` `(C + 1,)`, none longer than `length`."""
+    """The arguments of FlashAttention for samples with boundaries `ends` `(C + 1,)`, none longer than `length`."""
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}

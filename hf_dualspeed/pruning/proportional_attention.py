@@ -1,8 +1,10 @@
 """Proportional attention: a key that stands for s tokens gets log(s) added to its attention logits (arXiv 2210.09461).
 
 With a tenth of the visual tokens, an image would get a tenth of the attention mass, and training would adapt to that.
-All layers of the language model look up their attention function at each call, so it is there that the bias goes in,
-and no family needs code of its own. Shapes: B batch, S sequence, Q queries, K keys, H heads, d head width.
+All layers of the language model look up their attention function at each call. The bias is added there, so no family
+needs code of its own.
+
+Shapes: B batch, S sequence, P cached tokens, Q queries, K keys, H heads of queries, H' heads of keys, d head width.
 """
 
 from __future__ import annotations
@@ -20,27 +22,27 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..models.attention import allowed_rows, change_calls
 from ..models.interface import unwrap
 
-# Where modules of a language model find its `KeySizes`; no parameter and no buffer, so in no checkpoint.
+# Attribute by which modules of a language model find its `KeySizes`. Not a parameter or buffer, so in no checkpoint.
 ATTRIBUTE = "_dualspeed_key_sizes"
 HOOKED = "_dualspeed_takes_sizes"
-# Beside the encoders' outputs in `mm_encoder_outputs`, which `generate` hands on to the prefill.
+# Key of the sizes in `mm_encoder_outputs`, which `generate` passes on to the prefill.
 CARRIED = "dualspeed_key_log_sizes"
 REMEDY = "Set proportional_attention=False."
 EXTRA_WIDTH = 8  # FlashAttention's kernels take head widths in multiples of 8 ...
-LARGEST_WIDTH = 256  # ... up to this
-PIECES = 3  # numbers of 8 bits that make up one of 24, so that nothing is lost in half precision
+LARGEST_WIDTH = 256  # ... up to this one
+PIECES = 3  # three numbers of 8 bits hold the 24 bits of a float32 exactly in half precision
 
 
 @dataclass
 class KeySizes:
-    """What the layers of one language model add to their attention logits now.
+    """What the layers of one language model currently add to their attention logits.
 
     Args:
-        log_sizes (`torch.Tensor` of shape `(B, S)`, *optional*): of each key, in float32; those behind them stand for
+        log_sizes (`torch.Tensor` of shape `(B, S)`, *optional*): of the first S keys, in float32; later keys stand for
             themselves. None: plain attention.
-        total (`int`): keys that there are, those in a cache included.
-        taken_by (*optional*): who decides on them now: a training pass, or the model that is being called.
-        used (`bool`): whether an attention function has taken them since they were set.
+        total (`int`): number of keys, those in a cache included.
+        taken_by (*optional*): the owner that sets them now: a training pass, or the model that is being called.
+        used (`bool`): whether an attention function has used them since they were set.
     """
 
     log_sizes: torch.Tensor | None = None
@@ -51,13 +53,13 @@ class KeySizes:
     _thread: int = 0
 
     def set(self, log_sizes: torch.Tensor | None, total: int = 0) -> None:
-        """From now on, keys have these sizes `(B, S)`; None: each stands for itself."""
+        """Sets the sizes of the keys `(B, S)`; None: each stands for itself."""
         total = 0 if log_sizes is None else max(total, log_sizes.shape[1])
         if log_sizes is not self.log_sizes or total != self.total:
             self.log_sizes, self.total, self.used, self._masks = log_sizes, total, False, []
 
     def take(self, owner: object) -> bool:
-        """Whether `owner` decides from now on, which it does not inside the call of another one.
+        """Makes `owner` the one that sets the sizes; False inside the call of another owner.
 
         Raises:
             RuntimeError: the model is running in another thread.
@@ -67,23 +69,23 @@ class KeySizes:
                 "The model is running in another thread, and its layers know the sizes of one batch at a time. Let "
                 "calls of one model wait for each other, or pass proportional_attention=False."
             )
-        if self.taken_by not in (None, owner):  # itself, where an interrupt has ended its last call
+        if self.taken_by not in (None, owner):  # it is `owner` after an interrupted call
             return False
         self.taken_by, self._thread = owner, get_ident()
         return True
 
     def __getstate__(self) -> dict:
-        """For copies and pickles, which are not in the middle of a pass."""
+        """The state of copies and pickles, which are not in the middle of a pass."""
         return {"log_sizes": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__()
 
     def of_keys(self, batch: int, count: int) -> torch.Tensor:
-        """The bias `(batch, count)` of an attention's keys.
+        """The bias `(batch, count)` of the keys of an attention call.
 
-        A cache holds the prompt first; a sliding one its end alone; a static one empty places at the end. Beams repeat
-        each sample.
+        A cache holds the prompt first; a sliding one only its end; a static one has empty places at the end. Beams
+        repeat each sample.
 
         Raises:
             ValueError: the keys are not those of the batch.
@@ -95,16 +97,20 @@ class KeySizes:
                 f"Proportional attention knows the sizes of {rows} samples, but is asked for those of {batch}. "
                 "Prune the very batch that the model is called with."
             )
+        # Beams: (B, S) -> (batch, S).
         if batch != rows:
             sizes = sizes.repeat_interleave(batch // rows, dim=0)
+        # Keys of a plain forward pass.
         if count == known == self.total:
             return sizes
+        # Zeros for tokens after the prompt and for empty places, then the `count` keys that the cache holds.
         start = max(0, self.total - count)
         return F.pad(sizes, (0, max(self.total, count) - known))[:, start : start + count]
 
     def attend(self, implementation: str, function: Callable, module: nn.Module, query, key, value, mask, options):
-        """Calls an attention function with the bias of its keys, in the way that this one takes it."""
+        """Calls an attention function and adds the bias of its keys in the form that the function supports."""
         self.used = True
+        # log(s) of each key, (B, K).
         bias = self.of_keys(key.shape[0], key.shape[2]).to(query.device, non_blocking=True)
         if "flash" in implementation:
             if options.get("softcap") is not None:
@@ -112,28 +118,33 @@ class KeySizes:
                     f"{type(module).__name__} caps its attention logits (softcap), and FlashAttention leaves no way to "
                     "add sizes behind the cap. Set attn_implementation='eager', or proportional_attention=False."
                 )
+            # FlashAttention takes no additive mask: extra head dimensions hold the bias, or SDPA runs.
             if query.shape[-1] + EXTRA_WIDTH <= LARGEST_WIDTH:
                 return widened(function, module, query, key, value, mask, options, bias)
             mask = biased_mask(allowed_rows(module, query, key.shape[2], mask, options), False, query, bias)
             return sdpa_attention_forward(module, query, key, value, mask, **options)
         if "flex" in implementation:
+            # FlexAttention takes a bias, (B, 1, 1, K) -> (B, H, Q, K).
             own = options.pop("position_bias", None)
             bias = bias[:, None, None].to(query.dtype)
             bias = bias.expand(-1, query.shape[1], query.shape[2], -1) if own is None else own + bias
             return function(module, query, key, value, mask, position_bias=bias, **options)
+        # SDPA and eager attention take an additive mask.
         mask = self.added(module, query, mask, options, bias, implementation)
         return function(module, query, key, value, mask, **options)
 
     def added(self, module: nn.Module, query, mask, options: dict, bias: torch.Tensor, implementation: str):
-        """A mask `(B, 1, Q, K)` to be added to the logits, of the bias `(B, K)` and a layer's own mask.
+        """An additive mask `(B, 1, Q, K)` from the bias `(B, K)` and a layer's own mask.
 
-        Layers are often handed the same mask, so the last ones are kept.
+        Layers often receive the same mask, so the last results are cached.
         """
         causal = None
-        if mask is None:  # SDPA is causal then, unless it decodes or is told otherwise; eager attention is not
+        # Without a mask, SDPA is causal unless it decodes or `is_causal` is False; eager attention is not causal.
+        if mask is None:
             causal = options.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
             causal = bool(causal) and query.shape[2] > 1 and implementation != "eager"
+        # Reuse the mask of an earlier layer.
         facts = (causal, query.shape[2], bias.shape, query.dtype, query.device)
         kept = None if torch.compiler.is_compiling() else self._masks
         for known, by, result in kept or ():
@@ -148,43 +159,49 @@ class KeySizes:
 def biased_mask(
     mask: torch.Tensor | None, causal: bool | None, query: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """The bias `(B, K)` where a query may look and the lowest number elsewhere: `(B, 1, Q, K)`, or `(B, 1, 1, K)`
-    where all queries see all keys."""
+    """The bias `(B, K)` at keys that a query may see and the lowest number elsewhere, `(B, 1, Q, K)`.
+
+    `(B, 1, 1, K)` if all queries see all keys.
+    """
     lowest = torch.finfo(query.dtype).min
     bias = bias[:, None, None].to(query.dtype)
     if mask is None and not causal:
         return bias
     if mask is None:
+        # Causal: the lower triangle, (Q, K).
         length, count = query.shape[2], bias.shape[-1]
         mask = torch.ones(length, count, dtype=torch.bool, device=bias.device).tril()
+    # A static mask may be wider than the keys. Boolean masks select, additive ones are summed: (B, 1, Q, K).
     mask = mask[..., : bias.shape[-1]]
     return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else mask + bias
 
 
 def widened(function: Callable, module: nn.Module, query, key, value, mask, options: dict, bias: torch.Tensor):
-    """Attention with the bias `(B, K)` in more head dimensions, for kernels that take no mask to add.
+    """Attention with the bias `(B, K)` in extra head dimensions, for kernels that take no additive mask.
 
-    Queries have ones there, keys the bias over the scale, so that their products add it. It is split into numbers of
-    few bits, whose sum is exact in any precision.
+    Extra dimensions of queries are 1 and those of keys hold bias / scaling, so their products add the bias. It is split
+    into numbers of few bits, whose sum is exact in any precision.
     """
     width, value_width = query.shape[-1], value.shape[-1]
     scaling = options.get("scaling")
     scaling = width**-0.5 if scaling is None else scaling
+    # bias / scaling as a sum of bfloat16 numbers, each the rounded rest of the ones before, (B, K) each.
     left, pieces = bias.float() / scaling, []
     for _ in range(PIECES):
         pieces.append(left.bfloat16().float())
         left = left - pieces[-1]
-    # (B, H', K, 8) for the keys, and ones (B, H, Q, 8) beside the queries.
+    # Keys: (B, H', K, d) -> (B, H', K, d + 8); queries: ones, (B, H, Q, d) -> (B, H, Q, d + 8).
     beside = F.pad(torch.stack(pieces, dim=-1), (0, EXTRA_WIDTH - PIECES)).to(key.dtype)
     key = torch.cat([key, beside[:, None].expand(-1, key.shape[1], -1, -1)], dim=-1)
     query = F.pad(query, (0, EXTRA_WIDTH), value=1.0)
+    # Values need the same width: zeros, which are cut off the result again.
     value = F.pad(value, (0, width + EXTRA_WIDTH - value_width))
     states, *rest = function(module, query, key, value, mask, **{**options, "scaling": scaling})
     return states[..., :value_width], *rest
 
 
 def change_call(implementation: str, function: Callable, module: nn.Module) -> Callable | None:
-    """What stands in for an attention function where the keys of a layer have sizes; None elsewhere."""
+    """A replacement for an attention function if the keys of the layer have sizes, else None."""
     sizes = module.__dict__.get(ATTRIBUTE)
     if sizes is None or sizes.log_sizes is None:
         return None
@@ -198,28 +215,31 @@ def change_call(implementation: str, function: Callable, module: nn.Module) -> C
 
 
 def key_sizes_of(model: nn.Module) -> KeySizes:
-    """The [`KeySizes`] of a model's language model, which its layers know from now on."""
+    """The [`KeySizes`] of a model's language model. Its layers refer to them from then on."""
     decoder = unwrap(model).get_decoder()
     sizes = decoder.__dict__.get(ATTRIBUTE)
     if sizes is None:
         sizes = KeySizes()
         decoder.register_forward_pre_hook(_forget_sizes)
-    for module in decoder.modules():  # layers may have come since
+    # Every module refers to the same object.
+    for module in decoder.modules():  # layers may have been added since
         module.__dict__.setdefault(ATTRIBUTE, sizes)
     change_calls(change_call)
     return sizes
 
 
 def _forget_sizes(decoder: nn.Module, args: tuple) -> None:
-    """A call on whose sizes nobody decides is plain. Layers that are computed again in backward do not come by here,
-    and find the sizes of the last call."""
+    """Makes attention plain in a call for which nobody set sizes.
+
+    Layers that backward recomputes do not pass here, and use the sizes of the last call.
+    """
     sizes = decoder.__dict__[ATTRIBUTE]
     if sizes.taken_by is None:
         sizes.set(None)
 
 
 def check_used(model: nn.Module, sizes: KeySizes) -> None:
-    """Raises a `ValueError` where the language model has run and none of its layers took the sizes."""
+    """Raises a `ValueError` if the language model has run and none of its layers used the sizes."""
     if sizes.log_sizes is not None and not sizes.used:
         raise ValueError(
             f"{type(unwrap(model)).__name__} does not call transformers' attention functions, so its attention cannot "
@@ -228,36 +248,39 @@ def check_used(model: nn.Module, sizes: KeySizes) -> None:
 
 
 def carry(model: nn.Module, inputs: dict, log_sizes: torch.Tensor) -> dict:
-    """Inputs that bring the sizes of their keys `(B, S)` along, for `forward` and `generate` of this model."""
+    """Adds the sizes of the keys `(B, S)` to the inputs, for `forward` and `generate` of this model."""
     watch_calls(model)
     return inputs | {"mm_encoder_outputs": {**(inputs.get("mm_encoder_outputs") or {}), CARRIED: log_sizes}}
 
 
 def watch_calls(model: nn.Module) -> KeySizes:
-    """Hooks by which the model takes sizes out of its arguments and its cache: calls may enter at the model as it is
-    given, or at the transformers model in it."""
+    """Registers hooks that take sizes from the model's arguments and from its cache.
+
+    A call may enter at the given model or at the transformers model inside it.
+    """
     sizes = key_sizes_of(model)
     for module in {id(m): m for m in (model, unwrap(model))}.values():
         if module.__dict__.get(HOOKED) is None:
-            module.__dict__[HOOKED] = sizes  # beside the hooks, so that copies of the model have both
+            module.__dict__[HOOKED] = sizes  # stored with the hooks, so copies of the model have both
             module.register_forward_pre_hook(_take_sizes, with_kwargs=True)
             module.register_forward_hook(_leave_sizes, with_kwargs=True, always_call=True)
     return sizes
 
 
 def _take_sizes(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Sets the sizes that the arguments of `forward` bring along, or those of the cache that they go on from."""
+    """Sets the sizes in the arguments of `forward`, or those on the cache that the call continues."""
     sizes: KeySizes = model.__dict__[HOOKED]
     if not sizes.take(model):
         return None
     kwargs, given = dict(kwargs), None
     outputs = kwargs.get("mm_encoder_outputs")
     if isinstance(outputs, Mapping) and CARRIED in outputs:
-        outputs = dict(outputs)  # `generate` hands the same one on at each step
+        outputs = dict(outputs)  # `generate` passes the same dict at each step
         given = outputs.pop(CARRIED)
         kwargs["mm_encoder_outputs"] = outputs
-        if not outputs:  # some models take none
+        if not outputs:  # some models accept no empty dict
             del kwargs["mm_encoder_outputs"]
+    # Number of tokens in this call, from ids (B, S) or embeddings (B, S, D).
     states = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
     length = (args[0] if states is None else states).shape[1]
     sizes.set(*continued(kwargs.get("past_key_values"), given, length))
@@ -265,8 +288,9 @@ def _take_sizes(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 def continued(cache: object, given: torch.Tensor | None, length: int) -> tuple[torch.Tensor | None, int]:
-    """Sizes of the P tokens in a cache and of the `length` ones of a call, of which `given` `(B, n)` are known, and how
-    many tokens that are; None where all of them stand for themselves.
+    """The sizes of the P tokens in a cache and of the `length` tokens of a call, and the number of all these tokens.
+
+    `given` `(B, n)` are the known sizes of the call's tokens. Returns None and 0 if all tokens stand for themselves.
 
     Raises:
         ValueError: the call has fewer tokens than sizes.
@@ -275,6 +299,7 @@ def continued(cache: object, given: torch.Tensor | None, length: int) -> tuple[t
     if given is None and before is None:
         return None, 0
     past = 0 if cache is None else int(cache.get_seq_length())
+    # Tokens after the known ones stand for themselves.
     if given is None:
         return before, past + length
     if given.shape[1] > length:
@@ -282,16 +307,18 @@ def continued(cache: object, given: torch.Tensor | None, length: int) -> tuple[t
             f"The model is called with {length} tokens, but with the sizes of {given.shape[1]}. Call it with all that "
             "`prune_inputs` returned."
         )
-    if not past:  # without a cache, what was generated stands behind the prompt
+    if not past:  # without a cache, generated tokens follow the prompt
         return given, length
-    # A later turn stands at the end of what is new.
+    # With a cache, the prompt of a later turn is at the end of the call: (B, P) and (B, length) -> (B, P + length).
     before = given.new_zeros(len(given), past) if before is None else F.pad(before, (0, past - before.shape[1]))
     return torch.cat([before, F.pad(given, (length - given.shape[1], 0))], dim=1), past + length
 
 
 def _leave_sizes(model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-    """Notes the sizes on the cache, for what is generated from it. Layers keep them, for a backward pass that
-    recomputes activations."""
+    """Stores the sizes on the cache, for later calls.
+
+    Layers keep them, for a backward pass that recomputes activations.
+    """
     sizes: KeySizes = model.__dict__[HOOKED]
     if sizes.taken_by is model:
         sizes.taken_by = None
@@ -301,7 +328,7 @@ def _leave_sizes(model: nn.Module, args: tuple, kwargs: dict, output: object) ->
 
 
 def note(sizes: KeySizes, kwargs: Mapping, output: object) -> None:
-    """Notes the sizes on the cache of a call, be it given or made by the model."""
+    """Stores the sizes on the cache of a call, whether given or created by the model."""
     parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
     for cache in (kwargs.get("past_key_values"), *parts):
         if isinstance(cache, Cache) and sizes.log_sizes is not None:

@@ -1,4 +1,7 @@
-"""Shortens every `[B, S]` tensor of a batch alike. Shapes: B batch, S sequence, S' shortened sequence."""
+"""Shortens every `[B, S]` tensor of a batch in the same way.
+
+Shapes: B batch, S sequence, S' shortened sequence.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ FILL = {"labels": -100, "attention_mask": 0}
 
 @dataclass
 class Shortening:
-    """Where each token of the shortened batch comes from.
+    """The source of each token of the shortened batch.
 
     Args:
         source (`torch.LongTensor` of shape `(B, S')`): position in the full sequence.
@@ -36,36 +39,40 @@ def plan_shortening(
     copies: dict[int, torch.Tensor],
     finite: Sequence[torch.Tensor] = (),
 ) -> Shortening:
-    """Plans the removal and repetition of placeholders, padding on the side the batch was padded on.
+    """Plans the removal and repetition of placeholders. The result is padded on the same side as the batch.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(B, S)`).
         attention_mask (`torch.Tensor` of shape `(B, S)`): padding is dropped before rows are padded again.
-        copies (`dict[int, torch.LongTensor]`): for each placeholder id, how often each of its placeholders, in the
-            order of the flattened batch, appears in the result: 0 drops it.
-        finite (`Sequence[torch.BoolTensor]`): whether the features behind them are finite, each of no dimensions.
+        copies (`dict[int, torch.LongTensor]`): for each placeholder id, how often each of its placeholders appears in
+            the result, in the order of the flattened batch; 0 drops it.
+        finite (`Sequence[torch.BoolTensor]`): whether the features of each modality are finite, without dimensions.
 
     Raises:
-        ValueError: a placeholder's number in the batch differs from its features' (both are named), or features are
-            not finite.
+        ValueError: the numbers of placeholders and features differ (the message names both), or features are not
+            finite.
     """
+    # How often each token appears in the result, (B, S): 1 for text, 0 for padding, `repeats` for placeholders.
     count = attention_mask.bool().long()
     found = []
     for token_id, repeats in copies.items():
         is_visual = input_ids == token_id
+        # Number of each placeholder in the flattened batch, (B, S).
         rank = is_visual.flatten().cumsum(0).view_as(input_ids) - 1
         count = torch.where(is_visual, repeats[rank.clamp(0, len(repeats) - 1)], count)
         found.append(is_visual.sum())
+    # Tokens of each shortened row, (B,).
     length = count.sum(1)
     # The one host synchronisation of shortening: tensors need a size.
     longest, *found = torch.stack([length.amax(), *found, *finite]).tolist()
     check_finite(all(found[len(copies) :]))
     for (token_id, repeats), placeholders in zip(copies.items(), found, strict=False):
         check_count(token_id, placeholders, len(repeats))
+    # Number of the token in each slot, (B, S'): negative on left padding, `length` or more on right padding.
     padded_left = (attention_mask[:, 0] == 0).any()
     slot = torch.arange(longest, device=input_ids.device) - torch.where(padded_left, longest - length, 0)[:, None]
     mask = (slot >= 0) & (slot < length[:, None])
-    # Slot j holds the first token up to which more than j tokens are kept.
+    # Slot j holds the first token at which the count of kept tokens exceeds j, (B, S').
     source = torch.searchsorted(count.cumsum(1), slot.clamp(min=0), right=True).clamp(max=input_ids.shape[1] - 1)
     return Shortening(source, mask)
 

@@ -1,1 +1,1 @@
-"""The record of a run (results.json) as model card, plots and a repo on the Hub."""
+"""Publishes a run: its record (results.json), model card, plots and repo on the Hub."""

@@ -1,4 +1,4 @@
-"""Cards that are written again: what is generated is renewed, what a person wrote stays."""
+"""Merges cards: generated parts are renewed, hand-written parts stay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import yaml
 
 MARKER = "<!-- dualspeed -->"
-# Which keys of the front matter are not a person's, so that they go when they are no longer true.
+# Lists the generated keys of the front matter, which are removed when a later run does not give them.
 GIVEN = re.compile(r"<!-- front matter by dualspeed: ([\w -]*) -->")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"(#{1,2})[ \t]+(.*)")
@@ -17,10 +17,10 @@ FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 @dataclass
 class Section:
-    """A heading of level 1 or 2 with what stands below it.
+    """A heading of level 1 or 2 with the text below it.
 
-    `key` is the heading's words, "#" for the title, "# words" for further headings of level 1 and "" for what stands
-    above all headings. No two sections of a card have the same one.
+    `key` is the heading's words, "#" for the title, "# words" for further headings of level 1, and "" for the text
+    above all headings. It is unique within a card.
     """
 
     key: str
@@ -29,29 +29,21 @@ class Section:
 
 
 def heading(words: str, level: int = 2) -> str:
-    """The heading of a generated section, with the hidden marker by which it is found again."""
+    """The heading of a generated section, with the hidden marker that identifies it later."""
     return f"{'#' * level} {words} {MARKER}"
-
-
-def table(head: tuple | list, rows: list) -> str:
-    """A Markdown table; bars and line breaks in cells are harmless."""
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in (head, ["---"] * len(head), *rows))
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else " ".join(str(value).split()).replace("|", "\\|")
 
 
 def merge_card(existing: str, generated: str) -> str:
     """Renews a card (README.md with YAML front matter) and keeps what a person wrote.
 
-    Front matter: generated keys replace their likes, other keys stay, `tags` are united. Sections, the parts below
-    headings of level 1 and 2: those that carry the marker are replaced in place, or removed where they are no longer
-    generated; those without it are the user's and kept as they are, also in place of a generated one of the same
-    heading. What is new comes behind the generated section before it, or at the end. Merging again changes nothing.
+    Front matter: generated keys replace existing ones, other keys stay, `tags` are united.
+
+    Sections (below headings of level 1 and 2): those with the marker are replaced in place, or removed if they are no
+    longer generated. Those without it are the user's and stay, even against a generated section of the same heading.
+    New sections come behind the generated section before them, or at the end. Merging again changes nothing.
 
     Raises:
-        ValueError: the front matter of the existing card is no YAML mapping.
+        ValueError: the front matter of the existing card is not a YAML mapping.
     """
     if not existing.strip():
         return generated
@@ -61,19 +53,20 @@ def merge_card(existing: str, generated: str) -> str:
 
 
 def adopt_card(local: str, published: str) -> str:
-    """Takes over into the local card what a person wrote into the published one, which is the newer word.
+    """Copies what a person wrote into the published card to the local one; the published card counts as newer.
 
-    Sections without the marker and the front matter's values: where both cards have them, the published ones win;
-    those of one card alone stay, also where they were deleted on the Hub. Generated sections stay the local ones.
+    Of hand-written sections and front matter values in both cards, the published ones win. Those in one card only stay,
+    even if they were deleted on the Hub. Generated sections stay local.
 
     Raises:
-        ValueError: the front matter of either card is no YAML mapping.
+        ValueError: the front matter of either card is not a YAML mapping.
     """
     ours, our_body = split_front_matter(local)
     theirs, their_body = split_front_matter(published)
     if not local.strip() or not published.strip():
         return local if local.strip() else published
-    if given_keys(local):  # what was generated there is of an earlier run, but its tags may be a person's
+    # Generated values of the published card come from an earlier run; its tags may be a person's.
+    if given_keys(local):
         generated = given_keys(published) - {"tags"}
         theirs = {key: value for key, value in theirs.items() if key not in generated}
     found = sections(their_body)
@@ -83,7 +76,7 @@ def adopt_card(local: str, published: str) -> str:
 
 
 def given_keys(card: str) -> set[str]:
-    """The keys of the front matter that are generated, as the card itself lists them."""
+    """The generated keys of the front matter, as the card itself lists them."""
     match = GIVEN.search(card)
     return set(match[1].split()) if match else set()
 
@@ -92,14 +85,14 @@ def split_front_matter(card: str) -> tuple[dict, str]:
     """The front matter's values and the text below it.
 
     Raises:
-        ValueError: the front matter is no YAML mapping, or its tags are no words.
+        ValueError: the front matter is not a YAML mapping, or its tags are not words.
     """
     match = FRONT_MATTER.match(card)
     if match is None:
         return {}, card
     try:
         values = yaml.safe_load(match[1]) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, and of what is too deep
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # broken dates, deep nesting
         values = error
     if not isinstance(values, dict):
         raise ValueError(
@@ -112,8 +105,10 @@ def split_front_matter(card: str) -> tuple[dict, str]:
 
 
 def sections(body: str) -> list[Section]:
-    """The parts of a card, that above the first heading among them. The title is the generated heading of level 1, or
-    the first one where none is generated."""
+    """The sections of a card; the first is the text above all headings.
+
+    The title is the generated heading of level 1, or the first one if none is generated.
+    """
     found, fence = [Section("", "", False)], None
     for line in body.splitlines(keepends=True):
         mark = FENCE.match(line)
@@ -152,12 +147,12 @@ def _merged_body(old: list[Section], new: list[Section]) -> str:
 
 
 def _with_missing(kept: list[Section], others: list[Section]) -> list[Section]:
-    """The sections, and those of `others` whose keys they lack, each behind the one that it follows there."""
-    kept, end = list(kept), None  # behind which section the next one goes
+    """`kept` plus the sections of `others` whose keys it lacks, each behind the one that it follows in `others`."""
+    kept, end = list(kept), None  # end: index where the next new section goes
     for section in others:
         places = [place for place, one in enumerate(kept) if one.key == section.key and one.text.strip()]
         if not places and section.text.strip():
-            kept = kept if section.key else [one for one in kept if one.key]  # in place of empty lines
+            kept = kept if section.key else [one for one in kept if one.key]  # it replaces empty lines
             places = [0 if section.key == "" else len(kept) if end is None else end]
             kept.insert(places[0], section)
         if section.key and places and kept[places[0]].generated == section.generated:
@@ -166,7 +161,7 @@ def _with_missing(kept: list[Section], others: list[Section]) -> list[Section]:
 
 
 def _joined(parts: list[Section]) -> str:
-    """The sections' texts with an empty line behind each; those of a user otherwise as they are."""
+    """The sections' texts, separated by empty lines; a user's are otherwise unchanged."""
     text = ""
     for part in parts:
         if text.strip() and not text.endswith(("\n\n", "\n\r\n")):

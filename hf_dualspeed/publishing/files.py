@@ -1,4 +1,4 @@
-"""What of a run's folder may be published: whole checkpoints, files of known names, and no token."""
+"""Selects the files of a run's folder that may be published: whole checkpoints, known file names, no tokens."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from transformers.utils import (
 from ..hub.source import CODE_NAME, REFERENCE
 from ..utils.constants import CARD_NAME, RESULTS_NAME
 
-# What transformers, tokenizers, PEFT and this library write into a model's folder. A list of what is allowed, since
-# any other file may be private.
+# Files that transformers, tokenizers, PEFT and this library write into a model's folder. Any other file may be private.
 TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 TOKENIZERS += ("vocab*.json", "vocab*.txt", "spiece.model", "sentencepiece*.model", "spm*.model", "bpe.codes")
 TOKENIZERS += ("*.tiktoken", "tekken.json", "normalizer.json", "chat_template.jinja", "chat_template.json")
@@ -40,9 +39,9 @@ ANY_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
 
 def published_files(folder: Path, card: str) -> list[str]:
-    """The files to push, relative to `folder`: of known names, code that a config names, and images in the card.
+    """The files to push, relative to `folder`: known names, code that a config names, and images in the card.
 
-    Links are none of them, nor are hidden files. Of subfolders, chat templates and further PEFT adapters count.
+    Links and hidden files are left out. Of subfolders, only chat templates and further PEFT adapters are taken.
     """
     names = _named(folder, TOP)
     images = {unquote(match).removeprefix("./") for match in IMAGE.findall(card)}
@@ -56,7 +55,7 @@ def published_files(folder: Path, card: str) -> list[str]:
 
 
 def left_out(folder: Path, files: list[str]) -> list[str]:
-    """What else lies in `folder`: files, and folders of which nothing is among `files`."""
+    """Everything in `folder` that is not pushed: files, and folders that hold none of `files`."""
     parts = {name.split("/")[0] for name in files if "/" in name}
     inner = [path for part in sorted(parts) for path in (folder / part).iterdir()]
     paths = [path for path in (*folder.iterdir(), *inner) if path.name not in parts or path.parent != folder]
@@ -65,7 +64,7 @@ def left_out(folder: Path, files: list[str]) -> list[str]:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether it is a file, and no link to one that may lie anywhere."""
+    """Whether the path is a file and not a link."""
     return path.is_file() and not path.is_symlink()
 
 
@@ -75,10 +74,10 @@ def _named(folder: Path, patterns: tuple[str, ...]) -> list[str]:
 
 
 def code_files(folder: Path, configs: list[str]) -> set[str]:
-    """The Python files beside the configs that their `auto_map` names, and those that these import.
+    """The Python files in `folder` that the `auto_map` of a config names, and those that they import.
 
     Raises:
-        ValueError: a config is no JSON mapping, or a Python file no text.
+        ValueError: a config is not a JSON mapping, or a Python file is not UTF-8.
     """
     names = [f"{match[1]}.py" for name in configs for match in _references(folder / name)]
     found: set[str] = set()
@@ -95,7 +94,7 @@ def code_files(folder: Path, configs: list[str]) -> set[str]:
 
 
 def _references(config: Path) -> Iterator[re.Match]:
-    """The "file.ClassName" in a config's `auto_map`; tokenizers name two, of which one may be null."""
+    """The "file.ClassName" references in a config's `auto_map`; tokenizers have two, and one may be null."""
     auto_map = read_mapping(config).get("auto_map")
     values = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
     flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
@@ -103,7 +102,7 @@ def _references(config: Path) -> Iterator[re.Match]:
 
 
 def read_mapping(path: Path) -> dict:
-    """The JSON mapping in a file of the checkpoint; a `ValueError` names the file where there is none."""
+    """The JSON mapping in a file of the checkpoint; a `ValueError` names the file if it holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -114,7 +113,7 @@ def read_mapping(path: Path) -> dict:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raises a `ValueError` unless the folder itself holds a config and all of its weights, in safetensors."""
+    """Raises a `ValueError` unless the folder holds a config and all of its weights, in safetensors, and no links."""
     if not folder.is_dir():
         raise ValueError(f"`folder` is {str(folder)!r}, but there is no such folder. Name a run's output folder.")
     adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
@@ -132,7 +131,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def _weights(folder: Path) -> list[str]:
-    """The files that hold the weights of a whole model."""
+    """The weight files of a whole model."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
         return [SAFE_WEIGHTS_NAME]
@@ -144,7 +143,7 @@ def _weights(folder: Path) -> list[str]:
 
 
 def is_shard(name: object) -> bool:
-    """Whether a part of the weights has a name that is pushed."""
+    """Whether `name` is a plain file name of safetensors, as pushed shards have."""
     return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", name) is not None
 
 
@@ -162,7 +161,7 @@ def _check_weights(path: Path) -> None:
 
 
 def check_no_token(folder: Path, contents: dict[str, Path | bytes]) -> None:
-    """Raises a `ValueError` where a Hub token stands in a file, or a text, that is about to be published."""
+    """Raises a `ValueError` if a file or text to be published contains a Hub token."""
     own = get_token()
     for name, content in contents.items():
         if name.endswith(".safetensors"):

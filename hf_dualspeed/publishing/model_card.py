@@ -1,4 +1,4 @@
-"""The README.md of a trained model, rendered from its results file alone."""
+"""Renders the README.md of a trained model from its results file."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..hub.upload import card_text, published_card
-from ..utils.text import percent
+from ..utils.text import markdown_table, percent
 from .cards import adopt_card, given_keys, heading, merge_card, split_front_matter
-from .cards import table as full_table
 
 PAPER = "https://arxiv.org/abs/2602.03815"
-# Front matter that PEFT writes beside adapters, and the lines that it adds to the Hub's form.
+# Front matter keys and lines that PEFT adds to the Hub's card template beside adapters.
 PEFT_KEYS = {"base_model", "library_name", "pipeline_tag", "tags"}
 PEFT_LINES = ("### Framework versions", "- PEFT ", "## Training procedure")
 QUANTIZED = "The following `bitsandbytes` quantization config was used during training:"
 HERE = "path/to/this/folder"
-# Keys of `Trainer.evaluate` that say how long it took, not how well it went.
+# Keys of `Trainer.evaluate` that measure time, not quality.
 EVALUATION_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
 
 def write_model_card(folder: str | Path, results: dict) -> Path:
-    """Writes the model card of a training run, or renews one, whose own sections a person wrote it keeps.
+    """Writes the model card of a training run, or renews it and keeps the sections that a person wrote.
 
     Args:
         folder (`str` or `Path`): The folder of the model.
-        results (`dict`): What [`DualSpeedTrainer.record`] returns, and results.json holds.
+        results (`dict`): The contents of results.json, as [`DualSpeedTrainer.record`] returns them.
 
     Raises:
-        ValueError: the existing card is no text in UTF-8, or its front matter no YAML mapping.
+        ValueError: the existing card is not UTF-8, or its front matter is not a YAML mapping.
     """
     path = Path(folder) / "README.md"
     earlier, text = read_card(path), model_card(results)
@@ -42,9 +41,9 @@ def write_model_card(folder: str | Path, results: dict) -> Path:
 
 
 def without_stale(earlier: str, generated: str) -> str:
-    """An earlier card without the front matter that an earlier run gave it and this one does not give."""
+    """The earlier card without front matter that an earlier run generated and this one does not."""
     given, (head, body), (new, rest) = given_keys(earlier), split_front_matter(earlier), split_front_matter(generated)
-    if given.issuperset(head) and head.get("tags") == new.get("tags"):  # nothing of a person's
+    if given.issuperset(head) and head.get("tags") == new.get("tags"):  # all of it is generated
         return generated.removesuffix(rest) + body
     left = {key: value for key, value in head.items() if key in new or key not in given}
     return earlier if left == head else f"---\n{yaml.safe_dump(left, sort_keys=False, allow_unicode=True)}---\n{body}"
@@ -53,12 +52,12 @@ def without_stale(earlier: str, generated: str) -> str:
 def adopt_published_card(
     folder: str | Path, repo_id: str, revision: str | None = None, token: str | bool | None = None
 ) -> None:
-    """Takes over into README.md what a person wrote into the card on the Hub, so that a push does not undo it.
+    """Copies what a person wrote into the card on the Hub to the local README.md, so a push does not undo it.
 
-    See [`adopt_card`] for what wins. Where there is no card on the Hub, the local one is checked alone.
+    [`adopt_card`] says which values win. Without a card on the Hub, only the local one is checked.
 
     Raises:
-        ValueError: either card is no text in UTF-8, or its front matter no YAML mapping.
+        ValueError: either card is not UTF-8, or its front matter is not a YAML mapping.
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
     path = Path(folder) / "README.md"
@@ -66,11 +65,11 @@ def adopt_published_card(
     adopted = adopt_card(local, "" if is_empty_form(published) else published)
     if adopted != local:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(adopted.encode("utf-8"))  # line breaks as they are
+        path.write_bytes(adopted.encode("utf-8"))  # bytes keep line breaks as they are
 
 
 def model_card(results: dict) -> str:
-    """The text of a run's card; what `results` does not hold is left out."""
+    """The text of a run's card; values missing from `results` are left out."""
     hub, adapter = results.get("hub", {}), results.get("adapter", False)
     data = ModelCardData(
         base_model=hub.get("base_model"),
@@ -98,24 +97,24 @@ def model_card(results: dict) -> str:
 
 
 def assembled(data: ModelCardData, *sections: str) -> str:
-    """A card of front matter and sections, of which empty ones are left out."""
+    """A card of front matter and the sections that are not empty."""
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
 def read_card(path: Path) -> str:
-    """The card of a model; "" where there is none, or only the empty form that PEFT leaves beside adapters.
+    """The card of a model; "" if there is none, or only the empty form that PEFT writes beside adapters.
 
     Raises:
-        ValueError: it is no text in UTF-8.
+        ValueError: the card is not UTF-8.
     """
     card = card_text(path, repr(str(path))) if path.is_file() else ""
     return "" if is_empty_form(card) else card
 
 
 def is_empty_form(card: str) -> bool:
-    """Whether a card is the Hub's form with nothing filled in, as PEFT writes it; one word of a person, and it is none.
+    """Whether a card is the Hub's template with nothing filled in by a person, as PEFT writes it.
 
-    What PEFT says of a quantized model does not count as filled in.
+    PEFT's lines about a quantized model do not count as filled in.
     """
     try:
         head, body = split_front_matter(card)
@@ -132,13 +131,13 @@ def is_empty_form(card: str) -> bool:
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:
-    """A Markdown table of the rows that have a value, or nothing where none has."""
+    """A Markdown table of the rows that have a value; "" if none has."""
     rows = [row for row in rows if any(cell is not None for cell in row[1:])]
-    return full_table(head, rows) if rows else ""
+    return markdown_table(head, rows, words=True) if rows else ""
 
 
 def settings_table(results: dict) -> str:
-    """Settings of DualSpeed and of the training, and the seeds where they are named."""
+    """Settings of DualSpeed and of the training, and the seeds if given."""
     parts = (results.get(part, {}) for part in ("settings", "training", "seeds"))
     rows = [(key, _text(value)) for part in parts for key, value in part.items()]
     return table(("setting", "value"), rows)
@@ -174,7 +173,7 @@ def _name(results: dict) -> str:
 
 
 def _eval_results(results: dict) -> list[EvalResult] | None:
-    """What the Hub shows: results on a data set whose name is known."""
+    """Results for the Hub's widget: those on a data set with a known name."""
     measured = {**_metrics(results), "accuracy": results.get("accuracy")} if results.get("eval_dataset") else {}
     names = {"accuracy": "Accuracy with all visual tokens"}
     rows = [
@@ -202,7 +201,7 @@ def _eval_results(results: dict) -> list[EvalResult] | None:
             metric_value=value,
         )
         for dataset, split, metric, name, value in rows
-        if value is not None and math.isfinite(value)  # the Hub takes no others
+        if value is not None and math.isfinite(value)  # the Hub rejects others
     ] or None
 
 
@@ -215,7 +214,7 @@ def _seen(evaluation: dict) -> str:
 
 
 def _metrics(results: dict) -> dict[str, float]:
-    """The metrics of the Trainer's own evaluation, without its times."""
+    """The metrics of the Trainer's own evaluation, without times."""
     found = {key.removeprefix("eval_"): value for key, value in results.get("evaluation", {}).items()}
     return {k: value for k, value in found.items() if not k.endswith(EVALUATION_TIMES) and math.isfinite(value)}
 
@@ -272,7 +271,7 @@ def _training(results: dict) -> str:
 
 
 def pruning_words(pruner: dict) -> str:
-    """What a pruner's config does to the visual tokens: its name and its ratio, which may change over training."""
+    """A pruner's name and ratio in words, as a verb phrase; the ratio may change over training."""
     name, end, schedule = pruner["pruner_type"], pruner["pruning_ratio"], pruner.get("pruning_schedule", "constant")
     if schedule == "constant":
         return f"`{name}` leaves of the visual tokens, {end:.4g} of them removed"
@@ -363,7 +362,7 @@ def _seconds(seconds: float | None) -> str | None:
 
 
 def _text(value: object) -> str | None:
-    """A setting in words; a pruner is a mapping with a name and its options."""
+    """A setting in words; a pruner is a mapping of its name and options."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {inner}" for key, inner in value.items() if inner is not None)
     return None if value is None else str(value)
@@ -371,11 +370,14 @@ def _text(value: object) -> str | None:
 
 @contextmanager
 def kept_card(folder: Path) -> Iterator[None]:
-    """Puts README.md in `folder` out of the way and back; PEFT's saving would read it, take its tags out and add its
-    own. Nothing in it keeps a model from being saved."""
+    """Moves README.md in `folder` aside while PEFT saves, because PEFT would replace its tags by its own.
+
+    It never raises because of the card's contents, so a broken card cannot keep a model from being saved.
+    """
     path, aside = folder / "README.md", folder / "_README.md.kept"
+    # After an interruption, README.md may be PEFT's empty form; the card set aside then stays the one to restore.
     if path.is_file() and not (aside.is_file() and is_empty_form(path.read_bytes().decode(errors="replace"))):
-        path.replace(aside)  # unless it is what an interrupted process left in place of the one aside
+        path.replace(aside)
     try:
         yield
     finally:

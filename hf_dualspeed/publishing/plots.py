@@ -1,4 +1,4 @@
-"""Pictures of a training run."""
+"""Plots of a training run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 CURVE_NAME = "learning_curve.png"
-# Okabe and Ito's colours: colour-blind readers can tell them apart. The markers do it in black and white.
+# Colours by Okabe and Ito, for colour-blind readers; markers for black and white.
 LINES = {
     "fast_loss": ("fast steps (pruned tokens)", "#0072B2", "o"),
     "slow_loss": ("slow steps (all tokens)", "#D55E00", "s"),
@@ -24,12 +24,12 @@ PANELS = {
 
 
 def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -> Path:
-    """Draws the losses of fast and slow steps by step, and below them what else was logged of the modes.
+    """Plots the losses of fast and slow steps, and below them other logged values of the modes.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
         path (`str` or `Path`): The PNG file to write.
-        title (`str`): What stands above the picture.
+        title (`str`): Title of the picture.
 
     Raises:
         ValueError: nothing was logged.
@@ -40,7 +40,7 @@ def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -
         raise ValueError(
             "`log_history` holds no losses, so there is nothing to draw. Train for at least `logging_steps` steps."
         )
-    # A figure of its own rather than pyplot's: no display, and no state shared with the caller's figures.
+    # Not pyplot: it needs no display, and shares no state with the caller's figures.
     figure = Figure(figsize=(7.5, 1.2 + 2.6 * len(panels)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
@@ -56,7 +56,7 @@ def _draw_panel(axis: Axes, log_history: list[dict], keys: list[str], label: str
     for key in keys:
         name, colour, marker = LINES[key]
         steps, values = zip(*_points(log_history, key), strict=True)
-        # About twenty markers, however long the run.
+        # About twenty markers, whatever the length of the run.
         every = max(1, len(steps) // 20)
         axis.plot(steps, values, color=colour, marker=marker, markevery=every, markersize=4, label=name)
     axis.set_ylabel(label)

@@ -1,4 +1,4 @@
-"""`dualspeed push` and `dualspeed card`: a finished run's folder on the Hub, and its card written anew."""
+"""`dualspeed push` and `dualspeed card`: push a finished run's folder to the Hub, or render its card again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def render(folder: Path) -> Path:
-    """Writes the card of a run's folder from its results.
+    """Writes the card of a run's folder from its results file.
 
     Raises:
         FileNotFoundError: the folder holds no results.
@@ -40,11 +40,11 @@ def push(
 ) -> CommitInfo:
     """Publishes the checkpoint in `folder` with isolator, pruner, results and a card that names the repo.
 
-    Only files of names that a published model has are pushed: see [`published_files`]. A push that fails changes
-    nothing in `folder` and can be run again; what the card on the Hub says beyond the local one is kept.
+    Only known files are pushed, see [`published_files`]. A failed push leaves `folder` unchanged and can be repeated.
+    Hand-written parts of the card on the Hub are kept.
 
     Raises:
-        ValueError: `folder` holds no whole checkpoint, broken results, or a Hub token; or `repo_id` is no "user/name".
+        ValueError: `folder` holds no whole checkpoint, broken results or a Hub token, or `repo_id` is not "user/name".
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
     if not is_repo_id(repo_id):
@@ -52,7 +52,7 @@ def push(
     check_checkpoint(folder)
     texts = renewed_texts(folder, repo_id, revision)
     files = published_files(folder, texts.get(CARD_NAME, b"").decode("utf-8"))
-    # PEFT's empty card is none.
+    # The card comes from `texts`, which leaves out PEFT's empty form.
     contents: dict[str, Path | bytes] = {name: folder / name for name in files if name != CARD_NAME} | texts
     check_no_token(folder, contents)
     api = HfApi()
@@ -60,7 +60,7 @@ def push(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # An earlier run's isolator or learned pruner, which this one has not.
+        # Remove the isolator or learned pruner of an earlier run if this run has none.
         stale = {PRUNER_WEIGHTS_NAME, ISOLATOR_WEIGHTS_NAME}.intersection(
             api.list_repo_files(repo_id, revision=revision)
         ) - set(files)
@@ -76,7 +76,7 @@ def push(
 
 
 def renewed_texts(folder: Path, repo_id: str, revision: str | None) -> dict[str, bytes]:
-    """Results and card as they are to be pushed; nothing in `folder` changes."""
+    """Results and card to push; nothing in `folder` changes."""
     results = read_results(folder)
     with tempfile.TemporaryDirectory() as aside:
         if read_card(folder / CARD_NAME):

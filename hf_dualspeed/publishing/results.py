@@ -1,9 +1,10 @@
-"""The record of a training run: results.json, and the table printed at its end."""
+"""The record of a training run (results.json), and the table printed at its end."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..utils.text import percent, without_paths, write_json
 if TYPE_CHECKING:
     from ..trainer.training_args import DualSpeedTrainingArguments
 
-# What weights answered, or how far they were: no longer true of weights that have been trained on.
+# Results of particular weights; they no longer hold after more training.
 OF_WEIGHTS = (
     "accuracy",
     "n",
@@ -30,21 +31,28 @@ OF_WEIGHTS = (
     "evaluations",
     "progress",
 )
-# Builders of `datasets` that say how data is stored, not what it is.
+# Builders of `datasets` that name a storage format, not a data set.
 STORAGE = ("arrow", "audiofolder", "csv", "generator", "imagefolder", "json", "pandas", "parquet", "text", "webdataset")
 
-# What results.json may hold where a card or a later run reads it: the type of a value, a mapping of such, [...] for a
-# list of either, and "*" for any other key. Other keys may hold anything.
-NUMBER = (int, float)
+# Kinds of values: how an error names one, and whether a value is one. Null passes for a word or a number.
+WORD = ("a word", lambda value: value is None or isinstance(value, str))
+WORD_OR_LIST = ("a word", lambda value: value is None or isinstance(value, (str, list)))
+NUMBER = ("a number", lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)))
+WORDS = ("a list of words", lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value))
+MAPPING = ("a mapping", lambda value: isinstance(value, dict))
+MAPPINGS = ("a list of mappings", lambda value: isinstance(value, list))
+
+# The parts of results.json that a card or a later run reads. {...} is a mapping, whose keys may have a "*"; [{...}] is
+# a list of mappings. Other keys may hold anything.
 SHAPE = {
     **dict.fromkeys(
-        ("name", "base_model", "date", "license", "eval_dataset", "eval_split", "learning_curve", "kept_tokens"), str
+        ("name", "base_model", "date", "license", "eval_dataset", "eval_split", "learning_curve", "kept_tokens"), WORD
     ),
     **dict.fromkeys(("accuracy", "majority_accuracy", "n"), NUMBER),
-    "datasets": [str],
-    "tags": [str],
-    "language": (str, list),
-    "settings": {"pruner": {"pruner_type": str, "pruning_schedule": str, "*ratio": NUMBER}},
+    "datasets": WORDS,
+    "tags": WORDS,
+    "language": WORD_OR_LIST,
+    "settings": {"pruner": {"pruner_type": WORD, "pruning_schedule": WORD, "*ratio": NUMBER}},
     "training": {"processes": NUMBER},
     "seeds": {},
     "versions": {},
@@ -55,18 +63,17 @@ SHAPE = {
     "evaluation": {"*": NUMBER},
     "evaluations": [
         {
-            **dict.fromkeys(("dataset", "split", "metric", "view", "pruner", "date"), str),
+            **dict.fromkeys(("dataset", "split", "metric", "view", "pruner", "date"), WORD),
             **dict.fromkeys(("pruning_ratio", "isolator_length", "value", "n", "seconds"), NUMBER),
         }
     ],
     "visual_tokens": {"*": NUMBER},
-    "peak_memory": {"bytes": NUMBER, "of": str},
+    "peak_memory": {"bytes": NUMBER, "of": WORD},
     "speedup": {"*": NUMBER},
-    "hub": {"repo_id": str, "base_model": str, "datasets": [str]},
+    "hub": {"repo_id": WORD, "base_model": WORD, "datasets": WORDS},
 }
-# Keys without which the one that holds them says nothing.
+# Keys that each part needs if it is there at all.
 NEEDED = {
-    "settings.pruner": ("pruner_type", "pruning_ratio"),
     "progress": ("step", "of"),
     "visual_tokens": ("full", "kept"),
     "peak_memory": ("bytes", "of"),
@@ -75,12 +82,12 @@ NEEDED = {
 
 
 def run_record(args: DualSpeedTrainingArguments, summary: dict, total_seconds: float) -> dict:
-    """What a run was and how long it took: settings, steps, seconds, seeds, versions, machine and date.
+    """The record of a run: settings, steps, seconds, seeds, versions, machine and date.
 
     Args:
         args ([`DualSpeedTrainingArguments`]): The run's arguments.
-        summary (`dict`): [`DualSpeedTrainer.summary`]'s answer.
-        total_seconds (`float`): Wall seconds of the training.
+        summary (`dict`): The return value of [`DualSpeedTrainer.summary`].
+        total_seconds (`float`): Wall-clock seconds of the training.
     """
     return {
         "steps": summary["steps"],
@@ -95,7 +102,7 @@ def run_record(args: DualSpeedTrainingArguments, summary: dict, total_seconds: f
 
 
 def dataset_name(dataset: object) -> str | None:
-    """What a data set of `datasets` calls itself: the Hub repo that it came from, else the name of its builder."""
+    """The name of a data set of `datasets`: the Hub repo that it came from, else its builder's name."""
     info = getattr(dataset, "info", None)
     for source in getattr(info, "download_checksums", None) or ():
         match = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@", source)
@@ -106,15 +113,15 @@ def dataset_name(dataset: object) -> str | None:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether `name` looks like a repo of the Hub and is no local folder."""
+    """Whether `name` looks like a Hub repo and is not a local path."""
     return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def read_results(folder: str | Path) -> dict:
-    """What results.json in `folder` holds; nothing where there is none.
+    """The contents of results.json in `folder`; {} if there is none.
 
     Raises:
-        ValueError: it is no JSON mapping, or a key that a card shows holds something else than a run writes there; the
+        ValueError: the file is not a JSON mapping, or a key that a card shows holds something that no run writes; the
             message names file and key.
     """
     path = Path(folder) / RESULTS_NAME
@@ -126,62 +133,53 @@ def read_results(folder: str | Path) -> dict:
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Restore it, or train again.") from None
     if not isinstance(found, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON mapping, got a {type(found).__name__}.")
-    wrong = _misfit(found, SHAPE) or _missing(found)
+    missing = (
+        f"`{place}{key}` is missing" for place, part, keys in _needed(found) for key in keys if part.get(key) is None
+    )
+    wrong = _misfit(found, SHAPE) or next(missing, "")
     if wrong:
         raise ValueError(f"{str(path)!r} holds no results of a run: {wrong}. Restore it, or train again.")
     return found
 
 
-def _misfit(value: object, shape: object, place: str = "") -> str:
-    """What of a value does not fit a part of `SHAPE`, in words; "" where all of it does. Single values may be null."""
+def _misfit(value: object, shape: tuple | dict | list, place: str = "") -> str:
+    """The first part of `value` that does not fit a part of `SHAPE`, in words; "" if all of it fits."""
+    kind, fits = MAPPING if isinstance(shape, dict) else MAPPINGS if isinstance(shape, list) else shape
+    if not fits(value):
+        return f"`{place}` must be {kind}, got {str(value)[:100]!r}"
+    parts = []
     if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            return f"`{place}` must be a mapping, got {str(value)[:100]!r}"
-        kinds = {key: next((shape[k] for k in shape if fnmatchcase(key, k)), None) for key in value}
-        problems = (_misfit(value[k], kind, f"{place}.{k}".strip(".")) for k, kind in kinds.items() if kind is not None)
-        return next(filter(None, problems), "")
-    if isinstance(shape, list) and isinstance(shape[0], dict) and isinstance(value, list):
-        problems = (_misfit(item, shape[0], f"{place}[{number}]") for number, item in enumerate(value))
-        return next(filter(None, problems), "")
-    if isinstance(shape, list):
-        of_words = shape[0] is str
-        fits = of_words and isinstance(value, list) and all(isinstance(item, str) for item in value)
-        words = "a list of words" if of_words else "a list of mappings"
-    else:
-        fits = value is None or (isinstance(value, shape) and not isinstance(value, bool))
-        words = "a number" if shape is NUMBER else "a word"
-    return "" if fits else f"`{place}` must be {words}, got {str(value)[:100]!r}"
+        for key, inner in value.items():
+            parts += [(inner, shape[k], f"{place}.{key}".strip(".")) for k in shape if fnmatchcase(key, k)]
+    elif isinstance(shape, list):
+        parts = [(item, shape[0], f"{place}[{number}]") for number, item in enumerate(value)]
+    return next(filter(None, (_misfit(*part) for part in parts)), "")
 
 
-def _missing(found: dict) -> str:
-    """Which needed key is missing, in words; "" where none is."""
-    if found.get("accuracy") is not None and found.get("n") is None:
-        return "`n` is missing"
-    for place, keys in NEEDED.items():
-        holder = found
-        for key in place.split("."):
-            holder = holder.get(key, {})
-        if holder.get("pruning_schedule", "constant") != "constant":
-            keys = (*keys, "initial_pruning_ratio")
-        missing = [key for key in keys if holder and holder.get(key) is None]
-        if missing:
-            return f"`{place}.{missing[0]}` is missing"
+def _needed(found: dict) -> Iterator[tuple[str, dict, tuple[str, ...]]]:
+    """The parts of results.json that need certain keys: place, part, and its keys."""
+    if found.get("accuracy") is not None:
+        yield "", found, ("n",)
+    pruner = found.get("settings", {}).get("pruner")
+    if pruner:
+        changes = pruner.get("pruning_schedule", "constant") != "constant"
+        yield "settings.pruner.", pruner, ("pruner_type", "pruning_ratio", *["initial_pruning_ratio"] * changes)
+    for name, keys in NEEDED.items():
+        if found.get(name):
+            yield f"{name}.", found[name], keys
     for number, entry in enumerate(found.get("evaluations", [])):
-        missing = [key for key in ("dataset", "metric", "view", "value", "n") if entry.get(key) is None]
-        if missing:
-            return f"`evaluations[{number}].{missing[0]}` is missing"
-    return ""
+        yield f"evaluations[{number}].", entry, ("dataset", "metric", "view", "value", "n")
 
 
 def write_results(output_dir: str | Path, results: dict) -> Path:
-    """Writes results.json, with the last part of each absolute path, so that it may be published."""
+    """Writes results.json; absolute paths are cut to their last part, because the file may be published."""
     path = Path(output_dir) / RESULTS_NAME
     write_json(path, without_paths(results))
     return path
 
 
 def merged_evaluations(earlier: list[dict], new: list[dict]) -> list[dict]:
-    """Results of evaluations, of which new ones replace those of the same data, metric and visual tokens."""
+    """Earlier and new evaluations; a new one replaces an earlier one of the same data, metric and visual tokens."""
 
     def key(entry: dict) -> tuple:
         return tuple(entry.get(name) for name in ("dataset", "split", "metric", "view"))

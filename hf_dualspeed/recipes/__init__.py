@@ -1,1 +1,1 @@
-"""Trainings from YAML files, and the small models that some of them start from."""
+"""Recipes: trainings from YAML files, and the small models that some of them start from."""

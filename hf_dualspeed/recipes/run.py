@@ -1,4 +1,4 @@
-"""From a recipe to a folder with a trained model, its results, its learning curve and its model card."""
+"""Runs a recipe: trains a model and writes it with its results, learning curve and model card."""
 
 from __future__ import annotations
 
@@ -33,20 +33,22 @@ logger = logging.getLogger(__name__)
 
 
 def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArguments) -> dict:
-    """Trains a model and writes it, its results, learning curve and model card to the output folder.
+    """Trains a model and writes it, its results, its learning curve and its model card to the output folder.
 
     Args:
         recipe ([`RecipeArguments`]): Model, data and evaluation.
         training_args ([`DualSpeedTrainingArguments`]): The training.
 
     Returns:
-        `dict`: What results.json holds; empty in all processes but the main one.
+        `dict`: The content of results.json in the main process, empty in the others.
     """
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="loading the data"):
         check_pruner(training_args, recipe.trust_remote_code)
         train = load_examples(recipe.dataset, split=recipe.dataset_split, image_folder=recipe.image_folder)
-        test = _load_eval_data(recipe)
+        test = None
+        if recipe.eval_dataset is not None:
+            test = load_examples(recipe.eval_dataset, split=recipe.eval_split, image_folder=recipe.image_folder)
     model, processor = load_model(recipe, train, training_args.seed)
     trainer = DualSpeedTrainer(
         model=prepare_model(model, recipe),
@@ -60,7 +62,7 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     )
     trainer.facts |= _facts(recipe)
     trainer.train(resume_from_checkpoint=_checkpoint(training_args))
-    trainer.save_model(_internal_call=True)  # pushed below, once the results and the card are there
+    trainer.save_model(_internal_call=True)  # pushed below, with results and card
     results = {}
     if trainer.is_world_process_zero():
         if test is not None and "answer" in test.column_names:
@@ -77,14 +79,14 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
 
 
 def check_pruner(args: DualSpeedTrainingArguments, trust_remote_code: bool) -> None:
-    """Fails before a model is loaded where there is no such pruner, and registers the code that it brings along."""
+    """Checks that the pruner exists before a model is loaded, and registers its own code."""
     if args.pruner not in available_pruners():
         hub = {"revision": args.pruner_revision, "token": args.hub_token}
         PrunerConfig.from_pretrained(args.pruner, trust_remote_code=trust_remote_code, **hub)
 
 
 def load_model(recipe: RecipeArguments, train: Dataset, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The recipe's model and processor, or a small LLaVA that knows the words of the training data."""
+    """The recipe's model and processor, or a small LLaVA whose tokens are the words of the training data."""
     if recipe.tiny_llava is not None:
         check_keys("tiny_llava", recipe.tiny_llava, list(inspect.signature(build_tiny_llava).parameters)[1:])
         return build_tiny_llava(_texts(train), **{"seed": seed, **recipe.tiny_llava})
@@ -95,13 +97,13 @@ def load_model(recipe: RecipeArguments, train: Dataset, seed: int) -> tuple[PreT
         trust_remote_code=recipe.trust_remote_code,
         **(four_bit(recipe.dtype, recipe.lora) if recipe.load_in_4bit else {}),
     )
-    # Without torchvision, transformers falls back to the PIL image processors by itself.
+    # Without torchvision, transformers uses its PIL image processors.
     processor = AutoProcessor.from_pretrained(recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code)
     return model, processor
 
 
 def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):
-    """Adds the recipe's LoRA adapters, and freezes the roles that it does not train."""
+    """Adds the recipe's LoRA adapters and freezes the roles that it does not train."""
     prepared = model
     if recipe.lora is not None:
         prepared = add_lora(model, recipe.lora)
@@ -114,14 +116,8 @@ def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):
     return prepared
 
 
-def _load_eval_data(recipe: RecipeArguments) -> Dataset | None:
-    if recipe.eval_dataset is None:
-        return None
-    return load_examples(recipe.eval_dataset, split=recipe.eval_split, image_folder=recipe.image_folder)
-
-
 def _checkpoint(args: DualSpeedTrainingArguments) -> str | None:
-    """The checkpoint to resume from; "last" starts anew where there is none."""
+    """The checkpoint to resume from. With "last", None where there is no checkpoint yet."""
     if str(args.resume_from_checkpoint).lower() not in ("last", "true"):
         return args.resume_from_checkpoint
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
@@ -131,7 +127,7 @@ def _checkpoint(args: DualSpeedTrainingArguments) -> str | None:
 
 
 def _facts(recipe: RecipeArguments) -> dict:
-    """What the card says of the recipe's model and data, which the trainer cannot know."""
+    """The recipe's model and data for the card. The trainer does not know them."""
     names = {"dataset": recipe.dataset, "dataset_split": recipe.dataset_split, "datasets": [recipe.dataset]}
     if recipe.eval_dataset is not None:
         names |= {"eval_dataset": recipe.eval_dataset, "eval_split": recipe.eval_split}
@@ -157,7 +153,7 @@ def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
 
 
 def _picture(recipe: RecipeArguments, trainer: DualSpeedTrainer, data: Dataset) -> dict:
-    """Draws what the pruner keeps of the data's first different images."""
+    """Draws the kept tokens of the data's first different images."""
     dual_forward = trainer.dual_forward
     if dual_forward.pruner.in_language_model or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return {}
@@ -169,10 +165,10 @@ def _picture(recipe: RecipeArguments, trainer: DualSpeedTrainer, data: Dataset) 
 
 
 def _whole_model(trainer: DualSpeedTrainer, recipe: RecipeArguments):
-    """The trained model with all its parameters in this process."""
+    """The trained model, with all parameters in this process."""
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return trainer.accelerator.unwrap_model(trainer.model)
-    # Sharded parameters cannot answer in one process alone; what was just saved can.
+    # One process holds only shards, so the saved model is loaded.
     saved = AutoModelForImageTextToText.from_pretrained(
         trainer.args.output_dir, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
     )

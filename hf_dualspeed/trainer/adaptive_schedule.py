@@ -1,8 +1,8 @@
-"""`mode_schedule="adaptive"`: slow steps as often as full-token and pruned losses call for them.
+"""`mode_schedule="adaptive"`: the slow ratio follows the difference of full-token and pruned losses.
 
-In each slow step, student and teacher answer the same batch from all tokens and from pruned ones. Where the full view
-does worse, training on pruned tokens has led the model away from the view that it will be used with, and slow steps
-bring it back; where it does better, as more tokens should, they are needed less. arXiv 2602.03815 leaves this open.
+In each slow step, student and teacher answer the same batch from all tokens and from pruned ones. If the full view is
+worse, training on pruned tokens has led the model away from the view that it will be used with, and slow steps bring it
+back. If it is better, as more tokens should be, fewer slow steps are needed. arXiv 2602.03815 leaves this open.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ..utils.devices import on_host
 from .callbacks import ModeLosses
 from .schedule import FAST, SLOW, ModeSchedule
 
-# The gap is `full / pruned - 1`. Each slow step multiplies the ratio by exp(GAIN * (gap + its trend)), but at most by
-# exp(MOST) and at least by exp(-MOST): a gap of 10 % makes it 1.5 times as large, and so does one that grows by 10 %.
+# The gap is `full / pruned - 1`. Each slow step multiplies the ratio by exp(GAIN * (gap + its trend)), limited to
+# [exp(-MOST), exp(MOST)]. A gap of 10 % multiplies it by 1.5, and so does a gap that grows by 10 %.
 GAIN, MOST = 4.0, 0.5
-SMOOTHING = 0.5  # weight of the newest gap in their moving average, for batches differ
+SMOOTHING = 0.5  # weight of the newest gap in the moving average, because batches differ
 
 
 class AdaptiveSchedule(TrainerCallback, ExportableState):
-    """The slow ratio as it has been and is now; kept in the checkpoint, and the same on every rank.
+    """The slow ratio of the past and of now, saved in the checkpoint and the same on every rank.
 
-    A measurement is read one slow step later, so that no step waits for the device.
+    A measurement is read one slow step later, so no step waits for the device.
 
     Args:
         losses ([`ModeLosses`]): holds the sums of `slow_loss` and `pruned_loss`.
-        reduced (`Callable`): from a tensor to its sum or mean over all ranks.
-        start (`float`): the ratio to begin with.
+        reduced (`Callable`): maps a tensor to its sum or mean over all ranks.
+        start (`float`): the initial ratio.
         bounds (`tuple[float, float]`): of the ratio.
-        pruner (`Pruner`, *optional*): whose pruning ratio moves as well.
-        min_pruning_ratio (`float`, *optional*): the least of it; the most is its own.
+        pruner (`Pruner`, *optional*): whose pruning ratio changes as well.
+        min_pruning_ratio (`float`, *optional*): its minimum; the maximum is its configured value.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
         self._restore({})
 
     def _restore(self, values: dict) -> None:
-        # From which step on each ratio holds.
+        # `ratios[i]` holds from `steps[i]` on.
         self.steps, self.ratios = list(values.get("steps", [0])), list(values.get("ratios", [self.start]))
         self.gap: float | None = values.get("gap")
         self._waiting: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
@@ -72,7 +72,7 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
         return self.ratios[-1]
 
     def mode_at(self, schedule: ModeSchedule, step: int) -> str:
-        """ "fast" or "slow"; of a step that is not trained yet, by the ratio of now."""
+        """ "fast" or "slow". A future step uses the current ratio."""
         if schedule.is_fixed(step):
             return SLOW
         ratio = self.ratios[bisect_right(self.steps, step) - 1]
@@ -91,6 +91,7 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
         measured = [self._of_step(name) for name in ("slow_loss", "pruned_loss")]
         if None in measured:  # a fast step
             return
+        # Apply the previous measurement, whose copy is complete, and start the copy of this one.
         if self._waiting is not None:
             self._follow(*self._read(), state.global_step)
         both = self.reduced(torch.stack(measured))
@@ -100,11 +101,11 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
             copied.record()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.pruner is not None:  # what is saved and evaluated prunes as it was told
+        if self.pruner is not None:  # the saved pruner has its configured ratio
             self.pruner.reconfigure(pruning_ratio=self.max_pruning_ratio)
 
     def _of_step(self, name: str) -> torch.Tensor | None:
-        """What the step has added to a loss; None where it has added nothing."""
+        """The loss that the step has added to a sum; None if it added nothing."""
         now, before = self.losses.sums.get(name), self._before.get(name)
         if now is before:
             return None
@@ -113,27 +114,30 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
     def _read(self) -> list[float]:
         host, copied = self._waiting
         if copied is not None:
-            copied.synchronize()  # of a slow step ago
+            copied.synchronize()  # from the previous slow step
         return host.tolist()
 
     def _follow(self, full: float, pruned: float, step: int) -> None:
-        """Moves the ratios from `step` on, by what an earlier slow step has measured."""
+        """Changes the ratios from `step` on by the measurement of an earlier slow step."""
+        # Smooth the gap and turn it, with its trend, into a factor.
         gap = full / max(pruned, 1e-6) - 1
         before = gap if self.gap is None else self.gap
         self.gap = before + SMOOTHING * (gap - before)
         change = math.exp(min(MOST, max(-MOST, GAIN * (self.gap + self.gap - before))))
+        # The ratio within its bounds, from this step on.
         low, high = self.bounds
         self.steps.append(step)
         self.ratios.append(min(high, max(low, self.ratio * change)))
+        # The kept fraction changes by the same factor.
         if self.pruner is not None:
             kept = (1 - self.pruner.config.pruning_ratio) * change
             ratio = 1 - min(1 - self.min_pruning_ratio, max(1 - self.max_pruning_ratio, kept))
             self.pruner.reconfigure(pruning_ratio=ratio)
 
-    # --- what is shown and kept -----------------------------------------------------------------------------------
+    # --- logs and checkpoints -------------------------------------------------------------------------------------
 
     def window(self) -> dict[str, float]:
-        """What is logged: the slow ratio of now, and the gap once there is one."""
+        """The logged values: the current slow ratio, and the gap once it is known."""
         logs = {"slow_mode_ratio": round(self.ratio, 6)}
         if self.gap is not None:
             logs["mode_gap"] = round(self.gap, 6)
@@ -150,10 +154,10 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
 
 
 def adaptive_schedule_of(trainer) -> AdaptiveSchedule | None:
-    """The schedule that a trainer's arguments ask for, among its callbacks; None where it is another kind.
+    """Creates the schedule that a trainer's arguments ask for and adds it to the callbacks; None for other kinds.
 
     Raises:
-        ValueError: it cannot be followed; the message says why.
+        ValueError: the arguments do not fit it; the message says why.
     """
     args = trainer.args
     if args.mode_schedule != "adaptive" or not trainer.slow_mode_ratio:  # projector-only training has no slow steps

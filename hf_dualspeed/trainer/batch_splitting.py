@@ -1,8 +1,10 @@
-"""A batch in parts of whole samples, each with its share of the encoded tokens.
+"""Splits a batch into parts of whole samples, each with its share of the encoded tokens.
 
 A batch sized for fast steps may be too large for a slow one, which then runs part by part and accumulates gradients.
-Images are encoded once for all parts: the parts leave their gradients at the encoded tokens, and the last one's
-backward takes them on to the encoder. Shapes: B batch, S sequence, T tokens of the batch, D hidden.
+Images are encoded once for all parts: the parts leave their gradients at the encoded tokens, and backward of the last
+part passes them on to the encoder.
+
+Shapes: B batch, b samples of a part, S sequence, U units (images, clips), T tokens of the batch, D hidden.
 """
 
 from __future__ import annotations
@@ -20,35 +22,38 @@ from ..models.interface import modalities_in, unwrap
 from ..pruning.encoding import VisualEncoding
 from ..pruning.inputs import absent_inputs, full_positions, mask_of
 from ..pruning.instructions import unit_places
-from ..pruning.packing import Packing
+from ..pruning.packing import is_packed
 
 
 class BatchParts:
-    """A batch whose samples are taken in parts of nearly equal numbers.
+    """The parts of a batch, with nearly equal numbers of samples.
 
     Args:
         model (`nn.Module`): a vision-language model.
         inputs (`Mapping`): the batch; padded, not packed.
-        encodings (`list[VisualEncoding]`): what was encoded of it, with gradients or without.
+        encodings (`list[VisualEncoding]`): its encoded tokens, with or without gradients.
         count (`int`): number of parts, at most B.
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping, encodings: list[VisualEncoding], count: int):
         self.count, self.ends = count, []
+        # Leaves (T, D) collect the gradients of all parts.
         self._encodings, self._leaves = encodings, [each_tensor(e, leaf) for e in encodings]
-        mask = mask_of(inputs)
+        outer, mask = unwrap(model), mask_of(inputs)
         consumed = set().union(*(e.consumed for e in encodings))
-        inputs = {**inputs, "attention_mask": mask, "position_ids": full_positions(model, inputs, mask)}
+        # Positions are numbered before splitting; pixels are not needed any more.
+        inputs = {**inputs, "attention_mask": mask, "position_ids": full_positions(outer, inputs, mask)}
         left = {key: value for key, value in inputs.items() if key not in consumed}
-        self._inputs = left | absent_inputs(model, consumed)
+        self._inputs = left | absent_inputs(outer, consumed)
+        # Boundaries of the parts in samples (count + 1), and the row of each unit.
         self._bounds = [len(mask) * index // count for index in range(count + 1)]
         self._rows = rows_of_units(inputs["input_ids"], encodings)
 
     def __getitem__(self, index: int) -> tuple[dict, list[VisualEncoding]]:
         """Inputs and encoded tokens of part `index`; ask for the last one last.
 
-        Its encoded tokens lead on to the encoder, with the gradients that the other parts have left, also where none
-        of them is its own: `ends` has to be in its loss.
+        The encoded tokens of the last part are connected to the encoder and carry the gradients of the other parts. Its
+        loss must include `ends`, because it may have no tokens of its own.
         """
         begin, end = self._bounds[index : index + 2]
         encodings = self._leaves
@@ -56,12 +61,14 @@ class BatchParts:
             pairs = zip(self._encodings, self._leaves, strict=True)
             encodings = [joined(encoding, leaves) for encoding, leaves in pairs]
             ends = zip(map(tensors_of, encodings), map(tensors_of, self._leaves), strict=True)
-            # What no part has used gets no gradient, not even a zero, which would let its weights decay.
+            # Unused tokens get no gradient, not even a zero, which would let weight decay change their parameters.
             self.ends = [end for pair in ends for end, own in zip(*pair, strict=True) if own.grad is not None]
+        # Units whose rows lie in the part: samples are in order, so they are consecutive.
         own = []
         for encoding, rows in zip(encodings, self._rows, strict=True):
             first, last = (sum(row < bound for row in rows) for bound in (begin, end))
             own += [units(encoding, first, last)] if first < last else []
+        # (..., B, S) -> (..., b, S)
         return {key: self._rows_between(value, begin, end) for key, value in self._inputs.items()}, own
 
     def _rows_between(self, value: object, begin: int, end: int) -> object:
@@ -70,15 +77,13 @@ class BatchParts:
 
 
 def can_be_split(model: nn.Module, inputs: Mapping) -> bool:
-    """Whether a batch can be taken in parts: not where its rows are packed, or `forward` is left to encode itself."""
+    """Whether a batch can be split: not if its rows are packed, or if `forward` encodes by itself."""
     config = unwrap(model).config
-    return Packing.of(model, inputs) is None and not any(
-        family_of(config, modality).whole for modality in modalities_in(inputs)
-    )
+    return not is_packed(inputs) and not any(family_of(config, name).whole for name in modalities_in(inputs))
 
 
 class WithGradientsOf(torch.autograd.Function):
-    """A tensor as it is; backward adds the gradient that a leaf in its place has collected."""
+    """The identity. Backward adds the gradient that a leaf with the same values has collected."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
@@ -92,12 +97,13 @@ class WithGradientsOf(torch.autograd.Function):
 
 
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
-    """Where the gradients of a tensor that needs some are collected."""
+    """A detached copy of a tensor that collects its gradients, if it needs any."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def joined(encoding: VisualEncoding, leaves: VisualEncoding) -> VisualEncoding:
-    """An encoding whose backward goes on from what its leaves have collected."""
+    """An encoding whose backward starts from the gradients that its leaves have collected."""
+    # Each tensor goes with the leaf in its place.
     collected = iter(tensors_of(leaves))
 
     def join(tensor: torch.Tensor) -> torch.Tensor:
@@ -108,14 +114,15 @@ def joined(encoding: VisualEncoding, leaves: VisualEncoding) -> VisualEncoding:
 
 
 def tensors_of(encoding: VisualEncoding) -> list[torch.Tensor]:
-    """All that was encoded, in the order of [`each_tensor`]."""
+    """All encoded tensors, in the order of [`each_tensor`]."""
     levels = [level for levels in encoding.companions.values() for level in levels]
     return [encoding.features, *levels, *shared(encoding).values()]
 
 
 def each_tensor(encoding: VisualEncoding, change: Callable[[torch.Tensor], torch.Tensor]) -> VisualEncoding:
-    """An encoding with all that was encoded changed."""
+    """Applies `change` to all encoded tensors of an encoding."""
     features, output = change(encoding.features), copy.copy(encoding.output)
+    # Companions by level, then other tensors in a copy of the encoder's output.
     companions = {name: [change(level) for level in levels] for name, levels in encoding.companions.items()}
     for name, tensor in shared(encoding).items():
         setattr(output, name, change(tensor))
@@ -123,7 +130,10 @@ def each_tensor(encoding: VisualEncoding, change: Callable[[torch.Tensor], torch
 
 
 def shared(encoding: VisualEncoding) -> dict[str, torch.Tensor]:
-    """What else of the encoder's output has gradients, such as Ovis2's marks around images; it has no row per token."""
+    """Other tensors of the encoder's output with gradients, such as Ovis2's marks around images.
+
+    They have no row per token.
+    """
     rows = {encoding.family.field, *encoding.companions}
     fields = {name: value for name, value in encoding.output.items() if name not in rows}
     return {name: value for name, value in fields.items() if isinstance(value, torch.Tensor) and value.requires_grad}
@@ -131,10 +141,12 @@ def shared(encoding: VisualEncoding) -> dict[str, torch.Tensor]:
 
 def units(encoding: VisualEncoding, first: int, last: int) -> VisualEncoding:
     """Units `first` to `last` (excluded) of an encoding."""
+    # Tokens of these units: (T, D) -> (n, D).
     places = list(accumulate(encoding.lengths, initial=0))
     rows = slice(places[first], places[last])
     companions = {name: [level[rows] for level in levels] for name, levels in encoding.companions.items()}
     cut = replace(encoding, features=encoding.features[rows], companions=companions)
+    # Values per unit, such as grids and instructions.
     for name in ("lengths", "grids", "attention", "keys", "text", "text_valid"):
         values = getattr(cut, name)
         setattr(cut, name, None if values is None else values[first:last])
@@ -142,7 +154,7 @@ def units(encoding: VisualEncoding, first: int, last: int) -> VisualEncoding:
 
 
 def rows_of_units(ids: torch.Tensor, encodings: list[VisualEncoding]) -> list[list[int]]:
-    """The row that each unit of each encoding lies in. Waits for the device."""
+    """The batch row of each unit of each encoding. Waits for the device."""
     rows = [unit_places(ids, encoding.token_id, encoding.lengths)[0] for encoding in encodings]
     found = iter(torch.cat(rows).tolist() if rows else [])
     return [[next(found) for _ in encoding.lengths] for encoding in encodings]

@@ -13,17 +13,17 @@ from .schedule import FAST, SLOW
 
 
 class ModeClock(TrainerCallback, ExportableState):
-    """Optimizer steps and their wall seconds by mode; kept in the checkpoint.
+    """Optimizer steps and their wall seconds by mode, saved in the checkpoint.
 
-    A step is timed from its first micro-batch to the end of the optimizer step; loading data, evaluating and saving
-    are in `total_seconds` alone. `visual_tokens` counts those of all images of the fast steps, and those kept, in
-    this process; the checkpoint holds `all_visual_tokens`, the sum over all processes, which the trainer sets.
-    `fast_tokens` are those of the largest batch that a fast step ran on, padding included.
+    A step is timed from its first micro-batch to the end of the optimizer step. Data loading, evaluation and saving
+    count in `total_seconds` only. `visual_tokens` are those of the fast steps of this process, before and after
+    pruning; the checkpoint holds `all_visual_tokens`, the sum over all processes, which the trainer sets. `fast_tokens`
+    are the tokens of the largest batch of a fast step, padding included.
     """
 
     def __init__(self, mode: str | None = None):
         self._restore({})
-        self._mode = mode  # of the last micro-batch; of all steps, where nobody counts micro-batches
+        self._mode = mode  # of the last micro-batch; of all steps if micro-batches are not counted
         self._begun = 0.0
         self._logged = ({FAST: 0, SLOW: 0}, time.perf_counter())
 
@@ -37,10 +37,10 @@ class ModeClock(TrainerCallback, ExportableState):
         self._seen: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # The Trainer restores callbacks by building them anew, on request only; this one restores itself.
+        # The Trainer restores callbacks on request only, as new objects. This one restores itself.
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         self._restore(saved["attributes"] if saved else {})
-        if not state.is_world_process_zero:  # one process goes on from the sum
+        if not state.is_world_process_zero:  # one process continues from the sum
             self.visual_tokens = {"full": 0, "kept": 0}
         self._seen = time.perf_counter()
         self._logged = (dict(self.steps), self._seen)
@@ -58,13 +58,13 @@ class ModeClock(TrainerCallback, ExportableState):
         self._seen = None
 
     def pass_time(self) -> None:
-        """Brings `total_seconds` up to now, while training runs."""
+        """Updates `total_seconds` while training runs."""
         if self._seen is not None:
             now = time.perf_counter()
             self.total_seconds, self._seen = self.total_seconds + now - self._seen, now
 
     def count(self, mode: str, tokens: int, full: int, kept: int) -> None:
-        """Notes a micro-batch: its mode, its tokens, and of a fast one its visual tokens before and after pruning."""
+        """Counts a micro-batch: its mode, its tokens, and its visual tokens before and after pruning if it is fast."""
         self._mode = mode
         if mode == FAST:
             self.fast_tokens = max(self.fast_tokens, tokens)
@@ -87,7 +87,7 @@ class ModeClock(TrainerCallback, ExportableState):
 
 
 class ModeLosses(TrainerCallback):
-    """Sums of the losses since the last log, on the device; a callback, so that each start of training clears them."""
+    """Sums of the losses since the last log, on the device. A callback, so each start of training clears them."""
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
@@ -100,7 +100,7 @@ class ModeLosses(TrainerCallback):
         self.sums[name] = self.sums[name] + loss if name in self.sums else loss
 
     def snapshot(self) -> Callable[[], None]:
-        """Returns a function that restores the sums of now."""
+        """Returns a function that restores the current sums."""
         sums = dict(self.sums)
 
         def restore() -> None:
@@ -109,9 +109,9 @@ class ModeLosses(TrainerCallback):
         return restore
 
     def pop(self, accelerator, window: dict, reduction: str) -> dict:
-        """Mean loss per optimizer step of each kind, over all ranks, beside the window's step counts.
+        """Mean loss of each kind per optimizer step over all ranks, and the window's step counts. Clears the sums.
 
-        `reduction` over ranks is "sum" where each rank's loss is its share of the step's, else "mean".
+        `reduction` over ranks is "sum" if each rank's loss is its share of the step's, else "mean".
         """
         steps = {
             "fast_loss": FAST,
@@ -127,6 +127,7 @@ class ModeLosses(TrainerCallback):
             "steps_per_second": window["steps_per_second"],
         }
         if names:
+            # One reduction over ranks and one wait for the device for all losses.
             sums = torch.stack([self.sums[name] for name in names])
             means = accelerator.reduce(sums, reduction=reduction).tolist()
             logs |= {name: mean / max(1, window[steps[name]]) for name, mean in zip(names, means, strict=True)}

@@ -1,4 +1,4 @@
-"""What the trainer saves beside a model, and how it reads checkpoints back."""
+"""Saves isolator and pruner beside a model, and reads checkpoints back."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .dual_forward import NAME
 
 
 class CheckpointMixin:
-    """Ordinary checkpoints, with isolator and pruner in files of their own, resumed exactly."""
+    """Ordinary checkpoints with isolator and pruner in separate files, from which a run resumes exactly."""
 
     def _save(self, output_dir=None, state_dict=None):
-        # Sharded training hands over the gathered weights, from which saving takes the isolator's out.
+        # Sharded training passes the gathered weights, which include the isolator's.
         gathered = {k.removeprefix(f"{NAME}."): v for k, v in (state_dict or {}).items() if k.startswith(f"{NAME}.")}
         if state_dict is None and getattr(self.model, "peft_config", None):
             state_dict = self.model.state_dict()
-        if state_dict is not None:  # PEFT picks weights by pattern, a learned pruner's biases among them
+        if state_dict is not None:  # PEFT selects weights by pattern and would save a learned pruner's biases
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith(f"{NAME}.")}
         folder = output_dir or self.args.output_dir
         with interrupts_deferred(), kept_card(Path(folder)) if self.args.should_save else nullcontext():
@@ -39,7 +39,7 @@ class CheckpointMixin:
             self._pruner.save_pretrained(folder, learned)
             if self.args.isolator_length:
                 save_isolator(parts["isolator.prompt"], folder)
-            # What an earlier run with other settings left is no part of this one.
+            # Delete files of an earlier run with other settings.
             for name, belongs in ((PRUNER_WEIGHTS_NAME, learned), (ISOLATOR_WEIGHTS_NAME, self.args.isolator_length)):
                 if not belongs:
                     (Path(folder) / name).unlink(missing_ok=True)
@@ -66,9 +66,9 @@ class CheckpointMixin:
     def _load_plain(self, folder) -> bool:
         """Loads a full checkpoint that `save_pretrained` wrote; False for adapters, FSDP and DeepSpeed.
 
-        `save_pretrained` writes the published names of the weights, which for most vision-language models differ
-        from those of the modules. The Trainer of transformers 5.23 reads them back by module name with
-        `strict=False` and so loads nothing; `from_pretrained` knows both.
+        `save_pretrained` writes the published names of the weights, which differ from module names in most
+        vision-language models. The Trainer of transformers 5.23 reads them by module name with `strict=False`, so it
+        loads nothing. `from_pretrained` knows both.
         """
         model = self.accelerator.unwrap_model(self.model)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -93,10 +93,10 @@ class CheckpointMixin:
 
 
 def check_isolator(folder: str | Path, length: int) -> None:
-    """Raises a `ValueError` where `folder` holds an isolator of another length than `length`, or none."""
+    """Raises a `ValueError` if the isolator in `folder` has another length than `length`, or is missing."""
     saved = saved_length(folder)
     if saved is None and not (Path(folder) / PRUNER_CONFIG_NAME).is_file():
-        return  # not written by `save_model`: sharded, or no checkpoint at all, which the Trainer says
+        return  # a sharded checkpoint, or none at all, for which the Trainer raises
     if (saved or 0) != length:
         raise ValueError(
             f"`isolator_length` is {length}, but the checkpoint {str(folder)!r} was trained with {saved or 0}. "
@@ -106,7 +106,7 @@ def check_isolator(folder: str | Path, length: int) -> None:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Holds Ctrl-C back until the body is done, so that no half-written checkpoint is left behind."""
+    """Defers Ctrl-C until the body is done, so no checkpoint is left half-written."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or getattr(before, "defers", False):
         yield

@@ -1,7 +1,7 @@
-"""The language model's head together with the cross-entropy, by Liger's fused kernel, so that there are no logits.
+"""The language model's head and the cross-entropy in one, by Liger's fused kernel, without logits.
 
-Where a pass is fused, the head hands on the hidden states that it is given, and they come out of the model in place of
-logits. Shapes: M supervised positions, D hidden, V vocabulary.
+In a fused pass, the head returns the hidden states that it receives, and the model returns them in place of logits.
+Shapes: M supervised positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,57 +19,63 @@ from .losses import supervised_cross_entropy
 
 logger = logging.getLogger(__name__)
 
-# Where Liger's Triton kernels run.
+# Devices that run Liger's Triton kernels.
 DEVICES = ("cuda",)
 
 
 class FusedHead:
-    """A model's head, which [`FusedHead.open`] makes hand on what it is given.
+    """A model's head, which [`FusedHead.open`] turns into the identity.
 
-    The first pass runs as it always does and shows whether logits are what the head returns, and nothing else: some
-    models cap or scale them.
+    The first pass runs as usual and shows whether the model's logits are exactly what the head returns: some models cap
+    or scale them.
 
     Args:
         head (`nn.Linear`): the model's output embeddings.
-        required (`bool`): raise an error rather than run as always where the first pass shows that it does not apply.
+        required (`bool`): raise an error if the first pass shows that fusing does not apply, instead of running as
+            usual.
     """
 
     def __init__(self, head: nn.Linear, required: bool = False):
         self.head, self.required = head, required
-        self.applies: bool | None = None  # not known before the first pass
+        self.applies: bool | None = None  # unknown before the first pass
         self.fuses = False  # whether the last call returned hidden states
         self._returned: list[torch.Tensor] = []
         self._watch = None
 
     def open(self, wanted: bool = True) -> None:
-        """The next call of the model returns hidden states for logits, if `wanted`; the first one is watched."""
+        """Prepares the next call of the model.
+
+        If `wanted`, it returns hidden states for logits. The first wanted call runs as usual and is watched.
+        """
         self.close()
         self.fuses = wanted and bool(self.applies)
         if self.fuses:
-            self.head.forward = handed_on
+            # (M, D) in, (M, D) out.
+            self.head.forward = identity
         elif wanted and self.applies is None:
-            # A copy: the model could write into what the head returned.
+            # Keep a copy (M, V) of what the head returns, because the model may write into it.
             keep = lambda head, args, logits: self._returned.append(logits.detach().clone())  # noqa: E731
             self._watch = self.head.register_forward_hook(keep)
 
     def close(self) -> None:
-        """Takes back what `open` did, also after a call that failed."""
+        """Undoes `open`, also after a call that failed."""
         vars(self.head).pop("forward", None)
         if self._watch is not None:
             self._watch.remove()
         self._watch, self._returned = None, []
 
     def after(self, logits: torch.Tensor) -> None:
-        """Closes, and judges the first pass by the logits `(..., V)` that it returned, with a wait for the device.
+        """Closes, and compares the logits `(..., V)` of the first pass with the head's. Waits for the device in that
+        pass.
 
         Raises:
-            ValueError: fused is `required` and does not apply.
+            ValueError: fusing is `required` and does not apply.
         """
         watched, returned = self._watch is not None, self._returned
         self.close()
         if not watched or not logits.numel():
             return
-        # Logits of nothing but zeros would stay what they are, whatever the model does with them.
+        # Equal logits prove that the model leaves them as they are, except zeros, which capping and scaling keep.
         same = len(returned) == 1 and returned[0].shape == logits.shape and bool(returned[0].any())
         self.applies = same and torch.equal(returned[0], logits.detach().to(returned[0].dtype))
         if not self.applies:
@@ -79,30 +85,31 @@ class FusedHead:
             logger.info("No fused loss: %s.", reason)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those that the loss, rather than the pass, takes into the graph."""
+        """The head's trainable parameters, which enter the graph with the loss, not with the pass."""
         return (p for p in self.head.parameters() if p.requires_grad)
 
     def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
         """Summed cross-entropy of the head's logits of `hidden` `(M, D)` against `targets` `(M,)`."""
-        # Liger's takes its gradients in forward, by whether those of the hidden states are asked for, and knows no M=0.
+        # Liger computes gradients in forward, only if the hidden states require them, and fails for M = 0.
         head_alone = torch.is_grad_enabled() and not hidden.requires_grad and any(True for _ in self.parameters())
+        # Logits (M, V) in these cases; otherwise none.
         if head_alone or not len(hidden):
             return supervised_cross_entropy(self.head(hidden), targets, 1, label_smoothing)
         return fused_loss(hidden, self.head.weight, targets, self.head.bias, label_smoothing)
 
 
-def handed_on(hidden: torch.Tensor) -> torch.Tensor:
-    """The forward of an open head."""
+def identity(hidden: torch.Tensor) -> torch.Tensor:
+    """The forward of an open head: the identity."""
     return hidden
 
 
 def fused_loss(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, label_smoothing: float
 ) -> torch.Tensor:
-    """Liger's cross-entropy of `hidden @ weight.T + bias`, summed; `(M, D)`, `(V, D)`, `(V,)`.
+    """Liger's summed cross-entropy of `hidden @ weight.T + bias`, for `(M, D)`, `(V, D)` and targets `(M,)`.
 
-    It waits for the device twice, once to count the targets and once in backward, and keeps the weight's gradient
-    `(V, D)` from forward on.
+    Waits for the device twice, to count the targets and in backward. Keeps the weight's gradient `(V, D)` from forward
+    on.
     """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -112,13 +119,13 @@ def fused_loss(
 
 
 def fused_head(model: nn.Module, choice: str, device: torch.device, otherwise: str | None = None) -> FusedHead | None:
-    """The model's head for passes with a fused loss; None where it is "off", or "auto" and does not apply.
+    """The model's head for passes with a fused loss; None if it is "off", or "auto" and does not apply.
 
     Args:
         model (`nn.Module`): a vision-language model, wrapped or not.
         choice (`str`): "auto", "on" or "off".
-        device (`torch.device`): where it is trained.
-        otherwise (`str`, *optional*): why the caller cannot do with it.
+        device (`torch.device`): the device of training.
+        otherwise (`str`, *optional*): why the caller cannot use it.
 
     Raises:
         ValueError: it is "on" and does not apply; the message says why.
@@ -135,7 +142,7 @@ def fused_head(model: nn.Module, choice: str, device: torch.device, otherwise: s
 
 
 def why_not(head: nn.Module | None, device: torch.device) -> str | None:
-    """Why a head cannot be fused with the loss, as far as it can be told beforehand; None where it can."""
+    """Why a head cannot be fused with the loss, as far as known before the first pass; None if it can."""
     if find_spec("liger_kernel") is None:
         return 'liger-kernel is not installed (pip install "hf-dualspeed[liger]")'
     if device.type not in DEVICES:
@@ -151,7 +158,7 @@ def why_not(head: nn.Module | None, device: torch.device) -> str | None:
 
 
 def check_liger_kernel(args: TrainingArguments) -> None:
-    """Raises a `ValueError` where `use_liger_kernel` would replace the model's forward."""
+    """Raises a `ValueError` if `use_liger_kernel` would replace the model's forward."""
     config = args.liger_kernel_config or {}
     if args.use_liger_kernel and config.get("fused_linear_cross_entropy", True):
         raise ValueError(
@@ -163,5 +170,5 @@ def check_liger_kernel(args: TrainingArguments) -> None:
 
 
 def not_applicable(reason: str) -> str:
-    """The message for a fused loss that was asked for."""
+    """The error message for a fused loss that was required."""
     return f"`fused_head_loss` is 'on', but {reason}. Use 'auto', which takes it where it applies, or 'off'."

@@ -1,7 +1,7 @@
-"""Batches of samples of like length: the length after pruning in fast steps, the whole one in slow steps.
+"""Batches of samples of similar length: the length after pruning in fast steps, the full length in slow steps.
 
-Once visual tokens are pruned, a sample is mostly text, whose lengths differ far more than those of whole samples, and
-padding takes a large share of a random batch.
+After pruning, a sample is mostly text, whose lengths vary far more than those of whole samples. So padding takes a
+large share of a random batch. Shapes: N samples of the data set, n_i samples of step i.
 """
 
 from __future__ import annotations
@@ -15,34 +15,32 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
-from ..data.collators import MaskVisualLabels
 from ..data.lengths import REMEDY, SampleLengths, TokenCounter, given_lengths, measured_lengths, visual_name
-from ..feature_cache.units import WithImageUnits
 from ..models.interface import unwrap, visual_token_ids
 from .schedule import FAST, SLOW
 
-MEGABATCH = 50  # steps, as in transformers' own grouping; at most a fourth of an epoch, so that it stays random
+MEGABATCH = 50  # steps, as in transformers' grouping; at most a fourth of an epoch, so that the order stays random
 
 
 class ModeLengthSampler(Sampler[int]):
-    """Gives each optimizer step samples that have about the same length in that step's mode.
+    """Gives each optimizer step samples of about the same length in that step's mode.
 
-    Samples are permuted at random and taken some 50 steps at a time. Of those, slow steps get a random subset and fast
-    steps the others, each sorted by the length that counts there; which step of its mode a batch goes to is random
-    again. Each sample comes once per epoch. Within a step, samples lie longest first, so that the rows of a
-    micro-batch, and the micro-batches that ranks run at the same time, are neighbours. Where training begins, the
-    epoch's longest batch of each mode comes first, so that memory runs out early if it does.
+    Samples are permuted at random and divided into blocks of about 50 steps. In a block, slow steps get a random subset
+    and fast steps the rest. Each is sorted by the length in its mode and split into batches, which go to random steps
+    of that mode. Each sample comes once per epoch. Within a step, samples are sorted from long to short: the rows of a
+    micro-batch, and the micro-batches that ranks run at the same time, are of similar length. When training begins, the
+    longest batch of each mode comes first, so memory runs out early if it does.
 
-    The order is a function of the seed and of the step that an epoch begins with: the same on every rank, and after
+    The order is a function of the seed and of the step at which an epoch begins: the same on every rank, and after
     resuming.
 
     Args:
         lengths (`dict[str, torch.LongTensor]`): the lengths `(N,)` by mode, "fast" and "slow".
         step_size (`int`): samples of an optimizer step, over all micro-batches and ranks.
         mode_at (`Callable[[int], str]`): the mode of an optimizer step, counted from 0 over all epochs.
-        used (`int`, *optional*): samples that an epoch trains on, N by default; the others, drawn anew in each epoch,
+        used (`int`, *optional*): samples that an epoch trains on, N by default; the others, drawn again in each epoch,
             come last, to be dropped.
-        first_step (`Callable[[], int]`, *optional*): the step that the epoch begins with, asked when it does.
+        first_step (`Callable[[], int]`, *optional*): the step at which the epoch begins, asked at that time.
         seed (`int`): of the permutations.
     """
 
@@ -67,19 +65,22 @@ class ModeLengthSampler(Sampler[int]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch, an incomplete last one among them."""
+        """Optimizer steps of an epoch, an incomplete last one included."""
         return -(-self.used // self.step_size)
 
     def __iter__(self) -> Iterator[int]:
+        # Batches in order, then the samples to be dropped.
         batches, left = self.plan(self.first_step())
         return iter([index for batch in [*batches, left] for index in batch])
 
     def plan(self, first: int) -> tuple[list[list[int]], list[int]]:
         """The samples of each step of the epoch that begins with step `first`, and those left out."""
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}:{first}").getrandbits(63))
+        # Random order of all samples, (N,), in chunks of one step, and the mode of each step.
         order = torch.randperm(len(self), generator=generator)
         chunks = order[: self.used].split(self.step_size) if self.used else ()
         modes = [self.mode_at(first + step) for step in range(len(chunks))]
+        # Group by length within blocks of steps.
         together = max(1, min(MEGABATCH, len(chunks) // 4))
         batches = []
         for begin in range(0, len(chunks), together):
@@ -91,6 +92,7 @@ class ModeLengthSampler(Sampler[int]):
 
     def _longest_first(self, batches: list[list[int]], modes: list[str]) -> None:
         for mode, lengths in self.lengths.items():
+            # Swap the first complete batch of the mode with its longest one; each batch begins with its longest sample.
             whole = [s for s, batch in enumerate(batches) if modes[s] == mode and len(batch) == self.step_size]
             if whole:
                 longest = max(whole, key=lambda step: lengths[batches[step][0]].item())
@@ -100,10 +102,10 @@ class ModeLengthSampler(Sampler[int]):
 def grouped(
     chunks: tuple[torch.Tensor, ...], modes: list[str], lengths: dict[str, torch.Tensor], generator: torch.Generator
 ) -> list[list[int]]:
-    """The samples of some steps, grouped by the length that counts in the mode of each.
+    """The samples of some steps, grouped by their length in the mode of each step.
 
     Args:
-        chunks (`tuple[torch.LongTensor]`): samples in random order, as many `(n_i,)` as step i takes.
+        chunks (`tuple[torch.LongTensor]`): samples in random order, `(n_i,)` for step i.
         modes (`list[str]`): the mode of each step.
         lengths (`dict[str, torch.LongTensor]`): the lengths `(N,)` of all samples by mode.
         generator (`torch.Generator`): draws which step gets which batch.
@@ -116,8 +118,10 @@ def grouped(
         steps = [step for step in range(len(chunks)) if modes[step] == mode]
         if not steps:
             continue
+        # The samples of all steps of a mode, (sum n_i,), longest first.
         pool = torch.cat([chunks[step] for step in steps])
         pool = pool[lengths[mode][pool].argsort(descending=True, stable=True)]
+        # Consecutive samples form a batch, which goes to a random step of the mode.
         steps = [steps[i] for i in torch.randperm(len(steps), generator=generator)]
         for step, batch in zip(steps, pool.split([len(chunks[step]) for step in steps]), strict=True):
             batches[step] = batch.tolist()
@@ -125,7 +129,7 @@ def grouped(
 
 
 class EpochBegin(TrainerCallback):
-    """Knows the optimizer step that the running epoch's order of samples begins with."""
+    """Records the optimizer step at which the running epoch's order of samples begins."""
 
     def __init__(self):
         self._step, self._resumed = 0, False
@@ -135,22 +139,23 @@ class EpochBegin(TrainerCallback):
         self._step = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # A first epoch may be one that was begun before: the Trainer then skips what it has run of it.
+        # The first epoch may continue an earlier one: the Trainer then skips the samples that were trained on.
         self._resumed = self._resumed and self._step is None
         self._step = state.global_step
 
     def step(self, steps_per_epoch: int) -> int:
-        """The step, where an epoch has so many."""
+        """The step, for epochs of `steps_per_epoch` steps."""
         step = self._step or 0
         return step - step % steps_per_epoch if self._resumed and steps_per_epoch else step
 
 
 class LengthGroupingMixin:
-    """`train_sampling_strategy="group_by_length"` of a DualSpeed trainer: by [`ModeLengthSampler`].
+    """`train_sampling_strategy="group_by_length"` of a DualSpeed trainer, by [`ModeLengthSampler`].
 
-    Lengths come from the data set's columns, `args.length_column_name` (all tokens, visual ones included) and the same
-    with `visual_` in front (a list of the visual tokens of each image), or are counted when training starts. Where the
-    pruning ratio changes over training, the final one counts. Evaluation goes through its data in order.
+    Lengths come from two columns of the data set: `args.length_column_name` (all tokens, visual ones included) and the
+    same name with the prefix `visual_` (a list of the visual tokens of each image). Without them, they are counted when
+    training starts. If the pruning ratio changes over training, the final one is used. Evaluation goes through its data
+    in order.
     """
 
     def _begin_length_grouping(self) -> None:
@@ -159,9 +164,10 @@ class LengthGroupingMixin:
         self.add_callback(self._epoch_begin)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
-        dataset = self.train_dataset  # with the columns that the given one may have lost
+        dataset = self.train_dataset  # it has all columns; `train_dataset` may have lost some
         if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
+        # Samples of a micro-batch over all ranks.
         together = self._train_batch_size if self.accelerator.split_batches else self._samples_at_once()
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = ModeLengthSampler(
@@ -175,7 +181,7 @@ class LengthGroupingMixin:
         return sampler
 
     def _samples_at_once(self) -> int:
-        """Samples of a micro-batch of every rank that has data of its own."""
+        """Samples of a micro-batch over all ranks with data of their own."""
         return self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
 
     def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
@@ -184,7 +190,7 @@ class LengthGroupingMixin:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _check_images(self, lengths: SampleLengths) -> None:
-        """Raises a `ValueError` where grouping would put samples without images together, and the model is sharded."""
+        """Raises a `ValueError` if the model is sharded and grouping would put samples without images together."""
         without = 0 if lengths.visual is None else sum(not any(units) for units in lengths.visual)
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and 0 < without < len(lengths):
             raise ValueError(
@@ -194,7 +200,7 @@ class LengthGroupingMixin:
             )
 
     def _lengths_by_mode(self, lengths: SampleLengths) -> dict[str, torch.Tensor]:
-        # What acts inside the language model drops nothing in front of it.
+        # A pruner inside the language model does not shorten its input.
         ratio = 0.0 if self._pruner.in_language_model else self._pruner.config.pruning_ratio
         return {FAST: lengths.pruned(ratio, self.args.isolator_length), SLOW: lengths.full}
 
@@ -202,7 +208,7 @@ class LengthGroupingMixin:
         """The lengths of a data set, counted once.
 
         Raises:
-            ValueError: they are not given and cannot be counted, or those given are none.
+            ValueError: the columns hold no lengths, or there are none and counting fails.
         """
         if self._lengths is not None and self._lengths[0] is dataset:
             return self._lengths[1]
@@ -221,8 +227,9 @@ class LengthGroupingMixin:
         return lengths
 
     def _counted_once(self, dataset) -> SampleLengths | Exception:
-        """The lengths that the first process counts, or what keeps it from it, on all of them."""
+        """Counts the lengths in the first process and sends them, or the error, to all processes."""
         found: list[SampleLengths | Exception | None] = [None]
+        # Only the first process reads the data.
         if self.args.process_index == 0:
             try:
                 found = [self._count_lengths(dataset)]
@@ -231,9 +238,6 @@ class LengthGroupingMixin:
         return broadcast_object_list(found)[0]
 
     def _count_lengths(self, dataset) -> SampleLengths:
-        collator = self.data_collator
-        while isinstance(collator, (MaskVisualLabels, WithImageUnits)):  # the user's own tells how it counts
-            collator = collator.collator
         processor = getattr(self, "processing_class", None)
-        counter = TokenCounter(collator, processor, visual_token_ids(unwrap(self.model).config))
+        counter = TokenCounter(self.given_collator, processor, visual_token_ids(unwrap(self.model).config))
         return measured_lengths(dataset, counter, self.args.dataloader_num_workers or None)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-# Wide enough that launching kernels costs nothing beside them.
+# Wide enough that the launch of kernels does not matter.
 VOCABULARY_SLICE = 16384
-# Slices of the rows: a fixed number, so that the work on the host is the same for any M.
+# Number of row slices, fixed, so that the host's work does not depend on M.
 ROW_SLICES = 16
 
 
@@ -28,11 +28,12 @@ def self_distillation_loss(
         student_logits (`torch.Tensor` of shape `(M, V)`): with gradients.
         teacher_logits (`torch.Tensor` of shape `(M, V)`): taken without gradients.
         temperature (`float`): T.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): divisor; M where None.
-        sliced (`bool`): over slices of the vocabulary, in less memory; else by PyTorch's own functions at once.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): divisor; M if None.
+        sliced (`bool`): compute over slices of the vocabulary, with less memory; otherwise by PyTorch's functions at
+            once.
 
     Raises:
-        ValueError: the two differ in shape, so the two views do not supervise the same tokens.
+        ValueError: the shapes differ, so the two views do not supervise the same tokens.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -40,6 +41,7 @@ def self_distillation_loss(
             "must agree in shape: the full and the pruned view supervise different tokens. "
             "Set the labels of visual tokens and of each row's first token to -100."
         )
+    # Sum over M positions of KL between distributions over V.
     if sliced:
         divergence = ForwardKL.apply(student_logits, teacher_logits.detach(), temperature)
     else:
@@ -51,25 +53,29 @@ def self_distillation_loss(
 class ForwardKL(torch.autograd.Function):
     """`T^2 * sum_m KL(softmax(t_m / T) || softmax(s_m / T))` in float32, over slices of the vocabulary.
 
-    Only slices are ever in float32: beside the logits themselves, which both passes hold anyway, nothing of the size
-    (M, V) is kept, and the gradient `T * (softmax(s / T) - softmax(t / T))` is made in the student's dtype.
+    Only slices are in float32. Nothing of size (M, V) is kept beside the logits, which both passes hold anyway, and the
+    gradient `T * (softmax(s / T) - softmax(t / T))` is computed in the student's dtype.
     """
 
     @staticmethod
     def forward(ctx, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+        # log Z = logsumexp(logits / T) of each row, (M, 1).
         student_norm, teacher_norm = (log_normalizer(logits, temperature) for logits in (student, teacher))
         divergence = student.new_zeros((), dtype=torch.float32)
+        # Per slice (M, v): log p_t = t / T - log Z_t, and p_t * (log p_t - log p_s), summed over rows and vocabulary.
         for s, t in slices(student, teacher):
             taught = t.float() / temperature - teacher_norm
             divergence += (taught.exp() * (taught - s.float() / temperature + student_norm)).sum()
         ctx.save_for_backward(student, teacher, student_norm, teacher_norm)
         ctx.temperature = temperature
+        # T^2 keeps the size of gradients independent of T (Hinton et al., arXiv 1503.02531).
         return divergence * temperature**2
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
         student, teacher, student_norm, teacher_norm = ctx.saved_tensors
         gradient, scale = torch.empty_like(student), upstream * ctx.temperature
+        # Per slice (M, v), in place: (p_s - p_t) * upstream * T, where T = T^2 (loss) * 1/T (logits).
         for s, t, part in slices(student, teacher, gradient):
             learned = (s.float() / ctx.temperature - student_norm).exp_()
             part.copy_(learned.sub_((t.float() / ctx.temperature - teacher_norm).exp_()).mul_(scale))
@@ -77,12 +83,13 @@ class ForwardKL(torch.autograd.Function):
 
 
 def slices(*logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Tensors `(M, V)` in slices of the vocabulary, `(M, v)`."""
+    """Slices `(M, v)` of the vocabulary of tensors `(M, V)`."""
     return zip(*(tensor.split(VOCABULARY_SLICE, dim=-1) for tensor in logits), strict=True)
 
 
 def log_normalizer(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """`logsumexp(logits / T)` of each row in float32, `(M, 1)`."""
+    # logsumexp of each slice, (M, 1), then over the slices, (M, slices) -> (M, 1).
     parts = [(part.float() / temperature).logsumexp(-1, keepdim=True) for (part,) in slices(logits)]
     return torch.cat(parts, dim=-1).logsumexp(-1, keepdim=True)
 
@@ -94,9 +101,9 @@ def supervised_cross_entropy(
     label_smoothing: float = 0.0,
     sliced: bool = True,
 ) -> torch.Tensor:
-    """Cross-entropy of `logits` `(M, V)` against `targets` `(M,)`, summed over M and divided as above.
+    """Cross-entropy of `logits` `(M, V)` against `targets` `(M,)`, summed over M and divided by [`divisor`].
 
-    Computed in float32. A batch without supervised positions (M = 0) gives a finite zero that still reaches the graph.
+    Computed in float32. A batch without supervised positions (M = 0) gives a finite zero that is still in the graph.
     """
     if sliced:
         loss = CrossEntropy.apply(logits, targets, label_smoothing)
@@ -108,16 +115,18 @@ def supervised_cross_entropy(
 class CrossEntropy(torch.autograd.Function):
     """Summed cross-entropy in float32, over slices of the rows.
 
-    As in [`ForwardKL`] only slices are ever in float32 and nothing of the size (M, V) is kept beside the logits, where
-    `F.cross_entropy` keeps its log-softmax and, of half precision, a float32 copy of the logits as well. By rows rather
-    than by vocabulary, for whole rows go through fused kernels. Forward and backward on one CPU core, against
-    `F.cross_entropy` at once and slices of the vocabulary: 55, 86 and 97 ms for M=512, V=32064 in float32; 0.2, 0.6
-    and 1.3 s for M=512, V=151936 in bfloat16.
+    As in [`ForwardKL`], only slices are in float32, and nothing of size (M, V) is kept beside the logits.
+    `F.cross_entropy` keeps its log-softmax and, for half precision, a float32 copy of the logits. Slices are rows, not
+    vocabulary, because fused kernels take whole rows.
+
+    Time of forward and backward on one CPU core for row slices, `F.cross_entropy` at once, and vocabulary slices: 55,
+    86 and 97 ms for M=512, V=32064 in float32; 0.2, 0.6 and 1.3 s for M=512, V=151936 in bfloat16.
     """
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
         loss = logits.new_zeros((), dtype=torch.float32)
+        # Per slice: rows (m, V) in float32 against targets (m,).
         for rows, hits in zip(logits.chunk(ROW_SLICES), targets.chunk(ROW_SLICES), strict=True):
             loss += F.cross_entropy(rows.float(), hits, reduction="sum", label_smoothing=label_smoothing)
         ctx.save_for_backward(logits, targets)
@@ -128,16 +137,18 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream: torch.Tensor):
         logits, targets = ctx.saved_tensors
         gradient, smoothing = torch.empty_like(logits), ctx.label_smoothing
+        # Gradient: softmax - smoothing / V everywhere, - (1 - smoothing) at the target, (M, 1).
         hits = upstream.new_full((len(targets), 1), smoothing - 1)
         for parts in zip(*(t.chunk(ROW_SLICES) for t in (logits, targets[:, None], hits, gradient)), strict=True):
             rows, places, hit, part = parts
+            # Per slice (m, V): softmax, the target's term, the smoothed term, times the upstream gradient.
             softmax = rows.softmax(-1, dtype=torch.float32).scatter_add_(-1, places, hit)
             part.copy_(softmax.sub_(smoothing / rows.shape[-1]).mul_(upstream))
         return gradient, None, None
 
 
 def divisor(num_items_in_batch: torch.Tensor | int | None, logits: torch.Tensor) -> torch.Tensor | int:
-    """What the sums are divided by: the items of the whole accumulated batch where known, never zero."""
+    """The divisor of the sums: the items of the whole accumulated batch if known, never zero."""
     if num_items_in_batch is None:
         return max(1, logits.shape[0])
     if isinstance(num_items_in_batch, torch.Tensor):

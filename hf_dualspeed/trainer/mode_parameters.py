@@ -12,9 +12,9 @@ from .schedule import FAST, SLOW
 class ModeParameters:
     """Splits the trainable parameters into shared, fast-only and slow-only ones.
 
-    Before an optimizer step, [`drop_gradients`] takes the gradients from the parameters that the mode does not
-    own. Optimizers skip a parameter whose `.grad` is None, so neither weight decay nor momentum moves it: it stays
-    the same to the bit.
+    Before an optimizer step, [`drop_gradients`] removes the gradients of parameters that the mode does not own.
+    Optimizers skip a parameter whose `.grad` is None, including weight decay and momentum, so it stays the same to the
+    bit.
 
     Args:
         model (`nn.Module`): the model as given to the trainer.
@@ -42,12 +42,12 @@ class ModeParameters:
         if not others:
             return
         for name, parameter in self._model.named_parameters():
-            if name.replace("_checkpoint_wrapped_module.", "") in others:  # FSDP's activation checkpointing renames
+            if name.replace("_checkpoint_wrapped_module.", "") in others:  # renamed by FSDP's checkpointing
                 parameter.grad = None
 
 
 def matching(trainable: dict[str, nn.Parameter], patterns: list[str], argument: str) -> set[str]:
-    """Names of the trainable parameters that the glob `patterns` of `argument` match."""
+    """Names of the trainable parameters that match the glob `patterns` of `argument`."""
     found = set()
     for pattern in patterns:
         hits = {name for name in trainable if fnmatchcase(name, pattern)}

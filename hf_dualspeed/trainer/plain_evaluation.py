@@ -1,4 +1,4 @@
-"""Losses outside of training: the model's own, on all tokens, without the pruner and the isolator."""
+"""Evaluation losses: the model's own loss on all tokens, without the pruner and the isolator."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from .dual_forward import EVALUATION
 
 
 class PlainEvaluationMixin:
-    """Evaluation of a `Trainer` as it always is, but for its head: where the loss alone is asked for, it runs at
-    supervised positions only, and gives the same loss."""
+    """Evaluation as in `Trainer`, with one difference.
 
-    # Whether the trainer makes more of logits than the loss.
+    If only the loss is requested, the head runs at supervised positions only, and gives the same loss.
+    """
+
+    # Whether the trainer uses logits for more than the loss.
     reads_logits = False
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -28,14 +30,15 @@ class PlainEvaluationMixin:
             return super().prediction_step(*given)
 
     def plain_loss(self, model, inputs, return_outputs=False):
-        """The mean over the supervised tokens of a batch; NaN where it has none, as the model's own."""
+        """The mean over the supervised tokens of a batch; NaN without any, like the model's own loss."""
         evaluates = self.dual_forward.mode == EVALUATION
         if not evaluates and (self.label_smoother is None or "labels" not in inputs):
             return super().compute_loss(model, inputs, return_outputs)
         outputs = model(**inputs)
-        if not evaluates:  # the Trainer shifts smoothed labels for the names of plain causal models only
+        if not evaluates:  # the Trainer shifts smoothed labels only for models that it knows as causal
             loss = self.label_smoother(outputs, inputs["labels"], shift_labels=True)
         else:
+            # Mean cross-entropy of logits (M, V) against targets (M,).
             smoothing = self.args.label_smoothing_factor
             entropy = self.dual_forward.cross_entropy(outputs.logits, outputs.targets, smoothing)
             loss = entropy / len(outputs.targets)
@@ -43,7 +46,7 @@ class PlainEvaluationMixin:
 
 
 def has_plain_loss(model: nn.Module, inputs: Mapping) -> bool:
-    """Whether the model's loss on a batch is the mean cross-entropy of the labels shifted by one, and nothing else."""
+    """Whether the model's loss on a batch is exactly the mean cross-entropy of the labels shifted by one."""
     outer = unwrap(model)
     configs = (outer.config, outer.config.get_text_config())
     routed = any(getattr(config, "output_router_logits", False) for config in configs)

@@ -1,4 +1,4 @@
-"""What the trainer tells of a run: its record, its card, and pushes to the Hub while it trains and afterwards."""
+"""The record of a run: results.json, the model card, and pushes to the Hub during and after training."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .speedup import SpeedupMeter
 
 logger = logging.getLogger(__name__)
 
-# Files of a fast view, which a run has or has not; those of an earlier run with other settings must go.
+# Optional files of the fast view; a run without them deletes those of an earlier run.
 PARTS = (ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME)
 
 
 class RunRecordMixin:
-    """results.json, README.md and what of them goes to the Hub."""
+    """Writes results.json and README.md, and pushes them to the Hub."""
 
     _pushing: dict | None = None  # revision and token of `push_to_hub`, while it runs
 
@@ -47,12 +47,12 @@ class RunRecordMixin:
         self._earlier: dict = {}
         self._speedup: dict | None = None
         self._peak: dict | None = None
-        # The data set of each metric of each step that was evaluated.
+        # The data set of each metric, by step and name.
         self._evaluated_on: dict[tuple[int, str], str | None] = {}
 
     def _finalize_training(self, *args, **kwargs):
         output = super()._finalize_training(*args, **kwargs)
-        self.add_up()  # before plain passes, which take more memory
+        self.add_up()  # before plain passes, which need more memory
         steps = self.state.global_step - self._initial_global_step
         self._speedup = self.speedup_meter.measure(self, steps)
         if self._speedup is not None:
@@ -63,28 +63,28 @@ class RunRecordMixin:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         data = self.eval_dataset[data] if isinstance(data, str) else data
-        if not isinstance(data, dict):  # of several, each has come here by itself
+        if not isinstance(data, dict):  # each of several data sets comes here on its own
             self._evaluated_on |= {(self.state.global_step, key): dataset_name(data) for key in metrics}
         return metrics
 
     def add_up(self) -> None:
-        """Sums the visual tokens of all processes, and takes the most memory of any. Call it in all of them."""
+        """Sums the visual tokens of all processes, and takes the largest peak memory. Call it in all of them."""
         clock, peak = self.clock, peak_memory(self.args.device)
         clock.all_visual_tokens = dict(clock.visual_tokens)
         if self.accelerator.num_processes > 1:
             counts = torch.tensor([*clock.visual_tokens.values(), 0], device=self.args.device)
             full, kept, _ = self.accelerator.reduce(counts, "sum").tolist()
-            shared = self.get_tp_size()  # tensor parallel ranks are given the same batch
+            shared = self.get_tp_size()  # tensor parallel ranks receive the same batch
             clock.all_visual_tokens = {"full": full // shared, "kept": kept // shared}
             held = torch.tensor([peak["bytes"] if peak else 0], device=self.args.device)
             peak = peak and {**peak, "bytes": self.accelerator.gather(held).max().item()}
         self._peak = peak
 
     def record(self, folder: str | Path | None = None) -> dict:
-        """What is known of the run so far, as results.json in `folder` holds it and the model card shows it.
+        """The record of the run so far, for results.json in `folder` and the model card.
 
-        What an earlier part of a resumed run has measured stays, but for what its weights answered. In several
-        processes, visual tokens and memory are those of the last checkpoint, or of the end.
+        Measurements of an earlier part of a resumed run stay, except those of its weights. With several processes,
+        visual tokens and memory are those of the last checkpoint, or of the end.
         """
         if self.is_in_train and self.accelerator.num_processes == 1:
             self.add_up()
@@ -114,9 +114,9 @@ class RunRecordMixin:
         return without_paths({key: value for key, value in results.items() if is_known(value)})
 
     def _evaluated(self) -> tuple[dict | None, str | None]:
-        """Metrics of the Trainer's evaluation of the weights as they are, and the data set, where it is one and known.
+        """Metrics of the current weights from the Trainer's evaluation, and their data set if there is exactly one.
 
-        None where there was none. Without what is no finite number.
+        None without an evaluation. Numbers that are not finite are left out.
         """
         state = self.state
         best = self.args.load_best_model_at_end and not self.is_in_train and state.best_global_step
@@ -129,11 +129,9 @@ class RunRecordMixin:
         return found or None, names.pop() if len(names) == 1 else None
 
     def write_results(self, folder: str | Path | None = None) -> dict:
-        """Writes results.json and, where losses were logged, learning_curve.png to `folder`; returns the results."""
-        from ..publishing.plots import (
-            CURVE_NAME,
-            plot_learning_curve,  # matplotlib takes its time
-        )
+        """Writes results.json and, if losses were logged, learning_curve.png to `folder`; returns the results."""
+        # Imported late, because matplotlib is slow to import.
+        from ..publishing.plots import CURVE_NAME, plot_learning_curve
 
         folder = Path(folder or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,10 +155,10 @@ class RunRecordMixin:
         dataset=None,
         dataset_args=None,
     ) -> None:
-        """Writes results.json and README.md from what was measured; sections that a person wrote there stay.
+        """Writes results.json and README.md from the measurements. Sections that a person wrote there stay.
 
-        `model_name`, `tasks` and `dataset_args` are not used: the card's name is that of folder or repo, and the rest
-        is in the results.
+        `model_name`, `tasks` and `dataset_args` are not used: the card has the name of the folder or repo, and the
+        results hold the rest.
         """
         given = {"language": language, "license": license, "tags": as_list(tags), "base_model": finetuned_from}
         given["datasets"] = list(dict.fromkeys([*as_list(dataset), *as_list(dataset_tags)]))
@@ -176,7 +174,7 @@ class RunRecordMixin:
         repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with explained("push to", f"the Hub repo {repo_id!r}"):
             super().init_hf_repo(token, private)
-        if self.args.push_to_hub and self.is_world_process_zero():  # what is wrong with a card is said at the start
+        if self.args.push_to_hub and self.is_world_process_zero():  # a broken card raises at the start
             self._adopt_card(token=token)
 
     def push_to_hub(
@@ -188,7 +186,7 @@ class RunRecordMixin:
         private: bool | None = None,
         **kwargs,
     ):
-        """[`~transformers.Trainer.push_to_hub`] with results and card; what a person wrote on the Hub stays.
+        """[`~transformers.Trainer.push_to_hub`] with results and card. Text that a person wrote on the Hub stays.
 
         Raises:
             HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached; the message says what to do.
@@ -209,12 +207,12 @@ class RunRecordMixin:
             self._pushing = None
 
     def _adopt_card(self, revision: str | None = None, token: str | None = None) -> None:
-        """Takes over what a person wrote into the card on the Hub since the last push."""
+        """Adopts what a person wrote into the card on the Hub since the last push."""
         revision, token = revision or self.args.hub_revision, token or self.args.hub_token
         adopt_published_card(self.args.output_dir, self.hub_model_id, revision, token)
 
     def _delete_stale_parts(self, revision: str | None, token: str | None) -> None:
-        """Takes an earlier run's isolator and learned pruner out of the repo, where this run has none."""
+        """Deletes an earlier run's isolator and learned pruner from the repo, if this run has none."""
         api, revision = HfApi(token=token or self.args.hub_token), revision or self.args.hub_revision
         stale = [name for name in PARTS if not (Path(self.args.output_dir) / name).is_file()]
         stale = [name for name in stale if api.file_exists(self.hub_model_id, name, revision=revision)]
@@ -231,12 +229,12 @@ class RunRecordMixin:
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _prepare_push(self, checkpoint: Path) -> bool:
-        """Brings output folder and card up to the checkpoint; False, with a warning, where a card stands in the way."""
+        """Updates output folder and card to the checkpoint; False, with a warning, if a card prevents it."""
         copy_parts(checkpoint, Path(self.args.output_dir))
         try:
             self._adopt_card()
             self.create_model_card()
-        except (OSError, ValueError) as error:  # not worth a training that has come this far
+        except (OSError, ValueError) as error:  # must not end the training
             logger.warning("%s is not pushed: %s %s", checkpoint.name, one_line(error), self._push_later())
             return False
         return True
@@ -246,7 +244,7 @@ class RunRecordMixin:
         self._report_failed_pushes()
 
     def _report_failed_pushes(self) -> None:
-        """Pushes during training run in the background, where the Trainer lets their errors go unseen."""
+        """Warns about failed background pushes, whose errors the Trainer ignores."""
         pushing = getattr(self, "push_in_progress", None)
         for job in list(pushing.jobs) if pushing is not None else ():
             if job.done() and not job.cancelled() and job.exception() is not None:
@@ -264,12 +262,12 @@ class RunRecordMixin:
 
 
 def progress(state: TrainerState) -> dict | None:
-    """The optimizer step of a run that has not reached its last one."""
+    """The optimizer step of a run that has not reached its last one; None for others."""
     return {"step": state.global_step, "of": state.max_steps} if state.global_step < state.max_steps else None
 
 
 def larger(peak: dict | None, other: dict | None) -> dict | None:
-    """The larger of two peaks of memory of one kind."""
+    """The larger of two memory peaks of the same kind."""
     comparable = peak and other and peak["of"] == other["of"]
     return max(peak, other, key=lambda measured: measured["bytes"]) if comparable else peak or other
 
@@ -285,14 +283,13 @@ def as_stored(value: object) -> object:
 
 
 def is_known(value: object) -> bool:
-    """Whether there is a value, and it is no number that JSON and the Hub do not have."""
+    """Whether there is a value that JSON and the Hub can hold: no NaN or infinity."""
     return value is not None and (not isinstance(value, float) or math.isfinite(value))
 
 
 def copy_parts(checkpoint: Path, folder: Path) -> None:
-    """Copies what `_save` writes beside the model, but the Trainer does not know by name: isolator and pruner, code,
-    and further adapters."""
-    if (checkpoint / PRUNER_CONFIG_NAME).is_file():  # else it is sharded and holds them among the weights
+    """Copies files that the Trainer does not know by name: isolator, pruner, code and further adapters."""
+    if (checkpoint / PRUNER_CONFIG_NAME).is_file():  # a sharded checkpoint holds them in its weights instead
         for name in PARTS:
             if not (checkpoint / name).is_file():
                 (folder / name).unlink(missing_ok=True)

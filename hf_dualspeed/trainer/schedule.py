@@ -1,4 +1,4 @@
-"""Which optimizer steps are fast and which are slow: a function of the seed and the step alone."""
+"""Which optimizer steps are fast and which are slow, as a function of the seed and the step."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class ModeSchedule:
 
     Args:
         ratio (`float`): fraction of slow steps.
-        kind (`str`): "random": each step is slow with probability `ratio`; "growing" and "shrinking": with one that
-            goes evenly from 0 to twice `ratio`, or back; "periodic": the last of every `round(1 / ratio)` steps is;
-            "adaptive": as "random", until an [`AdaptiveSchedule`] changes the ratio.
+        kind (`str`): "random": each step is slow with probability `ratio`; "growing" and "shrinking": with a
+            probability that changes evenly from 0 to twice `ratio`, or back; "periodic": the last of every `round(1 /
+            ratio)` steps is slow; "adaptive": as "random", until an [`AdaptiveSchedule`] changes the ratio.
         seed (`int`): of the random schedule.
-        warmup_steps (`int`): the first so many steps are slow.
+        warmup_steps (`int`): number of slow steps at the start.
         tail_ratio (`float`): the last fraction of `total_steps` that is slow.
         total_steps (`int`, *optional*): optimizer steps of the whole run; needed for a tail and for ratios that change.
     """
@@ -55,18 +55,18 @@ class ModeSchedule:
 
     @property
     def period(self) -> int:
-        """Steps from one slow step of the periodic schedule to the next; 0 where there is none."""
+        """Steps from one slow step of the periodic schedule to the next; 0 if there are none."""
         return round(1 / self.ratio) if self.ratio else 0
 
     def ratio_at(self, step: int) -> float:
-        """The probability that step `step` is slow, for the kinds that draw."""
+        """The probability that step `step` is slow, for the random kinds."""
         if self.kind not in CHANGING:
             return self.ratio
         done = (step + 0.5) / self.total_steps
         return min(1.0, 2 * self.ratio * (done if self.kind == "growing" else 1 - done))
 
     def is_fixed(self, step: int) -> bool:
-        """Whether the step is slow whatever is drawn: in the warm-up, or in the tail."""
+        """Whether the step is always slow: in the warm-up, or in the tail."""
         tail = self.tail_ratio and step >= self.total_steps - round(self.tail_ratio * self.total_steps)
         return step < self.warmup_steps or bool(tail)
 
@@ -76,5 +76,5 @@ class ModeSchedule:
             return SLOW
         if self.kind == "periodic":
             return SLOW if self.period and step % self.period == self.period - 1 else FAST
-        # A generator per step, seeded by a string: Python documents both the seeding and `random()` as stable.
+        # One generator per step, seeded by a string: Python guarantees that seeding and `random()` stay stable.
         return SLOW if random.Random(f"{self.seed}:{step}").random() < self.ratio_at(step) else FAST

@@ -1,7 +1,7 @@
-"""Activation checkpointing by mode: slow steps recompute activations where the user asked for it, fast ones need not.
+"""Activation checkpointing by mode: slow steps recompute activations as the user asked, fast steps do not.
 
-A fast step, or a slow one in parts of its size, holds the activations of a fraction of the tokens: more memory than
-with recomputation, which is a fourth of its time, and far less than a whole slow step without.
+A fast step, or a slow one in parts of its size, holds the activations of a fraction of the tokens. Without
+recomputation it saves a fourth of its time, and needs far less memory than a whole slow step without it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class SelectiveCheckpointing(TrainerCallback):
-    """Leaves out, in steps on few tokens, the recomputation that the user asked for.
+    """In steps on few tokens, turns off the recomputation that the user asked for.
 
     Args:
-        always (`bool`): never leave it out. Otherwise so from when memory runs short.
+        always (`bool`): never turn it off; becomes True when memory runs out.
     """
 
     def __init__(self, always: bool = False):
@@ -30,12 +30,12 @@ class SelectiveCheckpointing(TrainerCallback):
         self._checkpointed: list[nn.Module] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # The Trainer switches checkpointing on right before; FSDP's own wrappers are left alone.
+        # The Trainer has just turned checkpointing on. FSDP's own wrappers are left alone.
         self._checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
 
     @property
     def skips(self) -> bool:
-        """Whether there is recomputation that small steps leave out."""
+        """Whether small steps skip recomputation."""
         return bool(self._checkpointed) and not self.always
 
     @contextmanager
@@ -51,12 +51,12 @@ class SelectiveCheckpointing(TrainerCallback):
             self._switch(True)
 
     def retries(self, error: torch.OutOfMemoryError, small: bool, alone: bool) -> None:
-        """Turns recomputation on for good where a small micro-batch ran out of memory without it, so that it can be run
-        again; raises the error elsewhere.
+        """Turns recomputation on for the rest of training if a small micro-batch ran out of memory without it, which
+        can then be repeated. Raises the error otherwise.
 
         Args:
-            small (`bool`): whether the micro-batch went without recomputation.
-            alone (`bool`): whether it can be run again: no other gradients are there, and no other rank waits.
+            small (`bool`): whether the micro-batch ran without recomputation.
+            alone (`bool`): whether it can be repeated: there are no other gradients, and no other rank waits.
         """
         if not small or not self.skips:
             raise error
@@ -65,11 +65,11 @@ class SelectiveCheckpointing(TrainerCallback):
                 f"{error} A step ran out of memory without activation checkpointing: set "
                 "fast_mode_checkpointing=True, or a smaller per_device_train_batch_size."
             ) from error
-        traceback.clear_frames(error.__traceback__)  # which hold the activations of the failed attempt
+        traceback.clear_frames(error.__traceback__)  # they hold the activations of the failed attempt
         self.fall_back("ran out of memory")
 
     def fall_back(self, reason: str) -> None:
-        """All steps recompute from now on."""
+        """Makes all later steps recompute."""
         self.always = True
         logger.warning(
             "A step without activation checkpointing %s; fast steps use it from now on, too. "

@@ -35,10 +35,10 @@ class DualSpeedSFTConfig(DualSpeedArguments, SFTConfig):
 
 
 class AttachLast(Trainer):
-    """Attaches DualSpeed to the model right before [`~transformers.Trainer`] gets it.
+    """Attaches DualSpeed to the model right before [`~transformers.Trainer`] receives it.
 
-    It comes after SFTTrainer in the order of calls: by then SFTTrainer has loaded a model given by name, resized its
-    embeddings and wrapped it in PEFT, so that the hooks sit on the outermost model.
+    It comes after SFTTrainer in the method resolution order. By then SFTTrainer has loaded a model given by name,
+    resized its embeddings and wrapped it in PEFT, so the hooks sit on the outermost model.
     """
 
     def __init__(self, model: nn.Module, args: DualSpeedSFTConfig, **kwargs):
@@ -49,23 +49,23 @@ class AttachLast(Trainer):
 class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
     """[`~trl.SFTTrainer`] with fast and slow steps; see [`DualSpeedMixin`].
 
-    Data sets, TRL's collator, `peft_config` and models given by name work as in SFTTrainer, but for visual tokens,
-    which are never labels here. Training logs `mean_token_accuracy` (of the tokens as the step saw them: pruned in
-    fast steps) and `num_tokens` (before pruning), but no `entropy`; evaluation is SFTTrainer's own, on all tokens.
+    Data sets, TRL's collator, `peft_config` and models given by name work as in SFTTrainer, except that visual tokens
+    are never labels. Training logs `mean_token_accuracy` (of the tokens in the step: pruned in fast steps) and
+    `num_tokens` (before pruning), but no `entropy`. Evaluation is SFTTrainer's own, on all tokens.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): a vision-language model that takes `mm_encoder_outputs`.
         args (`DualSpeedSFTConfig` or `trl.SFTConfig`, *optional*): options; an SFTConfig gets DualSpeed's defaults.
-        pruner (`Pruner`, *optional*): in place of `args.pruner`.
+        pruner (`Pruner`, *optional*): replaces `args.pruner`.
         peft_config (`PeftConfig`, *optional*): adapters to train in place of the weights.
-        kwargs: those of SFTTrainer.
+        kwargs: arguments of SFTTrainer.
 
     Raises:
         ValueError: the model, an option or the first batch cannot be trained this way; the message says why.
     """
 
     _tag_names = ["trl", "sft", "dualspeed"]
-    reads_logits = True  # TRL's metrics are made of them
+    reads_logits = True  # for TRL's metrics
 
     def __init__(
         self,
@@ -85,18 +85,18 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
                 f"`router_aux_loss_coef` is {self.router_aux_loss_coef} (yours, or the model's own), but DualSpeed "
                 "does not compute the load-balancing loss of a mixture of experts. Set router_aux_loss_coef=0.0."
             )
-        # Right, supervised and all tokens that this rank trained on; summed over ranks when they are shown.
+        # Correct, supervised and all tokens that this rank trained on, summed over ranks for logs.
         self._token_counts = torch.zeros(3, dtype=torch.long, device=self.args.device)
         self._shown_counts = [0, 0]
 
     def _attach_given(self, model, args) -> None:
-        """Nothing yet: SFTTrainer has still to load or to wrap the model. [`AttachLast`] attaches to what it makes."""
+        """Does nothing, because SFTTrainer has not loaded or wrapped the model yet. [`AttachLast`] attaches later."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """DualSpeed's losses in training, SFTTrainer's own outside of it."""
+        """DualSpeed's losses in training, SFTTrainer's own otherwise."""
         if self.dual_forward.mode is None:
             return SFTTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        inputs = {**inputs, "use_cache": False}  # as SFTTrainer: checkpointing, its default, would warn about the cache
+        inputs = {**inputs, "use_cache": False}  # as in SFTTrainer, where checkpointing would warn about the cache
         try:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         except ValueError as error:
@@ -106,7 +106,7 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
                 f"`max_length`={self.args.max_length} cuts visual tokens off a sample ({error}). Raise it, or set "
                 "max_length=None."
             ) from error
-        if self.is_in_train:  # not where the speed-up is measured
+        if self.is_in_train:  # not while the speed-up is measured
             self._count(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -114,10 +114,10 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
 
     @torch.no_grad()
     def _count(self, outputs: DualSpeedOutput, inputs: dict) -> None:
-        """Adds up, on the device, what TRL's metrics are made of; logits `(M, V)`."""
+        """Adds up the counts of TRL's metrics on the device, from logits `(M, V)`."""
         targets = outputs.targets
         right = outputs.logits.argmax(-1) == targets
-        # The parts of a split batch are all called with the whole of it.
+        # Every part of a split batch receives the whole batch: count its tokens (B, S) with the first part.
         seen = inputs.get("attention_mask", inputs["input_ids"] >= 0) * (not outputs.part)
         new = torch.stack([right.sum(), torch.ones_like(targets).sum(), seen.sum()])
         self._token_counts = self._token_counts + new
@@ -132,9 +132,9 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
         return restore_all
 
     def _gather_counts(self) -> tuple[int, int]:
-        """Right and supervised tokens so far, over all ranks; sets `_total_train_tokens`. Call it on every rank."""
+        """Correct and supervised tokens so far, over all ranks; sets `_total_train_tokens`. Call it on every rank."""
         right, supervised, seen = self.accelerator.reduce(self._token_counts, reduction="sum").tolist()
-        self._total_train_tokens = seen // self._tp_size  # tensor parallel ranks are given the same batch
+        self._total_train_tokens = seen // self._tp_size  # tensor parallel ranks receive the same batch
         return right, supervised
 
     def evaluate(self, *args, **kwargs):
@@ -152,18 +152,18 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
     # --- saving ---------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
-        # Not SFTTrainer's, which writes a card beside each checkpoint: ours would keep the first one's figures.
+        # Skip SFTTrainer's method, which writes a card beside each checkpoint: ours would keep the first one's figures.
         self.add_up()
         with interrupts_deferred():
             super(SFTTrainer, self)._save_checkpoint(model, trial)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Writes results.json and README.md from what was measured; `model_name` is not used."""
+        """Writes results.json and README.md from the measurements; `model_name` is not used."""
         super().create_model_card(dataset=dataset_name, tags=tags)
 
 
 def dualspeed_config(args: SFTConfig | None, model: str | nn.Module) -> DualSpeedSFTConfig:
-    """The options with DualSpeed's own: those of `args` where it has them, else their defaults.
+    """The options of `args`, completed by DualSpeed's defaults.
 
     Raises:
         ValueError: `args` is no `SFTConfig`.
@@ -175,7 +175,7 @@ def dualspeed_config(args: SFTConfig | None, model: str | nn.Module) -> DualSpee
         return args
     if not isinstance(args, SFTConfig):
         raise ValueError(f"`args` must be DualSpeedSFTConfig or trl.SFTConfig, got {type(args).__name__}.")
-    # Not built anew: an option's value is no longer what the user wrote, and may not go through `__init__` twice.
+    # Copied, not constructed: options were changed by `__init__` already and may not pass through it twice.
     config = object.__new__(DualSpeedSFTConfig)
     config.__dict__.update(args.__dict__)
     for option in fields(DualSpeedArguments):
@@ -186,7 +186,7 @@ def dualspeed_config(args: SFTConfig | None, model: str | nn.Module) -> DualSpee
 
 
 def check_sft_options(args: SFTConfig) -> None:
-    """Raises a `ValueError` where an option of TRL asks for what DualSpeed cannot do."""
+    """Raises a `ValueError` for options of TRL that DualSpeed does not support."""
     remedies = {
         "packing": "Pruning shortens each padded sample by itself. Leave it False.",
         "padding_free": "Pruning shortens each padded sample by itself. Leave it False.",

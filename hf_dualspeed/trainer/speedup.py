@@ -1,4 +1,4 @@
-"""How much faster training was than plain steps on all tokens, measured on its own micro-batches once it is over."""
+"""The speed-up over plain steps on all tokens, measured on micro-batches of the training after its end."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .schedule import FAST, SLOW
 logger = logging.getLogger(__name__)
 
 PLAIN = "plain"
-# A round costs two plain passes, a fast and a slow one over a micro-batch: the time of some ten fast steps of one
-# micro-batch each. With so many optimizer steps for each it stays about a tenth of the training.
+# A round has two plain passes, a fast and a slow one over a micro-batch, which take as long as about ten fast steps of
+# one micro-batch. With 100 optimizer steps per round, the measurement takes about a tenth of the training.
 STEPS_PER_ROUND = 100
 
 
 class SpeedupMeter:
-    """Sets micro-batches of a training aside, and times plain, fast and slow passes over them once it is over.
+    """Keeps micro-batches of a training, and times plain, fast and slow passes over them after its end.
 
     Args:
         rounds (`int`): rounds of timing; 0 measures nothing.
@@ -41,10 +41,10 @@ class SpeedupMeter:
         self.batches: list[dict] = []
 
     def observe(self, inputs: dict, step: int, total_steps: int, micro: int, micro_batches: int) -> None:
-        """Sets a micro-batch aside where one is due, without waiting for the device.
+        """Keeps a micro-batch if one is due, without waiting for the device.
 
-        Picks are spread over training, because early batches may be the longest, and over the micro-batches of a step,
-        for the same reason.
+        Picks are spread over training, because early batches may be longest, and over the micro-batches of a step, for
+        the same reason.
 
         Args:
             inputs (`dict`): micro-batch `micro` of the `micro_batches` of optimizer step `step`, of `total_steps`.
@@ -55,18 +55,18 @@ class SpeedupMeter:
             self.batches.append(recursively_apply(on_host, dict(inputs)))
 
     def measure(self, trainer, steps: int) -> dict | None:
-        """Times plain, fast and slow passes, forward and backward; None, with a line in the log, where that is
-        impossible. Forgets the micro-batches.
+        """Times plain, fast and slow passes, forward and backward, and forgets the micro-batches. Returns None, with a
+        log message, if that is impossible.
 
         A plain pass is `transformers.Trainer`'s own: the model's loss on all tokens. Fast and slow passes are those of
-        training. Rounds are interleaved, the first is not counted, and medians are compared: speed-up is `plain / ((1 -
-        r) * fast + r * slow)` with the share r of slow steps that were run. Gradients are thrown away, and neither
-        weights nor buffers, random states or counters change. With several processes each measures by itself, without
+        training. Rounds are interleaved, the first one is a warm-up, and medians are compared. The speed-up is `plain /
+        ((1 - r) * fast + r * slow)`, where r is the share of slow steps in the training. Gradients are dropped, and
+        weights, buffers, random states and counters do not change. Each of several processes measures without
         exchanging gradients, and the means over processes are compared. Call it on all of them.
 
         Args:
             trainer (`DualSpeedMixin`): after training.
-            steps (`int`): optimizer steps that this call of `train` ran.
+            steps (`int`): optimizer steps of this call of `train`.
         """
         batches, self.batches = self.batches, []
         if not self.rounds:
@@ -80,20 +80,20 @@ class SpeedupMeter:
         try:
             with untouched(trainer):
                 times = time_rounds(trainer, batches, modes, self.rounds)
-        # Whatever fails here, memory for a plain pass above all, must not cost a training that is done but not saved.
+        # A failure here, such as too little memory for a plain pass, must not lose a training that is not saved yet.
         except Exception as error:
             logger.warning("Speed-up not measured: %s: %s", type(error).__name__, one_line(error))
         medians = [median(times[name]) if times else float("nan") for name in (PLAIN, *modes)]
         means = trainer.accelerator.reduce(torch.tensor(medians, device=trainer.args.device), "mean").tolist()
-        if any(math.isnan(mean) for mean in means):  # it failed in some process
+        if any(math.isnan(mean) for mean in means):  # some process failed
             return None
-        return summary(
-            dict(zip((PLAIN, *modes), means, strict=True)), trainer.clock.steps, self.rounds, samples(batches)
-        )
+        seconds = dict(zip((PLAIN, *modes), means, strict=True))
+        samples = max(len(batch["input_ids"]) for batch in batches)  # of the largest micro-batch
+        return summary(seconds, trainer.clock.steps, self.rounds, samples)
 
 
 def summary(seconds: dict[str, float], steps: dict[str, int], rounds: int, count: int) -> dict:
-    """The record of a measurement, from the seconds of each kind of pass and the steps that were run."""
+    """The record of a measurement, from the seconds of each kind of pass and the steps of the training."""
     share = steps[SLOW] / (steps[FAST] + steps[SLOW])
     trained = (1 - share) * seconds.get(FAST, 0.0) + share * seconds.get(SLOW, 0.0)
     return {
@@ -105,13 +105,8 @@ def summary(seconds: dict[str, float], steps: dict[str, int], rounds: int, count
     }
 
 
-def samples(batches: list[dict]) -> int:
-    """Samples of the largest micro-batch."""
-    return max(len(batch["input_ids"]) for batch in batches)
-
-
 def not_measurable(trainer, batches: list[dict], steps: int) -> str | None:
-    """Why the speed-up cannot be measured, or not without changing what was trained; None where it can."""
+    """Why the speed-up cannot be measured, or not without changing the trained model; None if it can."""
     if not batches or not sum(trainer.clock.steps.values()):
         return "nothing was trained"
     if steps < STEPS_PER_ROUND * trainer.speedup_meter.rounds:
@@ -129,16 +124,17 @@ def not_measurable(trainer, batches: list[dict], steps: int) -> str | None:
 
 
 def time_rounds(trainer, batches: list[dict], modes: list[str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each kind of pass by round, one round for warming up left out.
+    """Seconds of each kind of pass by round, without the warm-up round.
 
-    Each round runs its micro-batch plainly once before: in training it may have run shortened alone, and the first
-    pass over a shape takes longer.
+    Each round first runs its micro-batch plainly without timing it: the first pass over a shape takes longer, and
+    training may have run this one only shortened.
     """
     seconds: dict[str, list[float]] = {name: [] for name in (PLAIN, *modes)}
-    model = measured_model(trainer)
+    # DistributedDataParallel would exchange gradients, so several processes run the model inside it.
+    model = trainer.model_wrapped if trainer.args.world_size == 1 else trainer.model
     for number in range(-1, rounds):
         inputs = batches[number % len(batches)]
-        # Evenly spread over training, for a pruning ratio that changes.
+        # Evenly spread over training, for pruning ratios that change.
         progress = (max(number, 0) + 0.5) / rounds
         passes = {PLAIN: partial(plain_pass, trainer, model, inputs)}
         passes |= {mode: partial(pass_in_mode, trainer, model, inputs, mode, progress) for mode in modes}
@@ -152,18 +148,13 @@ def time_rounds(trainer, batches: list[dict], modes: list[str], rounds: int) -> 
 
 
 def rotated(names: list[str], number: int) -> list[str]:
-    """The names, beginning with another one in each round."""
+    """The names, starting with another one in each round."""
     start = number % len(names)
     return names[start:] + names[:start]
 
 
-def measured_model(trainer) -> nn.Module:
-    """The model as training ran it, but for DistributedDataParallel around it, which would exchange gradients."""
-    return trainer.model_wrapped if trainer.args.world_size == 1 else trainer.model
-
-
 def plain_pass(trainer, model: nn.Module, inputs: dict) -> None:
-    """Forward and backward as `transformers.Trainer` does it, on all tokens."""
+    """Forward and backward on all tokens, as in `transformers.Trainer`."""
     model.train()
     inputs = trainer._prepare_inputs(dict(inputs))
     with trainer.compute_loss_context_manager():
@@ -179,7 +170,7 @@ def pass_in_mode(trainer, model: nn.Module, inputs: dict, mode: str, progress: f
 
 
 def timed(trainer, model: nn.Module, run: Callable[[], None]) -> float:
-    """Seconds of a pass, whose gradients are thrown away."""
+    """Seconds of a pass, whose gradients are dropped."""
     synchronize(trainer.args.device)
     begun = time.perf_counter()
     run()
@@ -191,12 +182,12 @@ def timed(trainer, model: nn.Module, run: Callable[[], None]) -> float:
 
 @contextmanager
 def untouched(trainer) -> Iterator[None]:
-    """Puts back what passes change: random states, buffers, training or evaluation, and the trainer's counters."""
+    """Restores what passes change: random states, buffers, training mode and the trainer's counters."""
     model, device = trainer.model, trainer.args.device
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     python, numpy = random.getstate(), np.random.get_state()
-    # Without the optimizer: a schedule-free one would swap weights when it is told that training goes on.
+    # Hide the optimizer: a training step calls its `train()`, which swaps the weights of a schedule-free one.
     kept = {name: getattr(trainer, name) for name in ("optimizer", "mode_losses", "loss_is_scaled_for_ga")}
     trainer.optimizer, trainer.mode_losses = None, type(trainer.mode_losses)()
     devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]

@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from ..data.collators import MaskVisualLabels
 from ..feature_cache.cache import feature_cache_of
+from ..feature_cache.units import WithImageUnits
 from ..models.adapters import check_adapter
 from ..models.components import language_parts
 from ..models.interface import check_protocol, position_scheme, unwrap, visual_token_ids
@@ -40,22 +41,23 @@ from .training_args import Default, DualSpeedArguments, DualSpeedTrainingArgumen
 
 logger = logging.getLogger(__name__)
 
-# Times the tokens of a fast step's batch, up to which a part of a slow one counts as small.
+# A part of a slow batch counts as small up to this multiple of the tokens of a fast step's batch.
 SMALL = 1.25
 
 
 class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, LengthGroupingMixin):
-    """What DualSpeed adds to a `Trainer`; put it in front of any subclass of [`~transformers.Trainer`].
+    """What DualSpeed adds to a `Trainer`; put it before any subclass of [`~transformers.Trainer`].
 
-    Fast steps train on pruned visual tokens behind the mode isolator; slow steps on all of them, with the pruned
-    view as teacher. Evaluation and prediction use all tokens and no isolator. Losses are divided by the supervised
-    tokens of the whole step, also for models whose plain training averages the means of micro-batches (Qwen2.5-VL).
+    Fast steps train on the mode isolator and pruned visual tokens. Slow steps train on all visual tokens, with the
+    pruned view as teacher. Evaluation and prediction use all tokens and no isolator. Losses are divided by the
+    supervised tokens of the whole step, even for models whose plain training averages the means of micro-batches
+    (Qwen2.5-VL).
 
     Args:
         model: a vision-language model of transformers that takes `mm_encoder_outputs`, PEFT-wrapped or not.
         args (`DualSpeedArguments`): options, such as [`DualSpeedTrainingArguments`].
-        pruner (`Pruner`, *optional*): in place of `args.pruner`.
-        kwargs: those of the trainer.
+        pruner (`Pruner`, *optional*): replaces `args.pruner`.
+        kwargs: arguments of the trainer.
 
     Raises:
         ValueError: the model, the arguments or the first batch cannot be trained this way; the message says why.
@@ -79,13 +81,16 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
                 "supervised positions itself. Leave it out; `label_smoothing_factor` works."
             )
         check_liger_kernel(args)
+
+        # Attach pruner and isolator to the model before the Trainer moves, wraps or shards it.
         self._given_pruner = pruner
-        # What the card says beyond what the trainer knows: keys of results.json, set by who has measured them.
-        self.facts: dict = {}
+        self.facts: dict = {}  # further keys of results.json, set by callers that measured them
         self._begin_record()
         if model is not None:
             self._attach_given(model, args)
         super().__init__(model=model, args=args, **kwargs)
+
+        # Checks that need the accelerator.
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} devices in one process mean nn.DataParallel, which DualSpeed does not support. "
@@ -99,14 +104,19 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
             )
         if self.is_fsdp_enabled:
             wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.model)
+
+        # Passes run in the precision of training. Labels of visual tokens are masked in the collator.
         self._run_as_trained(self.model)
         asks = "text" in self._pruner.needs or self._pruner.in_language_model
         visual = visual_token_ids(unwrap(self.model).config)
         name = self._pruner.config.pruner_type
-        self.data_collator = MaskVisualLabels(self.data_collator, visual, asks=name if asks else None)
-        # The loss is always summed and divided by the items of the whole step, whatever the model would do.
+        self.given_collator = self.data_collator  # tells how long samples are
+        self.data_collator = MaskVisualLabels(self.given_collator, visual, asks=name if asks else None)
+        # The loss is always a sum divided by the items of the whole step, for any model.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
+
+        # Clock, losses by mode, activation checkpointing, schedule and data order follow the training as callbacks.
         self.add_callback(ModeClock())
         self.mode_losses = ModeLosses()
         self.selective_checkpointing = SelectiveCheckpointing(args.fast_mode_checkpointing)
@@ -114,31 +124,37 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
             self.add_callback(callback)
         self.adaptive_schedule = adaptive_schedule_of(self)
         self._begin_length_grouping()
-        self._micro = (-1, 0)  # the optimizer step, and which of its micro-batches runs
+        self._micro = (-1, 0)  # the current optimizer step and micro-batch
         self.speedup_meter = SpeedupMeter(self.args.speedup_rounds)
         self.feature_cache = feature_cache_of(self)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
 
     def _attach_given(self, model: nn.Module, args: DualSpeedArguments) -> None:
-        """Attaches to the model as it was given; a trainer that loads or wraps models attaches later instead."""
+        """Attaches to the given model. A trainer that loads or wraps models attaches later instead."""
         self._attach(model, args)
 
     def _attach(self, model: nn.Module, args: DualSpeedArguments) -> None:
         check_adapter(getattr(model, "active_peft_config", None))
         check_protocol(model)
         positions = position_scheme(model, args.position_ids)
-        with torch.random.fork_rng(devices=[]):  # what is learned starts from the seed, and shifts no other draw
+
+        # New weights depend on the seed only, and their creation leaves the global random state unchanged.
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
             self._pruner = resolve_pruner(self._given_pruner, args, model)
-        base = Path(getattr(unwrap(model), "name_or_path", "") or "")  # its fast view was learned there, if it has one
+
+        # A model that was trained with DualSpeed has the weights of its fast view beside its own.
+        base = Path(getattr(unwrap(model), "name_or_path", "") or "")
         if isolator is not None and (base / ISOLATOR_WEIGHTS_NAME).is_file():
             isolator.load_pretrained(base)
             logger.info("Mode isolator taken from %s.", base)
         if self._given_pruner is None and args.pruner in available_pruners() and holds_weights_of(base, self._pruner):
             self._pruner.load_weights(base)
             logger.info("Weights of the pruner %r taken from %s.", args.pruner, base)
+
+        # Hooks on the model, then the parameters that each mode updates.
         self._schedule: ModeSchedule | None = None
         self.dual_forward = DualForward(
             self._pruner,
@@ -155,6 +171,8 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
             model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters
         )
         self.dual_forward.reserve_adapters(model, self.mode_parameters.names[FAST])
+
+        # Projector-only training: all steps are fast, unless the user set the ratio.
         self.slow_mode_ratio = args.slow_mode_ratio
         if isinstance(self.slow_mode_ratio, Default) and language_model_is_frozen(model):
             self.slow_mode_ratio = 0.0
@@ -166,7 +184,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         return model
 
     def _run_as_trained(self, model: nn.Module) -> None:
-        """Gives a pass the precision and the head of training, known once the accelerator is."""
+        """Sets the precision and the head of training, which are known once the accelerator exists."""
         reasons = {
             "this trainer reads more off the logits than the loss": self.reads_logits,
             "the model is sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1,
@@ -178,12 +196,19 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
 
     @property
     def clock(self) -> ModeClock:
-        """Steps and seconds by mode; looked up, for the Trainer may put a restored one in its place."""
+        """Steps and seconds by mode. Looked up, because the Trainer may replace it by a restored one."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, ModeClock))
 
     def get_train_dataloader(self):
-        with nullcontext() if self.feature_cache is None else self.feature_cache.collating(self):
+        if self.feature_cache is None:
             return super().get_train_dataloader()
+        # The Trainer takes `data_collator` for all loaders. Training looks its images up in the cache, evaluation not.
+        collator = self.data_collator
+        self.data_collator = WithImageUnits(collator, self.feature_cache)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     # --- modes ----------------------------------------------------------------------------------------------------
 
@@ -203,59 +228,64 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         return self._schedule.mode_at(step) if adaptive is None else adaptive.mode_at(self._schedule, step)
 
     def _planned_steps(self) -> int | None:
-        """Optimizer steps of the whole run, asked before it starts; only a tail and changing ratios need them."""
+        """Optimizer steps of the whole run, before it starts. Only a slow tail and changing ratios need them."""
         if self.args.max_steps > 0 or not (self.args.slow_tail_ratio or self.args.mode_schedule in CHANGING):
             return max(self.args.max_steps, 0) or None
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch, forward and backward, in the mode of the current optimizer step."""
+        # Schedule: fast or slow? One answer per optimizer step, the same on every rank.
         step = self.state.global_step
         mode, progress = self.mode_at(step), step / max(1, self.state.max_steps - 1)
         self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
 
-        # What the vision tower made of these images in an earlier epoch is served in its place.
+        # Feature cache: stored outputs of a frozen vision tower replace its forward.
         inputs, served = (inputs, None) if self.feature_cache is None else self.feature_cache.taken(inputs)
-        # Some micro-batches are kept for the measurement of the speed-up.
+        # Keep some micro-batches to measure the speed-up after training.
         if self.is_in_train:
             micro_batches = self.current_gradient_accumulation_steps
             self.speedup_meter.observe(inputs, step, self.state.max_steps, self._micro[1], micro_batches)
 
+        # Encode, prune, forward, loss and backward.
         loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served)
         self.clock.count(mode, done.tokens, *done.visual_tokens)
 
-        # Parameters of the other mode stay as they are: the optimizer skips those without a gradient.
+        # Parameters of the other mode do not move: the optimizer skips those without a gradient.
         if self.accelerator.sync_gradients:
             self.mode_parameters.drop_gradients(mode)
         return loss
 
     def step_in_mode(self, mode: str, model, inputs, num_items_in_batch=None, progress: float = 1.0, served=None):
-        """Forward and backward of a micro-batch in `mode`, when the fraction `progress` of training is done: its loss,
-        and what [`DualForward.in_mode`] counted. Images are encoded inside `served(tower)`, where there is one."""
-        # A slow micro-batch sized for fast steps may be too large: it runs in parts.
+        """Forward and backward of a micro-batch in `mode`, at the fraction `progress` of training.
+
+        Images are encoded inside `served(tower)` if given. Returns the loss and the counts of [`DualForward.in_mode`].
+        """
+        # Fast: one pass. Slow: in parts, if a batch sized for fast steps may be too large with all tokens.
         parts, small = (1, True) if mode == FAST else self._slow_parts(model, inputs, num_items_in_batch)
-        distil, generator = self.args.distillation_weight > 0, self._step_generator()
+        distil = self.args.distillation_weight > 0
         in_mode = {"distil": distil, "parts": parts, "progress": progress, "served": served}
         restore = self._snapshot()
         while True:
             try:
-                # Small passes need no recomputation of activations.
+                # Small passes keep activations instead of recomputing them.
                 with (
                     self.selective_checkpointing.left_out(small),
-                    self.dual_forward.in_mode(mode, generator=generator, **in_mode) as done,
+                    self.dual_forward.in_mode(mode, generator=self._step_generator(), **in_mode) as done,
                 ):
                     losses = []
-                    # Ranks exchange gradients at the last part's.
+                    # Each part is one call of the model, whose hooks encode, prune and teach.
+                    # Ranks exchange gradients in the last one.
                     with self.accelerator.no_sync(model) if parts > 1 else nullcontext():
                         for _ in range(parts - 1):
                             losses.append(super().training_step(model, inputs, num_items_in_batch))
                     loss = sum(losses, super().training_step(model, inputs, num_items_in_batch))
                 break
             except torch.OutOfMemoryError as error:
-                # Gradients of earlier micro-batches would be lost by another attempt, and other ranks be out of step.
+                # Retry with recomputation, unless that loses gradients of earlier micro-batches or other ranks wait.
                 alone = self.accelerator.num_processes == 1 and not self._micro[1]
                 self.selective_checkpointing.retries(error, small, alone)
-            # Not in `except`, where the error is still alive.
+            # Outside of `except`, because the error keeps the failed attempt's tensors alive.
             restore()
             model.zero_grad()
             if torch.accelerator.is_available():
@@ -263,13 +293,13 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         return loss, done
 
     def _snapshot(self) -> Callable[[], None]:
-        """Returns a function that restores the counters, for a pass that runs out of memory may have added to them."""
+        """Returns a function that restores the counters, for the retry of a pass that ran out of memory."""
         return self.mode_losses.snapshot()
 
     def _slow_parts(self, model, inputs, num_items_in_batch) -> tuple[int, bool]:
-        """In how many parts a slow step runs a micro-batch, and whether each is about as small as a fast step's."""
+        """The number of parts of a slow micro-batch, and whether each is about as small as a fast step's batch."""
         rows, length = inputs["input_ids"].shape
-        # Samples that are small together; none before the first fast step, which tells how many tokens that is.
+        # Samples that fit into a small part; 0 before the first fast step, which gives the number of tokens.
         together = int(SMALL * self.clock.fast_tokens / length)
         wanted = self.args.slow_mode_splits
         if wanted == "auto":
@@ -279,27 +309,28 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         return parts, self.args.slow_mode_splits != 1 and math.ceil(rows / parts) <= together
 
     def _step_generator(self) -> torch.Generator | None:
-        """Randomness of pruners: a function of seed, step, micro-batch and rank, so a resumed run draws the same."""
+        """Random generator for pruners, seeded by seed, step, micro-batch and rank, so a resumed run draws the same."""
         if self._pruner.deterministic:
             return None
         seed = hash((self.args.seed, *self._micro, self.args.process_index)) % 2**63
         return torch.Generator(self.args.device).manual_seed(seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy, and in slow steps the distillation; plain outside of training."""
+        """Cross-entropy, and in slow steps the distillation; the plain loss outside of training."""
         mode, smoothing = self.dual_forward.mode, self.args.label_smoothing_factor
         if mode in (None, EVALUATION):
             return self.plain_loss(model, inputs, return_outputs)
+        # The hooks of `DualForward` run the mode: pruned view (fast), or teacher and all tokens (slow).
         outputs = model(**inputs)
 
-        # Cross-entropy at the supervised positions, of logits (M, V) and targets (M,).
+        # Both modes: cross-entropy of logits (M, V) against targets (M,) at the supervised positions.
         logits, teacher = outputs.logits, outputs.teacher_logits
         entropy = self.dual_forward.cross_entropy(logits, outputs.targets, smoothing)
         entropy = entropy / divisor(num_items_in_batch, logits)
         self.mode_losses.add(f"{mode}_loss", entropy)
-        loss = entropy + outputs.loss  # a zero
+        loss = entropy + outputs.loss  # a zero that connects unused parameters
 
-        # Self-distillation: the pruned view, at the same positions, teaches the full one.
+        # Slow steps: KL(teacher || student). The pruned view teaches the full one at the same M positions.
         if teacher is not None:
             temperature, sliced = self.args.distillation_temperature, not self.dual_forward.plain
             divergence = self_distillation_loss(logits, teacher, temperature, num_items_in_batch, sliced=sliced)
@@ -311,10 +342,10 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
 
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # The items were counted over all ranks, and DDP averages over them: undo one of the two.
+            # Items are counted over all ranks and DDP averages over them, which divides by the ranks twice: undo one.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
 
-        # What a learned pruner adds: a mean over the images of this micro-batch.
+        # Fast steps: the auxiliary loss of a learned pruner, a mean over the images of this micro-batch.
         auxiliary = outputs.auxiliary_loss
         if auxiliary is not None:
             micro_batches = self.current_gradient_accumulation_steps
@@ -334,11 +365,11 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
 
     @property
     def loss_shares(self) -> str:
-        """How ranks' losses make up the step's: each is a share of their "sum", or they have a "mean"."""
+        """How ranks' losses make up the step's: as shares of a "sum", or with a "mean" over ranks."""
         return "sum" if self.args.average_tokens_across_devices else "mean"
 
     def summary(self) -> dict:
-        """Settings, steps and wall seconds by mode, as the results file and the model card show them."""
+        """Settings, steps and wall seconds by mode, for the results file and the model card."""
         return {
             "pruner": self._pruner.config.to_dict(),
             "pruning_ratio": self._pruner.config.pruning_ratio,
@@ -362,9 +393,9 @@ class DualSpeedTrainer(DualSpeedMixin, Trainer):
 
 
 def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Module) -> Pruner:
-    """The pruner to train with: an object, or by `args.pruner` a registered name, a folder or a Hub repo.
+    """The pruner to train with: the given object, or `args.pruner` as a registered name, a folder or a Hub repo.
 
-    `args.pruning_ratio` wins where set. A pruner built by name whose config has a `hidden_size`, as a learned one does,
+    `args.pruning_ratio` wins if set. A pruner built by name whose config has a `hidden_size`, such as a learned one,
     gets the model's.
     """
     if pruner is None:
@@ -386,7 +417,7 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Mo
 
 
 def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
-    """Whether `folder` holds what a learned pruner of this type has learned."""
+    """Whether `folder` holds the weights of a learned pruner of this type."""
     if not pruner.state_dict() or not (folder / PRUNER_WEIGHTS_NAME).is_file():
         return False
     return PrunerConfig.from_pretrained(folder).pruner_type == pruner.config.pruner_type
@@ -398,7 +429,7 @@ def language_model_is_frozen(model: nn.Module) -> bool:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualForward) -> None:
-    """Raises a `ValueError` where an optimizer made beforehand lacks the isolator or a learned pruner."""
+    """Raises a `ValueError` if an optimizer that was made earlier lacks the isolator or a learned pruner."""
     if optimizer is None:
         return
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -411,9 +442,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualF
 
 
 def wrap_existing_layers(plugin, model: nn.Module) -> None:
-    """Names the layers that FSDP wraps: those of the model's `_no_split_modules` that it really has.
+    """Sets the layers that FSDP wraps to those of `_no_split_modules` that the model has.
 
-    accelerate 1.15 wraps all of them and fails where one does not occur, as CLIP's text embeddings in LLaVA.
+    accelerate 1.15 wraps all of them, and fails if one is missing, such as CLIP's text embeddings in LLaVA.
     """
     if plugin.transformer_cls_names_to_wrap:
         return

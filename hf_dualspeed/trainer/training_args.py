@@ -1,4 +1,4 @@
-"""Training arguments: everything the paper tunes, on top of transformers' own."""
+"""Training arguments: the options of DualSpeed, on top of transformers' own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
@@ -18,12 +19,12 @@ FUSED_HEAD_LOSSES = ("auto", "on", "off")
 
 
 class Default(float):
-    """A number that the user has left alone: equal to any other, told apart by its type."""
+    """A number that the user has not set: equal to the same number, but of another type."""
 
 
 @dataclass
 class DualSpeedArguments:
-    """The options of DualSpeed (arXiv 2602.03815); put it in front of any [`~transformers.TrainingArguments`].
+    """The options of DualSpeed (arXiv 2602.03815); put it before any [`~transformers.TrainingArguments`].
 
     Raises:
         ValueError: an option is outside its range; the message names it, its value and the remedy.
@@ -115,7 +116,7 @@ class DualSpeedArguments:
             "help": "'clip': the tokens of a video are pruned as one; 'frame': those of each frame by themselves."
         },
     )
-    slow_mode_splits: str = field(  # or a number, which parsers of the command line could not tell from a word
+    slow_mode_splits: str = field(  # or a number; a command-line parser needs one type
         default=1,
         metadata={
             "help": "Slow steps run each batch in so many parts and accumulate gradients, so that a batch sized for "
@@ -136,7 +137,7 @@ class DualSpeedArguments:
             "alone. False: at all positions."
         },
     )
-    fused_head_loss: str = field(  # or true and false, which YAML makes of on and off
+    fused_head_loss: str = field(  # or a boolean, because YAML reads on and off as true and false
         default="auto",
         metadata={
             "help": "Compute head and cross-entropy by Liger's fused kernel, without logits, wherever there is no "
@@ -184,7 +185,7 @@ class DualSpeedArguments:
             "0 turns it off."
         },
     )
-    # Vision-language batches are made by the collator from columns that the model's forward does not name.
+    # The collator makes batches from columns that are not arguments of the model's forward.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop data set columns that the model's forward does not name."}
     )
@@ -219,9 +220,12 @@ class DualSpeedArguments:
         self.fused_head_loss = spoken.get(str(self.fused_head_loss).lower(), self.fused_head_loss)
         check_choice("fused_head_loss", self.fused_head_loss, FUSED_HEAD_LOSSES)
         if self.accelerator_config is None:
-            # accelerate would collate streamed data on one rank and cut every tensor to the batch size, though a
-            # batch of B samples holds another number of images.
+            # With dispatch_batches, accelerate collates streamed data on one rank and cuts every tensor to B rows, but
+            # a batch of B samples may hold another number of images.
             self.accelerator_config = {"dispatch_batches": False}
+        # Without an accelerator, torch warns about pinned memory in every data loader.
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
         super().__post_init__()
 
     def _check_adaptive_schedule(self) -> None:
@@ -247,12 +251,12 @@ class DualSpeedArguments:
             )
 
     def __getstate__(self) -> dict:
-        """Without the Hub's token: the Trainer pickles its arguments beside the model, which is then published."""
+        """Leaves out the Hub's token, because the Trainer pickles its arguments into the published model folder."""
         return {**self.__dict__, "hub_token": None}
 
     def __copy__(self):
         copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__)  # a copy in memory keeps the token
+        copied.__dict__.update(self.__dict__)  # copies in memory keep the token
         return copied
 
     def __deepcopy__(self, memo: dict):

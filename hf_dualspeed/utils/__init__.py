@@ -1,1 +1,1 @@
-"""What every package may use; needs nothing of the library, and loads torch only where a module works with it."""
+"""Helpers for all packages. They import nothing else of the library, and torch only where a module needs it."""

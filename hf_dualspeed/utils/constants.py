@@ -1,4 +1,4 @@
-"""Names that several packages share: files of a run and of a pruner, and choices of options."""
+"""Names that several packages use: files of a run and of a pruner, and choices of options."""
 
 from __future__ import annotations
 

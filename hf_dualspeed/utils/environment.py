@@ -1,4 +1,4 @@
-"""What a result depends on besides the code: versions, the machine and its memory."""
+"""Describes what results depend on besides the code: versions, machine and memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PACKAGES = ("torch", "transformers", "accelerate", "hf-dualspeed")
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Versions of Python and of the packages that a result depends on."""
     found = {name.replace("-", "_"): version(name) for name in PACKAGES}
     return {**found, "python": platform.python_version()}
 
 
 def machine() -> dict[str, str | int | None]:
-    """CPU model, its cores, the threads this process uses, and the accelerator's name or None."""
+    """CPU model, number of cores, threads of this process, and the accelerator's name or None."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None and accelerator.type == "cuda":
         accelerator = torch.cuda.get_device_name()
@@ -33,14 +33,13 @@ def machine() -> dict[str, str | int | None]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Lets what [`peak_memory`] says of CUDA begin anew; a process's memory cannot."""
+    """Resets [`peak_memory`] on CUDA; the peak of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> dict | None:
-    """The most memory so far: on CUDA what PyTorch held on the device since [`reset_peak_memory`], on a CPU the whole
-    process's since its start; else None."""
+    """Peak memory: on CUDA PyTorch's since [`reset_peak_memory`], on a CPU the process's since its start, else None."""
     if device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated(device), "of": "accelerator"}
     try:

@@ -1,28 +1,29 @@
-"""Numbers and tables as text, and JSON files."""
+"""Formats numbers and tables as text, and writes JSON files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from statistics import mean, stdev
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, not too long."""
+    """An error's message without line breaks, at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes a JSON file, and its folder where there is none."""
+    """Writes a JSON file, and creates its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Through a second file, so that an interruption leaves the earlier one whole.
+    # Write a second file and rename it: an interruption leaves the earlier file whole.
     part = path.with_name(f"_{path.name}.part")
     part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     part.replace(path)
 
 
 def spread(values: list[float | None]) -> dict[str, float] | None:
-    """Mean, smallest, largest and standard deviation; None where a value could not be computed."""
+    """Mean, minimum, maximum and standard deviation; None if a value is missing."""
     if None in values:
         return None
     deviation = stdev(values) if len(values) > 1 else 0.0
@@ -30,7 +31,7 @@ def spread(values: list[float | None]) -> dict[str, float] | None:
 
 
 def without_paths(value: object) -> object:
-    """The value with each absolute path in it replaced by the path's last part."""
+    """The value with each absolute path replaced by the path's last part."""
     if isinstance(value, dict):
         return {key: without_paths(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -40,12 +41,19 @@ def without_paths(value: object) -> object:
     return value
 
 
-def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]], words: bool = False) -> str:
-    """A Markdown table whose columns but the first are aligned right, or left where they are of words."""
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], words: bool = False) -> str:
+    """A Markdown table; all columns but the first are aligned right, or left if they hold `words`.
+
+    Cells may contain bars and line breaks; None gives an empty cell.
+    """
     rule = ("---", *["---" if words else "---:"] * (len(header) - 1))
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in (header, rule, *rows))
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else " ".join(str(value).split()).replace("|", "\\|")
 
 
 def percent(share: float | None) -> str | None:
-    """A share in words, or None where it was not measured."""
+    """A share as a percentage, or None if it was not measured."""
     return None if share is None else f"{share:.1%}"

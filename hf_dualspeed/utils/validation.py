@@ -1,4 +1,4 @@
-"""Checks of arguments, whose errors name the argument, the value and the remedy."""
+"""Checks of arguments; their errors name the argument, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def check_range(
 
 
 def as_count(name: str, value: int | str, otherwise: str = "") -> int:
-    """A whole number of at least 1, perhaps as a word of the command line.
+    """A whole number of at least 1, from an int or a word of the command line.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `value` is not such a number.
     """
     try:
         count = int(value) if isinstance(value, str) else value
@@ -43,7 +43,7 @@ def as_count(name: str, value: int | str, otherwise: str = "") -> int:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
-    """Raises a `ValueError` that lists the choices, and the nearest one, unless `value` is among them."""
+    """Raises a `ValueError` that lists the choices and the nearest one unless `value` is among them."""
     if value not in choices:
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.{nearest(value, choices)}"
@@ -58,13 +58,13 @@ def check_keys(name: str, given: dict, known: list[str]) -> None:
 
 
 def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
-    """The words " Did you mean 'x'?", or nothing where no known word is close."""
+    """The words " Did you mean 'x'?", or "" if no known word is close."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def as_dict(name: str, value: dict | str | None) -> dict | None:
-    """A mapping that the command line can only give as JSON."""
+    """A mapping, parsed if the command line gives it as JSON; a `ValueError` names the argument if it is neither."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -76,7 +76,7 @@ def as_dict(name: str, value: dict | str | None) -> dict | None:
 
 
 def require(batch: dict, key: str) -> None:
-    """Raises a `ValueError` unless a collated batch holds `key`."""
+    """Raises a `ValueError` unless a collated batch has `key`."""
     if key not in batch:
         raise ValueError(
             f"The data collator's batch has no `{key}`, only {sorted(batch)}. Return it, or use hf_dualspeed's "
@@ -85,7 +85,7 @@ def require(batch: dict, key: str) -> None:
 
 
 def check_finite(finite: bool) -> None:
-    """Raises a `ValueError` unless the features given to a pruner were finite."""
+    """Raises a `ValueError` unless the features of a pruner's input are finite."""
     if not finite:
         raise ValueError(
             "`features` holds NaN or infinite values, so tokens cannot be compared. The vision tower or projector has "

@@ -1,4 +1,4 @@
-"""The ablation: tiny real runs of its ways, their resumption, and what is shown of them."""
+"""The ablation: tiny real runs of its variants, resumption, and reports."""
 
 import json
 import re
@@ -29,7 +29,7 @@ FLAGS += ["--train_grids", "12", "--test_grids", "4"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder to start the command in, with small files of the data set and a tower in random weights."""
+    """A working directory with a small data set, and a tower in random weights."""
     folder = tmp_path_factory.mktemp("ablation")
     write_fashion_mnist(folder, tiles=40)
     patch = pytest.MonkeyPatch()
@@ -44,7 +44,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(place):
-    """The paper's parts, a few others, and those for the reference's time."""
+    """Results of the paper's parts, a few slow ratios, and variants with the reference's time."""
     groups = ["parts", "slow ratios", "equal time"]
     few = {
         **GROUPS,
@@ -71,7 +71,7 @@ def test_ways_differ_as_they_say(results):
     runs = {(run["way"], run["seed"]): run for run in results["runs"]}
     assert runs[BASELINE, 0]["steps"] == {"fast": 0, "slow": 3}
     assert runs["pruned-only", 0]["steps"] == {"fast": 3, "slow": 0}
-    # The draw of slow steps is that of the seed, whatever else differs.
+    # The seed alone decides which steps are slow.
     assert runs["fast-slow", 1]["steps"] == runs[REFERENCE, 1]["steps"] == runs["isolator", 1]["steps"]
     assert sum(runs["7b:2.83", 0]["steps"].values()) == 1  # of 3 steps
     assert sum(runs["time:full-tokens", 0]["steps"].values()) >= 1
@@ -87,7 +87,7 @@ def test_a_second_start_trains_nothing(results, place, monkeypatch):
 
 
 def test_other_settings_are_another_run(place, results):
-    """Neither is taken for the other, and neither overwrites the other's result."""
+    """Runs with other settings have another fingerprint and folder."""
     way = GROUPS["parts"][1]
     runs = [
         ablation.Run(way, seed, steps, settings)
@@ -99,7 +99,7 @@ def test_other_settings_are_another_run(place, results):
 
 
 def test_processes_of_their_own_find_the_same(place, results):
-    """What two processes train at a time is what one trains, to the last digit of the accuracies."""
+    """Two processes give exactly the accuracies of one."""
     run = ablation.Run(GROUPS["parts"][1], 7, 3, ablation.Settings(3, 4, size=SIZE, threads=1))
     other = ablation.Run(GROUPS["parts"][2], 7, 3, run.settings)
     apart = dict(ablation._executed([run, other], 2))
@@ -110,7 +110,7 @@ def test_processes_of_their_own_find_the_same(place, results):
 
 @pytest.mark.parametrize("way", [*GROUPS["pruners"][3:], GROUPS["schedules"][-1]], ids=lambda way: way.key)
 def test_every_pruner_and_schedule_trains(place, way):
-    size = replace(SIZE, layers=3)  # between which some drop tokens
+    size = replace(SIZE, layers=3)  # some pruners drop tokens between layers
     result = ablation.execute(ablation.Run(way, 3, 3, ablation.Settings(3, 4, size=size, threads=1)))
     assert sum(result["steps"].values()) == 3
     assert (result["pruned"] is None) == (way.key in ("pruner-fastv", "pruner-pyramiddrop"))
@@ -118,7 +118,7 @@ def test_every_pruner_and_schedule_trains(place, way):
 
 
 def test_accuracy_is_that_of_the_answer(place):
-    """A model that is asked again what it was told is right; pruned or not, the answer's place is found."""
+    """A model that repeats the input is always right, and one that answers nothing is never right."""
     task = ablation_task.load_task(SIZE)
     words = {row["labels"][-2] for row in task.test}
     assert words <= set(tokenizer().get_vocab().values())
@@ -139,7 +139,7 @@ def test_accuracy_is_that_of_the_answer(place):
 
 def test_the_collator_gives_the_features_of_the_image(place):
     task = ablation_task.load_task(SIZE)
-    assert [row["grid"] for row in task.train] == list(range(6, 12))  # the others were the start's
+    assert [row["grid"] for row in task.train] == list(range(6, 12))  # the first half trains the common start
     batch = task.collator("train")([task.train[5], task.train[0]])
     assert torch.equal(batch["pixel_values"][0], torch.from_numpy(np.array(task.features["train"][11], np.float32)))
     assert (batch["input_ids"] == tokenizer().convert_tokens_to_ids("<image>")).sum(1).tolist() == [144, 144]
@@ -154,7 +154,7 @@ def test_only_answers_are_supervised():
 
 
 def test_written_grids_tell_each_place(place):
-    """Patches of one tile are alike, those of others differ."""
+    """Patches map to their tiles, and rows depend on the number alone."""
     model = WrittenGrids(LlamaForCausalLM(language_model_config(SIZE, 64)))
     tiles = model.tile_of.view(8, 8)
     assert [int(tiles[row, column]) for row, column in ((0, 0), (3, 4), (4, 3), (7, 7))] == [0, 1, 2, 3]

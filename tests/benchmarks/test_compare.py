@@ -1,4 +1,4 @@
-"""The comparison: tiny real runs of all four ways with two seeds."""
+"""The comparison: tiny real runs of all four variants with two seeds."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def write_recipe(folder, **keys):
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    """A comparison through the command, and what its runs began with, trained on and asked."""
+    """A comparison by the command, with initial weights, batches and prompts of its runs."""
     pytest.importorskip("easy_vqa")
     folder, seen = tmp_path_factory.mktemp("compare"), []
     build, generate = compare.build_trainer, LlavaForConditionalGeneration.generate
@@ -109,7 +109,7 @@ def test_all_ways_of_a_seed_begin_with_the_same_weights_and_see_the_same_data(se
     plain = next(record for record in (first, *others) if record["way"] == "full-tokens")
     for record in (first, *others):
         assert all(record["weights"][name].equal(value) for name, value in plain["weights"].items())
-        # DualSpeed collates the first example beforehand, to fail early.
+        # DualSpeed collates one example before training, to fail early.
         batches = [batch for batch in record["batches"] if len(batch) > 1]
         assert batches[:4] == plain["batches"][:4]
     isolators = [record["way"] for record in (first, *others) if len(record["weights"]) > len(plain["weights"])]
@@ -194,7 +194,7 @@ def test_an_interrupted_comparison_goes_on(session, monkeypatch):
 @pytest.mark.parametrize("change", [["--learning_rate", "1e-4"], ["--eval_limit", "4"], ["--seed", "7"]])
 def test_fingerprints_differ_where_results_would(session, change):
     def mark(*words, way=compare.BASELINE):
-        return compare.fingerprint(compare.Run(way, *parse_recipe([*session["words"], *words]), None, None))
+        return compare.Run(way, *parse_recipe([*session["words"], *words]), None, None).fingerprint()
 
     assert mark() == mark("--output_dir", "elsewhere")
     assert mark() != mark(*change)
@@ -204,9 +204,9 @@ def test_fingerprints_differ_where_results_would(session, change):
 def test_a_changed_recipe_is_run_again(session):
     words = ["--seed", "0", "--output_dir", str(session["folder"] / "runs" / "full-tokens-seed0")]
     run = compare.Run(compare.BASELINE, *parse_recipe([*session["words"], *words, *compare.TRAIN_ONLY]), None, None)
-    assert compare.finished(run) is not None
+    assert run.finished() is not None
     run.args.learning_rate = 1.0
-    assert compare.finished(run) is None
+    assert run.finished() is None
 
 
 def test_render_only(session, results, monkeypatch):

@@ -1,4 +1,4 @@
-"""The grids of Fashion-MNIST: places, answers, and what they are made of."""
+"""Grids of Fashion-MNIST: places, answers and sources."""
 
 import random
 import re
@@ -9,13 +9,12 @@ import pytest
 from tiny import write_fashion_mnist
 
 from benchmarks.ablation import fashion_grid
-from benchmarks.ablation.fashion_grid import ITEMS, LABELS, Grid, conversations, grids, load_fashion_grid
-from hf_dualspeed.data.conversations import to_messages
+from benchmarks.ablation.fashion_grid import ITEMS, LABELS, Grid, conversations, grids
 
 
 @pytest.fixture(autouse=True)
 def files(tmp_path, monkeypatch):
-    """Files in the authors' format, in which every tile is as bright as its label says."""
+    """Files in the authors' format, with tiles whose brightness is set by their label."""
     write_fashion_mnist(tmp_path, tiles=40)
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
 
@@ -52,16 +51,6 @@ def test_grids_are_always_the_same_and_splits_apart():
     assert [grid.items for grid in first] == [grid.items for grid in again[:5]]
     assert conversations("train", first) == conversations("train", again)[:5]
     assert [grid.items for grid in first] != [grid.items for grid in grids("test", 5)]
-
-
-def test_rows_are_conversations_that_the_library_reads():
-    train, test = load_fashion_grid("train", 3), load_fashion_grid("test", 3)
-    assert (len(train), len(test)) == (3, 24)
-    talk = to_messages(train[0])
-    assert [message["role"] for message in talk["messages"]] == ["user", "assistant"] * 8
-    assert [part["type"] for part in talk["messages"][0]["content"]] == ["image", "text"]
-    row = to_messages(test[1])["messages"]
-    assert row[-1]["content"][0]["text"] == test[1]["answer"]
 
 
 def test_wrong_words_and_missing_files(tmp_path, monkeypatch):

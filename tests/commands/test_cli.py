@@ -1,9 +1,11 @@
+import subprocess
 import sys
 import types
 
 import pytest
 
-from hf_dualspeed import cli
+import hf_dualspeed
+from hf_dualspeed import __version__, cli
 
 
 def test_pruners_are_listed_with_what_they_do(capsys):
@@ -69,3 +71,28 @@ def test_unknown_command(capsys):
         cli.main(["trian"])
     assert stop.value.code == 2
     assert "train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [None, "--help", "--version"])
+def test_no_torch_is_loaded_to_say_what_there_is(words):
+    """Loading it takes seconds, also for `import hf_dualspeed`."""
+    code = "import sys, hf_dualspeed\n"
+    if words:
+        code += f"from hf_dualspeed import cli\ntry:\n    cli.main([{words!r}])\nexcept SystemExit:\n    pass\n"
+    code += "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib', 'rich'} & sys.modules.keys()\n"
+    code += "assert not heavy, heavy\nassert 'DualSpeedTrainer' in dir(hf_dualspeed)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"dualspeed {__version__}\n"
+
+
+def test_every_public_name_is_there():
+    for name in hf_dualspeed.__all__:
+        assert getattr(hf_dualspeed, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'DualSpedTrainer'"):
+        _ = hf_dualspeed.DualSpedTrainer

@@ -32,7 +32,7 @@ def run(out: Path, *options: str, config: Path | None = None) -> list[dict]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=180,  # a rank that waits for another waits for ever
+        timeout=900,  # a rank that waits for another waits for ever; a busy machine takes minutes
     )
     assert done.returncode == 0, done.stderr[-12000:]  # the launcher's own trace comes last, a rank's before it
     return [json.loads(path.read_text()) for path in sorted(out.glob("rank*.json"))]

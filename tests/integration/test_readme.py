@@ -153,7 +153,8 @@ def test_every_marked_table_is_checked():
 
 def test_the_first_figures_are_those_of_the_bench():
     said = " ".join(text_of("README.md").split())
-    cpu, gpu = ["bench_batch8", "bench_batch6"], ["bench_h100_llava_1_5", "bench_h100_llava_next", "bench_h100_llava_next_off"]
+    cpu = ["bench_batch8", "bench_batch6"]
+    gpu = ["bench_h100_llava_1_5", "bench_h100_llava_next", "bench_h100_llava_next_off"]
     for names, on in ((cpu, "CPU cores it is {:.2f}x and {:.2f}x"), (gpu, "{:.2f}x and {:.2f}x as fast")):
         runs = [run for name in names for run in json.loads(text_of(f"docs/results/{name}.json"))["runs"]]
         of = {(run["shape"], run["checkpointing"]): run["ratios"]["expected_speedup"]["median"] for run in runs}

@@ -134,7 +134,7 @@ def test_attention_of_other_rules_is_refused(options, mask, message):
 
 def test_threads_capture_apart_and_leave_the_lookup_as_it_was():
     lookup, towers = AttentionInterface.get_interface, []
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=300)
     captures = {}
 
     def work(name):

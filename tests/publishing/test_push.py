@@ -318,10 +318,10 @@ def test_parts_of_an_earlier_run_leave_the_repo(tmp_path, hub, secret):  # noqa:
 
 def test_a_trainer_over_trl_pushes(tmp_path, hub):  # noqa: F811
     pytest.importorskip("trl")
-    import test_sft
+    import sft_training
 
     options = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": TOKEN, "save_strategy": "steps", "save_steps": 2}
-    trainer = test_sft.make(tmp_path / "run", test_sft.messages(), **RUN, **options)
+    trainer = sft_training.make(tmp_path / "run", sft_training.messages(), **RUN, **options)
     trainer.train()
     trainer.push_to_hub(dataset_name="someone/things")
     files = hub.files(REPO)

@@ -106,7 +106,7 @@ def test_transformers_alone_loads_what_was_saved(tiny, tmp_path):
     model, processor = tiny
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    subprocess.run([sys.executable, "-c", LOAD_ALONE, str(tmp_path)], check=True, cwd=tmp_path, timeout=120)
+    subprocess.run([sys.executable, "-c", LOAD_ALONE, str(tmp_path)], check=True, cwd=tmp_path, timeout=900)
     content = [{"type": "image"}, {"type": "text", "text": "what is the red shape?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=Image.new("RGB", (30, 20), "red"), text=text, return_tensors="pt")

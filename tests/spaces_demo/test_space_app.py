@@ -71,7 +71,7 @@ def upload(server, path: str) -> str:
     body = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="shape.png"\r\n\r\n'
     body += Path(path).read_bytes() + b"\r\n--edge--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=edge"}
-    with urlopen(Request(f"{server.url}gradio_api/upload", body, headers), timeout=30) as answer:
+    with urlopen(Request(f"{server.url}gradio_api/upload", body, headers), timeout=300) as answer:
         return json.load(answer)[0]
 
 
@@ -82,9 +82,9 @@ def test_a_path_of_the_server_is_no_upload(server, client, image):
         data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, QUESTION, "grid", 0.5]
         body = json.dumps({"data": data}).encode()
         request = Request(f"{server.url}gradio_api/call/ask", body, {"Content-Type": "application/json"})
-        with urlopen(request, timeout=30) as answer:
+        with urlopen(request, timeout=300) as answer:
             event = json.load(answer)["event_id"]
-        with urlopen(f"{server.url}gradio_api/call/ask/{event}", timeout=30) as stream:
+        with urlopen(f"{server.url}gradio_api/call/ask/{event}", timeout=300) as stream:
             return stream.read().decode()
 
     assert call(image).startswith("event: error")

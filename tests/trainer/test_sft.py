@@ -11,7 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from tiny_models import FAMILIES, picture
+from sft_training import DATA, FAST, QUIET, SGD, completions, history, make, messages, moved, weights
+from tiny_models import FAMILIES
 from transformers import HfArgumentParser, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -22,9 +23,6 @@ from hf_dualspeed.models.interface import unwrap
 from hf_dualspeed.trainer.length_grouping import ModeLengthSampler
 from hf_dualspeed.trainer.training_args import DualSpeedArguments
 
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "save_strategy": "no"}
-FAST = {"logging_steps": 1, "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
-SGD = {"optim": "sgd", "lr_scheduler_type": "constant"}
 LORA = {"target_modules": r".*language_model.*\.(q_proj|v_proj)", "r": 2}
 ISOLATOR = "dualspeed.isolator.prompt"
 
@@ -32,67 +30,6 @@ ISOLATOR = "dualspeed.isolator.prompt"
 @pytest.fixture(autouse=True)
 def no_telemetry(monkeypatch):
     monkeypatch.setenv("CI", "true")  # TRL sends none then
-
-
-def turn(role, text):
-    return {"role": role, "content": text}
-
-
-def messages(images=lambda index: 1):
-    """TRL's conversational format, with `images(i)` images in sample i."""
-    return Dataset.from_list(
-        [
-            {
-                "messages": [turn("user", "what is it?" + "?" * i), turn("assistant", f"a thing {i}")],
-                "images": [picture(seed=10 * i + j) for j in range(images(i))],
-            }
-            for i in range(8)
-        ]
-    )
-
-
-def completions():
-    """TRL's prompt-completion format."""
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [turn("user", "what is it?" + "?" * i)],
-                "completion": [turn("assistant", f"a thing {i}")],
-                "images": [picture(seed=i)],
-            }
-            for i in range(8)
-        ]
-    )
-
-
-DATA = {"messages": messages, "completions": completions}
-
-
-def make(tmp_path, data, cls=DualSpeedSFTTrainer, config=None, model=None, processor=None, family="llava", **options):
-    """A trainer of `cls`, and its arguments where `config` is their class or None."""
-    built, its_processor = FAMILIES[family].build()
-    given = {key: options.pop(key) for key in ("peft_config", "data_collator", "compute_loss_func") if key in options}
-    config = config or DualSpeedSFTConfig
-    return cls(
-        model=built if model is None else model,
-        args=config(str(tmp_path), **{**QUIET, **FAST, **options}),
-        train_dataset=data,
-        eval_dataset=data,
-        processing_class=processor or its_processor,
-        **given,
-    )
-
-
-def history(trainer, *keys):
-    return torch.tensor([[log.get(key, -1.0) for key in keys] for log in trainer.state.log_history if "loss" in log])
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def moved(model, before):
-    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
 
 
 # --- training -----------------------------------------------------------------------------------------------------

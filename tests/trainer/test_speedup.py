@@ -187,16 +187,16 @@ def test_only_modes_that_were_run(tmp_path):
 
 def test_trl_counts_its_tokens_as_without_it(tmp_path):
     pytest.importorskip("trl")
-    import test_sft
+    import sft_training
 
     ends = []
     for rounds in (0, 1):
-        trainer = test_sft.make(tmp_path, test_sft.messages(), **{**ENOUGH, "speedup_rounds": rounds})
+        trainer = sft_training.make(tmp_path, sft_training.messages(), **{**ENOUGH, "speedup_rounds": rounds})
         trainer.train()
         assert (trainer.record().get("speedup") is not None) == bool(rounds)
         weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         ends.append(
-            (weights, trainer._token_counts, dict(trainer._metrics["train"]), test_sft.history(trainer, "loss"))
+            (weights, trainer._token_counts, dict(trainer._metrics["train"]), sft_training.history(trainer, "loss"))
         )
     (first, *plain), (second, *measured) = ends
     assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -1,4 +1,4 @@
-"""ANLS: answers that were read off an image, with some credit for ones that are spelled a little wrong."""
+"""ANLS: scores answers read from an image; small spelling errors get partial credit."""
 
 import datasets
 import evaluate
@@ -57,7 +57,7 @@ def similarity(prediction, reference, threshold):
 
 
 def edit_distance(first, second):
-    """How many letters have to be put in, taken out or replaced to turn one text into the other."""
+    """Levenshtein distance: the fewest letters to insert, delete or replace to turn one text into the other."""
     row = list(range(len(second) + 1))
     for count, letter in enumerate(first, start=1):
         above, row = row, [count]

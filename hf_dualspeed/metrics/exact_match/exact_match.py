@@ -1,4 +1,4 @@
-"""Exact match: the share of answers that equal one of their references, but for case and white space."""
+"""Exact match: the share of answers that equal one of their references, except for case and white space."""
 
 import datasets
 import evaluate
@@ -33,16 +33,12 @@ class ExactMatch(evaluate.Metric):
 
     def _compute(self, predictions, references):
         hits = [
-            normalized(prediction) in {normalized(reference) for reference in as_list(accepted)}
+            normalized(prediction) in map(normalized, [accepted] if isinstance(accepted, str) else accepted)
             for prediction, accepted in zip(predictions, references, strict=True)
         ]
         return {"exact_match": sum(hits) / len(hits)}
 
 
 def normalized(text):
-    """The text in lower case, its words one space apart."""
+    """The text in lower case, with single spaces between words."""
     return " ".join(text.lower().split())
-
-
-def as_list(references):
-    return [references] if isinstance(references, str) else references

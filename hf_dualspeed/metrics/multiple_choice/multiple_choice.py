@@ -1,4 +1,4 @@
-"""Multiple choice: which of the options a free text chooses, and whether it is the right one."""
+"""Multiple choice: finds the option that a free text chooses, and checks whether it is the right one."""
 
 import re
 import string
@@ -21,16 +21,16 @@ Returns:
 """
 
 LETTERS = string.ascii_uppercase
-# The letter alone, or in front: "B", "(b)", "B.", "b) because", "**B**: it is".
+# A letter alone or at the start: "B", "(b)", "B.", "b) because", "**B**: it is".
 LEADING = re.compile(r"[\s*\"'(\[]*([a-z])[\s*\"']*(?:$|[).\]:,]+(?:\W|$))", re.IGNORECASE)
-# "The answer is B", "Answer: (b)", "I choose option C": small letters only with a bracket or at an end, for an "a"
-# may be an article.
+# "The answer is B", "Answer: (b)", "I choose option C". Lower-case letters count only in brackets or at an end, because
+# "a" may be an article.
 NAMED = re.compile(
     r"\b(?:[Aa]nswer|ANSWER|[Oo]ption|[Cc]hoice)\b(?:\s+(?:is|would be|must be|[Oo]ption|[Cc]hoice))*[\s:*\"']*"
     r"(?:([A-Z])(?![\w'])|[(\[]([A-Za-z])[)\]]|([a-z])(?=[\s*\"']*(?:[.,;:)]|$)))"
 )
 BRACKETED = re.compile(r"[(\[]([A-Za-z])[)\]]")
-# A capital letter that stands alone; in front of a small word, A and I are words themselves.
+# A single capital letter; A and I in front of a lower-case word are words themselves.
 CAPITAL = re.compile(r"(?<![\w'])(?:([B-HJ-Z])|([AI])(?!\s+[a-z]))(?![\w'])")
 
 
@@ -58,7 +58,7 @@ class MultipleChoice(evaluate.Metric):
 
 
 def right_ones(references, options):
-    """The places of the right options."""
+    """The indices of the right options."""
     return {right_one(one, options) for one in ([references] if isinstance(references, str) else references)}
 
 
@@ -76,7 +76,7 @@ def right_one(reference, options):
 
 
 def chosen(text, options):
-    """The place of the option that a text chooses; None where it chooses none, or several."""
+    """The index of the option that a text chooses; None if it chooses none, or several."""
     letters, texts = LETTERS[: len(options)], [normalized(option) for option in options]
     leading = LEADING.match(text)
     if leading and leading[1].upper() in letters:
@@ -84,19 +84,20 @@ def chosen(text, options):
     if normalized(text) in texts:
         return texts.index(normalized(text))
     named = [found for match in NAMED.finditer(text) for found in match.groups() if found and found.upper() in letters]
-    if named:  # who corrects themselves has the last word
+    if named:  # the last one counts: an answer may correct itself
         return letters.index(named[-1].upper())
-    return only(quoted(normalized(text), texts)) if quoted(normalized(text), texts) else lettered(text, letters)
+    found = quoted(normalized(text), texts)
+    return only(found) if found else lettered(text, letters)
 
 
 def quoted(text, options):
-    """The places of the options whose words stand in the text, but for those that are part of a longer one."""
+    """The indices of the options quoted in the text, except those contained in a longer quoted option."""
     there = [place for place, option in enumerate(options) if option and f" {option} " in f" {text} "]
     return [p for p in there if not any(p != q and f" {options[p]} " in f" {options[q]} " for q in there)]
 
 
 def lettered(text, letters):
-    """The place of the one letter that a text has in brackets, or else as a capital by itself."""
+    """The index of the only letter in brackets, or else of the only single capital letter; None if there is none."""
     for pattern in (BRACKETED, CAPITAL):
         found = {found.upper() for match in pattern.finditer(text) for found in match.groups() if found}
         places = sorted(letters.index(letter) for letter in found if letter in letters)
@@ -110,6 +111,6 @@ def only(places):
 
 
 def normalized(text):
-    """The words of a text in lower case, without punctuation around them."""
+    """The text's words in lower case, without punctuation around them."""
     words = (word.strip(string.punctuation) or word for word in text.lower().split())
     return " ".join(words)

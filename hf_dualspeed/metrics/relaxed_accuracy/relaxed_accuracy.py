@@ -1,4 +1,4 @@
-"""Relaxed accuracy: numbers may be 5 % off, all else has to be the same."""
+"""Relaxed accuracy: numbers may be 5 % off, everything else must be equal."""
 
 import re
 
@@ -56,12 +56,12 @@ def fits(prediction, reference, tolerance):
     given, right = number(prediction), number(reference)
     if given is None or right is None:
         return normalized(prediction) == normalized(reference)
-    # The last digits of binary fractions may not decide: 0.95 is 5 % off 1, and not more.
+    # Allow for rounding of binary fractions: 0.95 is exactly 5 % off 1.
     return abs(given - right) <= tolerance * abs(right) * (1 + 1e-9)
 
 
 def number(text):
-    """The number that a text is; None where it is anything else."""
+    """The number that a text consists of; None if it is anything else."""
     match = NUMBER.fullmatch(text.strip())
     if match is None:
         return None

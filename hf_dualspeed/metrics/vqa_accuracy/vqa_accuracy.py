@@ -1,4 +1,4 @@
-"""VQA accuracy: how many of the people who answered a question gave this answer, three being enough."""
+"""VQA accuracy: the share of people who gave the same answer, where three are enough for full credit."""
 
 import re
 
@@ -34,11 +34,11 @@ ARTICLES = ("a", "an", "the")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBERS)}}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# A full stop goes unless a digit follows.
+# A full stop is removed unless a digit follows.
 FULL_STOP = re.compile(r"\.(?!\d)")
 THOUSANDS = re.compile(r"\d,\d")
-# Written without (one of) its apostrophes, each of these is taken for it. Left out is what is then another word, such
-# as "well", "ill" or "its".
+# Each of these is recognised without (one of) its apostrophes. Contractions that would then equal another word, such
+# as "well", "ill" or "its", are left out.
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -51,7 +51,7 @@ wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 
 
 def _spellings():
-    """Each contraction under the ways to write it with fewer apostrophes."""
+    """Maps spellings with fewer apostrophes to their contraction."""
     found = {}
     for word in CONTRACTIONS.split():
         places = [place for place, letter in enumerate(word) if letter == "'"]
@@ -87,13 +87,13 @@ class VQAAccuracy(evaluate.Metric):
 
 
 def accuracy(prediction, answers):
-    """The mean of min(agreeing / 3, 1) over all ways to leave one of the answers out."""
+    """The mean of min(agreeing / 3, 1) over all ways to leave one answer out."""
     answer = normalized(prediction)
     agreeing, people = sum(normalized(given) == answer for given in answers), len(answers)
     if people == 1:
         return float(agreeing)
     enough = min(ENOUGH, people - 1)
-    # Who agrees is left out in `agreeing` of the ways, who does not in the others.
+    # In `agreeing` of the ways, the answer left out is one that agrees.
     without = agreeing * min((agreeing - 1) / enough, 1) if agreeing else 0
     return (without + (people - agreeing) * min(agreeing / enough, 1)) / people
 
@@ -106,8 +106,7 @@ def normalized(text):
 
 
 def without_punctuation(text):
-    """Punctuation goes where it touches a space, or the text has a number such as 1,000; else a space takes its
-    place."""
+    """Removes punctuation if it touches a space or the text has a number such as 1,000; else replaces it by a space."""
     written, thousands = text, THOUSANDS.search(text) is not None
     for mark in PUNCTUATION:
         loose = f"{mark} " in written or f" {mark}" in written
