@@ -27,15 +27,14 @@ PLAIN = {BASELINE, *(of_seven_billion(speed_up).key for speed_up in MEASURED)}
 
 
 def write_report(results: dict, path: Path) -> None:
-    """Writes tables and plot beside the results file `path`, and prints the tables."""
+    """Prints the tables, and draws the plot beside the results file `path`."""
     for group in results["groups"]:
         print_table(header(results), group_rows(results, group), group)
-    path.with_suffix(".md").write_text(f"# Ablation\n\n{readme_table(results)}\n", encoding="utf-8")
     plot(results, path.with_suffix(".png"))
 
 
 def readme_table(results: dict) -> str:
-    """Caption and Markdown tables of all groups."""
+    """Caption and Markdown tables of all groups, for docs/ablation.md."""
     tables = [f"**{group.capitalize()}**\n\n{group_table(results, group)}" for group in results["groups"]]
     return "\n\n".join([caption(results), *tables])
 
