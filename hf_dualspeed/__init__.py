@@ -4,6 +4,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from .utils.quiet import quiet
+
 if TYPE_CHECKING:
     from .pruners.auto import AutoPruner as AutoPruner
     from .pruners.base import Pruner as Pruner
@@ -44,15 +46,35 @@ _MODULES = {
 # These need TRL; not in `__all__`, so that a star import needs none.
 _NEED_TRL = {"DualSpeedSFTConfig": "trainer.sft_trainer", "DualSpeedSFTTrainer": "trainer.sft_trainer"}
 
-__all__ = [*_MODULES]
+__all__ = [
+    "AutoPruner",
+    "DualSpeedTrainer",
+    "DualSpeedTrainingArguments",
+    "ModeIsolator",
+    "ModeSchedule",
+    "PrunedTokens",
+    "Pruner",
+    "PrunerConfig",
+    "VisualTokens",
+    "available_pruners",
+    "prune_inputs",
+    "prune_visual_tokens",
+    "register_pruner",
+    "self_distillation_loss",
+]
 
 
-def __getattr__(name: str):
-    module = (_MODULES | _NEED_TRL).get(name)
-    if module is None:
+if not TYPE_CHECKING:  # which would take any name for granted
+
+    def __getattr__(name: str):
+        quiet()
+        module = (_MODULES | _NEED_TRL).get(name)
+        if module is not None:
+            value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+            return value
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:  # a folder, such as `data`
+            return import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
-    return value
 
 
 def __dir__() -> list[str]:

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from .utils.quiet import quiet
-
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module:function in `commands`, help)
     "train": ("train:main", "train a model from a recipe"),
     "pruners": ("pruners:main", "list the pruners"),
@@ -49,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def call(command: Callable[[], int | None]) -> int:
-    """Runs a command and returns its exit code: 2, after one line on stderr, where the user made an error."""
-    quiet()
+    """Runs a command and returns its exit code. An error of the user is one line on stderr, and the code 2."""
     try:
         return command() or 0
     # transformers reports a model it cannot find as an OSError.

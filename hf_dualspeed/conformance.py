@@ -177,13 +177,12 @@ def original_positions_are_masking(model: nn.Module, batch: Batch) -> bool | Non
     if not batch.proportional_attention:
         same(found, plain)
         return None
-    key_sizes.taken_by = batch
+    key_sizes.take(batch)
     try:
         key_sizes.set(sizes.log())
         same(found, real(model(**masked).logits, mask))
     finally:
-        key_sizes.set(None)
-        key_sizes.taken_by = None
+        key_sizes.release(batch)
     assert not torch.allclose(found, plain, **TOLERANCE), "the sizes of tokens change nothing"
     return None
 

@@ -62,6 +62,22 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def argument_names(method: Callable) -> tuple[str, ...]:
+    """The named arguments of a method, read once per class."""
+    given, function = 0, method
+    if isinstance(method, partial):
+        given, function = len(method.args), method.func
+    elif inspect.ismethod(method):
+        given, function = 1, method.__func__
+    return _argument_names(function)[given:]
+
+
+@cache
+def _argument_names(function: Callable) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+
+
 @dataclass(frozen=True)
 class ForwardInterface:
     """The arguments of the `forward` of a class of models.

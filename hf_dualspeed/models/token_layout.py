@@ -6,7 +6,6 @@ the batch.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import nn
+
+from .interface import argument_names
 
 
 @dataclass
@@ -364,7 +365,7 @@ def any_resolution_layout(owner: nn.Module, inputs: Mapping) -> TokenLayout:
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
         "vision_aspect_ratio": getattr(config, "vision_aspect_ratio", None),
     }
-    names = inspect.signature(owner.pack_image_features).parameters
+    names = argument_names(owner.pack_image_features)
     options = {key: value for key, value in options.items() if key in names}
     packed = owner.pack_image_features(list(index.split(tiles)), sizes, **options)
     packed = packed[0] if isinstance(packed, tuple) else packed  # most return the lengths, too

@@ -132,9 +132,9 @@ def members(owner: torch.Tensor, most: int) -> torch.Tensor:
     return found.scatter_(1, owner[:, None], 1.0)[:, :most]
 
 
-def top_k(scores: torch.Tensor, valid: torch.Tensor | None, most: int) -> torch.Tensor:
-    """Positions of the `most` highest `(B, N)` scores, best first, `(B, most)`; ties go to the earlier position."""
+def top_k(scores: torch.Tensor, valid: torch.Tensor | None, k: int) -> torch.Tensor:
+    """Positions of the `k` highest `(B, N)` scores, best first, `(B, k)`; ties go to the earlier position."""
     scores = scores.float()
     if valid is not None:
         scores = scores.masked_fill(~valid, float("-inf"))
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :most]
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]

@@ -11,7 +11,6 @@ batch, P patches of the tower, L tokens of an instruction (padded), D hidden, D'
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from torch import nn
 from ..models.attention import REMEDY, capture_attention
 from ..models.containers import Container, flat_rows, part_lengths, refill
 from ..models.families import Family, family_of
-from ..models.interface import MODALITIES, Modality, encoder_of, modalities_in, placeholder_id, unwrap
+from ..models.interface import MODALITIES, Modality, argument_names, encoder_of, modalities_in, placeholder_id, unwrap
 from ..models.token_layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
 from ..pruners import VisualTokens
 from .instructions import instructions
@@ -273,8 +272,7 @@ def encoder_arguments(
     owner: nn.Module, encoder: Callable, inputs: Mapping, modality: Modality
 ) -> tuple[dict[str, object], set[str]]:
     """The encoder's arguments, and the names of the inputs that only the encoder reads."""
-    parameters = inspect.signature(encoder).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = argument_names(encoder)
     # The forward reads these from the config, but some encoders have other defaults.
     arguments = {key: getattr(owner.config, key) for key in CONFIGURED if key in names and hasattr(owner.config, key)}
     arguments |= {key: inputs[key] for key in names if key in inputs}

@@ -1,4 +1,4 @@
-"""The fast pass: encode, select, isolate, shorten. The model's own forward does the rest.
+"""From encoded images to the inputs of the model's forward: select, isolate and shorten, or hand over all tokens.
 
 Shapes: B batch, S sequence, S' shortened sequence, U units (images, clips), N tokens of a unit (padded), K kept tokens
 of a unit (padded), l isolator tokens, D hidden; N_i and K_i without padding.
@@ -6,7 +6,6 @@ of a unit (padded), l isolator tokens, D hidden; N_i and K_i without padding.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
 
-from ..models.interface import RAW_KEYS, encoder_owner, forward_interface, raw_keys, unwrap, visual_token_ids
+from ..models.interface import (
+    RAW_KEYS,
+    argument_names,
+    encoder_owner,
+    forward_interface,
+    raw_keys,
+    unwrap,
+    visual_token_ids,
+)
 from ..pruners import PrunedTokens, Pruner
 from ..pruners.ops import unpruned
 from .decoder import LayerPass, check_layers
@@ -364,15 +371,14 @@ def full_positions(model: nn.Module, inputs: Mapping, mask: torch.Tensor) -> tor
         return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     # The model numbers images by the type of each token, and some models take a missing type for text.
     rope = encoder_owner(outer, "get_rope_index")
-    asks = rope is not None and "mm_token_type_ids" in inspect.signature(rope.get_rope_index).parameters
+    asks = rope is not None and "mm_token_type_ids" in argument_names(rope.get_rope_index)
     if asks and inputs.get("mm_token_type_ids") is None:
         raise ValueError(
             "`inputs` lacks `mm_token_type_ids`, without which the model numbers image tokens as text. "
             "Let the collator pass on all that the processor returns."
         )
     # M-RoPE: the model's own function, (3, B, S), without a trace of the call on the model.
-    names = inspect.signature(owner.compute_3d_position_ids).parameters
-    arguments = {key: inputs.get(key) for key in names}
+    arguments = {key: inputs.get(key) for key in argument_names(owner.compute_3d_position_ids)}
     if inputs.get("feature_attention_mask") is not None:  # `forward` counts mel frames this way, too
         arguments["audio_feature_lengths"] = inputs["feature_attention_mask"].sum(1)
     before = getattr(owner, "rope_deltas", None)  # the call overwrites them

@@ -5,12 +5,13 @@ Shapes: B batch, S sequence, L shortened sequence after a stage, L' before it, D
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from ..models.interface import argument_names
 
 ROTARY = ("position_embeddings", "freqs_cis")
 
@@ -41,8 +42,7 @@ class Cut:
 def names_of(layer: nn.Module, args: tuple) -> list[str]:
     """The names of a layer's positional arguments."""
     inner = getattr(layer, "_checkpoint_wrapped_module", layer)
-    parameters = inspect.signature(inner.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = argument_names(inner.forward)
     return [names[i] if i < len(names) else f"argument {i}" for i in range(len(args))]
 
 

@@ -74,6 +74,12 @@ class KeySizes:
         self.taken_by, self._thread = owner, get_ident()
         return True
 
+    def release(self, owner: object) -> None:
+        """Ends what `owner` decided: each key stands for itself again."""
+        if self.taken_by is owner:
+            self.set(None)
+            self.taken_by = None
+
     def __getstate__(self) -> dict:
         """The state of copies and pickles, which are not in the middle of a pass."""
         return {"log_sizes": None}

@@ -71,6 +71,10 @@ class ModeClock(TrainerCallback, ExportableState):
         self.visual_tokens["full"] += full
         self.visual_tokens["kept"] += kept
 
+    def set_total(self, full: int, kept: int) -> None:
+        """Sets the visual tokens of all processes together."""
+        self.all_visual_tokens = {"full": full, "kept": kept}
+
     def window(self) -> dict:
         """Steps by mode and steps per second since the last call."""
         steps, since = self._logged

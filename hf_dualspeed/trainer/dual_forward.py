@@ -50,6 +50,7 @@ class DualSpeedOutput(ModelOutput):
         teacher_logits (`torch.Tensor` of shape `(M, V)`, *optional*): those of the pruned view, in slow mode with
             distillation; in training mode, with dropout, as in the paper.
         auxiliary_loss (`torch.Tensor` of no dimensions, *optional*): what a learned pruner adds in fast mode.
+        hidden (`bool`): whether `logits` are hidden states, which the fused head has still to multiply.
         part (`int`): number of this part of the batch, from 0.
     """
 
@@ -58,6 +59,7 @@ class DualSpeedOutput(ModelOutput):
     targets: torch.Tensor | None = None
     teacher_logits: torch.Tensor | None = None
     auxiliary_loss: torch.Tensor | None = None
+    hidden: bool | None = None
     part: int | None = None
 
 
@@ -217,16 +219,15 @@ class DualForward(nn.Module):
         try:
             yield self._pass
         finally:
-            self._end(self._pass)
-            self._pass = None
+            state, self._pass = self._pass, None
+            self._end(state)
 
     def _end(self, state: PassState) -> None:
         """Restores the plain model."""
         if state.layers is not None:
             state.layers.close()
         if state.key_sizes is not None:
-            state.key_sizes.set(None)
-            state.key_sizes.taken_by = None
+            state.key_sizes.release(self)
         if self.fused_head is not None:
             self.fused_head.close()
         if state.model is not None:
@@ -317,8 +318,9 @@ class DualForward(nn.Module):
     def _sizes_of_keys(self, model: nn.Module, state: PassState) -> KeySizes:
         """The key sizes of the language model's layers, which this pass owns until its end."""
         if state.key_sizes is None:
-            state.key_sizes = key_sizes_of(model)
-            state.key_sizes.take(self)
+            sizes = key_sizes_of(model)
+            sizes.take(self)  # or an error: they are another thread's
+            state.key_sizes = sizes
         return state.key_sizes
 
     def _close_layers(self, state: PassState) -> None:
@@ -369,21 +371,25 @@ class DualForward(nn.Module):
             self.fused_head.after(logits)
         if not self.slices_logits:
             logits = logits[state.supervised]
+        # From here on the output alone holds these, so that they are gone as soon as the loss is.
+        targets, teacher, auxiliary = state.targets, state.teacher_logits, state.auxiliary_loss
+        state.targets = state.teacher_logits = state.auxiliary_loss = state.supervised = None
+        hidden = self.fused_head is not None and self.fused_head.fuses
         if state.mode == EVALUATION:
-            return DualSpeedOutput(logits=logits, targets=state.targets)
+            return DualSpeedOutput(logits=logits, targets=targets, hidden=hidden)
         zero = logits.new_zeros(())
         # A zero that connects all trainable parameters to the loss, so that DDP finds each of them.
         if state.batch is not None:  # the last part connects to the encoder, even without an image of its own
             zero = sum((end.flatten()[:0].sum() for end in state.batch.ends), zero)
         # Sums of no elements: the sum of a parameter could overflow in half precision, and inf * 0 is NaN.
         touched = sum((p.flatten()[:0].sum() for p in self._untouched(model, state)), zero)
-        return DualSpeedOutput(
-            touched, logits, state.targets, state.teacher_logits, state.auxiliary_loss, max(state.part, 0)
-        )
+        return DualSpeedOutput(touched, logits, targets, teacher, auxiliary, hidden, max(state.part, 0))
 
-    def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Summed cross-entropy of the last call's `logits`, `(M, V)` or `(M, D)`, against `targets` `(M,)`."""
-        if self.fused_head is None or not self.fused_head.fuses:
+    def cross_entropy(
+        self, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0, hidden: bool = False
+    ) -> torch.Tensor:
+        """Summed cross-entropy of logits `(M, V)`, or `hidden` states `(M, D)`, against `targets` `(M,)`."""
+        if not hidden:
             return supervised_cross_entropy(logits, targets, 1, label_smoothing, sliced=not self.plain)
         with self.autocast():  # the head runs outside the model's call
             return self.fused_head.cross_entropy(logits, targets, label_smoothing)

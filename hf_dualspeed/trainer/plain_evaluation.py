@@ -40,7 +40,7 @@ class PlainEvaluationMixin:
         else:
             # Mean cross-entropy of logits (M, V) against targets (M,).
             smoothing = self.args.label_smoothing_factor
-            entropy = self.dual_forward.cross_entropy(outputs.logits, outputs.targets, smoothing)
+            entropy = self.dual_forward.cross_entropy(outputs.logits, outputs.targets, smoothing, outputs.hidden)
             loss = entropy / len(outputs.targets)
         return (loss, outputs) if return_outputs else loss
 

@@ -70,12 +70,12 @@ class RunRecordMixin:
     def add_up(self) -> None:
         """Sums the visual tokens of all processes, and takes the largest peak memory. Call it in all of them."""
         clock, peak = self.clock, peak_memory(self.args.device)
-        clock.all_visual_tokens = dict(clock.visual_tokens)
+        clock.set_total(**clock.visual_tokens)
         if self.accelerator.num_processes > 1:
             counts = torch.tensor([*clock.visual_tokens.values(), 0], device=self.args.device)
             full, kept, _ = self.accelerator.reduce(counts, "sum").tolist()
             shared = self.get_tp_size()  # tensor parallel ranks receive the same batch
-            clock.all_visual_tokens = {"full": full // shared, "kept": kept // shared}
+            clock.set_total(full // shared, kept // shared)
             held = torch.tensor([peak["bytes"] if peak else 0], device=self.args.device)
             peak = peak and {**peak, "bytes": self.accelerator.gather(held).max().item()}
         self._peak = peak

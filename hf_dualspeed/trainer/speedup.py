@@ -71,7 +71,7 @@ class SpeedupMeter:
         batches, self.batches = self.batches, []
         if not self.rounds:
             return None
-        reason = not_measurable(trainer, batches, steps)
+        reason = not_measurable(trainer, batches, steps, self.rounds)
         if reason is not None:
             logger.info("Speed-up not measured: %s.", reason)
             return None
@@ -105,13 +105,13 @@ def summary(seconds: dict[str, float], steps: dict[str, int], rounds: int, count
     }
 
 
-def not_measurable(trainer, batches: list[dict], steps: int) -> str | None:
+def not_measurable(trainer, batches: list[dict], steps: int, rounds: int) -> str | None:
     """Why the speed-up cannot be measured, or not without changing the trained model; None if it can."""
     if not batches or not sum(trainer.clock.steps.values()):
         return "nothing was trained"
-    if steps < STEPS_PER_ROUND * trainer.speedup_meter.rounds:
+    if steps < STEPS_PER_ROUND * rounds:
         return (
-            f"{steps} optimizer steps are too few for speedup_rounds={trainer.speedup_meter.rounds}, which takes "
+            f"{steps} optimizer steps are too few for speedup_rounds={rounds}, which takes "
             f"{STEPS_PER_ROUND} for each round"
         )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.get_tp_size() > 1:

@@ -325,7 +325,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
 
         # Both modes: cross-entropy of logits (M, V) against targets (M,) at the supervised positions.
         logits, teacher = outputs.logits, outputs.teacher_logits
-        entropy = self.dual_forward.cross_entropy(logits, outputs.targets, smoothing)
+        entropy = self.dual_forward.cross_entropy(logits, outputs.targets, smoothing, outputs.hidden)
         entropy = entropy / divisor(num_items_in_batch, logits)
         self.mode_losses.add(f"{mode}_loss", entropy)
         loss = entropy + outputs.loss  # a zero that connects unused parameters

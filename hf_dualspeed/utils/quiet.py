@@ -6,6 +6,6 @@ import logging
 
 
 def quiet() -> None:
-    """Call it before these packages are imported."""
+    """Runs before the library loads these packages."""
     # PEFT imports bitsandbytes, which looks for a kernel for 4-bit weights on CPUs and warns where there is none.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

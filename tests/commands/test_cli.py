@@ -94,5 +94,7 @@ def test_version(capsys):
 def test_every_public_name_is_there():
     for name in hf_dualspeed.__all__:
         assert getattr(hf_dualspeed, name).__name__ == name
+    code = "import hf_dualspeed; hf_dualspeed.data.VisionLanguageCollator; from hf_dualspeed import *; DualSpeedTrainer"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     with pytest.raises(AttributeError, match="has no attribute 'DualSpedTrainer'"):
         _ = hf_dualspeed.DualSpedTrainer

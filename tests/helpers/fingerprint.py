@@ -25,7 +25,7 @@ from tiny_models import FAMILIES
 from training import Collator, history, make
 
 LORA = {"target_modules": r".*language_model.*\.(q_proj|v_proj)", "r": 2, "init_lora_weights": False}
-LOGGED = ("loss", "grad_norm", "fast_loss", "slow_loss", "distillation_loss")
+LOGGED = ("loss", "grad_norm", "fast_loss", "slow_loss", "distillation_loss", "pruner_loss", "pruned_loss")
 
 
 class Packed(Collator):
@@ -48,7 +48,16 @@ RUNS = {
     "paper": {"proportional_attention": False, "pruner_kwargs": {"dropped_tokens": "discard"}},
     "learned": {"pruner": "token_learner"},
     "dynamicvit": {"pruner": "dynamicvit", "family": "llava_next"},
+    "auxiliary_loss": {
+        "pruner": "dynamicvit",
+        "pruner_kwargs": {"ratio_weight": 2.0},
+        "gradient_accumulation_steps": 2,
+    },
     "layers": {"pruner": "pyramiddrop"},
+    "layers_schedule": {
+        "pruner": "fastv",
+        "pruner_kwargs": {"pruning_schedule": "cosine", "initial_pruning_ratio": 0.1, "layer": 1},
+    },
     "instruction": {"pruner": "cdpruner"},
     "random": {"pruner": "random", "gradient_accumulation_steps": 2},
     "tower_attention": {"pruner": "visionzip"},
@@ -56,6 +65,7 @@ RUNS = {
     "splits": {"slow_mode_splits": 2, "per_device_train_batch_size": 4},
     "checkpointing": {"activation_checkpointing": True, "slow_mode_splits": "auto"},
     "adaptive": {"mode_schedule": "adaptive", "max_slow_mode_ratio": 0.9},
+    "adaptive_pruning": {"mode_schedule": "adaptive", "max_slow_mode_ratio": 0.9, "min_pruning_ratio": 0.2},
     "pruning_schedule": {"pruner_kwargs": {"pruning_schedule": "linear", "initial_pruning_ratio": 0.2}},
     "plain_path": {"plain_path": True},
     "lora": {"lora": True},

@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from test_architecture import LAYERS
 from tiny_models import FAMILIES, batch, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -131,19 +130,26 @@ TABLES = {
     "ablation_pruning": ablation_report.readme_table,
     "ablation_schedules": ablation_report.readme_table,
     "ablation_pruners": ablation_report.readme_table,
+    "ablation_pruners_paper": ablation_report.readme_table,
 }
+CPU = ["bench_batch8", "bench_batch6"]
 TABLES_OF = {
-    "README.md": ["bench_batch8", "bench_batch6"],
+    "README.md": ["summary"],
     "docs/speed.md": ["compare", *(name for name in TABLES if name.startswith("bench"))],
     "docs/ablation.md": [name for name in TABLES if name.startswith("ablation")],
 }
 
 
+def table_of(name: str) -> str:
+    if name == "summary":  # of what README's first words say
+        return bench_report.summary_table(*(json.loads(text_of(f"docs/results/{of}.json")) for of in CPU))
+    return TABLES[name](json.loads(text_of(f"docs/results/{name}.json")))
+
+
 @pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in TABLES_OF.items() for name in names])
 def test_tables_show_the_published_results(page, name):
     marked = re.search(rf"<!-- {name}-table-start -->(.*?)<!-- {name}-table-end -->", text_of(page), re.DOTALL)
-    results = json.loads(text_of(f"docs/results/{name}.json"))
-    assert marked[1].strip() == TABLES[name](results)
+    assert marked[1].strip() == table_of(name)
 
 
 def test_every_marked_table_is_checked():
@@ -153,9 +159,8 @@ def test_every_marked_table_is_checked():
 
 def test_the_first_figures_are_those_of_the_bench():
     said = " ".join(text_of("README.md").split())
-    cpu = ["bench_batch8", "bench_batch6"]
     gpu = ["bench_h100_llava_1_5", "bench_h100_llava_next", "bench_h100_llava_next_off"]
-    for names, on in ((cpu, "CPU cores it is {:.2f}x and {:.2f}x"), (gpu, "{:.2f}x and {:.2f}x as fast")):
+    for names, on in ((CPU, "CPU cores it is {:.2f}x and {:.2f}x"), (gpu, "{:.2f}x and {:.2f}x as fast")):
         runs = [run for name in names for run in json.loads(text_of(f"docs/results/{name}.json"))["runs"]]
         of = {(run["shape"], run["checkpointing"]): run["ratios"]["expected_speedup"]["median"] for run in runs}
         for checkpointing, words in (("on", on), ("off", "{:.2f}x and {:.2f}x without")):
@@ -221,13 +226,3 @@ def test_links_lead_somewhere(page):
 
 def test_readme_links_every_page():
     assert [page for page in PAGES[1:] if f"]({page})" not in text_of("README.md")] == []
-
-
-def test_contributing_shows_the_folders_and_their_order():
-    text = text_of("CONTRIBUTING.md")
-    (line,) = re.findall(r"^utils < .*$", text, re.MULTILINE)
-    assert re.split(" < |, ", line) == LAYERS
-    tree = re.search(r"```\nhf_dualspeed/ .*?```", text, re.DOTALL)[0]
-    entries = set(re.findall(r"^  ([\w.]+)/? ", tree, re.MULTILINE))
-    files = (path for path in (ROOT / "hf_dualspeed").iterdir() if not path.name.startswith("_"))
-    assert entries == {path.name for path in files if path.is_dir() or path.suffix == ".py"}
