@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from hf_dualspeed import AutoPruner, ModeIsolator, Pruner, available_pruners, prune_inputs
 from hf_dualspeed.data.collators import encode
-from hf_dualspeed.data.media import IMAGE_ERRORS
+from hf_dualspeed.data.media import IMAGE_ERRORS, open_image
 from hf_dualspeed.evaluation.visualize import View, view_of, watch_calls
 from hf_dualspeed.hub.errors import explained
 from hf_dualspeed.hub.source import is_repo_id
@@ -89,19 +89,11 @@ def read_image(path: str | None) -> Image.Image:
             raise InputError(too_large(f"{image.width} x {image.height} pixels"))
         try:
             image.draft("RGB", (MAX_EDGE, MAX_EDGE))  # decodes JPEGs at a reduced size
+            image = open_image(image)  # as in training
             image.thumbnail((MAX_EDGE, MAX_EDGE))
-            return on_white(ImageOps.exif_transpose(image))
+            return image
         except (*IMAGE_ERRORS, MemoryError):
             raise InputError(unreadable()) from None
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """The image in RGB, with white in place of transparency."""
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def too_large(size: str = "more pixels than this demo reads") -> str:

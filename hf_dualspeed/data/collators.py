@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 
 from ..utils.validation import check_choice, check_range, require
 from .conversations import sample_name, to_messages
-from .labels import place, recorded
+from .labels import check_texts, place, recorded
 from .media import IMAGE_ERRORS, UNREADABLE_IMAGES, open_image, open_video
 
 logger = logging.getLogger(__name__)
@@ -132,8 +132,9 @@ class VisionLanguageCollator:
             such as `pixel_values`.
 
         Raises:
-            ValueError: an image cannot be read, the template rewrites earlier turns, the processor hides where the
-                text went, or `max_length` would cut into an image.
+            TypeError: an image or a video is given as something else.
+            ValueError: a sample or an image cannot be read, a text holds a placeholder, the template rewrites earlier
+                turns, the processor hides where the text went, or `max_length` would cut into an image.
         """
         samples = [sample for index, example in enumerate(examples) if (sample := self._read(index, example))]
         if not samples:
@@ -177,11 +178,14 @@ class VisionLanguageCollator:
 
     def _read(self, index: int, example: dict[str, Any]) -> dict[str, Any] | None:
         """The example as messages and opened images, or None if it is skipped."""
-        sample = to_messages(example)
         name = f"sample {index} of the batch, {sample_name(example)}"
+        sample = to_messages(example, name)
+        check_texts(self.processor, sample["messages"], name)
         try:
             images = [open_image(image, self.image_folder) for image in sample["images"]]
             videos = [open_video(video, self.image_folder) for video in sample["videos"]]
+        except TypeError as error:
+            raise TypeError(f"An image or a video cannot be read ({name}): {error}") from error
         except IMAGE_ERRORS as error:
             if self.unreadable_images == "raise":
                 raise ValueError(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
+from .media import shown
+
 Span = tuple[int, int]
 
 
@@ -129,6 +131,26 @@ def placeholders_of(processor: ProcessorMixin) -> set[str]:
     """The placeholders that templates write for images, clips and sounds."""
     names = ("image_token", "video_token", "audio_token")
     return {str(token) for name in names if (token := getattr(processor, name, None))}
+
+
+def check_texts(processor: ProcessorMixin, messages: list[dict], name: str) -> None:
+    """Raises a `ValueError` where a text holds a placeholder of the processor, which would be read as a picture.
+
+    Args:
+        processor (`ProcessorMixin`): Reads the texts.
+        messages (`list[dict]`): Messages as [`to_messages`] makes them.
+        name (`str`): What the error calls the sample.
+    """
+    # Some templates write the mark in front of an image, and the processor puts the image's tokens behind it.
+    marks = placeholders_of(processor) | {str(mark) for mark in [getattr(processor, "boi_token", None)] if mark}
+    for part in (part for message in messages for part in message["content"]):
+        mark = next((mark for mark in marks if mark in part.get("text", "")), None)
+        if mark is not None:
+            raise ValueError(
+                f"The sample ({name}) has {shown(part['text'])} under `text`: {type(processor).__name__} would read "
+                f"{mark!r} in it as a picture or clip. Write a part of that type where there is one; else change the "
+                f"text, for example to {mark[:1] + ' ' + mark[1:]!r}."
+            )
 
 
 def place(

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, LargeList, List, Value, load_dataset, load_from_disk
 
-from ..utils.validation import check_choice
-from .conversations import EXTRA_COLUMNS, _as_list, texts_of, to_messages
+from ..utils.validation import check_choice, nearest
+from .columns import READ, filled, suspects
+from .conversations import (
+    EXTRA_COLUMNS,
+    SOURCES,
+    _as_list,
+    check_pictures_read,
+    located_parts,
+    sample_name,
+    texts_of,
+    to_messages,
+)
 from .easy_vqa import DATASETS, MESSAGES, load_easy_vqa
+from .media import is_web, located, shown
 
 FILE_TYPES = (".json", ".jsonl", ".parquet", ".csv")
 
@@ -18,7 +30,12 @@ FILE_TYPES = (".json", ".jsonl", ".parquet", ".csv")
 LIST_COLUMNS = ("answers", "options")
 
 
-def load_examples(path_or_name: str, split: str = "train", image_folder: str | None = None) -> Dataset:
+def load_examples(
+    path_or_name: str,
+    split: str = "train",
+    image_folder: str | None = None,
+    image_column: str | Sequence[str] | None = None,
+) -> Dataset:
     """Loads conversations; images stay encoded, and [`VisionLanguageCollator`] decodes them.
 
     Args:
@@ -26,13 +43,21 @@ def load_examples(path_or_name: str, split: str = "train", image_folder: str | N
             folder written by `save_to_disk`, `easy-vqa`, `easy-vqa-color`, or a data set on the Hub.
         split (`str`, *optional*, defaults to `"train"`): Split of a data set that has splits; a file has none.
         image_folder (`str`, *optional*): Folder that image paths start from; default: the file's own folder.
+        image_column (`str` or `list[str]`, *optional*): Columns (JSON: keys) that hold the pictures of a sample, in
+            their order; default: `images` or `image`. Other columns of pictures are left out; with `[]` all are.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: a sample cannot be read, see [`to_messages`]; a column of pictures is not read; or `image_column`
+            names no column. The message names the sample or the column, and the remedy.
     """
+    chosen = [image_column] if isinstance(image_column, str) else image_column
     path = Path(path_or_name)
     is_file = path.suffix.lower() in FILE_TYPES
     if is_file and not path.is_file():
         raise FileNotFoundError(f"`path_or_name` names a file that does not exist: {str(path)!r}.")
     if path.suffix.lower() in (".json", ".jsonl"):
-        return _load_json(path, image_folder or path.parent)
+        return _load_json(path, image_folder or path.parent, chosen)
     if path_or_name in DATASETS:
         dataset = load_easy_vqa(split, DATASETS[path_or_name])
     elif is_file:
@@ -44,10 +69,15 @@ def load_examples(path_or_name: str, split: str = "train", image_folder: str | N
     if isinstance(dataset, DatasetDict):
         check_choice("split", split, list(dataset))
         dataset = dataset[split]
-    return _with_paths(undecoded(dataset), image_folder or (path.parent if is_file else None))
+    dataset = undecoded(dataset)
+    if chosen is not None:
+        dataset = _only_pictures_of(dataset, chosen)
+    else:
+        _check_pictures_read(dataset, path_or_name)
+    return _with_paths(dataset, image_folder or (path.parent if is_file else None))
 
 
-def _load_json(path: Path, image_folder: str | Path) -> Dataset:
+def _load_json(path: Path, image_folder: str | Path, chosen: Sequence[str] | None) -> Dataset:
     """Normalises row by row, because Arrow refuses LLaVA's `image`, which may be a text, a list or absent."""
     text = path.read_text(encoding="utf-8")
     try:
@@ -57,12 +87,19 @@ def _load_json(path: Path, image_folder: str | Path) -> Dataset:
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}. One sample per line needs `.jsonl`.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{str(path)!r} must hold a list of samples, each an object with its conversation.")
-    samples = [to_messages(row) for row in rows]
+    if chosen is not None:
+        _check_chosen(chosen, {key for row in rows for key in row})
+        rows = [_with_pictures_of(row, chosen) for row in rows]
+    names = [f"row {index} of {path.name!r}, {sample_name(row)}" for index, row in enumerate(rows)]
+    samples = [to_messages(row, name) for row, name in zip(rows, names, strict=True)]
     if any(sample["videos"] for sample in samples):
         raise ValueError(f"{str(path)!r} names videos, which are not decoded here. Pass a data set with their frames.")
     columns = {
         "messages": [sample["messages"] for sample in samples],
-        "images": [[os.path.join(image_folder, image) for image in sample["images"]] for sample in samples],
+        "images": [
+            [_json_path(image, image_folder, name) for image in sample["images"]]
+            for sample, name in zip(samples, names, strict=True)
+        ],
     }
     features = Features({"messages": MESSAGES, "images": List(Value("string"))})
     for key in EXTRA_COLUMNS:
@@ -76,23 +113,147 @@ def _load_json(path: Path, image_folder: str | Path) -> Dataset:
     return Dataset.from_dict(columns, features=features)
 
 
+def _json_path(image: Any, image_folder: str | Path, name: str) -> str:
+    """The path of a picture in JSON, which may be a record with `path`."""
+    path = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
+    if not isinstance(path, str):
+        raise ValueError(
+            f"The sample ({name}) has {shown(image)} under `images`: in JSON, a picture must be a path, or a text such "
+            "as data:image/png;base64,... Correct it, or leave the sample out."
+        )
+    return located(path, image_folder)
+
+
+def _check_chosen(chosen: Sequence[str], columns: set[str]) -> None:
+    for column in chosen:
+        if column not in columns:
+            raise ValueError(
+                f"`image_column` names {column!r}, which is not among the columns {sorted(columns)}."
+                f"{nearest(column, sorted(columns))}"
+            )
+
+
+def _with_pictures_of(row: dict, chosen: Sequence[str]) -> dict:
+    """A row whose `images` are the pictures of the chosen keys, without other keys of pictures."""
+    others = {"image", "images", *chosen, *suspects(row)}
+    images = [image for column in chosen for image in _as_list(row.get(column))]
+    return {key: value for key, value in row.items() if key not in others} | {"images": images}
+
+
+def _only_pictures_of(dataset: Dataset, chosen: Sequence[str]) -> Dataset:
+    """The data set with the pictures of the chosen columns as `images` (or `image`), without other such columns."""
+    _check_chosen(chosen, set(dataset.column_names))
+    others = {"image", "images", *suspects(dataset.column_names), *_image_columns(dataset)} - set(chosen)
+    dataset = dataset.remove_columns([column for column in dataset.column_names if column in others])
+    if not chosen:
+        return dataset
+    if len(chosen) == 1:
+        listed = isinstance(dataset.features[chosen[0]], (List, LargeList))
+        name = "images" if listed else "image"
+        return dataset if chosen[0] == name else dataset.rename_column(chosen[0], name)
+    texts = all(_is_text(_item(dataset.features[column])) for column in chosen)
+    features = Features({name: feature for name, feature in dataset.features.items() if name not in chosen})
+    features["images"] = List(Value("string") if texts else Image(decode=False))
+
+    def merge(row: dict) -> dict:
+        pictures = [image for column in chosen for image in _as_list(row[column])]
+        # A record of a missing picture has neither bytes nor path.
+        return {"images": [one for one in pictures if not isinstance(one, dict) or any(map(filled, one.values()))]}
+
+    return dataset.map(merge, remove_columns=list(chosen), features=features)
+
+
+def _check_pictures_read(dataset: Dataset, name: str) -> None:
+    """Raises a `ValueError` where a column of pictures is not read, so that a model would be trained blind."""
+    pictures = _image_columns(dataset)
+    unread = [column for column in pictures if column not in READ]
+    if unread:
+        choice = pictures if len(pictures) > 1 else pictures[0]
+        raise ValueError(
+            f"The data set {name!r} has pictures in columns that are not read: {unread}; pictures are in `image` or "
+            f"`images`. Pass image_column={choice!r} to load_examples or the recipe, with those that belong to each "
+            "sample, or [] to train on text alone; or remove the columns."
+        )
+    doubtful = suspects(dataset.column_names)
+    if not doubtful:
+        return
+    columns = [column for column in dataset.column_names if column in (*READ, *doubtful, "id")]
+    for index, row in enumerate(dataset.select_columns(columns)):
+        label = f"row {index} of {name!r}, {sample_name(row)}"
+        try:
+            seen = bool(to_messages(row, label)["images"])
+        except ValueError:
+            # Unread pictures, or a fault that is reported when the row is used, such as no conversation.
+            seen = any(filled(row.get(column)) for column in ("image", "images"))
+            check_pictures_read(row, label, blind=not seen)
+        if seen:
+            return
+
+
+def _image_columns(dataset: Dataset) -> list[str]:
+    return [name for name, feature in dataset.features.items() if isinstance(_item(feature), Image)]
+
+
+def _item(feature: Any) -> Any:
+    """The feature of a list's items, or the feature itself."""
+    return feature.feature if isinstance(feature, (List, LargeList)) else feature
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "").endswith("string")
+
+
 def undecoded(dataset: Dataset) -> Dataset:
-    """Turns image decoding off: the collator, not the loader, handles unreadable images."""
+    """Turns image decoding off, within messages too: the collator, not the loader, handles unreadable images."""
     for column, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            dataset = dataset.cast_column(column, List(Image(decode=False)))
+        plain = _undecoded(feature)
+        if plain != feature:
+            dataset = dataset.cast_column(column, plain)
     return dataset
 
 
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, (List, LargeList)):
+        return type(feature)(_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {key: _undecoded(value) for key, value in feature.items()}
+    return feature
+
+
 def _with_paths(dataset: Dataset, image_folder: str | Path | None) -> Dataset:
-    texts = {name: getattr(feature, "feature", feature) for name, feature in dataset.features.items()}
-    columns = [name for name in ("image", "images") if getattr(texts.get(name), "dtype", "").endswith("string")]
-    if image_folder is None or not columns:
+    """Paths of pictures, in columns and in parts of messages, from `image_folder` on."""
+    if image_folder is None:
         return dataset
+    columns = [name for name in ("image", "images") if _is_text(_item(dataset.features.get(name)))]
+    talks = [name for name in ("messages", "conversations") if _may_hold_paths(dataset.features.get(name))]
+    # A prompt that is a text is no conversation.
+    sides = [name for name in ("prompt", "completion") if isinstance(dataset.features.get(name), (List, LargeList))]
+    talks += [name for name in sides if _may_hold_paths(dataset.features[name])]
+    locate = _locator(image_folder)
+    if columns:
+        dataset = dataset.map(lambda row: {name: [locate(path) for path in _as_list(row[name])] for name in columns})
+    if talks:
+        features = dataset.features
+        dataset = dataset.map(lambda row: {name: located_parts(row[name], locate) for name in talks}, features=features)
+    return dataset
 
-    def resolve(row: dict) -> dict:
-        return {name: [os.path.join(image_folder, path) for path in _as_list(row[name])] for name in columns}
 
-    return dataset.map(resolve)
+def _may_hold_paths(feature: Any) -> bool:
+    """Whether a conversation's feature has room for paths of pictures: JSON text, or a part's `image`, `path`, ..."""
+    if isinstance(feature, (List, LargeList)):
+        return _may_hold_paths(feature.feature)
+    if not isinstance(feature, dict):
+        return _is_text(feature)
+    parts = [_item(feature[key]) for key in ("content", "value") if key in feature]
+    return any(isinstance(part, dict) and set(SOURCES["image"]) & set(part) for part in parts)
+
+
+def _locator(image_folder: str | Path) -> Callable[[str], str]:
+    """Joins a relative path to the folder; what is no path stays, for the sample's reader to refuse by name."""
+
+    def locate(path: str) -> str:
+        return located(path, image_folder) if isinstance(path, str) and not is_web(path) else path
+
+    return locate

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.collators import encode
 from ..data.conversations import sample_name, texts_of, to_messages
+from ..data.labels import check_texts
 from ..data.media import IMAGE_ERRORS, open_image, open_video
 from ..metrics import load_metric
 from ..utils.validation import check_range
@@ -117,6 +118,7 @@ def prompts(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict[s
     ]
     images, videos = [], []
     for row, sample in zip(rows, samples, strict=True):
+        check_texts(processor, sample["messages"], sample_name(row))
         try:
             images.append([open_image(image) for image in sample["images"]])
             videos.append([open_video(video) for video in sample["videos"]])

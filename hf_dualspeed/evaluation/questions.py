@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..data.conversations import sample_name, texts_of
 from ..data.loading import FILE_TYPES, load_examples
-from ..data.media import IMAGE_ERRORS
+from ..data.media import IMAGE_ERRORS, source_of
 from .generation import first_rows, question_and_answers
 
 
@@ -82,15 +82,12 @@ def _image_mark(image: Any) -> list:
     Raises:
         OSError, ValueError: the image is missing, or is none.
     """
-    if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") else image.get("path")
+    image = source_of(image)
     if isinstance(image, Image.Image):
         return [image.size, zlib.crc32(image.tobytes())]
-    if isinstance(image, bytes):
-        with Image.open(io.BytesIO(image)) as opened:
-            return [opened.size, zlib.crc32(image)]
-    if not isinstance(image, (str, os.PathLike)):
-        raise ValueError(f"an image must be a path, bytes or a PIL image, got {image!r}.")
+    if isinstance(image, io.BytesIO):
+        with Image.open(image) as opened:
+            return [opened.size, zlib.crc32(image.getvalue())]
     with Image.open(image) as opened:
         return [os.path.basename(image), opened.size, os.path.getsize(image)]
 

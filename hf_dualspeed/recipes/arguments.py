@@ -43,6 +43,10 @@ class RecipeArguments:
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that the data's relative image paths start from."}
     )
+    image_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns that hold the pictures, in their order. Unset: `images` or `image`."},
+    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "Longest sequence in tokens, visual ones included. Unset: no limit."},

@@ -45,10 +45,11 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="loading the data"):
         check_pruner(training_args, recipe.trust_remote_code)
-        train = load_examples(recipe.dataset, split=recipe.dataset_split, image_folder=recipe.image_folder)
+        pictures = {"image_folder": recipe.image_folder, "image_column": recipe.image_column}
+        train = load_examples(recipe.dataset, split=recipe.dataset_split, **pictures)
         test = None
         if recipe.eval_dataset is not None:
-            test = load_examples(recipe.eval_dataset, split=recipe.eval_split, image_folder=recipe.image_folder)
+            test = load_examples(recipe.eval_dataset, split=recipe.eval_split, **pictures)
     model, processor = load_model(recipe, train, training_args.seed)
     trainer = DualSpeedTrainer(
         model=prepare_model(model, recipe),

@@ -105,6 +105,11 @@ def test_yaml_values_are_read_as_on_the_command_line(recipe, tmp_path):
     assert recipe_args.max_length is None
 
 
+@pytest.mark.parametrize(("given", "read"), [("img", ["img"]), (["a", "b"], ["a", "b"]), ([], []), (None, None)])
+def test_columns_of_pictures(recipe, given, read):
+    assert parse_recipe(["--config", recipe(image_column=given)])[0].image_column == read
+
+
 def test_mappings_on_the_command_line(recipe):
     recipe_args, _ = parse_recipe(["--config", recipe(lora={"r": 4}), "--lora", '{"r": 8}'])
     assert recipe_args.lora == {"r": 8}

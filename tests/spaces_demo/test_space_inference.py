@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import inference
+import numpy as np
 import pytest
 import slots as places
 import torch
@@ -240,6 +241,8 @@ def test_images_come_upright_small_and_opaque(tmp_path):
     assert (large.mode, max(large.size)) == ("RGB", 2048)
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert read_image(str(tmp_path / "clear.png")).getpixel((4, 4)) == (255, 255, 255)
+    Image.fromarray(np.full((9, 9), 2**15, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(str(tmp_path / "deep.png")).getpixel((4, 4)) == (128, 128, 128)
 
 
 def test_questions():
