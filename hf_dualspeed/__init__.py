@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+quiet()
+
 # Where each public name stands. Modules are loaded on first use, so that `import hf_dualspeed` does not wait for torch.
 _MODULES = {
     "AutoPruner": "pruners",
@@ -67,7 +69,6 @@ __all__ = [
 if not TYPE_CHECKING:  # which would take any name for granted
 
     def __getattr__(name: str):
-        quiet()
         module = (_MODULES | _NEED_TRL).get(name)
         if module is not None:
             value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
