@@ -1,8 +1,7 @@
-"""What `compare` and `ablation` share: kept results, timed trainings, ratios to a baseline, options, tables."""
+"""What `compare` and `ablation` share: kept results, timed trainings, ratios to a baseline, tables."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import time
@@ -87,13 +86,6 @@ def stored_results(option: str, path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"`{option}` is {str(path)!r}, but there is no such file to render.")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises a `ValueError` for a wrong word."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(message)
 
 
 def print_table(header: tuple[str, ...] | list[str], rows: list, title: str | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from hf_dualspeed.bench.plots import figure_of
+from hf_dualspeed.publishing.plots import figure_of
 from hf_dualspeed.utils.text import markdown_table
 
 from ..common import cell, print_table

@@ -27,9 +27,9 @@ from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
 from hf_dualspeed.utils.environment import machine, versions
 from hf_dualspeed.utils.text import without_paths, write_json
-from hf_dualspeed.utils.validation import check_range
+from hf_dualspeed.utils.validation import Parser, check_range
 
-from ..common import KeptRun, Parser, pruned_prompts, ratio, stored_results, summary_of, timed_training
+from ..common import KeptRun, pruned_prompts, ratio, stored_results, summary_of, timed_training
 from .report import write_card, write_report
 
 COMMAND = "python -m benchmarks.compare"

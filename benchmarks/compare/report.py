@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from hf_dualspeed.bench.plots import figure_of
 from hf_dualspeed.publishing.cards import heading, merge_card
 from hf_dualspeed.publishing.model_card import assembled, citation, environment, pruning_words, settings_table
+from hf_dualspeed.publishing.plots import figure_of
 from hf_dualspeed.utils.text import markdown_table
 
 from ..common import cell, print_table

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 
+from ..publishing.plots import figure_of
 from ..utils.text import markdown_table
 from .options import BenchArguments
-from .plots import LINES, figure_of
+from .plots import LINES
 from .report import check_format, expected_speedup, megabytes, print_table, quartiles, setting_line, times_of
 
 KIND = "growth of training steps with visual tokens"

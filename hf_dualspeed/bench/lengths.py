@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..data.lengths import SampleLengths
+from ..publishing.plots import figure_of
 from ..trainer.length_grouping import MEGABATCH, ModeLengthSampler, grouped
 from ..trainer.schedule import FAST, SLOW, ModeSchedule
 from ..utils.text import markdown_table
 from .measure import Bench, order, surroundings
 from .options import BenchArguments
-from .plots import ARMS, figure_of
+from .plots import ARMS
 from .report import check_format, milliseconds, print_table, quartiles, run_line, setting_line, spread
 from .shapes import PAD, supervised_tokens
 

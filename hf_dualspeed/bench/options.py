@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from ..pruners import available_pruners, pruner_class
-from ..utils.validation import as_count, check_choice, check_range, nearest
+from ..utils.validation import Parser, as_count, check_choice, check_range, nearest
 from .shapes import HEAD, SHAPES, Shape
 
 SCALES = ("small", "full")
@@ -201,11 +200,6 @@ def check_multiple(name: str, value: int, step: int) -> None:
         raise ValueError(f"`{name}` must be a positive multiple of {step}, got {value}. Use {usable}, for example.")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
 DESCRIPTION = """Times fast and slow training steps against plain ones, in random weights. On two CPU cores, very
 roughly: a round of llava-1.5 takes half a minute and one of llava-next two minutes, with each setting of checkpointing;
 one of --growth two minutes, one of --lengths a minute and a half."""
@@ -217,7 +211,7 @@ def parse_arguments(argv: list[str]) -> BenchArguments:
     Raises:
         ValueError: an option is unknown, cannot be converted or is out of range.
     """
-    parser = _Parser(prog="dualspeed bench", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog="dualspeed bench", description=DESCRIPTION, allow_abbrev=False)
     for known in fields(BenchArguments):
         kind = str(known.type).removesuffix(" | None")
         default = "" if known.default in (None, False) else f" (default: {known.default})"

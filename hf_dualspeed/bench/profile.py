@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..models.components import language_parts
 from ..models.interface import unwrap
+from ..publishing.plots import figure_of
 from ..utils.devices import synchronize
 from ..utils.text import markdown_table
 from .options import BenchArguments
-from .plots import PART_STYLE, figure_of
+from .plots import PART_STYLE
 from .report import check_format, milliseconds, model_line, print_table, quartiles, setting_line
 
 

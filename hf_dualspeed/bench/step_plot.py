@@ -7,7 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .plots import FULL_STEP, MARK, PART_STYLE, figure_of
+from ..publishing.plots import figure_of
+from .plots import FULL_STEP, MARK, PART_STYLE
 from .report import FAST_PARTS, PARTS, REST, STEPS, milliseconds
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -23,6 +24,14 @@ PANELS = {
 }
 
 
+def figure_of(width: float, height: float, rows: int, columns: int, sharex: bool = False) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes `(rows, columns)`, without pyplot: it needs no display and shares no state with the
+    caller's figures."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, sharex=sharex, squeeze=False)
+
+
 def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -> Path:
     """Plots the losses of fast and slow steps, and below them other logged values of the modes.
 
@@ -40,10 +49,8 @@ def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -
         raise ValueError(
             "`log_history` holds no losses, so there is nothing to draw. Train for at least `logging_steps` steps."
         )
-    # Not pyplot: it needs no display, and shares no state with the caller's figures.
-    figure = Figure(figsize=(7.5, 1.2 + 2.6 * len(panels)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    figure, axes = figure_of(7.5, 1.2 + 2.6 * len(panels), len(panels), 1, sharex=True)
+    axes = axes[:, 0]
     for axis, (label, keys) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, log_history, keys, label)
     axes[-1].set_xlabel("optimizer step")

@@ -224,8 +224,7 @@ class DualForward(nn.Module):
 
     def _end(self, state: PassState) -> None:
         """Restores the plain model."""
-        if state.layers is not None:
-            state.layers.close()
+        self._close_layers(state)
         if state.key_sizes is not None:
             state.key_sizes.release(self)
         if self.fused_head is not None:
@@ -233,7 +232,7 @@ class DualForward(nn.Module):
         if state.model is not None:
             self._activate(state.model(), SLOW)
         # Keep the counts, free the memory.
-        state.batch = state.layers = state.key_sizes = state.supervised = None
+        state.batch = state.key_sizes = state.supervised = None
         state.targets = state.teacher_logits = state.auxiliary_loss = None
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict):
@@ -254,9 +253,8 @@ class DualForward(nn.Module):
         """Inputs of a training pass, encoded and shortened for its mode. Also computes the teacher's logits."""
         check_inputs(kwargs)
         require(kwargs, "labels")
-        # Forget what the call for the previous part left.
         state.model, state.modalities = weakref.ref(model), modalities_in(kwargs)
-        state.teacher_logits = state.auxiliary_loss = None
+        # Forget what the call for the previous part left.
         self._close_layers(state)
         self._sizes_of_keys(model, state).set(None)
         # A slow pass that does not need the encoded tokens leaves encoding to the model's own forward.

@@ -36,7 +36,6 @@ from .plain_evaluation import PlainEvaluationMixin
 from .run_record import RunRecordMixin
 from .schedule import CHANGING, FAST, ModeSchedule
 from .selective_checkpointing import SelectiveCheckpointing
-from .speedup import SpeedupMeter
 from .training_args import Default, DualSpeedArguments, DualSpeedTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -125,7 +124,6 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         self.adaptive_schedule = adaptive_schedule_of(self)
         self._begin_length_grouping()
         self._micro = (-1, 0)  # the current optimizer step and micro-batch
-        self.speedup_meter = SpeedupMeter(self.args.speedup_rounds)
         self.feature_cache = feature_cache_of(self)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
@@ -264,14 +262,20 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         # Fast: one pass. Slow: in parts, if a batch sized for fast steps may be too large with all tokens.
         parts, small = (1, True) if mode == FAST else self._slow_parts(model, inputs, num_items_in_batch)
         distil = self.args.distillation_weight > 0
-        in_mode = {"distil": distil, "parts": parts, "progress": progress, "served": served}
         restore = self._snapshot()
         while True:
             try:
                 # Small passes keep activations instead of recomputing them.
                 with (
                     self.selective_checkpointing.left_out(small),
-                    self.dual_forward.in_mode(mode, generator=self._step_generator(), **in_mode) as done,
+                    self.dual_forward.in_mode(
+                        mode,
+                        distil=distil,
+                        generator=self._step_generator(),
+                        parts=parts,
+                        progress=progress,
+                        served=served,
+                    ) as done,
                 ):
                     losses = []
                     # Each part is one call of the model, whose hooks encode, prune and teach.

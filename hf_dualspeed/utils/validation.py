@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises a `ValueError` for a wrong word."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
 
 
 def check_range(
