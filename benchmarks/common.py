@@ -16,7 +16,8 @@ from transformers import Trainer
 from hf_dualspeed.evaluation.pruned_prompts import PrunedPrompts, prompts_of
 from hf_dualspeed.trainer.callbacks import ModeClock
 from hf_dualspeed.trainer.schedule import SLOW
-from hf_dualspeed.trainer.trainer import DualSpeedTrainer, resolve_pruner
+from hf_dualspeed.trainer.setup import resolve_pruner
+from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
 from hf_dualspeed.utils.text import spread, write_json
 

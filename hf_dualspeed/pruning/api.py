@@ -16,7 +16,7 @@ from .decoder import LayerPass
 from .encoding import encode
 from .inputs import check_inputs, check_pruner, shorten_inputs
 from .isolator import ModeIsolator
-from .proportional_attention import carry, check_used, note, watch_calls
+from .proportional_attention import carry, watch_calls
 
 
 def prune_inputs(
@@ -114,11 +114,7 @@ def prune_visual_tokens(
     def close(module, args, kwargs, output):
         while layer_passes:
             layer_passes.pop().close()
-        if key_sizes.taken_by is model:
-            key_sizes.taken_by = None
-            if output is not None:  # None after an error
-                check_used(model, key_sizes)
-                note(key_sizes, kwargs, output)
+        key_sizes.end_call(model, kwargs, output)
 
     handles = [
         model.register_forward_pre_hook(shorten, with_kwargs=True),

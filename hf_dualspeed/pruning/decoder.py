@@ -30,7 +30,7 @@ from .encoding import VisualEncoding
 from .instructions import flat_places
 from .layer_arguments import Cut, cut_argument, names_of
 from .packing import VARLEN, is_flash, varlen
-from .proportional_attention import ATTRIBUTE, KeySizes, check_used, key_sizes_of
+from .proportional_attention import KeySizes, check_used, key_sizes_of, set_sizes_of, sizes_of
 
 REMEDY = "Choose a pruner that works in front of the language model, such as 'divprune'."
 # Kinds of layers that mix tokens by attention only.
@@ -188,12 +188,8 @@ class LayerPass:
         for index, layer in enumerate(self.layers):
             stage = max((stage for stage in self._budgets if stage <= index), default=None)
             if stage is not None:
-                self._set_sizes(layer, self._key_sizes[stage])
-                self._hooks.callback(self._set_sizes, layer, self._shared)
-
-    def _set_sizes(self, layer: nn.Module, sizes: KeySizes) -> None:
-        for module in layer.modules():
-            module.__dict__[ATTRIBUTE] = sizes
+                set_sizes_of(layer, self._key_sizes[stage])
+                self._hooks.callback(set_sizes_of, layer, self._shared)
 
     def close(self) -> None:
         """Removes the hooks and forgets the batch."""
@@ -241,7 +237,7 @@ class LayerPass:
             asked = self._slots(index, units.query)
             places = asked.new_zeros(len(query), self._most).index_put((units.rows, units.turns), asked)
             # Their attention over all keys, (B, most units, L'), then at each unit's own tokens, (U, N).
-            sizes = module.__dict__[ATTRIBUTE].log_sizes if self._key_sizes else None
+            sizes = sizes_of(module).log_sizes if self._key_sizes else None
             paid = attention_of(module, places, query, key, mask, options, sizes)
             self._scores[index] = paid[units.rows, units.turns, self._slots(index, units.places)]
 

@@ -80,6 +80,18 @@ class KeySizes:
             self.set(None)
             self.taken_by = None
 
+    def end_call(self, model: nn.Module, kwargs: Mapping, output: object) -> None:
+        """Ends a call of `model` that took them, and stores them on its cache, for later calls.
+
+        Layers keep them, for a backward pass that recomputes activations. `output` is None after an error.
+        """
+        if self.taken_by is not model:
+            return
+        self.taken_by = None
+        if output is not None:
+            check_used(model, self)
+            note(self, kwargs, output)
+
     def __getstate__(self) -> dict:
         """The state of copies and pickles, which are not in the middle of a pass."""
         return {"log_sizes": None}
@@ -208,7 +220,7 @@ def widened(function: Callable, module: nn.Module, query, key, value, mask, opti
 
 def change_call(implementation: str, function: Callable, module: nn.Module) -> Callable | None:
     """A replacement for an attention function if the keys of the layer have sizes, else None."""
-    sizes = module.__dict__.get(ATTRIBUTE)
+    sizes = sizes_of(module)
     if sizes is None or sizes.log_sizes is None:
         return None
 
@@ -223,7 +235,7 @@ def change_call(implementation: str, function: Callable, module: nn.Module) -> C
 def key_sizes_of(model: nn.Module) -> KeySizes:
     """The [`KeySizes`] of a model's language model. Its layers refer to them from then on."""
     decoder = unwrap(model).get_decoder()
-    sizes = decoder.__dict__.get(ATTRIBUTE)
+    sizes = sizes_of(decoder)
     if sizes is None:
         sizes = KeySizes()
         decoder.register_forward_pre_hook(_forget_sizes)
@@ -239,9 +251,20 @@ def _forget_sizes(decoder: nn.Module, args: tuple) -> None:
 
     Layers that backward recomputes do not pass here, and use the sizes of the last call.
     """
-    sizes = decoder.__dict__[ATTRIBUTE]
+    sizes = sizes_of(decoder)
     if sizes.taken_by is None:
         sizes.set(None)
+
+
+def sizes_of(module: nn.Module) -> KeySizes | None:
+    """The sizes that a module of the language model reads."""
+    return module.__dict__.get(ATTRIBUTE)
+
+
+def set_sizes_of(layer: nn.Module, sizes: KeySizes) -> None:
+    """Lets all modules of a layer read `sizes`, in place of those of the whole model."""
+    for module in layer.modules():
+        module.__dict__[ATTRIBUTE] = sizes
 
 
 def check_used(model: nn.Module, sizes: KeySizes) -> None:
@@ -321,16 +344,7 @@ def continued(cache: object, given: torch.Tensor | None, length: int) -> tuple[t
 
 
 def _leave_sizes(model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-    """Stores the sizes on the cache, for later calls.
-
-    Layers keep them, for a backward pass that recomputes activations.
-    """
-    sizes: KeySizes = model.__dict__[HOOKED]
-    if sizes.taken_by is model:
-        sizes.taken_by = None
-        if output is not None:  # None after an error
-            check_used(model, sizes)
-            note(sizes, kwargs, output)
+    model.__dict__[HOOKED].end_call(model, kwargs, output)
 
 
 def note(sizes: KeySizes, kwargs: Mapping, output: object) -> None:

@@ -188,8 +188,8 @@ def untouched(trainer) -> Iterator[None]:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     python, numpy = random.getstate(), np.random.get_state()
     # Hide the optimizer: a training step calls its `train()`, which swaps the weights of a schedule-free one.
-    kept = {name: getattr(trainer, name) for name in ("optimizer", "mode_losses", "loss_is_scaled_for_ga")}
-    trainer.optimizer, trainer.mode_losses = None, type(trainer.mode_losses)()
+    kept = {name: getattr(trainer, name) for name in ("optimizer", "loss_is_scaled_for_ga")}
+    trainer.optimizer, restore_losses = None, trainer.mode_losses.snapshot()
     devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
     try:
         with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
@@ -199,6 +199,7 @@ def untouched(trainer) -> Iterator[None]:
         np.random.set_state(numpy)
         for name, value in kept.items():
             setattr(trainer, name, value)
+        restore_losses()
         model.zero_grad()
         for module, training in modes.items():
             module.training = training

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -17,12 +16,10 @@ from ..data.collators import MaskVisualLabels
 from ..feature_cache.cache import feature_cache_of
 from ..feature_cache.units import WithImageUnits
 from ..models.adapters import check_adapter
-from ..models.components import language_parts
 from ..models.interface import check_protocol, position_scheme, unwrap, visual_token_ids
-from ..pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
+from ..pruners import Pruner, available_pruners
 from ..pruning.isolator import ModeIsolator
-from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME
-from ..utils.validation import check_keys
+from ..utils.constants import ISOLATOR_WEIGHTS_NAME
 from .adaptive_schedule import adaptive_schedule_of
 from .batch_splitting import can_be_split
 from .callbacks import ModeClock, ModeLosses
@@ -36,6 +33,7 @@ from .plain_evaluation import PlainEvaluationMixin
 from .run_record import RunRecordMixin
 from .schedule import CHANGING, FAST, ModeSchedule
 from .selective_checkpointing import SelectiveCheckpointing
+from .setup import check_optimizer, holds_weights_of, language_model_is_frozen, resolve_pruner, wrap_existing_layers
 from .training_args import Default, DualSpeedArguments, DualSpeedTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -394,64 +392,3 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
 
 class DualSpeedTrainer(DualSpeedMixin, Trainer):
     """[`~transformers.Trainer`] with fast and slow steps; see [`DualSpeedMixin`]."""
-
-
-def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Module) -> Pruner:
-    """The pruner to train with: the given object, or `args.pruner` as a registered name, a folder or a Hub repo.
-
-    `args.pruning_ratio` wins if set. A pruner built by name whose config has a `hidden_size`, such as a learned one,
-    gets the model's.
-    """
-    if pruner is None:
-        if args.pruner in available_pruners():
-            settings = {"pruning_ratio": float(args.pruning_ratio), **(args.pruner_kwargs or {})}
-            known = [f.name for f in fields(pruner_class(args.pruner).config_class)]
-            check_keys("pruner_kwargs", settings, known)
-            if "hidden_size" in known and "hidden_size" not in settings:
-                settings["hidden_size"] = unwrap(model).config.get_text_config().hidden_size
-            return AutoPruner.from_name(args.pruner, **settings)
-        pruner = AutoPruner.from_pretrained(args.pruner, revision=args.pruner_revision, token=args.hub_token)
-    given = dict(args.pruner_kwargs or {})
-    if not isinstance(args.pruning_ratio, Default):
-        given["pruning_ratio"] = args.pruning_ratio
-    check_keys("pruner_kwargs", given, [f.name for f in fields(pruner.config)])
-    if given:
-        pruner.reconfigure(**given)
-    return pruner
-
-
-def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
-    """Whether `folder` holds the weights of a learned pruner of this type."""
-    if not pruner.state_dict() or not (folder / PRUNER_WEIGHTS_NAME).is_file():
-        return False
-    return PrunerConfig.from_pretrained(folder).pruner_type == pruner.config.pruner_type
-
-
-def language_model_is_frozen(model: nn.Module) -> bool:
-    """Whether no parameter of the language model (adapters included) or its head is trainable."""
-    return not any(p.requires_grad for part in language_parts(unwrap(model)) for p in part.parameters())
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualForward) -> None:
-    """Raises a `ValueError` if an optimizer that was made earlier lacks the isolator or a learned pruner."""
-    if optimizer is None:
-        return
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in dual_forward.named_parameters() if p.requires_grad and id(p) not in known]
-    if missing:
-        raise ValueError(
-            f"`optimizers` was made before the fast view's parameters and lacks {', '.join(missing)}. Pass "
-            "optimizer_cls_and_kwargs instead, or set isolator_length=0 and choose a pruner that is not learned."
-        )
-
-
-def wrap_existing_layers(plugin, model: nn.Module) -> None:
-    """Sets the layers that FSDP wraps to those of `_no_split_modules` that the model has.
-
-    accelerate 1.15 wraps all of them, and fails if one is missing, such as CLIP's text embeddings in LLaVA.
-    """
-    if plugin.transformer_cls_names_to_wrap:
-        return
-    present = {type(module).__name__ for module in model.modules()}
-    named = getattr(unwrap(model), "_no_split_modules", None) or ()
-    plugin.transformer_cls_names_to_wrap = sorted(present.intersection(named)) or None

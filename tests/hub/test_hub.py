@@ -29,7 +29,7 @@ from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArgument
 from hf_dualspeed.hub import source as hub_io
 from hf_dualspeed.recipes.arguments import parse_recipe
 from hf_dualspeed.recipes.run import check_pruner
-from hf_dualspeed.trainer.trainer import resolve_pruner
+from hf_dualspeed.trainer.setup import resolve_pruner
 
 REPO = "tester/pruner"
 CONFIG, WEIGHTS = "pruner_config.json", "pruner.safetensors"

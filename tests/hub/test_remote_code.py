@@ -13,7 +13,7 @@ from transformers import dynamic_module_utils
 from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments, PrunerConfig, VisualTokens
 from hf_dualspeed.pruners import base, config, registry
 from hf_dualspeed.recipes.run import check_pruner
-from hf_dualspeed.trainer.trainer import resolve_pruner
+from hf_dualspeed.trainer.setup import resolve_pruner
 
 REPO = "tester/own"
 CONFIG = "pruner_config.json"
