@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from transformers import Trainer
 
 from hf_dualspeed.evaluation.pruned_prompts import PrunedPrompts, prompts_of
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.trainer.callbacks import ModeClock
 from hf_dualspeed.trainer.schedule import SLOW
 from hf_dualspeed.trainer.setup import resolve_pruner
@@ -58,7 +59,7 @@ def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> Pruned
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(trainer, DualSpeedTrainer):
         return prompts_of(trainer.dual_forward, model, args.seed)
-    pruner = resolve_pruner(None, args, model).to(args.device)
+    pruner = resolve_pruner(None, args, ModelInterface(model)).to(args.device)
     options = (args.position_ids, args.video_budget, args.proportional_attention)
     return None if pruner.state_dict() else PrunedPrompts(model, pruner, None, *options, args.seed)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .models.components import language_parts
-from .models.interface import unwrap, visual_token_ids
+from .models.interface import ModelInterface
 from .pruners import AutoPruner, Pruner, budget
 from .pruning.api import prune_inputs
 from .pruning.encoding import VisualEncoding, encode
@@ -102,7 +102,7 @@ def shorten_one(
 
 
 def encodings(model: nn.Module, batch: Batch) -> list[VisualEncoding]:
-    return encode(model, batch.inputs, video_budget=batch.video_budget)
+    return encode(ModelInterface(model), batch.inputs, video_budget=batch.video_budget)
 
 
 def real(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ def ratio_zero_is_plain(model: nn.Module, batch: Batch) -> None:
 def lengths_and_gradients(model: nn.Module, batch: Batch) -> None:
     """The sequence has exactly the expected length. Gradients reach the isolator and the encoder or projector."""
     for name in ("divprune", "grid", "avg_pool", "random"):
-        isolator = ModeIsolator.for_model(unwrap(model), ISOLATOR)
+        isolator = ModeIsolator.for_model(ModelInterface(model).outer, ISOLATOR)
         # Tokens of the batch: all real ones, with K + l in place of each unit's N.
         lengths = [n for encoding in encodings(model, batch) for n in encoding.lengths]
         kept = sum(budget(n, RATIO) + ISOLATOR for n in lengths)
@@ -141,7 +141,7 @@ def lengths_and_gradients(model: nn.Module, batch: Batch) -> None:
         assert torch.isfinite(out.loss), f"the loss is {out.loss}"
         out.loss.backward()
         assert isolator.prompt.grad.abs().sum() > 0, "no gradient reaches the isolator"
-        language = {id(p) for part in language_parts(unwrap(model)) for p in part.parameters()}
+        language = {id(p) for part in language_parts(ModelInterface(model).outer) for p in part.parameters()}
         visual = [p for p in model.parameters() if id(p) not in language and p.grad is not None]
         reached = any(p.grad.abs().sum() > 0 for p in visual)
         assert reached or not batch.trains_encoder, "no gradient reaches the projector"
@@ -169,10 +169,10 @@ def original_positions_are_masking(model: nn.Module, batch: Batch) -> bool | Non
             start += length
         visual = batch.inputs["input_ids"] == encoding.token_id
         mask[visual], sizes[visual] = keep, counted
-    positions = full_positions(model, batch.inputs, batch.inputs["attention_mask"])
+    positions = full_positions(ModelInterface(model), batch.inputs, batch.inputs["attention_mask"])
     masked = {**batch.inputs, "attention_mask": mask, "position_ids": positions}
     short = shorten(model, batch, settings={"dropped_tokens": "discard"})
-    key_sizes, found = key_sizes_of(model), real(model(**short).logits, short["attention_mask"])
+    key_sizes, found = key_sizes_of(ModelInterface(model)), real(model(**short).logits, short["attention_mask"])
     plain = real(model(**masked).logits, mask)
     if not batch.proportional_attention:
         same(found, plain)
@@ -271,7 +271,7 @@ def same_without_a_cache(model: nn.Module, batch: Batch, prompt: dict, options: 
     Not checked where transformers itself cannot generate without a cache.
     """
     # Random weights may answer with a placeholder, which has no image.
-    options = {**options, "suppress_tokens": visual_token_ids(unwrap(model).config)}
+    options = {**options, "suppress_tokens": ModelInterface(model).visual_token_ids}
     try:
         model.generate(**prompt, **options, use_cache=False)
     except (ValueError, IndexError, RuntimeError):

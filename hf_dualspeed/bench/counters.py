@@ -178,7 +178,7 @@ def cached_batch(trainer: DualSpeedTrainer, batch: dict, folder: str) -> dict | 
     try:
         cache.begin(trainer.model)
         with torch.no_grad():
-            encode(trainer.model, batch, served=partial(cache.serving, units_of(batch, cache.store)))
+            encode(trainer.dual_forward.interface, batch, served=partial(cache.serving, units_of(batch, cache.store)))
     except ValueError:
         return None
     cache.flush()

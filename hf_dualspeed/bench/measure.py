@@ -258,13 +258,13 @@ class Bench:
     def _parts(self) -> dict[str, Callable]:
         """Parts of steps alone: the fast step's encoding, selection and shortening, and the slow step's teacher."""
         model, dual_forward = self.model.train(), self.dual.dual_forward
-        pruner = dual_forward.pruner
+        interface, pruner = dual_forward.interface, dual_forward.pruner
         with torch.no_grad():
-            encodings = encode(model, self.batch, pruner.needs)
+            encodings = encode(interface, self.batch, pruner.needs)
         generator = torch.Generator(self.device).manual_seed(SEEDS["training"])
         tokens = encodings[0].tokens(generator)
         pruned = pruner(tokens)
-        shorten = partial(shorten_inputs, model, self.batch, encodings, FixedPruner(pruned))
+        shorten = partial(shorten_inputs, interface, self.batch, encodings, FixedPruner(pruned))
 
         def teach() -> None:
             with dual_forward.in_mode(SLOW, distil=True, generator=generator) as state:
@@ -275,7 +275,7 @@ class Bench:
         self.encoded += [*_tensors(vars(pruned).values()), *_tensors(vars(tokens).values())]
         return {
             "teacher": teach,
-            "encoder": partial(encode, model, self.batch, pruner.needs),
+            "encoder": partial(encode, interface, self.batch, pruner.needs),
             "selection": partial(pruner, tokens),
             "shortening": partial(shorten, dual_forward.isolator, dual_forward.position_ids),
         }

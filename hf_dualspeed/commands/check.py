@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from ..conformance import Batch, Check, check_model
 from ..data.collators import VisionLanguageCollator
 from ..data.media import pattern
-from ..models.interface import check_protocol, position_scheme
+from ..models.interface import ModelInterface
 from ..utils.constants import POSITION_IDS
 
 QUESTIONS = ("What is this?", "What is the difference between the two?", "What is the capital of France?")
@@ -25,8 +25,9 @@ def main(argv: list[str]) -> int:
     """Prints the outcome of each check. Returns 1 where one failed."""
     options = parse(argv)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
-    check_protocol(model)
-    position_scheme(model, options.position_ids)
+    interface = ModelInterface(model)
+    interface.check_protocol()
+    interface.position_scheme(options.position_ids)
     processor = AutoProcessor.from_pretrained(options.model)
     images = [Image.open(path) for path in options.image] or [pattern(320, 240), pattern(240, 320)]
     checks = check_model(model, batch_of(model, processor, images, options.position_ids))

@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 from torch import nn
 
-from .families import family_of
+from .families import Family, family_of
 
 
 @dataclass(frozen=True)
@@ -110,88 +110,154 @@ def forward_interface(kind: type[nn.Module]) -> ForwardInterface:
     )
 
 
-def slices_logits(outer: nn.Module) -> bool:
-    """Whether the model can compute logits at chosen positions only."""
-    return "logits_to_keep" in forward_interface(type(outer)).names and family_of(outer.config).slices_logits
+@dataclass(frozen=True)
+class Encoder:
+    """How a model reads one modality.
+
+    Args:
+        modality (`Modality`): its names.
+        family (`Family`): how its tokens reach the model's `forward`.
+        token_id (`int`, *optional*): the placeholder.
+        owner (`nn.Module`, *optional*): the module that has the encoder.
+        method (`str`): the encoder's name.
+    """
+
+    modality: Modality
+    family: Family
+    token_id: int | None
+    owner: nn.Module | None
+    method: str
+
+    @property
+    def missing(self) -> bool:
+        """Whether the model lacks an encoder or a placeholder for the modality."""
+        return self.owner is None or self.token_id is None
+
+    @property
+    def function(self) -> Callable:
+        """The encoder itself."""
+        return partial(self.family.encode, self.owner) if self.family.encode else getattr(self.owner, self.method)
 
 
-def encoder_owner(outer: nn.Module, method: str) -> nn.Module | None:
-    """The module that has `method`. The inner model comes first, because some outer classes hide its arguments."""
-    return next((m for m in (getattr(outer, "model", None), outer) if hasattr(m, method)), None)
+class ModelInterface:
+    """What is known of a model. It is made once, where a trainer or a call meets the model, and passed on from there.
 
+    Args:
+        model (`nn.Module`): a vision-language model of transformers, wrapped or not.
+    """
 
-def encoder_of(outer: nn.Module, modality: Modality) -> tuple[nn.Module | None, Callable | None]:
-    """The encoder of `modality` and the module that owns it. Some models encode videos with the image encoder."""
-    family = family_of(outer.config, modality.name)
-    if family.encode is not None:
-        owner = getattr(outer, "model", outer)
-        return owner, partial(family.encode, owner)
-    methods = [modality.method, *([MODALITIES[0].method] if modality.name == "video" else [])]
-    found = ((encoder_owner(outer, method), method) for method in methods)
-    owner, method = next((pair for pair in found if pair[0] is not None), (None, ""))
-    return owner, None if owner is None else getattr(owner, method)
+    def __init__(self, model: nn.Module):
+        self.outer = unwrap(model)
 
+    @property
+    def name(self) -> str:
+        """The model's class, as errors call it."""
+        return type(self.outer).__name__
 
-def reads(outer: nn.Module, modality: Modality) -> bool:
-    """Whether the model has an encoder and a placeholder for `modality`."""
-    return encoder_of(outer, modality)[0] is not None and placeholder_id(outer.config, modality) is not None
+    @property
+    def config(self):
+        return self.outer.config
 
+    @cached_property
+    def text_config(self):
+        """The language model's."""
+        return self.config.get_text_config()
 
-def towers(outer: nn.Module) -> dict[str, nn.Module]:
-    """The encoder of each modality that the model reads; some share one."""
-    return {m.name: outer.get_encoder(modality=m.name) for m in MODALITIES if reads(outer, m)}
+    @cached_property
+    def family(self) -> Family:
+        """What is special about its images."""
+        return family_of(self.config)
+
+    @cached_property
+    def forward(self) -> ForwardInterface:
+        return forward_interface(type(self.outer))
+
+    @cached_property
+    def slices_logits(self) -> bool:
+        """Whether the model can compute logits at chosen positions only."""
+        return "logits_to_keep" in self.forward.names and self.family.slices_logits
+
+    @cached_property
+    def encoders(self) -> dict[str, Encoder]:
+        """The encoder of each modality, also of those that the model does not read."""
+        return {modality.name: self._encoder(modality) for modality in MODALITIES}
+
+    def _encoder(self, modality: Modality) -> Encoder:
+        family, token_id = family_of(self.config, modality.name), placeholder_id(self.config, modality)
+        if family.encode is not None:
+            return Encoder(modality, family, token_id, getattr(self.outer, "model", self.outer), "")
+        # Some models encode videos with the image encoder.
+        methods = [modality.method, *([MODALITIES[0].method] if modality.name == "video" else [])]
+        found = ((self.owner_of(method), method) for method in methods)
+        owner, method = next((pair for pair in found if pair[0] is not None), (None, modality.method))
+        return Encoder(modality, family, token_id, owner, method)
+
+    def owner_of(self, method: str) -> nn.Module | None:
+        """The module that has `method`. The inner model comes first: some outer classes hide its arguments."""
+        return next((m for m in (getattr(self.outer, "model", None), self.outer) if hasattr(m, method)), None)
+
+    @cached_property
+    def positions_owner(self) -> nn.Module | None:
+        """The module that numbers positions on three axes (M-RoPE), if the model has them."""
+        return self.owner_of("compute_3d_position_ids")
+
+    @cached_property
+    def visual_token_ids(self) -> list[int]:
+        """Every placeholder id."""
+        return visual_token_ids(self.config)
+
+    @cached_property
+    def raw_keys(self) -> list[str]:
+        """The inputs that are encoded outside the model's forward."""
+        return [key for encoder in self.encoders.values() if not encoder.family.whole for key in encoder.modality.raw]
+
+    def towers(self) -> dict[str, nn.Module]:
+        """The tower of each modality that the model reads; some share one."""
+        read = [name for name, encoder in self.encoders.items() if not encoder.missing]
+        return {name: self.outer.get_encoder(modality=name) for name in read}
+
+    def check_protocol(self) -> None:
+        """Raises a `ValueError` that names what is missing, unless the model takes encoded images or reads audio."""
+        image, audio = self.encoders["image"], self.encoders["audio"]
+        if not audio.missing and not audio.family.whole:
+            return
+        missing = []
+        if "mm_encoder_outputs" not in self.forward.names:
+            missing.append("its forward takes no `mm_encoder_outputs`")
+        if self.owner_of(image.modality.method) is None:
+            missing.append(f"it has no `{image.modality.method}`")
+        if image.token_id is None:
+            missing.append("its config has no `image_token_id`")
+        if missing:
+            raise ValueError(
+                f"{self.name} cannot be pruned: {' and '.join(missing)}. Use a vision-language model of transformers "
+                "that takes pre-encoded images (a ...ForConditionalGeneration such as LLaVA or Qwen2.5-VL) or an audio "
+                "language model that has `get_audio_features` and an `audio_token_id` (such as Voxtral)."
+            )
+
+    def position_scheme(self, scheme: str) -> str:
+        """Resolves "auto" for this model; other schemes stay as they are.
+
+        "auto" is "original" if the model's positions have rows and columns (M-RoPE), which renumbering would remove,
+        and "compact" otherwise.
+
+        Raises:
+            ValueError: the model cannot take positions with gaps.
+        """
+        places = self.family.places
+        if scheme == "auto":
+            return "compact" if places or self.positions_owner is None else "original"
+        if scheme == "original" and places:
+            raise ValueError(
+                f"position_ids='original' does not work with {self.name}: its attention takes position ids for places "
+                "in the sequence, so that tokens would see those behind them. Set position_ids='compact'."
+            )
+        return scheme
 
 
 def modalities_in(inputs: Mapping) -> set[str]:
     """The modalities whose raw inputs are in a batch."""
     return {m.name for m in MODALITIES if any(inputs.get(key) is not None for key in m.raw)}
-
-
-def raw_keys(config) -> list[str]:
-    """The inputs that are encoded outside the model's forward."""
-    return [key for modality in MODALITIES if not family_of(config, modality.name).whole for key in modality.raw]
-
-
-def check_protocol(model: nn.Module) -> None:
-    """Raises a `ValueError` that names what is missing, unless `model` takes encoded images or has an audio encoder."""
-    outer = unwrap(model)
-    image, _, audio = MODALITIES
-    if reads(outer, audio) and not family_of(outer.config, audio.name).whole:
-        return
-    missing = []
-    if "mm_encoder_outputs" not in forward_interface(type(outer)).names:
-        missing.append("its forward takes no `mm_encoder_outputs`")
-    if encoder_owner(outer, image.method) is None:
-        missing.append(f"it has no `{image.method}`")
-    if placeholder_id(outer.config, image) is None:
-        missing.append("its config has no `image_token_id`")
-    if missing:
-        raise ValueError(
-            f"{type(outer).__name__} cannot be pruned: {' and '.join(missing)}. Use a vision-language model of "
-            "transformers that takes pre-encoded images (a ...ForConditionalGeneration such as LLaVA or Qwen2.5-VL) or "
-            "an audio language model that has `get_audio_features` and an `audio_token_id` (such as Voxtral)."
-        )
-
-
-def position_scheme(model: nn.Module, scheme: str) -> str:
-    """Resolves "auto" for this model; other schemes stay as they are.
-
-    "auto" is "original" if the model's positions have rows and columns (M-RoPE), which renumbering would remove, and
-    "compact" otherwise.
-
-    Raises:
-        ValueError: the model cannot take positions with gaps.
-    """
-    outer = unwrap(model)
-    places = family_of(outer.config).places
-    if scheme == "auto":
-        return "compact" if places or encoder_owner(outer, "compute_3d_position_ids") is None else "original"
-    if scheme == "original" and places:
-        raise ValueError(
-            f"position_ids='original' does not work with {type(outer).__name__}: its attention takes position ids for "
-            "places in the sequence, so that tokens would see those behind them. Set position_ids='compact'."
-        )
-    return scheme
 
 
 def placeholder_id(config, modality: Modality) -> int | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..models.interface import check_protocol, position_scheme
+from ..models.interface import ModelInterface
 from ..pruners import Pruner
 from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
 from ..utils.validation import check_choice
@@ -61,12 +61,12 @@ def prune_inputs(
             drops tokens inside the language model, or (when the model is called) its attention cannot be made
             proportional.
     """
-    position_ids = check_options(model, position_ids, video_budget)
+    interface, position_ids = checked_interface(model, position_ids, video_budget)
     check_inputs(inputs)
-    encodings = encode(model, inputs, pruner.needs, video_budget)
-    short = shorten_inputs(model, inputs, encodings, pruner, isolator, position_ids, generator)
+    encodings = encode(interface, inputs, pruner.needs, video_budget)
+    short = shorten_inputs(interface, inputs, encodings, pruner, isolator, position_ids, generator)
     plain = short.log_sizes is None or not proportional_attention
-    return short.inputs if plain else carry(model, short.inputs, short.log_sizes)
+    return short.inputs if plain else carry(interface, model, short.inputs, short.log_sizes)
 
 
 @contextmanager
@@ -85,10 +85,10 @@ def prune_visual_tokens(
     length. `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))`
     and raises inside this context.
     """
-    position_ids = check_options(model, position_ids, video_budget)
-    check_pruner(model, pruner)
+    interface, position_ids = checked_interface(model, position_ids, video_budget)
+    check_pruner(interface, pruner)
     layer_passes: list[LayerPass] = []
-    key_sizes = watch_calls(model)
+    key_sizes = watch_calls(interface, model)
 
     def shorten(module, args, kwargs):
         if args:
@@ -97,12 +97,12 @@ def prune_visual_tokens(
             raise ValueError("`prune_visual_tokens` covers forward. Use model.generate(**prune_inputs(model, ...)).")
         check_inputs(kwargs)
         # Encode and shorten before the model's forward.
-        encodings = encode(model, kwargs, pruner.needs, video_budget)
+        encodings = encode(interface, kwargs, pruner.needs, video_budget)
         layers = None
         if pruner.in_language_model:
-            layers = LayerPass(model, pruner, proportional_attention)
+            layers = LayerPass(interface, pruner, proportional_attention)
             layer_passes.append(layers)
-        short = shorten_inputs(model, kwargs, encodings, pruner, isolator, position_ids, generator, layers)
+        short = shorten_inputs(interface, kwargs, encodings, pruner, isolator, position_ids, generator, layers)
         # Proportional attention for this call; `close` ends it.
         key_sizes.take(model)
         key_sizes.set(short.log_sizes if proportional_attention else None)
@@ -128,9 +128,14 @@ def prune_visual_tokens(
             handle.remove()
 
 
-def check_options(model: nn.Module, position_ids: str, video_budget: str) -> str:
-    """Resolves the position scheme; raises a `ValueError` if the model cannot be pruned, or not with these options."""
+def checked_interface(model: nn.Module, position_ids: str, video_budget: str) -> tuple[ModelInterface, str]:
+    """The model's interface and its position scheme.
+
+    Raises:
+        ValueError: the model cannot be pruned, or not with these options.
+    """
     check_choice("position_ids", position_ids, POSITION_IDS)
     check_choice("video_budget", video_budget, VIDEO_BUDGETS)
-    check_protocol(model)
-    return position_scheme(model, position_ids)
+    interface = ModelInterface(model)
+    interface.check_protocol()
+    return interface, interface.position_scheme(position_ids)

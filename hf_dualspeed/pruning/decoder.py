@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from ..models.attention import attention_hook, attention_of, query_obstacle
-from ..models.families import family_of
-from ..models.interface import unwrap
+from ..models.interface import ModelInterface
 from ..pruners import VisualTokens, budget
 from ..pruners.base import LayerPruner
 from ..pruners.config import MERGE
@@ -30,7 +29,7 @@ from .encoding import VisualEncoding
 from .instructions import flat_places
 from .layer_arguments import Cut, cut_argument, names_of
 from .packing import VARLEN, is_flash, varlen
-from .proportional_attention import KeySizes, check_used, key_sizes_of, set_sizes_of, sizes_of
+from .proportional_attention import KeySizes, key_sizes_of, set_sizes_of, sizes_of
 
 REMEDY = "Choose a pruner that works in front of the language model, such as 'divprune'."
 # Kinds of layers that mix tokens by attention only.
@@ -39,49 +38,49 @@ ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 UNREAD = {"labels", "logits_to_keep"}
 
 
-def refused(model: nn.Module, pruner: LayerPruner, reason: str, remedy: str = REMEDY) -> ValueError:
-    name, model_name = pruner.config.pruner_type, type(unwrap(model)).__name__
-    return ValueError(f"The pruner {name!r} cannot drop tokens inside {model_name}: {reason}. {remedy}")
+def refused(interface: ModelInterface, pruner: LayerPruner, reason: str, remedy: str = REMEDY) -> ValueError:
+    name = pruner.config.pruner_type
+    return ValueError(f"The pruner {name!r} cannot drop tokens inside {interface.name}: {reason}. {remedy}")
 
 
-def check_layers(model: nn.Module, pruner: LayerPruner, progress: float = 1.0) -> dict[int, float]:
+def check_layers(interface: ModelInterface, pruner: LayerPruner, progress: float = 1.0) -> dict[int, float]:
     """The pruner's stages in this model, in order, at the fraction `progress` of training.
 
     Raises:
         ValueError: tokens cannot be dropped between the model's layers, or not at these; the message says why.
     """
-    outer = unwrap(model)
-    config, family = outer.config.get_text_config(), family_of(outer.config)
+    config, family = interface.text_config, interface.family
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
     # Tokens can be dropped only between layers that mix them by attention, each with its own keys and values.
     foreign = sorted(set(kinds) - ATTENDING)
     if foreign:
-        raise refused(model, pruner, f"it has layers of kind {', '.join(map(repr, foreign))}")
+        raise refused(interface, pruner, f"it has layers of kind {', '.join(map(repr, foreign))}")
     if getattr(config, "num_kv_shared_layers", None):
-        raise refused(model, pruner, "some of its layers share keys and values, which would be of different lengths")
+        raise refused(
+            interface, pruner, "some of its layers share keys and values, which would be of different lengths"
+        )
     if family.layered:
-        raise refused(model, pruner, "it adds visual features to the hidden states of several layers")
+        raise refused(interface, pruner, "it adds visual features to the hidden states of several layers")
     if family.places:
-        raise refused(model, pruner, "its attention takes position ids for places in the sequence")
+        raise refused(interface, pruner, "its attention takes position ids for places in the sequence")
     # Attention before a stage decides what to drop, so the first layer cannot be one.
-    count = len(decoder_layers(model, pruner)[1])
+    count = len(decoder_layers(interface, pruner)[1])
     stages = pruner.stages(count, pruner.config.ratio_at(progress))
     outside = [index for index in stages if not 1 <= index < count]
     if outside or not stages:
         reason = f"none of its {count} layers has another in front of it and the number {outside}"
-        raise refused(model, pruner, reason, "Let the pruner's stages lie inside.")
+        raise refused(interface, pruner, reason, "Let the pruner's stages lie inside.")
     return dict(sorted(stages.items()))
 
 
-def decoder_layers(model: nn.Module, pruner: LayerPruner) -> tuple[nn.Module, nn.ModuleList]:
+def decoder_layers(interface: ModelInterface, pruner: LayerPruner) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the language model's layers, and the layers."""
-    outer = unwrap(model)
-    count = outer.config.get_text_config().num_hidden_layers
-    for module in outer.get_decoder().modules():
+    count = interface.text_config.num_hidden_layers
+    for module in interface.outer.get_decoder().modules():
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) == count:
             return module, layers
-    raise refused(model, pruner, f"its decoder has no list of {count} `layers`")
+    raise refused(interface, pruner, f"its decoder has no list of {count} `layers`")
 
 
 @dataclass
@@ -126,12 +125,16 @@ class LayerPass:
     """
 
     def __init__(
-        self, model: nn.Module, pruner: LayerPruner, proportional_attention: bool = True, progress: float = 1.0
+        self,
+        interface: ModelInterface,
+        pruner: LayerPruner,
+        proportional_attention: bool = True,
+        progress: float = 1.0,
     ):
-        self.model, self.pruner = model, pruner
-        self._shared = key_sizes_of(model) if proportional_attention else None
-        self.stages = check_layers(model, pruner, progress)
-        self.owner, self.layers = decoder_layers(model, pruner)
+        self.interface, self.pruner = interface, pruner
+        self._shared = key_sizes_of(interface) if proportional_attention else None
+        self.stages = check_layers(interface, pruner, progress)
+        self.owner, self.layers = decoder_layers(interface, pruner)
         # Attention functions report the calling module, so each module maps to the stage after its layer.
         self._watched = {id(m): index for index in self.stages for m in self.layers[index - 1].modules()}
         self._budgets: dict[int, Budget] = {}
@@ -156,14 +159,16 @@ class LayerPass:
             ValueError: tokens of this batch cannot be dropped.
         """
         if packed:
-            raise refused(self.model, self.pruner, "rows of the batch hold several samples", "Pad the batch instead.")
+            raise refused(
+                self.interface, self.pruner, "rows of the batch hold several samples", "Pad the batch instead."
+            )
         self._units, row_of, counts = find_units(inputs, encodings, isolator_length)
         self._budgets = budgets(self.stages, self._units.lengths, row_of, counts)
         # DeepStack adds features of all visual tokens to the first layers, so stages must come after them.
         deepest = max((len(levels) for e in encodings for levels in e.companions.values()), default=0)
         if deepest > min(self._budgets, default=deepest):
             reason = f"it adds visual features to the hidden states of its first {deepest} layers"
-            raise refused(self.model, self.pruner, reason, f"Let the first stage lie behind them. {REMEDY}")
+            raise refused(self.interface, self.pruner, reason, f"Let the first stage lie behind them. {REMEDY}")
         self._most = max(map(row_of.count, row_of))
         # Tokens that always stay, (B, S): text and isolators.
         mask, rows, places = inputs["attention_mask"].bool(), self._units.rows, self._units.places
@@ -184,7 +189,7 @@ class LayerPass:
         if self._shared is None:
             return
         # Each layer reads the key sizes of the last stage up to it; `close` restores the shared ones.
-        self._key_sizes = {stage: KeySizes() for stage in self._budgets}
+        self._key_sizes = {stage: KeySizes(model_name=self.interface.name) for stage in self._budgets}
         for index, layer in enumerate(self.layers):
             stage = max((stage for stage in self._budgets if stage <= index), default=None)
             if stage is not None:
@@ -210,7 +215,7 @@ class LayerPass:
         self._observing.close()
         self._recent = []
         for sizes in self._key_sizes.values() if output is not None else ():
-            check_used(self.model, sizes)
+            sizes.check_used()
         if output is None or not self._cuts:  # None after an error
             return output
         # (B, L, D) -> (B, S, D)
@@ -254,7 +259,7 @@ class LayerPass:
         hidden = values.pop("hidden_states", None)
         if hidden is None or hidden.dim() != 3:
             shape = None if hidden is None else tuple(hidden.shape)
-            raise refused(self.model, self.pruner, f"its {type(layer).__name__} is handed hidden states {shape}")
+            raise refused(self.interface, self.pruner, f"its {type(layer).__name__} is handed hidden states {shape}")
         # The first call of a stage's layer decides; recomputed layers reuse the decision.
         if stage == index and index not in self._cuts:
             self._cuts[index] = self._decide(index, hidden)
@@ -268,7 +273,7 @@ class LayerPass:
             left = hidden.gather(1, cut.slots[..., None].expand(-1, -1, hidden.shape[-1]))
             hidden = left if cut.merge is None else cut.merge(hidden, left)
         short["hidden_states"] = hidden
-        if len(hidden) == 1 and is_flash(unwrap(self.model).config.get_text_config()):
+        if len(hidden) == 1 and is_flash(self.interface.text_config):
             # FlashAttention would read gaps in position ids as sample boundaries: declare one sample.
             ends = torch.tensor([0, hidden.shape[1]], dtype=torch.int32).to(hidden.device, non_blocking=True)
             short |= varlen(ends, hidden.shape[1])
@@ -279,7 +284,7 @@ class LayerPass:
         """Chooses the tokens that stay from layer `index` on."""
         if index not in self._scores:
             attention = self._obstacle or "does not call transformers' attention function"
-            raise refused(self.model, self.pruner, f"its layer {index - 1} {attention}")
+            raise refused(self.interface, self.pruner, f"its layer {index - 1} {attention}")
         # States of the droppable tokens, (B, L', D) -> (U, N, D), and their attention scores (U, N).
         units, left = self._units, self._budgets[index]
         scores, slots = self._scores.pop(index), self._slots(index, self._units.places)
@@ -322,7 +327,7 @@ class LayerPass:
             try:
                 known = cut_argument(name, value, cut)
             except ValueError as error:
-                raise refused(self.model, self.pruner, f"its {type(layer).__name__} {error}") from None
+                raise refused(self.interface, self.pruner, f"its {type(layer).__name__} {error}") from None
             self._recent = [*self._recent[-7:], (value, cut, known)]
         return known
 

@@ -21,8 +21,8 @@ from torch import nn
 
 from ..models.attention import REMEDY, capture_attention
 from ..models.containers import Container, flat_rows, part_lengths, refill
-from ..models.families import Family, family_of
-from ..models.interface import MODALITIES, Modality, argument_names, encoder_of, modalities_in, placeholder_id, unwrap
+from ..models.families import Family
+from ..models.interface import Encoder, Modality, ModelInterface, argument_names, modalities_in
 from ..models.token_layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
 from ..pruners import VisualTokens
 from .instructions import instructions
@@ -138,7 +138,7 @@ def pad(rows: list[torch.Tensor] | None, device: torch.device) -> torch.Tensor |
 
 
 def encode(
-    model: nn.Module,
+    interface: ModelInterface,
     inputs: Mapping,
     needs: frozenset[str] = frozenset(),
     video_budget: str = "clip",
@@ -148,42 +148,43 @@ def encode(
     """Encodes each modality whose raw inputs are in `inputs`; an empty list for a text-only batch.
 
     Args:
-        model (`nn.Module`): a vision-language model, wrapped or not.
+        interface (`ModelInterface`): of the model.
         inputs (`Mapping`): the batch.
         needs (`frozenset[str]`): what the pruner reads beside the features: "grid", "attention", "keys", "text".
         video_budget (`str`): whether a unit is a whole "clip" or a "frame".
         served (`Callable`, *optional*): images are encoded inside the context `served(tower)`.
         graphs (`bool`): whether a frozen tower builds a graph, as in the model's own `forward`.
     """
-    outer = unwrap(model)
     # Modalities in the batch, except those that `forward` encodes itself.
-    present, config = modalities_in(inputs), outer.config
-    present = [m for m in MODALITIES if m.name in present and not family_of(config, m.name).whole]
+    present = modalities_in(inputs)
+    encoders = [e for name, e in interface.encoders.items() if name in present and not e.family.whole]
     return [
-        encode_modality(outer, inputs, m, needs, video_budget, served if m.name == "image" else None, graphs)
-        for m in present
+        encode_modality(
+            interface, inputs, e, needs, video_budget, served if e.modality.name == "image" else None, graphs
+        )
+        for e in encoders
     ]
 
 
 def encode_modality(
-    outer: nn.Module,
+    interface: ModelInterface,
     inputs: Mapping,
-    modality: Modality,
+    encoder: Encoder,
     needs: frozenset[str],
     video_budget: str,
     served: Callable[[nn.Module], AbstractContextManager] | None = None,
     graphs: bool = False,
 ) -> VisualEncoding:
     """Encodes one modality; see [`encode`]."""
-    family, token_id = family_of(outer.config, modality.name), placeholder_id(outer.config, modality)
-    owner, encoder = encoder_of(outer, modality)
-    if owner is None or token_id is None:
+    outer, modality, owner = interface.outer, encoder.modality, encoder.owner
+    family, token_id = encoder.family, encoder.token_id
+    if encoder.missing:
         raise ValueError(
-            f"{type(outer).__name__} was given {modality.name} inputs but has no `{modality.method}` or placeholder id."
+            f"{interface.name} was given {modality.name} inputs but has no `{modality.method}` or placeholder id."
         )
     check_pixels(inputs, modality)
     # Encode; the pruner may capture the tower's attention, and the feature cache may replace the tower.
-    arguments, consumed = encoder_arguments(owner, encoder, inputs, modality)
+    arguments, consumed = encoder_arguments(encoder, inputs)
     tower = outer.get_encoder(modality=modality.name) if needs & IN_TOWER or served is not None else None
     with ExitStack() as around:
         capture = around.enter_context(capture_attention(tower)) if needs & IN_TOWER else None
@@ -191,8 +192,8 @@ def encode_modality(
             around.enter_context(frozen_tower(outer, modality))
         if served is not None:
             around.enter_context(served(tower))
-        output = encoder(**arguments, return_dict=True)
-        container, companions = tokens_of(output, family, type(outer).__name__), companions_of(output, family)
+        output = encoder.function(**arguments, return_dict=True)
+        container, companions = tokens_of(output, family, interface.name), companions_of(output, family)
     # The tokens as flat rows (T, D), and how many of them each unit and each of its parts has.
     rows, parts = flat_rows(container), parts_of(container, family, inputs, token_id)
     if modality.name == "video":
@@ -223,7 +224,7 @@ def encode_modality(
         if "keys" in needs:
             encoding.keys = place(capture.keys(), absent=0.0)
     if "text" in needs:
-        found = instructions(outer, inputs, token_id, lengths)
+        found = instructions(interface, inputs, token_id, lengths)
         encoding.text, encoding.text_valid = found.embedded(outer, inputs["input_ids"])
     return encoding
 
@@ -268,11 +269,9 @@ def companions_of(output, family: Family) -> dict[str, list[torch.Tensor]]:
     return {name: [flat_rows(level) for level in value] for name, value in levels.items() if value is not None}
 
 
-def encoder_arguments(
-    owner: nn.Module, encoder: Callable, inputs: Mapping, modality: Modality
-) -> tuple[dict[str, object], set[str]]:
+def encoder_arguments(encoder: Encoder, inputs: Mapping) -> tuple[dict[str, object], set[str]]:
     """The encoder's arguments, and the names of the inputs that only the encoder reads."""
-    names = argument_names(encoder)
+    owner, modality, names = encoder.owner, encoder.modality, argument_names(encoder.function)
     # The forward reads these from the config, but some encoders have other defaults.
     arguments = {key: getattr(owner.config, key) for key in CONFIGURED if key in names and hasattr(owner.config, key)}
     arguments |= {key: inputs[key] for key in names if key in inputs}

@@ -11,18 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.profiler import record_function
 
-from ..models.interface import (
-    RAW_KEYS,
-    argument_names,
-    encoder_owner,
-    forward_interface,
-    raw_keys,
-    unwrap,
-    visual_token_ids,
-)
+from ..models.interface import RAW_KEYS, ModelInterface, argument_names
 from ..pruners import PrunedTokens, Pruner
 from ..pruners.ops import unpruned
 from .decoder import LayerPass, check_layers
@@ -32,10 +23,10 @@ from .packing import Packing, one_sample
 from .shortening import FILL, Shortening, plan_shortening
 
 
-def check_pruner(model: nn.Module, pruner: Pruner) -> None:
+def check_pruner(interface: ModelInterface, pruner: Pruner) -> None:
     """Raises a `ValueError` if the pruner drops tokens inside the language model and cannot do so in this one."""
     if pruner.in_language_model:
-        check_layers(model, pruner)
+        check_layers(interface, pruner)
 
 
 def check_inputs(inputs: Mapping) -> None:
@@ -71,7 +62,7 @@ class ShortenedBatch:
 
 
 def shorten_inputs(
-    model: nn.Module,
+    interface: ModelInterface,
     inputs: Mapping,
     encodings: list[VisualEncoding],
     pruner: Pruner,
@@ -93,19 +84,18 @@ def shorten_inputs(
         )
     if not encodings:
         return ShortenedBatch(dict(inputs))
-    outer = unwrap(model)
     prompt = isolator() if isolator is not None and isolator.length else None
     # Select: the isolator (l, D), and per modality the kept tokens of all units, (sum (l + K_i), D).
     kept = {e.modality: keep_tokens(e, pruner, prompt, generator, progress) for e in encodings}
-    check_placeholders(outer, encodings)
+    check_placeholders(interface, encodings)
     # Shorten: (B, S) -> (B, S'). Dropped placeholders leave every tensor, isolator tokens enter it.
-    packing = Packing.of(outer, inputs)
+    packing = Packing.of(interface, inputs)
     mask = mask_of(inputs)
     finite = [of.finite for of in kept.values() if of.finite is not None]
     plan = plan_shortening(inputs["input_ids"], mask, {e.token_id: kept[e.modality].repeats for e in encodings}, finite)
     consumed = set().union(*(e.consumed for e in encodings))
-    short = shorten_tensors(outer, inputs, plan, consumed)
-    short["position_ids"] = shortened_positions(outer, inputs, mask, plan, position_ids, packing)
+    short = shorten_tensors(interface, inputs, plan, consumed)
+    short["position_ids"] = shortened_positions(interface, inputs, mask, plan, position_ids, packing)
     # Find the tokens that layers will drop later.
     if layer_pass is not None:
         layer_pass.locate(short, encodings, 0 if prompt is None else len(prompt), packing is not None)
@@ -113,10 +103,10 @@ def shorten_inputs(
     if packing is not None:
         short |= packing.shortened(plan, position_ids, inputs)
     elif prompt is not None:
-        short |= one_sample(outer, plan)
+        short |= one_sample(interface, plan)
     # Hand over: kept tokens in place of pixels, plus key sizes (B, S'), token counts and losses.
     log_sizes = key_log_sizes(short["input_ids"], encodings, kept)
-    short |= absent_inputs(outer, consumed) | merged_inputs(outer, short, encodings, kept)
+    short |= absent_inputs(interface, consumed) | merged_inputs(interface, short, encodings, kept)
     losses = [of.auxiliary_loss for of in kept.values() if of.auxiliary_loss is not None]
     counts = sum(sum(e.lengths) for e in encodings), sum(of.count for of in kept.values())
     return ShortenedBatch(
@@ -207,27 +197,25 @@ def keep_tokens(
     )
 
 
-def check_placeholders(outer: nn.Module, encodings: list[VisualEncoding]) -> None:
+def check_placeholders(interface: ModelInterface, encodings: list[VisualEncoding]) -> None:
     """Raises a `ValueError` if two modalities of the batch share a placeholder."""
     if len({encoding.token_id for encoding in encodings}) < len(encodings):
         raise ValueError(
-            f"{type(outer).__name__} writes images and videos with one placeholder (token id "
+            f"{interface.name} writes images and videos with one placeholder (token id "
             f"{encodings[0].token_id}), so a batch may hold images or videos, not both."
         )
 
 
-def whole_inputs(model: nn.Module, inputs: Mapping, encodings: list[VisualEncoding]) -> dict:
+def whole_inputs(interface: ModelInterface, inputs: Mapping, encodings: list[VisualEncoding]) -> dict:
     """The batch with all tokens of `encodings` in place of raw images, for a pass that does not encode again."""
-    outer = unwrap(model)
-    encoded = raw_keys(outer.config)
-    absent = absent_inputs(outer, set().union(*(e.consumed for e in encodings)))
-    whole = {key: value for key, value in inputs.items() if key not in encoded} | absent
+    absent = absent_inputs(interface, set().union(*(e.consumed for e in encodings)))
+    whole = {key: value for key, value in inputs.items() if key not in interface.raw_keys} | absent
     # All tokens, as the encoder returned them, or as embeddings at their placeholders.
     outputs = {e.modality: e.output for e in encodings if not e.embedded}
     embedded = {e.token_id: e.features for e in encodings if e.embedded}
-    if embedded and encoder_owner(outer, "compute_3d_position_ids") is not None:  # M-RoPE positions need the ids
-        whole["position_ids"] = full_positions(outer, inputs, mask_of(inputs))
-    return whole | handed_over(outer, inputs["input_ids"], outputs, embedded)
+    if embedded and interface.positions_owner is not None:  # M-RoPE positions need the ids
+        whole["position_ids"] = full_positions(interface, inputs, mask_of(inputs))
+    return whole | handed_over(interface, inputs["input_ids"], outputs, embedded)
 
 
 def mask_of(inputs: Mapping) -> torch.Tensor:
@@ -236,12 +224,14 @@ def mask_of(inputs: Mapping) -> torch.Tensor:
     return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 
 
-def absent_inputs(outer: nn.Module, consumed: set[str]) -> dict:
+def absent_inputs(interface: ModelInterface, consumed: set[str]) -> dict:
     """Required arguments of `forward` that have been encoded already: None for each."""
-    return dict.fromkeys(forward_interface(type(outer)).required & {*consumed, *RAW_KEYS})
+    return dict.fromkeys(interface.forward.required & {*consumed, *RAW_KEYS})
 
 
-def merged_inputs(outer: nn.Module, inputs: Mapping, encodings: list[VisualEncoding], kept: Mapping[str, Kept]) -> dict:
+def merged_inputs(
+    interface: ModelInterface, inputs: Mapping, encodings: list[VisualEncoding], kept: Mapping[str, Kept]
+) -> dict:
     """Passes kept tokens to `forward`: in `mm_encoder_outputs`, or as input embeddings if it takes no encoded ones."""
     outputs, embedded = {}, {}
     for encoding in encodings:
@@ -250,24 +240,26 @@ def merged_inputs(outer: nn.Module, inputs: Mapping, encodings: list[VisualEncod
             embedded[encoding.token_id] = of.features
         else:
             outputs[encoding.modality] = encoding.with_features(of.features, of.companions, of.lengths)
-    return handed_over(outer, inputs["input_ids"], outputs, embedded)
+    return handed_over(interface, inputs["input_ids"], outputs, embedded)
 
 
-def handed_over(outer: nn.Module, ids: torch.Tensor, outputs: dict, embedded: Mapping[int, torch.Tensor]) -> dict:
+def handed_over(
+    interface: ModelInterface, ids: torch.Tensor, outputs: dict, embedded: Mapping[int, torch.Tensor]
+) -> dict:
     """Arguments of `forward` for encoder outputs by modality and for embedded tokens by placeholder id."""
     arguments = {"mm_encoder_outputs": outputs} if outputs else {}
     if embedded:
-        arguments |= {"input_ids": None, "inputs_embeds": embedded_ids(outer, ids, embedded)}
+        arguments |= {"input_ids": None, "inputs_embeds": embedded_ids(interface, ids, embedded)}
     return arguments
 
 
-def embedded_ids(outer: nn.Module, ids: torch.Tensor, embedded: Mapping[int, torch.Tensor]) -> torch.Tensor:
+def embedded_ids(interface: ModelInterface, ids: torch.Tensor, embedded: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """Input embeddings `(B, S, D)` with the rows of `embedded` at their placeholders."""
     # Embeddings of the text, (B, S) -> (B, S, D).
     text = ids
     for token_id in embedded:  # some placeholder ids have no row in the embedding
-        text = text.masked_fill(ids == token_id, fill_value(outer.config))
-    states = outer.get_input_embeddings()(text)
+        text = text.masked_fill(ids == token_id, fill_value(interface))
+    states = interface.outer.get_input_embeddings()(text)
     # Encoded tokens (T, D) at their placeholders.
     for token_id, rows in embedded.items():
         states = states.masked_scatter((ids == token_id)[..., None], rows.to(states.dtype))
@@ -315,42 +307,45 @@ def kept_rows(pruned: PrunedTokens, lengths: list[int], isolator_length: int) ->
     return torch.cat(rows).to(device, non_blocking=True), repeats
 
 
-def shorten_tensors(outer: nn.Module, inputs: Mapping, plan: Shortening, consumed: set[str]) -> dict:
+def shorten_tensors(interface: ModelInterface, inputs: Mapping, plan: Shortening, consumed: set[str]) -> dict:
     """Shortens every `[B, S]` tensor that the language model reads, and leaves out what only the encoder reads."""
     shape = inputs["input_ids"].shape
-    config = outer.config
-    encoded, short = raw_keys(config), {}
+    encoded, short = interface.raw_keys, {}
     left = tuple(key for key in RAW_KEYS if key not in encoded)  # `forward` encodes these, with their masks
     # (B, S) -> (B, S'). Padding: a text id for ids, -100 for labels, else 0.
     for key, value in inputs.items():
         if key in consumed or key in encoded or key == "position_ids":
             continue
         if isinstance(value, torch.Tensor) and value.shape == shape and not key.startswith(left):
-            value = plan.apply(value, fill_value(config) if key == "input_ids" else FILL.get(key, 0))
+            value = plan.apply(value, fill_value(interface) if key == "input_ids" else FILL.get(key, 0))
         short[key] = value
     # The mask of the shortened batch, in the dtype of the given one.
     given = short.get("attention_mask")
     short["attention_mask"] = plan.mask.to(plan.source.dtype if given is None else given.dtype)
     # No labels at placeholders, because both modes must count the same tokens.
     if "labels" in short:
-        for token_id in visual_token_ids(config):
+        for token_id in interface.visual_token_ids:
             short["labels"] = short["labels"].masked_fill(short["input_ids"] == token_id, -100)
     return short
 
 
-def fill_value(config) -> int:
+def fill_value(interface: ModelInterface) -> int:
     """A padding id that is no placeholder."""
-    pad = config.get_text_config().pad_token_id
-    taken = visual_token_ids(config)
+    pad, taken = interface.text_config.pad_token_id, interface.visual_token_ids
     # The model's padding id if it has a suitable one, else the smallest id that is no placeholder.
     return pad if pad is not None and pad not in taken else next(i for i in range(len(taken) + 1) if i not in taken)
 
 
 def shortened_positions(
-    outer: nn.Module, inputs: Mapping, mask: torch.Tensor, plan: Shortening, scheme: str, packing: Packing | None
+    interface: ModelInterface,
+    inputs: Mapping,
+    mask: torch.Tensor,
+    plan: Shortening,
+    scheme: str,
+    packing: Packing | None,
 ) -> torch.Tensor:
     """Position ids of the shortened batch, `(B, S')`, or `(3, B, S')` for M-RoPE."""
-    full = full_positions(outer, inputs, mask)
+    full = full_positions(interface, inputs, mask)
     # Original: each token's own position, (..., B, S) -> (..., B, S').
     if scheme == "original":
         return plan.apply(full)
@@ -359,18 +354,17 @@ def shortened_positions(
     return compact.clamp(min=0).expand(*full.shape[:-2], -1, -1)
 
 
-def full_positions(model: nn.Module, inputs: Mapping, mask: torch.Tensor) -> torch.Tensor:
+def full_positions(interface: ModelInterface, inputs: Mapping, mask: torch.Tensor) -> torch.Tensor:
     """The positions that the model gives the full sequence, `(B, S)` or `(3, B, S)`."""
     # The batch may bring its own, and most models number 0, 1, ...
     given = inputs.get("position_ids")
     if given is not None:
         return given
-    ids, outer = inputs["input_ids"], unwrap(model)
-    owner = encoder_owner(outer, "compute_3d_position_ids")
+    ids, owner = inputs["input_ids"], interface.positions_owner
     if owner is None:
         return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     # The model numbers images by the type of each token, and some models take a missing type for text.
-    rope = encoder_owner(outer, "get_rope_index")
+    rope = interface.owner_of("get_rope_index")
     asks = rope is not None and "mm_token_type_ids" in argument_names(rope.get_rope_index)
     if asks and inputs.get("mm_token_type_ids") is None:
         raise ValueError(

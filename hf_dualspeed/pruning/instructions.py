@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..models.interface import visual_token_ids
+from ..models.interface import ModelInterface
 from .packing import Packing
 
 
@@ -45,7 +45,7 @@ class Instructions:
             return outer.get_input_embeddings()(text), real
 
 
-def instructions(outer: nn.Module, inputs: Mapping, token_id: int, lengths: list[int]) -> Instructions:
+def instructions(interface: ModelInterface, inputs: Mapping, token_id: int, lengths: list[int]) -> Instructions:
     """The instructions of the units whose placeholders are `token_id`; unit i has `lengths[i]` of them.
 
     Does not wait for the device.
@@ -55,7 +55,7 @@ def instructions(outer: nn.Module, inputs: Mapping, token_id: int, lengths: list
     # Row and column where each unit begins, (U,) each.
     rows, columns = unit_places(ids, token_id, lengths)
     # Kinds of tokens, (B, S): placeholders, supervised ones, and instructing text.
-    visual, labels, mask = is_visual(outer, ids), inputs.get("labels"), inputs.get("attention_mask")
+    visual, labels, mask = is_visual(interface, ids), inputs.get("labels"), inputs.get("attention_mask")
     supervised = torch.zeros_like(visual) if labels is None else (labels != -100) & ~visual
     text = ~visual & ~supervised
     if mask is not None:
@@ -66,7 +66,7 @@ def instructions(outer: nn.Module, inputs: Mapping, token_id: int, lengths: list
     end = torch.where(behind, place, length).amin(1, keepdim=True)
     valid = text[rows] & (place < end)
     # In a packed row, only the unit's own sample.
-    packing = Packing.of(outer, inputs)
+    packing = Packing.of(interface, inputs)
     if packing is not None:
         sample = packing.sample[rows]
         valid &= sample == sample.gather(1, columns[:, None])
@@ -87,7 +87,7 @@ def flat_places(ids: torch.Tensor, token_id: int, order: torch.Tensor) -> torch.
     return torch.searchsorted(seen, order + 1).clamp(max=ids.numel() - 1)  # shortening checks the counts
 
 
-def is_visual(outer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def is_visual(interface: ModelInterface, ids: torch.Tensor) -> torch.Tensor:
     """True at placeholders of any modality, `(B, S)`."""
-    placeholders = torch.tensor(visual_token_ids(outer.config)).to(ids.device, non_blocking=True)
+    placeholders = torch.tensor(interface.visual_token_ids).to(ids.device, non_blocking=True)
     return torch.isin(ids, placeholders)

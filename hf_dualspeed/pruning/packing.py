@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers.masking_utils import create_causal_mask
 
+from ..models.interface import ModelInterface
 from .shortening import Shortening
 
 # Kinds of layers that ignore masks and run over the whole row.
@@ -40,7 +40,7 @@ class Packing:
     samples: int | None
 
     @classmethod
-    def of(cls, outer: nn.Module, inputs: Mapping) -> Packing | None:
+    def of(cls, interface: ModelInterface, inputs: Mapping) -> Packing | None:
         """The packing of a batch; None if the batch has a mask, or no position ids of its own."""
         if not is_packed(inputs):
             return None
@@ -51,7 +51,7 @@ class Packing:
         # Number of samples, if the batch gives boundaries; sample of each token, (B, S).
         boundaries = inputs.get("cu_seq_lens_q")
         samples = None if boundaries is None else boundaries.numel() - 1
-        return cls(outer.config.get_text_config(), outer.dtype, restarts.long().cumsum(-1), samples)
+        return cls(interface.text_config, interface.outer.dtype, restarts.long().cumsum(-1), samples)
 
     def restarted(self, plan: Shortening) -> torch.Tensor:
         """Positions `(B, S')` that restart in each sample and have no gaps."""
@@ -140,13 +140,13 @@ def is_packed(inputs: Mapping) -> bool:
     return positions.dim() != 3 or len(positions) == 4
 
 
-def one_sample(outer: nn.Module, plan: Shortening) -> dict:
+def one_sample(interface: ModelInterface, plan: Shortening) -> dict:
     """Declares a batch of one row as one sample for FlashAttention.
 
     From position ids alone, FlashAttention would take each isolator token at the start of a sequence for a sample,
     because all of them have the first position.
     """
-    if len(plan.source) != 1 or not is_flash(outer.config.get_text_config()):
+    if len(plan.source) != 1 or not is_flash(interface.text_config):
         return {}
     length = plan.source.shape[1]
     return varlen(torch.tensor([0, length], dtype=torch.int32).to(plan.source.device, non_blocking=True), length)

@@ -20,7 +20,7 @@ from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..models.attention import allowed_rows, change_calls
-from ..models.interface import unwrap
+from ..models.interface import ModelInterface
 
 # Attribute by which modules of a language model find its `KeySizes`. Not a parameter or buffer, so in no checkpoint.
 ATTRIBUTE = "_dualspeed_key_sizes"
@@ -43,12 +43,14 @@ class KeySizes:
         total (`int`): number of keys, those in a cache included.
         taken_by (*optional*): the owner that sets them now: a training pass, or the model that is being called.
         used (`bool`): whether an attention function has used them since they were set.
+        model_name (`str`): what errors call the model.
     """
 
     log_sizes: torch.Tensor | None = None
     total: int = 0
     taken_by: object = None
     used: bool = False
+    model_name: str = "The model"
     _masks: list[tuple] = field(default_factory=list, repr=False)
     _thread: int = 0
 
@@ -89,15 +91,23 @@ class KeySizes:
             return
         self.taken_by = None
         if output is not None:
-            check_used(model, self)
+            self.check_used()
             note(self, kwargs, output)
+
+    def check_used(self) -> None:
+        """Raises a `ValueError` if the language model has run and none of its layers used the sizes."""
+        if self.log_sizes is not None and not self.used:
+            raise ValueError(
+                f"{self.model_name} does not call transformers' attention functions, so its attention cannot be made "
+                f"proportional to how many tokens each one stands for. {REMEDY}"
+            )
 
     def __getstate__(self) -> dict:
         """The state of copies and pickles, which are not in the middle of a pass."""
-        return {"log_sizes": None}
+        return {"model_name": self.model_name}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__()
+        self.__init__(**state)
 
     def of_keys(self, batch: int, count: int) -> torch.Tensor:
         """The bias `(batch, count)` of the keys of an attention call.
@@ -232,12 +242,12 @@ def change_call(implementation: str, function: Callable, module: nn.Module) -> C
     return attend
 
 
-def key_sizes_of(model: nn.Module) -> KeySizes:
+def key_sizes_of(interface: ModelInterface) -> KeySizes:
     """The [`KeySizes`] of a model's language model. Its layers refer to them from then on."""
-    decoder = unwrap(model).get_decoder()
+    decoder = interface.outer.get_decoder()
     sizes = sizes_of(decoder)
     if sizes is None:
-        sizes = KeySizes()
+        sizes = KeySizes(model_name=interface.name)
         decoder.register_forward_pre_hook(_forget_sizes)
     # Every module refers to the same object.
     for module in decoder.modules():  # layers may have been added since
@@ -267,28 +277,19 @@ def set_sizes_of(layer: nn.Module, sizes: KeySizes) -> None:
         module.__dict__[ATTRIBUTE] = sizes
 
 
-def check_used(model: nn.Module, sizes: KeySizes) -> None:
-    """Raises a `ValueError` if the language model has run and none of its layers used the sizes."""
-    if sizes.log_sizes is not None and not sizes.used:
-        raise ValueError(
-            f"{type(unwrap(model)).__name__} does not call transformers' attention functions, so its attention cannot "
-            f"be made proportional to how many tokens each one stands for. {REMEDY}"
-        )
-
-
-def carry(model: nn.Module, inputs: dict, log_sizes: torch.Tensor) -> dict:
+def carry(interface: ModelInterface, model: nn.Module, inputs: dict, log_sizes: torch.Tensor) -> dict:
     """Adds the sizes of the keys `(B, S)` to the inputs, for `forward` and `generate` of this model."""
-    watch_calls(model)
+    watch_calls(interface, model)
     return inputs | {"mm_encoder_outputs": {**(inputs.get("mm_encoder_outputs") or {}), CARRIED: log_sizes}}
 
 
-def watch_calls(model: nn.Module) -> KeySizes:
+def watch_calls(interface: ModelInterface, model: nn.Module) -> KeySizes:
     """Registers hooks that take sizes from the model's arguments and from its cache.
 
     A call may enter at the given model or at the transformers model inside it.
     """
-    sizes = key_sizes_of(model)
-    for module in {id(m): m for m in (model, unwrap(model))}.values():
+    sizes = key_sizes_of(interface)
+    for module in {id(m): m for m in (model, interface.outer)}.values():
         if module.__dict__.get(HOOKED) is None:
             module.__dict__[HOOKED] = sizes  # stored with the hooks, so copies of the model have both
             module.register_forward_pre_hook(_take_sizes, with_kwargs=True)

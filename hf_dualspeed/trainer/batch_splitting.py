@@ -15,10 +15,8 @@ from dataclasses import replace
 from itertools import accumulate
 
 import torch
-from torch import nn
 
-from ..models.families import family_of
-from ..models.interface import modalities_in, unwrap
+from ..models.interface import ModelInterface, modalities_in
 from ..pruning.encoding import VisualEncoding
 from ..pruning.inputs import absent_inputs, full_positions, mask_of
 from ..pruning.instructions import unit_places
@@ -29,22 +27,22 @@ class BatchParts:
     """The parts of a batch, with nearly equal numbers of samples.
 
     Args:
-        model (`nn.Module`): a vision-language model.
+        interface (`ModelInterface`): of the model.
         inputs (`Mapping`): the batch; padded, not packed.
         encodings (`list[VisualEncoding]`): its encoded tokens, with or without gradients.
         count (`int`): number of parts, at most B.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping, encodings: list[VisualEncoding], count: int):
+    def __init__(self, interface: ModelInterface, inputs: Mapping, encodings: list[VisualEncoding], count: int):
         self.count, self.ends = count, []
         # Leaves (T, D) collect the gradients of all parts.
         self._encodings, self._leaves = encodings, [each_tensor(e, leaf) for e in encodings]
-        outer, mask = unwrap(model), mask_of(inputs)
+        mask = mask_of(inputs)
         consumed = set().union(*(e.consumed for e in encodings))
         # Positions are numbered before splitting; pixels are not needed any more.
-        inputs = {**inputs, "attention_mask": mask, "position_ids": full_positions(outer, inputs, mask)}
+        inputs = {**inputs, "attention_mask": mask, "position_ids": full_positions(interface, inputs, mask)}
         left = {key: value for key, value in inputs.items() if key not in consumed}
-        self._inputs = left | absent_inputs(outer, consumed)
+        self._inputs = left | absent_inputs(interface, consumed)
         # Boundaries of the parts in samples (count + 1), and the row of each unit.
         self._bounds = [len(mask) * index // count for index in range(count + 1)]
         self._rows = rows_of_units(inputs["input_ids"], encodings)
@@ -76,10 +74,9 @@ class BatchParts:
         return value[..., begin:end, :] if by_row else value
 
 
-def can_be_split(model: nn.Module, inputs: Mapping) -> bool:
+def can_be_split(interface: ModelInterface, inputs: Mapping) -> bool:
     """Whether a batch can be split: not if its rows are packed, or if `forward` encodes by itself."""
-    config = unwrap(model).config
-    return not is_packed(inputs) and not any(family_of(config, name).whole for name in modalities_in(inputs))
+    return not is_packed(inputs) and not any(interface.encoders[name].family.whole for name in modalities_in(inputs))
 
 
 class WithGradientsOf(torch.autograd.Function):

@@ -19,13 +19,13 @@ from torch.profiler import record_function
 from transformers.utils import ModelOutput
 
 from ..models.components import language_parts
-from ..models.interface import forward_interface, modalities_in, slices_logits, towers, unwrap
+from ..models.interface import ModelInterface, modalities_in
 from ..pruners import Pruner
 from ..pruning.decoder import LayerPass
 from ..pruning.encoding import VisualEncoding, encode
 from ..pruning.inputs import check_inputs, check_pruner, shorten_inputs, whole_inputs
 from ..pruning.isolator import ModeIsolator
-from ..pruning.proportional_attention import KeySizes, check_used, key_sizes_of
+from ..pruning.proportional_attention import KeySizes, key_sizes_of
 from ..utils.validation import require
 from .batch_splitting import BatchParts
 from .fused_loss import FusedHead
@@ -154,7 +154,8 @@ class DualForward(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         """Attaches this to `model`, in place of an earlier one."""
-        check_pruner(model, self.pruner)
+        self.interface = ModelInterface(model)
+        check_pruner(self.interface, self.pruner)
         earlier = getattr(model, NAME, None)
         if isinstance(earlier, DualForward):
             earlier.detach()
@@ -162,11 +163,9 @@ class DualForward(nn.Module):
         # Checkpoints of the model leave out these weights.
         ours = {f"{NAME}.{key}" for key in self.state_dict()}
         model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *ours}
-        outer = unwrap(model)
-        # What the model's forward takes, and which modalities share a tower.
-        self.slices_logits = self.supervised_logits_only and slices_logits(outer)
-        self._caches = forward_interface(type(outer)).takes_cache
-        tower_of = {name: id(tower) for name, tower in towers(outer).items()}
+        self.slices_logits = self.supervised_logits_only and self.interface.slices_logits
+        # Modalities that share a tower.
+        tower_of = {name: id(tower) for name, tower in self.interface.towers().items()}
         self._sharing = [{n for n, tower in tower_of.items() if tower == own} for own in set(tower_of.values())]
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -256,45 +255,45 @@ class DualForward(nn.Module):
         state.model, state.modalities = weakref.ref(model), modalities_in(kwargs)
         # Forget what the call for the previous part left.
         self._close_layers(state)
-        self._sizes_of_keys(model, state).set(None)
+        self._sizes_of_keys(state).set(None)
         # A slow pass that does not need the encoded tokens leaves encoding to the model's own forward.
         encoded_here = state.mode == FAST or state.distil or state.parts > 1 or state.served is not None
-        inputs, encodings = self._encoded(model, kwargs, state) if encoded_here else (kwargs, [])
+        inputs, encodings = self._encoded(kwargs, state) if encoded_here else (kwargs, [])
 
         self._activate(model, FAST)
         # Fast: shorten. Slow: run the teacher on the shortened batch, then give the student all tokens.
         if state.mode == FAST:
-            inputs = self._shortened(model, inputs, encodings, state)
+            inputs = self._shortened(inputs, encodings, state)
         elif encoded_here:
             if state.distil:
                 with record_function("dualspeed.teach"):
                     state.teacher_logits = self.teach(model, inputs, encodings, state)
             if not self.plain:  # the student reuses the encoding of the teacher, with gradients
                 with self.autocast():
-                    inputs = whole_inputs(model, inputs, encodings)
+                    inputs = whole_inputs(self.interface, inputs, encodings)
         self._activate(model, state.mode)
         return inputs
 
-    def _encoded(self, model: nn.Module, inputs: dict, state: PassState) -> tuple[dict, list[VisualEncoding]]:
+    def _encoded(self, inputs: dict, state: PassState) -> tuple[dict, list[VisualEncoding]]:
         """The batch, or its next part, and its encoded tokens. All parts are encoded together, before the first."""
         state.part += 1
         if state.batch is None:
             needs = self.pruner.needs if state.mode == FAST or state.distil else frozenset()
             with self.autocast(), record_function("dualspeed.encode"):
-                encodings = encode(model, inputs, needs, self.video_budget, state.served, self.plain)
+                encodings = encode(self.interface, inputs, needs, self.video_budget, state.served, self.plain)
             # In parts: each call takes the next part of the encoded batch.
             if state.parts == 1:
                 return inputs, encodings
-            state.batch = BatchParts(model, inputs, encodings, state.parts)
+            state.batch = BatchParts(self.interface, inputs, encodings, state.parts)
         return state.batch[state.part]
 
-    def _shortened(self, model: nn.Module, inputs: dict, encodings: list[VisualEncoding], state: PassState) -> dict:
+    def _shortened(self, inputs: dict, encodings: list[VisualEncoding], state: PassState) -> dict:
         """Inputs of the pruned view. A pruner inside the language model drops tokens until its layers are closed."""
         if self.pruner.in_language_model:
-            state.layers = LayerPass(model, self.pruner, self.proportional_attention, state.progress)
+            state.layers = LayerPass(self.interface, self.pruner, self.proportional_attention, state.progress)
         with record_function("dualspeed.shorten"):
             short = shorten_inputs(
-                model,
+                self.interface,
                 inputs,
                 encodings,
                 self.pruner,
@@ -308,15 +307,15 @@ class DualForward(nn.Module):
             state.visual_tokens, state.auxiliary_loss = short.visual_tokens, short.auxiliary_loss
         # log(s) of each token, (B, S), which layers add to their attention logits from now on.
         if self.proportional_attention:
-            self._sizes_of_keys(model, state).set(short.log_sizes)
+            self._sizes_of_keys(state).set(short.log_sizes)
         if state.layers is not None:
             state.layers.open()
         return short.inputs
 
-    def _sizes_of_keys(self, model: nn.Module, state: PassState) -> KeySizes:
+    def _sizes_of_keys(self, state: PassState) -> KeySizes:
         """The key sizes of the language model's layers, which this pass owns until its end."""
         if state.key_sizes is None:
-            sizes = key_sizes_of(model)
+            sizes = key_sizes_of(self.interface)
             sizes.take(self)  # or an error: they are another thread's
             state.key_sizes = sizes
         return state.key_sizes
@@ -330,12 +329,12 @@ class DualForward(nn.Module):
     def teach(self, model: nn.Module, inputs: dict, encodings: list[VisualEncoding], state: PassState) -> torch.Tensor:
         """Logits `(M, V)` of the pruned view. Calls `model.forward`, not `model`, because hooks must not run again."""
         # The teacher runs on detached tokens and gives logits at the same M positions as the student.
-        inputs = self._shortened(model, inputs, [e.detached() for e in encodings], state)
+        inputs = self._shortened(inputs, [e.detached() for e in encodings], state)
         inputs, supervised, _ = self._supervised(inputs)
         logits = model.forward(**inputs).logits
         self._close_layers(state)
         if state.key_sizes is not None:
-            check_used(model, state.key_sizes)
+            state.key_sizes.check_used()
             state.key_sizes.set(None)
         return logits if self.slices_logits else logits[supervised]
 
@@ -352,7 +351,8 @@ class DualForward(nn.Module):
         supervised = shifted != -100
         if self.slices_logits:
             inputs["logits_to_keep"] = supervised
-        if self._caches:  # a cache costs memory, and with it transformers ignores boundaries of packed samples
+        # A cache costs memory, and with it transformers ignores boundaries of packed samples.
+        if self.interface.forward.takes_cache:
             inputs["use_cache"] = False
         return inputs, supervised, shifted
 
@@ -362,7 +362,7 @@ class DualForward(nn.Module):
         if state is None:
             return None
         if state.key_sizes is not None:
-            check_used(model, state.key_sizes)
+            state.key_sizes.check_used()
         # Logits at supervised positions, (M, V), or hidden states (M, D) of a fused head.
         logits = output.logits
         if self.fused_head is not None:
@@ -407,7 +407,7 @@ class DualForward(nn.Module):
             yield from (p for n, p in model.named_parameters() if p.requires_grad and any(a in n for a in names))
         # Vision parameters, if the batch has no input for some tower.
         if any(not modalities & state.modalities for modalities in self._sharing):
-            outer = unwrap(model)
+            outer = self.interface.outer
             language = {id(p) for part in language_parts(outer) for p in part.parameters()}
             visual = (p for p in outer.parameters() if p.requires_grad and id(p) not in language)
             yield from (p for p in visual if not isinstance(p, DTensor))  # FSDP's shards are not gathered here

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from ..models.interface import unwrap
+from ..models.interface import ModelInterface
 from .losses import supervised_cross_entropy
 
 logger = logging.getLogger(__name__)
@@ -118,11 +118,13 @@ def fused_loss(
     )
 
 
-def fused_head(model: nn.Module, choice: str, device: torch.device, otherwise: str | None = None) -> FusedHead | None:
+def fused_head(
+    interface: ModelInterface, choice: str, device: torch.device, otherwise: str | None = None
+) -> FusedHead | None:
     """The model's head for passes with a fused loss; None if it is "off", or "auto" and does not apply.
 
     Args:
-        model (`nn.Module`): a vision-language model, wrapped or not.
+        interface (`ModelInterface`): of the model.
         choice (`str`): "auto", "on" or "off".
         device (`torch.device`): the device of training.
         otherwise (`str`, *optional*): why the caller cannot use it.
@@ -132,7 +134,7 @@ def fused_head(model: nn.Module, choice: str, device: torch.device, otherwise: s
     """
     if choice == "off":
         return None
-    head = unwrap(model).get_output_embeddings()
+    head = interface.outer.get_output_embeddings()
     reason = otherwise or why_not(head, device)
     if reason is None:
         return FusedHead(head, required=choice == "on")

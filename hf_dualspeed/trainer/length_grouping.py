@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from ..data.lengths import REMEDY, SampleLengths, TokenCounter, given_lengths, measured_lengths, visual_name
-from ..models.interface import unwrap, visual_token_ids
 from .schedule import FAST, SLOW
 
 MEGABATCH = 50  # steps, as in transformers' grouping; at most a fourth of an epoch, so that the order stays random
@@ -239,5 +238,5 @@ class LengthGroupingMixin:
 
     def _count_lengths(self, dataset) -> SampleLengths:
         processor = getattr(self, "processing_class", None)
-        counter = TokenCounter(self.given_collator, processor, visual_token_ids(unwrap(self.model).config))
+        counter = TokenCounter(self.given_collator, processor, self.dual_forward.interface.visual_token_ids)
         return measured_lengths(dataset, counter, self.args.dataloader_num_workers or None)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..models.interface import unwrap
+from ..models.interface import ModelInterface
 from .dual_forward import EVALUATION
 
 
@@ -24,7 +23,7 @@ class PlainEvaluationMixin:
         """[`~transformers.Trainer.prediction_step`]; predictions hold the logits of all positions."""
         given = model, inputs, prediction_loss_only, ignore_keys
         sliced = prediction_loss_only and not self.reads_logits and self.dual_forward.slices_logits
-        if not sliced or not has_plain_loss(self.model, inputs):
+        if not sliced or not has_plain_loss(self.dual_forward.interface, inputs):
             return super().prediction_step(*given)
         with self.dual_forward.in_mode(EVALUATION):
             return super().prediction_step(*given)
@@ -45,10 +44,13 @@ class PlainEvaluationMixin:
         return (loss, outputs) if return_outputs else loss
 
 
-def has_plain_loss(model: nn.Module, inputs: Mapping) -> bool:
+def has_plain_loss(interface: ModelInterface, inputs: Mapping) -> bool:
     """Whether the model's loss on a batch is exactly the mean cross-entropy of the labels shifted by one."""
-    outer = unwrap(model)
-    configs = (outer.config, outer.config.get_text_config())
-    routed = any(getattr(config, "output_router_logits", False) for config in configs)
+    routed = any(getattr(c, "output_router_logits", False) for c in (interface.config, interface.text_config))
     asked = {"output_router_logits", "shift_labels", "num_items_in_batch", "logits_to_keep"} & inputs.keys()
-    return inputs.get("labels") is not None and not routed and not asked and outer.loss_function is ForCausalLMLoss
+    return (
+        inputs.get("labels") is not None
+        and not routed
+        and not asked
+        and interface.outer.loss_function is ForCausalLMLoss
+    )

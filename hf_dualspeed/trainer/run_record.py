@@ -16,7 +16,6 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..hub.errors import explained
-from ..models.interface import unwrap
 from ..publishing.model_card import adopt_published_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_results, run_record, write_results
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
@@ -88,7 +87,7 @@ class RunRecordMixin:
         """
         if self.is_in_train and self.accelerator.num_processes == 1:
             self.add_up()
-        model = unwrap(self.model)
+        model = self.dual_forward.interface.outer
         results = {"name": Path(folder or self.args.output_dir).resolve().name}
         results |= {key: value for key, value in self._earlier.items() if key not in (*results, *OF_WEIGHTS)}
         known = [dataset_name(self.train_dataset)]

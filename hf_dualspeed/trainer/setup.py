@@ -6,10 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..models.components import language_parts
-from ..models.interface import unwrap
+from ..models.interface import ModelInterface
 from ..pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
 from ..utils.constants import PRUNER_WEIGHTS_NAME
 from ..utils.validation import check_keys
@@ -17,7 +16,7 @@ from .dual_forward import DualForward
 from .training_args import Default, DualSpeedArguments
 
 
-def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Module) -> Pruner:
+def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, interface: ModelInterface) -> Pruner:
     """The pruner to train with: the given object, or `args.pruner` as a registered name, a folder or a Hub repo.
 
     `args.pruning_ratio` wins if set. A pruner built by name whose config has a `hidden_size`, such as a learned one,
@@ -29,7 +28,7 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, model: nn.Mo
             known = [f.name for f in fields(pruner_class(args.pruner).config_class)]
             check_keys("pruner_kwargs", settings, known)
             if "hidden_size" in known and "hidden_size" not in settings:
-                settings["hidden_size"] = unwrap(model).config.get_text_config().hidden_size
+                settings["hidden_size"] = interface.text_config.hidden_size
             return AutoPruner.from_name(args.pruner, **settings)
         pruner = AutoPruner.from_pretrained(args.pruner, revision=args.pruner_revision, token=args.hub_token)
     given = dict(args.pruner_kwargs or {})
@@ -48,9 +47,9 @@ def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
     return PrunerConfig.from_pretrained(folder).pruner_type == pruner.config.pruner_type
 
 
-def language_model_is_frozen(model: nn.Module) -> bool:
+def language_model_is_frozen(interface: ModelInterface) -> bool:
     """Whether no parameter of the language model (adapters included) or its head is trainable."""
-    return not any(p.requires_grad for part in language_parts(unwrap(model)) for p in part.parameters())
+    return not any(p.requires_grad for part in language_parts(interface.outer) for p in part.parameters())
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualForward) -> None:
@@ -66,13 +65,13 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualF
         )
 
 
-def wrap_existing_layers(plugin, model: nn.Module) -> None:
+def wrap_existing_layers(plugin, interface: ModelInterface) -> None:
     """Sets the layers that FSDP wraps to those of `_no_split_modules` that the model has.
 
     accelerate 1.15 wraps all of them, and fails if one is missing, such as CLIP's text embeddings in LLaVA.
     """
     if plugin.transformer_cls_names_to_wrap:
         return
-    present = {type(module).__name__ for module in model.modules()}
-    named = getattr(unwrap(model), "_no_split_modules", None) or ()
+    present = {type(module).__name__ for module in interface.outer.modules()}
+    named = getattr(interface.outer, "_no_split_modules", None) or ()
     plugin.transformer_cls_names_to_wrap = sorted(present.intersection(named)) or None

@@ -16,7 +16,7 @@ from ..data.collators import MaskVisualLabels
 from ..feature_cache.cache import feature_cache_of
 from ..feature_cache.units import WithImageUnits
 from ..models.adapters import check_adapter
-from ..models.interface import check_protocol, position_scheme, unwrap, visual_token_ids
+from ..models.interface import ModelInterface
 from ..pruners import Pruner, available_pruners
 from ..pruning.isolator import ModeIsolator
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
@@ -100,15 +100,16 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
                 "piece. Set slow_mode_splits=1, or use DDP."
             )
         if self.is_fsdp_enabled:
-            wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.model)
+            wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.dual_forward.interface)
 
         # Passes run in the precision of training. Labels of visual tokens are masked in the collator.
         self._run_as_trained(self.model)
         asks = "text" in self._pruner.needs or self._pruner.in_language_model
-        visual = visual_token_ids(unwrap(self.model).config)
         name = self._pruner.config.pruner_type
         self.given_collator = self.data_collator  # tells how long samples are
-        self.data_collator = MaskVisualLabels(self.given_collator, visual, asks=name if asks else None)
+        self.data_collator = MaskVisualLabels(
+            self.given_collator, self.dual_forward.interface.visual_token_ids, asks=name if asks else None
+        )
         # The loss is always a sum divided by the items of the whole step, for any model.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -132,17 +133,18 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
 
     def _attach(self, model: nn.Module, args: DualSpeedArguments) -> None:
         check_adapter(getattr(model, "active_peft_config", None))
-        check_protocol(model)
-        positions = position_scheme(model, args.position_ids)
+        interface = ModelInterface(model)
+        interface.check_protocol()
+        positions = interface.position_scheme(args.position_ids)
 
         # New weights depend on the seed only, and their creation leaves the global random state unchanged.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            isolator = ModeIsolator.for_model(unwrap(model), args.isolator_length) if args.isolator_length else None
-            self._pruner = resolve_pruner(self._given_pruner, args, model)
+            isolator = ModeIsolator.for_model(interface.outer, args.isolator_length) if args.isolator_length else None
+            self._pruner = resolve_pruner(self._given_pruner, args, interface)
 
         # A model that was trained with DualSpeed has the weights of its fast view beside its own.
-        base = Path(getattr(unwrap(model), "name_or_path", "") or "")
+        base = Path(getattr(interface.outer, "name_or_path", "") or "")
         if isolator is not None and (base / ISOLATOR_WEIGHTS_NAME).is_file():
             isolator.load_pretrained(base)
             logger.info("Mode isolator taken from %s.", base)
@@ -170,7 +172,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
 
         # Projector-only training: all steps are fast, unless the user set the ratio.
         self.slow_mode_ratio = args.slow_mode_ratio
-        if isinstance(self.slow_mode_ratio, Default) and language_model_is_frozen(model):
+        if isinstance(self.slow_mode_ratio, Default) and language_model_is_frozen(interface):
             self.slow_mode_ratio = 0.0
 
     def call_model_init(self, trial=None):
@@ -187,7 +189,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
             "`torch_compile` would compile the head": self.args.torch_compile,
         }
         otherwise = next((reason for reason, holds in reasons.items() if holds), None)
-        head = fused_head(model, self.args.fused_head_loss, self.args.device, otherwise)
+        head = fused_head(self.dual_forward.interface, self.args.fused_head_loss, self.args.device, otherwise)
         self.dual_forward.run_as_trained(self.accelerator.autocast, head)
 
     @property
@@ -306,7 +308,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         wanted = self.args.slow_mode_splits
         if wanted == "auto":
             wanted = math.ceil(rows / max(1, together))
-        whole = num_items_in_batch is None or not can_be_split(model, inputs)
+        whole = num_items_in_batch is None or not can_be_split(self.dual_forward.interface, inputs)
         parts = 1 if whole else min(rows, wanted)
         return parts, self.args.slow_mode_splits != 1 and math.ceil(rows / parts) <= together
 

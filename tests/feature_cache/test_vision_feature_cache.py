@@ -27,6 +27,7 @@ from hf_dualspeed.feature_cache.cache import FeatureCache, feature_cache_of, fin
 from hf_dualspeed.feature_cache.store import MARKER, FeatureStore, last_use
 from hf_dualspeed.feature_cache.tower_outputs import assembled
 from hf_dualspeed.feature_cache.units import UNITS, WithImageUnits, units_of
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruning.encoding import encode
 from hf_dualspeed.trainer.speedup import SpeedupMeter
 
@@ -235,7 +236,7 @@ def cache_for(folder, model, pruner="divprune", gib=1.0) -> FeatureCache:
 
 def served(cache: FeatureCache, model, inputs: dict):
     """The encoding of a batch through the cache, and the share of its units that it had."""
-    encoding = encode(model, inputs, served=partial(cache.serving, units_of(inputs, cache.store)))[0]
+    encoding = encode(ModelInterface(model), inputs, served=partial(cache.serving, units_of(inputs, cache.store)))[0]
     cache.flush()
     return encoding, cache.window()["vision_cache_hit_rate"]
 
@@ -255,7 +256,7 @@ def test_hits_misses_and_mixtures_are_what_the_model_encodes(tmp_path, name):
     two = mixed_batch(TINY[name], model, [MIXED[2], MIXED[0], [4, "image"]], seeds=[2, 0, 7])
     cache = cache_for(tmp_path, model)
     exact = {"rtol": 0, "atol": 0}
-    plain = [encode(model, inputs)[0] for inputs in (one, two)]
+    plain = [encode(ModelInterface(model), inputs)[0] for inputs in (one, two)]
     first, rate = served(cache, model, one)
     assert rate == 0.0
     assert_encodings(first, plain[0], **exact)
@@ -266,7 +267,7 @@ def test_hits_misses_and_mixtures_are_what_the_model_encodes(tmp_path, name):
     assert 0 < rate < 1
     assert_encodings(mixture, plain[1], rtol=1e-4, atol=1e-5)
     doubled = mixed_batch(TINY[name], model, [MIXED[2]] * 3, seeds=[2, 2, 2])
-    expected = encode(model, doubled)[0]
+    expected = encode(ModelInterface(model), doubled)[0]
     assert_encodings(served(cache, model, doubled)[0], expected, rtol=1e-4, atol=1e-5)
     # A new process, which has not seen the tower's output.
     other, rate = served(cache_for(tmp_path, model), model, one)
@@ -298,7 +299,7 @@ def test_half_precision_is_stored_as_it_is(tmp_path):
     model = frozen("llava").bfloat16()
     inputs = mixed_batch(TINY["llava"], model, MIXED)
     cache = cache_for(tmp_path, model)
-    expected = encode(model, inputs)[0]
+    expected = encode(ModelInterface(model), inputs)[0]
     for rate in (0.0, 1.0):
         encoding, found = served(cache, model, inputs)
         assert found == rate
@@ -331,7 +332,7 @@ def test_the_step_waits_for_the_device_no_more_than_without(tmp_path, name):
         units = units_of(inputs, cache.store)
         for serve in (None, partial(cache.serving, units)):
             with count_syncs() as waits:
-                encode(model, inputs, served=serve)
+                encode(ModelInterface(model), inputs, served=serve)
             counts.append(len(waits))
         assert rate is None or cache.window()["vision_cache_hit_rate"] == rate
     assert counts[1] <= counts[0]  # of hits
@@ -344,7 +345,7 @@ def test_gradients_reach_the_projector(tmp_path):
     inputs = mixed_batch(TINY["llava"], model, MIXED)
     cache, found = cache_for(tmp_path, model), []
     weight = model.model.multi_modal_projector.linear_1.weight
-    encode(model, inputs)[0].features.sum().backward()
+    encode(ModelInterface(model), inputs)[0].features.sum().backward()
     for _ in range(2):
         found.append(weight.grad.clone())
         model.zero_grad()
@@ -361,8 +362,8 @@ def test_a_black_tile_in_the_middle_is_encoded_as_always(tmp_path):
     served(cache, model, inputs)
     black = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
     black["pixel_values"][0, 1] = 0.0
-    expected = encode(model, black)[0]
-    encoding = encode(model, black, served=partial(cache.serving, units_of(black, cache.store)))[0]
+    expected = encode(ModelInterface(model), black)[0]
+    encoding = encode(ModelInterface(model), black, served=partial(cache.serving, units_of(black, cache.store)))[0]
     torch.testing.assert_close(encoding.features, expected.features)
     assert cache.window() == {"vision_cache_hit_rate": 0.0}
 
@@ -483,7 +484,7 @@ def test_other_towers_that_leave_no_room_are_said_once_and_stay(tmp_path, caplog
     cache = cache_for(tmp_path, model, gib=(taken + 100) / 2**30)
     for seeds in ([0, 1, 2], [3, 4, 5]):
         inputs = mixed_batch(TINY["llava"], model, MIXED, seeds=seeds)
-        expected = encode(model, inputs)[0]
+        expected = encode(ModelInterface(model), inputs)[0]
         for _ in range(2):
             encoding, rate = served(cache, model, inputs)
             assert rate == 0.0

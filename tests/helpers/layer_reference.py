@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from hf_dualspeed import AutoPruner, prune_visual_tokens
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruning.encoding import encode
 
 ISOLATOR = 3
@@ -65,7 +66,7 @@ class Isolated:
 
 def isolate(model, inputs: dict, isolator: int = ISOLATOR) -> Isolated:
     """Where everything lies once each image stands behind an isolator."""
-    lengths = {e.token_id: iter(e.lengths) for e in encode(model, inputs)}
+    lengths = {e.token_id: iter(e.lengths) for e in encode(ModelInterface(model), inputs)}
     units, rows, targets = [], [], []
     for row, (ids, mask) in enumerate(
         zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)

@@ -12,6 +12,7 @@ from families.cases import CASES, ROWS, batch_of
 from rich.progress import track
 
 from hf_dualspeed.conformance import CHECKS, check_model, encodings
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruning.inputs import full_positions
 from hf_dualspeed.utils.text import markdown_table
 
@@ -37,7 +38,7 @@ def run_family(family: Family) -> dict:
             whole, part = UNITS[encoding.modality]
             given = sum(row.count(encoding.modality) for row in ROWS[modality])
             units.setdefault(encoding.modality, whole if len(encoding.lengths) == given else part)
-        axes = full_positions(model, batch.inputs, batch.inputs["attention_mask"]).dim()
+        axes = full_positions(ModelInterface(model), batch.inputs, batch.inputs["attention_mask"]).dim()
     return {
         "model": family.name,
         "class": type(model).__name__,

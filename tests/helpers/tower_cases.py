@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from hf_dualspeed.models.attention import penultimate_layer
-from hf_dualspeed.models.interface import unwrap
+from hf_dualspeed.models.interface import ModelInterface, unwrap
 from hf_dualspeed.pruning.encoding import encode
 
 IMAGES = "llava llava_next vipllava llava_onevision paligemma llava_next_video video_llava deepseek_vl janus"
@@ -17,6 +19,15 @@ VIDEOS += " cohere_compass qwen2_5_omni qwen3_omni_moe exaone4_5 hyperclovax_vis
 VIDEOS += " dots3_note glm5_next cosmos3_omni qwen4_exp"
 SUPPLY = {(name, "image") for name in f"{IMAGES} {VIDEOS}".split()} | {(name, "video") for name in VIDEOS.split()}
 SUPPLY |= {("qwen3_omni_moe", "audio"), ("qwen3_omni_moe", "image and audio"), ("qwen3_asr", "audio")}
+
+
+def identity(module, query, key, value, attention_mask=None, **options):
+    """Each token attends to itself alone."""
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("identity_test", identity)
+AttentionMaskInterface.register("identity_test", eager_mask)
 
 
 def patches_of_tokens(model, inputs, modality, index) -> torch.Tensor:
@@ -36,7 +47,7 @@ def patches_of_tokens(model, inputs, modality, index) -> torch.Tensor:
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     handle = layer.register_forward_pre_hook(enter, with_kwargs=True)
-    features = encode(model, inputs)[index].features
+    features = encode(ModelInterface(model), inputs)[index].features
     handle.remove()
     (hidden,) = entered
     probe = features @ torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from families import FAMILIES, MIXED, MIXED_VIDEO, batch
 from families.cases import CASES, ROWS
-from tower_cases import SUPPLY, patches_of_tokens
+from tower_cases import SUPPLY, identity, patches_of_tokens
 from transformers import AttentionInterface, AttentionMaskInterface, PixtralVisionConfig, PixtralVisionModel
 from transformers.masking_utils import eager_mask
 
 from hf_dualspeed.models.attention import attention_of, capture_attention, penultimate_layer
-from hf_dualspeed.models.interface import unwrap
+from hf_dualspeed.models.interface import ModelInterface, unwrap
 from hf_dualspeed.pruning.encoding import encode
 
 ATTENTION = frozenset({"attention"})
@@ -30,11 +30,6 @@ def reference(module, query, key, value, attention_mask=None, scaling=None, **op
     return (maps @ value).transpose(1, 2).contiguous(), None
 
 
-def identity(module, query, key, value, attention_mask=None, **options):
-    """Each token attends to itself alone."""
-    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
-
-
 def flash(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, **options):
     """FlashAttention's way to call: all sequences in one row."""
     sizes = cu_seq_lens_q.diff().tolist()
@@ -42,7 +37,7 @@ def flash(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, **
     return torch.cat([reference(module, *states, **options)[0] for states in split], dim=1), None
 
 
-for function in (reference, identity, flash):
+for function in (reference, flash):
     AttentionInterface.register(f"{function.__name__}_test", function)
     AttentionMaskInterface.register(f"{function.__name__}_test", eager_mask)
 
@@ -53,7 +48,7 @@ def expected_attention(model, inputs, modality, index) -> torch.Tensor:
     model.set_attn_implementation("reference_test")
     MAPS.clear()
     with torch.no_grad():
-        encode(model, inputs)
+        encode(ModelInterface(model), inputs)
     row = (lambda m: m[:, 0]) if type(tower).__name__ == "CLIPVisionModel" else (lambda m: m.mean(1))
     scores = torch.cat([row(maps.mean(1)).flatten() for module, maps in MAPS if module is layer])
     made_of = patches_of_tokens(model, inputs, modality, index)
@@ -68,9 +63,9 @@ def test_attention_is_the_towers_own_or_refused(name, modality):
     inputs = batch(family, model, ROWS[modality])
     if (name, modality) not in SUPPLY:
         with pytest.raises(ValueError, match=r"(?s)attention.* Choose a pruner that needs no attention"):
-            encode(model, inputs, ATTENTION)
+            encode(ModelInterface(model), inputs, ATTENTION)
         return
-    for index, encoding in enumerate(encode(model, inputs, ATTENTION)):
+    for index, encoding in enumerate(encode(ModelInterface(model), inputs, ATTENTION)):
         expected = expected_attention(model, inputs, encoding.modality, index)
         torch.testing.assert_close(torch.cat(encoding.attention), expected, rtol=1e-4, atol=1e-6)
 
@@ -80,12 +75,12 @@ def test_attention_is_the_towers_own_or_refused(name, modality):
 def test_sequences_packed_in_one_row_attend_apart(name, rows):
     model = FAMILIES[name].model()
     inputs = batch(FAMILIES[name], model, rows)
-    expected = encode(model, inputs, ATTENTION)[0]
+    expected = encode(ModelInterface(model), inputs, ATTENTION)[0]
     calls = len(MAPS)
     for module in unwrap(model).get_encoder(modality="image").modules():
         if hasattr(module, "config"):
             module.config._attn_implementation_internal = "flash_test"
-    received = encode(model, inputs, ATTENTION)[0]
+    received = encode(ModelInterface(model), inputs, ATTENTION)[0]
     assert len(MAPS) > calls
     torch.testing.assert_close(received.attention, expected.attention, rtol=1e-4, atol=1e-6)
 

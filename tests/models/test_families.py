@@ -15,7 +15,7 @@ from transformers.vision_utils import get_vision_window_index
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, ModeIsolator, prune_inputs
 from hf_dualspeed.bench.counters import count_syncs
 from hf_dualspeed.models.attention import penultimate_layer
-from hf_dualspeed.models.interface import towers
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruning.encoding import encode
 from hf_dualspeed.pruning.inputs import shorten_inputs
 from hf_dualspeed.trainer.dual_forward import DualForward
@@ -79,7 +79,7 @@ def test_shortening_waits_for_the_device_once(name, monkeypatch):
     family = FAMILIES[name]
     model = family.model()
     inputs = batch(family, model)
-    encodings = encode(model, inputs)
+    encodings = encode(ModelInterface(model), inputs)
     isolator = ModeIsolator.for_model(model, 2)
     inner = getattr(model, "model", model)
     if hasattr(inner, "compute_3d_position_ids"):  # the model's own code numbers positions on the host
@@ -88,7 +88,7 @@ def test_shortening_waits_for_the_device_once(name, monkeypatch):
             inner, "compute_3d_position_ids", wraps(inner.compute_3d_position_ids)(lambda **_: numbered)
         )
     with count_syncs() as waits:
-        shorten_inputs(model, inputs, encodings, pruner(name="random"), isolator, "original")
+        shorten_inputs(ModelInterface(model), inputs, encodings, pruner(name="random"), isolator, "original")
     assert waits == ["tolist"]
     assert "tolist" not in vars(torch.Tensor)
 
@@ -97,7 +97,7 @@ def test_deepstack_features_are_pruned_like_the_tokens():
     family = FAMILIES["qwen3_vl"]
     model = family.model()
     inputs = batch(family, model)
-    encoding = encode(model, inputs)[0]
+    encoding = encode(ModelInterface(model), inputs)[0]
     bare = pruner(0.5, dropped_tokens="discard")
     kept = bare(encoding.tokens())
     short = prune_inputs(model, inputs, bare, ModeIsolator.for_model(model, 2))["mm_encoder_outputs"]["image"]
@@ -117,7 +117,7 @@ def test_merging_pruners_merge_deepstack_features_too(name):
     family = FAMILIES["qwen3_vl"]
     model = family.model()
     inputs = batch(family, model)
-    encoding = encode(model, inputs, frozenset({"grid"}))[0]
+    encoding = encode(ModelInterface(model), inputs, frozenset({"grid"}))[0]
     averaged = pruner(0.5, name)(encoding.tokens())
     level = encoding.companions["deepstack_features"][0]
     carried = averaged.apply_to(encoding.padded(level))
@@ -142,7 +142,7 @@ def test_paligemma_prefix_stays_bidirectional():
         assert not torch.allclose(plain[mask.bool()], causal[mask.bool()], atol=1e-4)
         short = prune_inputs(model, inputs, pruner(0.0))
         torch.testing.assert_close(model(**short).logits[mask.bool()], plain[mask.bool()], rtol=1e-4, atol=1e-5)
-        encoding = encode(model, inputs)[0]
+        encoding = encode(ModelInterface(model), inputs)[0]
         kept = pruner()(encoding.tokens())
         keep = torch.zeros(sum(encoding.lengths), dtype=torch.long)
         keep[(kept.positions + torch.arange(3)[:, None] * encoding.lengths[0]).flatten()] = 1
@@ -169,7 +169,7 @@ def test_original_positions_of_mrope_are_each_tokens_own():
         second_per_grid_ts=inputs.get("second_per_grid_ts"),
         attention_mask=inputs["attention_mask"],
     )
-    encoding = encode(model, inputs)[0]
+    encoding = encode(ModelInterface(model), inputs)[0]
     kept = pruner(0.5)(encoding.tokens()).positions[0]
     is_video = inputs["input_ids"][0] == encoding.token_id
     keep = ~is_video
@@ -185,9 +185,9 @@ def test_a_budget_for_a_clip_or_for_each_frame():
     family = FAMILIES["llava_next_video"]
     model = family.model()
     inputs = batch(family, model, MIXED_VIDEO)
-    frames = encode(model, inputs, video_budget="frame")[0].lengths
+    frames = encode(ModelInterface(model), inputs, video_budget="frame")[0].lengths
     for budget, units in (("clip", [12, 12]), ("frame", [4] * 6)):
-        assert encode(model, inputs, video_budget=budget)[0].lengths == units
+        assert encode(ModelInterface(model), inputs, video_budget=budget)[0].lengths == units
         short = prune_inputs(model, inputs, pruner(0.75), ModeIsolator.for_model(model, 2), video_budget=budget)
         expected = sum(n // 4 + 2 for n in units)
         assert (short["input_ids"] == model.config.video_token_id).sum() == expected
@@ -206,7 +206,7 @@ def test_attention_of_videos_is_that_within_each_frame(name):
     tower, calls = model.model.visual, []
     layer = penultimate_layer(tower)
     handle = layer.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    encoding = encode(model, inputs, frozenset({"attention"}))[0]
+    encoding = encode(ModelInterface(model), inputs, frozenset({"attention"}))[0]
     handle.remove()
     ((hidden, *_), keywords) = calls[0]
     query, key, _ = layer.qkv(hidden).reshape(len(hidden), 3, layer.num_heads, -1).unbind(1)
@@ -254,7 +254,7 @@ def test_every_trainable_parameter_is_in_the_graph_of_each_batch(mode, rows):
     """DDP waits for each of them, also for those of a tower that a batch has nothing for."""
     family = FAMILIES["qwen2_5_omni"]
     model = family.model()
-    assert len(set(map(id, towers(model).values()))) == 2
+    assert len(set(map(id, ModelInterface(model).towers().values()))) == 2
     full = batch(family, model, [["image", 3], ["audio", 5]])
     forward = DualForward(pruner(0.5), ModeIsolator.for_model(model, 2), "original")
     forward.attach(model)

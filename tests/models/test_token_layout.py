@@ -9,6 +9,7 @@ import torch
 from families import FAMILIES, batch
 from families.cases import CASES, batch_of
 
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.models.token_layout import clips, fit, frames, shapes
 from hf_dualspeed.pruning.encoding import encode
 
@@ -51,7 +52,7 @@ def encoded(name: str, modality: str, budget: str = "clip", **changes):
     model = model_of(name)
     inputs = {**batch_of(FAMILIES[name], model, modality, "left").inputs, **changes}
     with torch.no_grad():
-        return encode(model, inputs, GRID, budget), inputs
+        return encode(ModelInterface(model), inputs, GRID, budget), inputs
 
 
 @pytest.mark.parametrize(("name", "modality"), [case for case in CASES if case in SIDES])
@@ -117,7 +118,7 @@ def test_a_square_count_is_no_square_image():
         "pixel_values": torch.randn(1, 3, 16, 64),
         "image_sizes": torch.tensor([[16, 64]]),
     }
-    (encoding,) = encode(model, inputs, GRID)
+    (encoding,) = encode(ModelInterface(model), inputs, GRID)
     assert shape(encoding.grids[0]) == [(2, 8)]
     # Neither are tokens of learned queries, nor images whose told size does not fit.
     for name, rows in (("deepseek_ocr2", [33, 17, 49]), ("aria", [6, 6, 6, 6, 6]), ("blip_2", [6, 6, 6])):
@@ -147,7 +148,7 @@ def test_every_token_has_a_place_of_its_own(name, modality):
     if modality != "video" or encodings[0].modality != "video":
         return
     with torch.no_grad():
-        (by_frame,) = encode(model_of(name), inputs, GRID, "frame")
+        (by_frame,) = encode(ModelInterface(model_of(name)), inputs, GRID, "frame")
     assert sum(by_frame.lengths) == sum(encodings[0].lengths)
     assert all(len(grid[:, 0].unique()) == 1 for grid in by_frame.grids)
     assert len(by_frame.lengths) == sum(len(grid[:, 0].unique()) for grid in encodings[0].grids)
@@ -167,7 +168,9 @@ def test_frame_budgets_of_gemma4():
     model = model_of("gemma4")
     inputs = batch(FAMILIES["gemma4"], model, [["video", 3], ["video", 2]], seeds=[1, 2])
     with torch.no_grad():
-        by_clip, by_frame = (encode(model, inputs, GRID, budget)[0].lengths for budget in ("clip", "frame"))
+        by_clip, by_frame = (
+            encode(ModelInterface(model), inputs, GRID, budget)[0].lengths for budget in ("clip", "frame")
+        )
     counts = inputs["num_frames_per_video"].tolist()
     assert len(by_clip) == 2
     assert by_frame == [whole // count for whole, count in zip(by_clip, counts, strict=True) for _ in range(count)]

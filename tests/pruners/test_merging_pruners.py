@@ -13,6 +13,7 @@ from families import FAMILIES, batch
 from pruner_cases import image, tokens
 
 from hf_dualspeed import AutoPruner, VisualTokens, prune_inputs
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruners import budget, prumerge
 from hf_dualspeed.pruners import clustering as merging
 from hf_dualspeed.pruning.encoding import encode
@@ -350,7 +351,7 @@ def test_on_models(name, family):
     torch.manual_seed(0)
     model = FAMILIES[family].model()
     inputs = batch(FAMILIES[family], model)
-    encoding = encode(model, inputs, AutoPruner.from_name(name).needs)[0]
+    encoding = encode(ModelInterface(model), inputs, AutoPruner.from_name(name).needs)[0]
     seen = encoding.tokens()
     out = pruner(name, 0.5)(seen)
     companions = [encoding.padded(level) for level in (encoding.companions or {}).get("deepstack_features", [])]

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, prune_inputs
-from hf_dualspeed.models.interface import check_protocol
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruning.encoding import encode
 from hf_dualspeed.pruning.inputs import whole_inputs
 
@@ -62,7 +62,7 @@ def test_a_clip_is_one_row_of_its_tokens(name):
     family = FAMILIES[name]
     model = family.model()
     inputs = batch(family, model, MIXED_AUDIO)
-    (encoding,) = encode(model, inputs, frozenset({"grid"}))
+    (encoding,) = encode(ModelInterface(model), inputs, frozenset({"grid"}))
     assert 16 in encoding.lengths  # which would make a square
     for grid, length in zip(encoding.grids, encoding.lengths, strict=True):
         assert grid.tolist() == [[0, 0, i] for i in range(length)]
@@ -70,7 +70,7 @@ def test_a_clip_is_one_row_of_its_tokens(name):
 
 def test_grid_keeps_evenly_spaced_moments():
     model = FAMILY.model()
-    (encoding,) = encode(model, batch(FAMILY, model, MIXED_AUDIO), frozenset({"grid"}))
+    (encoding,) = encode(ModelInterface(model), batch(FAMILY, model, MIXED_AUDIO), frozenset({"grid"}))
     kept = pruner()(encoding.tokens())
     for row, count, length in zip(kept.positions, kept.lengths, encoding.lengths, strict=True):
         assert row[:count].diff().unique().tolist() == [4], f"{row.tolist()} of {length}"
@@ -78,7 +78,7 @@ def test_grid_keeps_evenly_spaced_moments():
 
 def test_average_pooling_merges_neighbours_in_time():
     model = FAMILY.model()
-    (encoding,) = encode(model, batch(FAMILY, model, MIXED_AUDIO), frozenset({"grid"}))
+    (encoding,) = encode(ModelInterface(model), batch(FAMILY, model, MIXED_AUDIO), frozenset({"grid"}))
     kept = pruner("avg_pool")(encoding.tokens())
     for unit, row, count in zip(encoding.units, kept.features, kept.lengths, strict=True):
         torch.testing.assert_close(row[:count], unit.unflatten(0, (count, 4)).mean(1))
@@ -133,14 +133,17 @@ def test_text_only_batch_passes_unchanged():
     model = FAMILY.model()
     inputs = batch(FAMILY, model, [[5], [3]])
     assert prune_inputs(model, inputs, pruner()).keys() == inputs.keys()
-    assert "mm_encoder_outputs" not in whole_inputs(model, inputs, [])
+    assert "mm_encoder_outputs" not in whole_inputs(ModelInterface(model), inputs, [])
 
 
 def test_audio_that_cannot_be_pruned_is_left_whole_beside_pruned_images():
     family = FAMILIES["gemma4"]
     model = family.model()
     inputs = batch(family, model, MIXED_BOTH)
-    for change in (lambda: prune_inputs(model, inputs, pruner()), lambda: whole_inputs(model, inputs, [])):
+    for change in (
+        lambda: prune_inputs(model, inputs, pruner()),
+        lambda: whole_inputs(ModelInterface(model), inputs, []),
+    ):
         changed = change()
         assert torch.equal(changed["input_features"], inputs["input_features"])
         assert torch.equal(changed["input_features_mask"], inputs["input_features_mask"])
@@ -155,7 +158,7 @@ def test_audio_without_placeholders_is_refused():
     with torch.device("meta"):
         model = VoxtralRealtimeForConditionalGeneration(config)
     with pytest.raises(ValueError, match="an audio language model that has"):
-        check_protocol(model)
+        ModelInterface(model).check_protocol()
 
 
 def test_generation_that_takes_no_embeddings_says_so():

@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, HIDDEN, MIXED, batch
 
 from hf_dualspeed import ModeIsolator, available_pruners, prune_inputs, prune_visual_tokens
 from hf_dualspeed.models.families import RULE
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruners import budget
 from hf_dualspeed.pruning.encoding import encode, tokens_of
 
@@ -52,7 +53,7 @@ def test_pruned_batch_has_the_expected_length_and_gradients(family, side, name):
     model, processor = FAMILIES[family].build(side)
     inputs = batch(FAMILIES[family], processor)
     isolator = ModeIsolator.for_model(model, 3)
-    lengths = encode(model, inputs)[0].lengths
+    lengths = encode(ModelInterface(model), inputs)[0].lengths
     assert len(lengths) == 3
     short = prune_inputs(model, inputs, pruner(name), isolator)
     tokens = inputs["attention_mask"].sum(1)
@@ -93,7 +94,7 @@ def test_pruned_batch_has_the_expected_length_and_gradients(family, side, name):
 def test_original_positions_equal_masking_the_dropped_tokens(family, side):
     model, processor = FAMILIES[family].build(side)
     inputs = batch(FAMILIES[family], processor, labels=False)
-    encoding = encode(model, inputs)[0]
+    encoding = encode(ModelInterface(model), inputs)[0]
     positions = pruner("divprune")(encoding.tokens())
     dropped = torch.ones(sum(encoding.lengths), dtype=torch.bool)
     for start, row, keep in zip(
@@ -155,19 +156,19 @@ def test_captured_attention_equals_the_towers_own(family, attention):
     model, processor = FAMILIES[family].build()
     inputs = batch(FAMILIES[family], processor, labels=False)
     model.set_attn_implementation(attention)
-    encoding = encode(model, inputs, frozenset({"attention"}))[0]
+    encoding = encode(ModelInterface(model), inputs, frozenset({"attention"}))[0]
     model.set_attn_implementation("eager")
     if family == "qwen2_5_vl":
         layer = model.model.visual.blocks[1].attn
         outputs = []
         handle = layer.register_forward_pre_hook(lambda m, a, k: outputs.append((a, k)), with_kwargs=True)
-        encode(model, inputs)
+        encode(ModelInterface(model), inputs)
         handle.remove()
         expected = [slow_qwen_attention(model, layer, outputs[0], i, inputs) for i in range(3)]
     else:
         tower, maps = model.model.vision_tower, []
         handle = tower.encoder.layers[-2].self_attn.register_forward_hook(lambda m, a, out: maps.append(out[1]))
-        encode(model, inputs)
+        encode(ModelInterface(model), inputs)
         handle.remove()
         rows = maps[0].mean(1)[:, 0, 1:]
         expected = list(rows) if family == "llava" else [tile_attention(model, rows, inputs, i) for i in range(3)]
@@ -216,7 +217,7 @@ def test_any_resolution_layout_matches_the_packed_features():
     inputs = batch(FAMILIES["llava_next"], processor, labels=False)
     newline = torch.full_like(model.model.image_newline, 7.0)
     model.model.image_newline.data = newline
-    encoding = encode(model, inputs, frozenset({"grid"}))[0]
+    encoding = encode(ModelInterface(model), inputs, frozenset({"grid"}))[0]
     for unit, grid in zip(encoding.units, encoding.grids, strict=True):
         assert len(unit) == len(grid)
         is_newline = (unit == 7.0).all(1)
@@ -232,7 +233,7 @@ def test_any_resolution_layout_matches_the_packed_features():
 def test_any_resolution_of_every_shape(size, name):
     model, processor = FAMILIES["llava_next"].build()
     inputs = batch(FAMILIES["llava_next"], processor, [("{image} hi", [size])])
-    (count,) = encode(model, inputs)[0].lengths
+    (count,) = encode(ModelInterface(model), inputs)[0].lengths
     short = prune_inputs(model, inputs, pruner(name, 0.5))
     assert (short["input_ids"] == processor.image_token_id).sum() == budget(count, 0.5)
 

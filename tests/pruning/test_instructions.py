@@ -9,7 +9,7 @@ from families.base import EOS
 from tower_cases import SUPPLY, patches_of_tokens
 
 from hf_dualspeed.models.attention import penultimate_layer
-from hf_dualspeed.models.interface import unwrap, visual_token_ids
+from hf_dualspeed.models.interface import ModelInterface, unwrap, visual_token_ids
 from hf_dualspeed.pruning.encoding import encode
 from hf_dualspeed.pruning.instructions import instructions
 
@@ -27,7 +27,7 @@ def found(ids, labels=None, mask=None, lengths=(2, 2)) -> list[list[int]]:
     """The instruction's tokens of each image."""
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": None if mask is None else torch.tensor(mask)}
     inputs["labels"] = None if labels is None else torch.tensor(labels)
-    result = instructions(Wrapped, inputs, 90, list(lengths))
+    result = instructions(ModelInterface(Wrapped), inputs, 90, list(lengths))
     return [inputs["input_ids"][row][valid].tolist() for row, valid in zip(result.rows, result.valid, strict=True)]
 
 
@@ -67,7 +67,7 @@ def test_packed_samples_do_not_instruct_each_other():
         class config(Wrapped.config):  # noqa: N801
             get_text_config = staticmethod(lambda: None)
 
-    result = instructions(Model, inputs, 90, [2, 2])
+    result = instructions(ModelInterface(Model), inputs, 90, [2, 2])
     assert [inputs["input_ids"][0][valid].tolist() for valid in result.valid] == [[11], [12, 13]]
 
 
@@ -76,10 +76,10 @@ def test_packed_samples_do_not_instruct_each_other():
 def test_text_is_embedded_beside_each_unit(name, side):
     model = FAMILIES[name].model()
     inputs = batch(FAMILIES[name], model, MIXED, side)
-    (encoding,) = encode(model, inputs, frozenset({"text"}))
+    (encoding,) = encode(ModelInterface(model), inputs, frozenset({"text"}))
     tokens = encoding.tokens()
     visual = torch.isin(inputs["input_ids"], torch.tensor(visual_token_ids(unwrap(model).config)))
-    found = instructions(model, inputs, encoding.token_id, encoding.lengths)
+    found = instructions(ModelInterface(model), inputs, encoding.token_id, encoding.lengths)
     longest = int(found.valid.sum(1).max())  # rows are longer: images, answers and what follows them are not held
     assert tokens.text.shape[:2] == tokens.text_valid.shape == (len(encoding.lengths), longest)
     assert longest < inputs["input_ids"].shape[1]
@@ -102,7 +102,7 @@ def test_other_answers_change_nothing_that_a_pruner_sees(name):
     inputs["labels"] = torch.where(answers, inputs["input_ids"], IGNORED)
     other = {**inputs, "input_ids": inputs["input_ids"].masked_fill(answers, EOS)}
     other["labels"] = torch.where(answers, other["input_ids"], IGNORED)
-    seen = [encode(model, i, frozenset({"text"}))[0].tokens() for i in (inputs, other)]
+    seen = [encode(ModelInterface(model), i, frozenset({"text"}))[0].tokens() for i in (inputs, other)]
     assert torch.equal(seen[0].text_valid, seen[1].text_valid)
     assert torch.equal(seen[0].text[seen[0].text_valid], seen[1].text[seen[1].text_valid])
     assert seen[0].text_valid.any()
@@ -112,7 +112,7 @@ def test_other_answers_change_nothing_that_a_pruner_sees(name):
 def test_keys_are_those_of_the_towers_layer(name):
     model = FAMILIES[name].model()
     inputs = batch(FAMILIES[name], model)
-    (encoding,) = encode(model, inputs, frozenset({"keys"}))
+    (encoding,) = encode(ModelInterface(model), inputs, frozenset({"keys"}))
     made_of = patches_of_tokens(model, inputs, "image", 0).float()
     layer, handed = penultimate_layer(unwrap(model).get_encoder(modality="image")), []
     original = torch.nn.functional.scaled_dot_product_attention
@@ -125,7 +125,7 @@ def test_keys_are_those_of_the_towers_layer(name):
 
     torch.nn.functional.scaled_dot_product_attention = spy
     try:
-        encode(model, inputs)
+        encode(ModelInterface(model), inputs)
     finally:
         torch.nn.functional.scaled_dot_product_attention = original
         handle.remove()

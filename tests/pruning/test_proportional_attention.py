@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from hf_dualspeed import AutoPruner, prune_inputs, prune_visual_tokens
 from hf_dualspeed.models.attention import change_calls
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruning.encoding import encode as encodings_of
 from hf_dualspeed.pruning.proportional_attention import ATTRIBUTE, CARRIED, KeySizes, change_call, widened
 from hf_dualspeed.trainer.dual_forward import DualForward
@@ -165,7 +166,7 @@ def test_an_image_whose_tokens_repeat_is_its_pruned_view(name, implementation, l
 
     monkeypatch.setattr(model.model, "get_image_features", repeating)
     whole = model(**inputs)
-    (encoding,) = encodings_of(model, inputs)
+    (encoding,) = encodings_of(ModelInterface(model), inputs)
     pruner = AutoPruner.from_name("divprune", pruning_ratio=1 - 4 / encoding.lengths[0])
     pruned = pruner(encoding.tokens())
     assert set(pruned.lengths) == {4}

@@ -10,6 +10,7 @@ from tiny_models import FAMILIES as TINY
 from training import history, make
 
 from hf_dualspeed import DualSpeedTrainingArguments
+from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruning.encoding import encode
 from hf_dualspeed.pruning.inputs import whole_inputs
 from hf_dualspeed.trainer.batch_splitting import BatchParts, can_be_split
@@ -17,7 +18,7 @@ from hf_dualspeed.trainer.batch_splitting import BatchParts, can_be_split
 
 def loss_of(model, inputs, encodings):
     """Sum of the cross-entropies."""
-    inputs = whole_inputs(model, inputs, encodings)
+    inputs = whole_inputs(ModelInterface(model), inputs, encodings)
     labels = inputs.pop("labels")
     logits = model(**inputs, use_cache=False).logits
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
@@ -42,11 +43,11 @@ def test_parts_add_up_to_the_whole(name, modality, side):
         pytest.skip("transformers itself takes no sample without an image")
     model, rows = family.model(), ROWS[modality]
     inputs = batch(family, model, rows, side)
-    whole = loss_of(model, inputs, encode(model, inputs))
+    whole = loss_of(model, inputs, encode(ModelInterface(model), inputs))
     whole.backward()
     expected, total = gradients(model), 0.0
-    encodings = encode(model, inputs)
-    parts = BatchParts(model, inputs, encodings, len(rows))
+    encodings = encode(ModelInterface(model), inputs)
+    parts = BatchParts(ModelInterface(model), inputs, encodings, len(rows))
     for index in range(parts.count):
         part, own = parts[index]
         assert len(part["input_ids"]) == 1
@@ -127,10 +128,10 @@ def test_parts_as_small_as_a_fast_step_need_no_recomputation(tmp_path):
 def test_packed_batches_stay_whole():
     model = FAMILIES["llava"].model()
     inputs = batch(FAMILIES["llava"], model, [["image", 4]])
-    assert can_be_split(model, inputs)
+    assert can_be_split(ModelInterface(model), inputs)
     packed = {**inputs, "position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}
     packed.pop("attention_mask")
-    assert not can_be_split(model, packed)
+    assert not can_be_split(ModelInterface(model), packed)
 
 
 @pytest.mark.parametrize("value", [0, -1, "many", 1.5, True])

@@ -407,9 +407,9 @@ def test_evaluation_gives_each_familys_own_loss(name, modality, fused):
     expected = model(**batch.inputs).loss
     forward = DualForward(AutoPruner.from_name("grid"), None, batch.position_ids, batch.video_budget)
     forward.attach(model)
-    if not forward.slices_logits or not has_plain_loss(model, batch.inputs):
+    if not forward.slices_logits or not has_plain_loss(forward.interface, batch.inputs):
         pytest.skip("evaluated as ever")
-    forward.fused_head = head.fused_head(model, "auto", torch.device("cpu"))
+    forward.fused_head = head.fused_head(forward.interface, "auto", torch.device("cpu"))
     for _ in range(2):  # watched, and fused if it may be
         with forward.in_mode(EVALUATION):
             out = model(**batch.inputs)
