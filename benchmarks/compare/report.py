@@ -10,13 +10,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from hf_dualspeed.publishing.cards import heading, merge_card
-from hf_dualspeed.publishing.model_card import assembled, citation, environment, pruning_words, settings_table
+from hf_dualspeed.publishing.cards import merge_card, render
+from hf_dualspeed.publishing.model_card import environment_rows, pruning_words, settings_rows
 from hf_dualspeed.publishing.plots import figure_of
 from hf_dualspeed.utils.text import markdown_table
 
 from ..common import cell, print_table
 
+CARD = Path(__file__).with_name("card.md.jinja")
 MAJORITY = "guessing from the question alone"
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
 LOOKS = {
@@ -64,44 +65,18 @@ def card(results: dict, picture: str) -> str:
         model_name="compare",
         eval_results=[accuracy],
     )
-    limits = (
-        f"{heading('Limits')}\n\nOne task, one size of model, one machine. Where all ways learn the task, differences "
-        "between their accuracies are smaller than those between seeds: read the times."
-    )
-    return assembled(
-        data, _what(results), _how(results), _results(results, picture), environment(results), limits, citation()
-    )
-
-
-def _what(results: dict) -> str:
-    model = results["model"] if isinstance(results["model"], str) else "a small LLaVA, from scratch"
-    seeds = ", ".join(map(str, results["seeds"]))
-    return (
-        f"{heading('compare', level=1)}\n\nModels trained with DualSpeed on `{results['dataset']}` "
-        f"({results['dataset_split']}) that differ by their seed alone ({seeds}), compared with the same model trained "
-        f"in other ways. Model: {model}. The weights are not published; `{results['command']}` trains them anew."
-    )
-
-
-def _how(results: dict) -> str:
-    steps = results["summary"]["dualspeed"]["steps"]
-    settings = {part: results[part] for part in ("settings", "training")}
-    return (
-        f"{heading('How they were trained')}\n\nFast steps trained on what the pruner "
-        f"{pruning_words(results['settings']['pruner'])}; slow steps on all. Of {results['steps']} optimizer steps, "
-        f"{steps['fast']:.1f} were fast and {steps['slow']:.1f} slow, on average.\n\n{settings_table(settings)}"
-    )
-
-
-def _results(results: dict, picture: str) -> str:
-    deviation = results["summary"]["dualspeed"]["accuracy_full"]["sd"]
-    return (
-        f"{heading('Results')}\n\nAccuracy on {results['n']} questions of `{results['eval_dataset']}` "
-        f"({results['eval_split']}): mean over the seeds, in brackets the smallest and the largest value. The standard "
-        f"deviation with DualSpeed is {deviation:.2%}. Speed-up and retention compare whole trainings with the one by "
-        "`transformers.Trainer` on all tokens of the same seed.\n\n"
-        f"{readme_table(results)}\n\n![Accuracy with full tokens against training time]({picture})"
-    )
+    values = {
+        "front_matter": data.to_yaml(),
+        "model": results["model"] if isinstance(results["model"], str) else "a small LLaVA, from scratch",
+        "pruned": pruning_words(results["settings"]["pruner"]),
+        "mean_steps": own["steps"],
+        "chosen": settings_rows({part: results[part] for part in ("settings", "training")}),
+        "deviation": own["accuracy_full"]["sd"],
+        "comparison": readme_table(results),
+        "picture": picture,
+        "environment": environment_rows(results),
+    }
+    return render(CARD, {**results, **values})
 
 
 def caption(results: dict) -> str:

@@ -1,13 +1,18 @@
-"""Merges cards: generated parts are renewed, hand-written parts stay."""
+"""Renders cards from templates, and merges them: generated parts are renewed, hand-written parts stay."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-MARKER = "<!-- dualspeed -->"
+from ..utils.text import markdown_table
+
+TEMPLATES = Path(__file__).with_name("templates")
+MARKER = "<!-- dualspeed -->"  # ends the headings of generated sections
 # Lists the generated keys of the front matter, which are removed when a later run does not give them.
 GIVEN = re.compile(r"<!-- front matter by dualspeed: ([\w -]*) -->")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -28,9 +33,25 @@ class Section:
     generated: bool
 
 
-def heading(words: str, level: int = 2) -> str:
-    """The heading of a generated section, with the hidden marker that identifies it later."""
-    return f"{'#' * level} {words} {MARKER}"
+def render(template: Path, values: dict) -> str:
+    """A card from a Jinja template, which may include those of [`TEMPLATES`] by name.
+
+    Beside Jinja's own filters there are `form`, Python's `format`, and `table`, a Markdown table of rows below the
+    given header.
+
+    Raises:
+        jinja2.UndefinedError: the template names a value that is not there.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, TEMPLATES]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["form"] = format
+    environment.filters["table"] = lambda rows, *header: markdown_table(header, rows, words=True)
+    return environment.get_template(template.name).render(values)
 
 
 def merge_card(existing: str, generated: str) -> str:

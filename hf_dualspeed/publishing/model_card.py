@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,15 +11,16 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..hub.upload import card_text, published_card
-from ..utils.text import markdown_table, percent
-from .cards import adopt_card, given_keys, heading, merge_card, split_front_matter
+from .cards import TEMPLATES, adopt_card, given_keys, merge_card, render, split_front_matter
 
-PAPER = "https://arxiv.org/abs/2602.03815"
+TEMPLATE = TEMPLATES / "model_card.md.jinja"
+# What a card says only where the results do.
+OPTIONAL = ("accuracy", "adapter", "base_model", "datasets", "eval_dataset", "kept_tokens", "learning_curve")
+OPTIONAL += ("majority_accuracy", "model", "peak_memory", "progress", "pruned_in_language_model", "speedup", "steps")
 # Front matter keys and lines that PEFT adds to the Hub's card template beside adapters.
 PEFT_KEYS = {"base_model", "library_name", "pipeline_tag", "tags"}
 PEFT_LINES = ("### Framework versions", "- PEFT ", "## Training procedure")
 QUANTIZED = "The following `bitsandbytes` quantization config was used during training:"
-HERE = "path/to/this/folder"
 # Keys of `Trainer.evaluate` that measure time, not quality.
 EVALUATION_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
@@ -83,22 +84,30 @@ def model_card(results: dict) -> str:
         model_name=_name(results),
         eval_results=_eval_results(results),
     )
-    return assembled(
-        data,
-        _introduction(results),
-        f"{_loading(results)}\n\n<!-- front matter by dualspeed: {' '.join(data.to_dict())} -->",
-        _training(results),
-        _speed(results),
-        _evaluation(results),
-        environment(results),
-        _limits(results),
-        citation(),
-    )
-
-
-def assembled(data: ModelCardData, *sections: str) -> str:
-    """A card of front matter and the sections that are not empty."""
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    settings, seen = results.get("settings", {}), results.get("visual_tokens")
+    steps, seconds = results.get("steps", {}), results.get("seconds", {})
+    eval_data = f"`{results['eval_dataset']}`" if results.get("eval_dataset") else ""
+    values = {
+        "front_matter": data.to_yaml(),
+        "given": " ".join(data.to_dict()),
+        "name": data.model_name,
+        "repo_id": hub.get("repo_id"),
+        "processor": results.get("processor", True),
+        "pruned": pruning_words(settings["pruner"]) if "pruner" in settings else None,
+        "chosen": settings_rows(results),
+        "modes": known((mode, steps.get(mode), _formatted(seconds.get(mode), ".1f")) for mode in ("fast", "slow")),
+        "seconds": seconds,
+        "visual_tokens": seen if seen and seen["full"] else None,
+        "processes": results.get("training", {}).get("processes", 1),
+        "eval_data": f"{eval_data} ({results['eval_split']})" if eval_data and "eval_split" in results else eval_data,
+        "metrics": [(key, f"{value:.4g}") for key, value in _metrics(results).items()],
+        "evaluations": [
+            (one["dataset"], one.get("split"), one["metric"], _seen(one), f"{one['value']:.4f}", one["n"])
+            for one in results.get("evaluations", [])
+        ],
+        "environment": environment_rows(results),
+    }
+    return render(TEMPLATE, {**dict.fromkeys(OPTIONAL), **results, **values})
 
 
 def read_card(path: Path) -> str:
@@ -130,41 +139,21 @@ def is_empty_form(card: str) -> bool:
     return bool(body.strip()) and not own and set(head) <= PEFT_KEYS
 
 
-def table(head: tuple[str, ...], rows: list[tuple]) -> str:
-    """A Markdown table of the rows that have a value; "" if none has."""
-    rows = [row for row in rows if any(cell is not None for cell in row[1:])]
-    return markdown_table(head, rows, words=True) if rows else ""
+def known(rows: Iterable[tuple]) -> list[tuple]:
+    """The rows of a table that have a value behind their first cell."""
+    return [row for row in rows if any(cell is not None for cell in row[1:])]
 
 
-def settings_table(results: dict) -> str:
+def settings_rows(results: dict) -> list[tuple]:
     """Settings of DualSpeed and of the training, and the seeds if given."""
     parts = (results.get(part, {}) for part in ("settings", "training", "seeds"))
-    rows = [(key, _text(value)) for part in parts for key, value in part.items()]
-    return table(("setting", "value"), rows)
+    return known((key, _text(value)) for part in parts for key, value in part.items())
 
 
-def environment(results: dict) -> str:
-    """The section of versions and hardware."""
+def environment_rows(results: dict) -> list[tuple]:
+    """Versions, hardware and date."""
     rows = [*results.get("versions", {}).items(), *results.get("machine", {}).items()]
-    rows.append(("date (UTC)", results.get("date")))
-    shown = table(("what", "which"), rows)
-    return f"{heading('Versions and hardware')}\n\n{shown}" if shown else ""
-
-
-def citation() -> str:
-    """The section that names the paper."""
-    return f"""{heading("Citation")}
-
-The method is DualSpeed, [arXiv 2602.03815]({PAPER}).
-
-```bibtex
-@article{{zhang2026dualspeed,
-  title = {{Fast-Slow Efficient Training for Multimodal Large Language Models via Visual Token Pruning}},
-  author = {{Zhang, Dingkun and Qi, Shuhan and Wu, Yulin and Xiao, Xinyu and Wang, Xuan and Chen, Long}},
-  journal = {{arXiv preprint arXiv:2602.03815}},
-  year = {{2026}}
-}}
-```"""
+    return known([*rows, ("date (UTC)", results.get("date"))])
 
 
 def _name(results: dict) -> str:
@@ -219,57 +208,6 @@ def _metrics(results: dict) -> dict[str, float]:
     return {k: value for k, value in found.items() if not k.endswith(EVALUATION_TIMES) and math.isfinite(value)}
 
 
-def _introduction(results: dict) -> str:
-    base, datasets, steps = results.get("base_model"), results.get("datasets", []), results.get("steps", {})
-    how = "trained from scratch" if str(results.get("model")).endswith("from scratch") else "trained"
-    kind, merged = f"A vision-language model {f'fine-tuned from `{base}`' if base else how}", ""
-    if results.get("adapter"):
-        kind = f"An adapter for {f'`{base}`' if base else 'a vision-language model'}, trained"
-        merged = ", once merged into its base model,"
-    data = f" on {', '.join(f'`{d}`' for d in datasets)}" if datasets else ""
-    share = f"{steps.get('fast', 0):,} of {sum(steps.values()):,} optimizer steps trained on pruned visual tokens"
-    return (
-        f"{heading(_name(results), level=1)}\n\n{kind}{data} with DualSpeed ([arXiv 2602.03815]({PAPER}))"
-        f"{f': {share}' if steps else ''}. At inference it is{merged} a plain model of transformers that sees all "
-        "visual tokens."
-    )
-
-
-def _loading(results: dict) -> str:
-    place, base = results.get("hub", {}).get("repo_id") or HERE, results.get("base_model") or "path/to/the/base/model"
-    lines = ["from transformers import AutoModelForImageTextToText, AutoProcessor"]
-    if results.get("adapter"):
-        lines = ["from peft import PeftModel", *lines]
-        lines.append(f'model = AutoModelForImageTextToText.from_pretrained("{base}")')
-        lines.append(f'model = PeftModel.from_pretrained(model, "{place}").merge_and_unload()')
-    else:
-        lines.append(f'model = AutoModelForImageTextToText.from_pretrained("{place}")')
-    lines.append(f'processor = AutoProcessor.from_pretrained("{place if results.get("processor", True) else base}")')
-    return "\n".join([heading("How to load it"), "", "```python", *lines, "```"])
-
-
-def _training(results: dict) -> str:
-    settings, progress = results.get("settings", {}), results.get("progress")
-    parts = [heading("How it was trained")]
-    if "pruner" in settings:
-        where = " inside the language model" if results.get("pruned_in_language_model") else ""
-        words = pruning_words(settings["pruner"])
-        parts.append(f"Fast steps trained on what the pruner {words}{where}; slow steps on all.")
-    if progress:
-        parts.append(f"This card was written after {progress['step']} of at most {progress['of']} optimizer steps.")
-    parts.append(settings_table(results))
-    steps, seconds = results.get("steps", {}), results.get("seconds", {})
-    rows = [(mode, steps.get(mode), _rounded(seconds.get(mode))) for mode in ("fast", "slow")]
-    parts.append(table(("mode", "optimizer steps", "seconds in steps"), rows))
-    if "total" in seconds:
-        parts.append(f"Training took {seconds['total']:.0f} seconds in all.")
-    if "learning_curve" in results:
-        parts.append(f"![Loss of fast and slow steps]({results['learning_curve']})")
-    if "kept_tokens" in results:
-        parts.append(f"![Images, and below them the tokens that fast steps keep of them]({results['kept_tokens']})")
-    return "\n\n".join(filter(None, parts))
-
-
 def pruning_words(pruner: dict) -> str:
     """A pruner's name and ratio in words, as a verb phrase; the ratio may change over training."""
     name, end, schedule = pruner["pruner_type"], pruner["pruning_ratio"], pruner.get("pruning_schedule", "constant")
@@ -280,85 +218,8 @@ def pruning_words(pruner: dict) -> str:
     return f"`{name}` leaves of the visual tokens, {shares}"
 
 
-def _speed(results: dict) -> str:
-    parts = [_speedup(results.get("speedup")), _visual_tokens(results.get("visual_tokens"))]
-    memory = results.get("peak_memory")
-    if memory:
-        when, whose = "", "resident memory of the process since its start"
-        if memory["of"] == "accelerator":
-            when, whose = " in training", "what PyTorch held on the device"
-        several = ", in the process that held most" if results.get("training", {}).get("processes", 1) > 1 else ""
-        parts.append(f"Peak memory{when}: {memory['bytes'] / 2**30:.2f} GiB ({whose}{several}).")
-    return "\n\n".join([heading("Speed and memory"), *filter(None, parts)]) if any(parts) else ""
-
-
-def _speedup(measured: dict | None) -> str:
-    if not measured:
-        return ""
-    names = {"plain": "plain, all tokens, as `transformers.Trainer` runs it", "fast": "fast", "slow": "slow"}
-    rows = [(name, _seconds(measured.get(f"{key}_seconds"))) for key, name in names.items()]
-    return (
-        f"Measured speed-up: {measured['speedup']:.2f}x over plain steps on all tokens, with the "
-        f"{measured['slow_share']:.1%} of slow steps that were run. It compares passes over a micro-batch of "
-        f"{measured['samples']} samples of the training data, forward and backward, no optimizer; median of "
-        f"{measured['rounds']} interleaved rounds after training.\n\n" + table(("pass", "seconds"), rows)
-    )
-
-
-def _visual_tokens(counted: dict | None) -> str:
-    if not counted or not counted["full"]:
-        return ""
-    saved = 1 - counted["kept"] / counted["full"]
-    return (
-        f"Fast steps kept {counted['kept']:,} of {counted['full']:,} visual tokens: {saved:.1%} saved there. Slow "
-        "steps and inference use all."
-    )
-
-
-def _evaluation(results: dict) -> str:
-    parts, data = [], ""
-    if results.get("eval_dataset"):
-        data = f"`{results['eval_dataset']}`" + (f" ({results['eval_split']})" if "eval_split" in results else "")
-    if results.get("accuracy") is not None:
-        rows = [("this model, all visual tokens", percent(results["accuracy"]))]
-        majority = percent(results.get("majority_accuracy"))
-        rows.append(("most frequent answer to each question, without the image", majority))
-        parts.append(
-            f"Accuracy on {results['n']} questions{data and f' of {data}'}:\n\n"
-            + table(("answers of", "accuracy"), rows)
-        )
-    shown = table(("metric", "value"), [(key, f"{value:.4g}") for key, value in _metrics(results).items()])
-    if shown:
-        parts.append(f"Evaluation by the Trainer{data and f' on {data}'}, with all visual tokens:\n\n{shown}")
-    rows = [
-        (one["dataset"], one.get("split"), one["metric"], _seen(one), f"{one['value']:.4f}", one["n"])
-        for one in results.get("evaluations", [])
-    ]
-    if rows:
-        head = ("data set", "split", "metric", "seen at inference", "value", "questions")
-        parts.append(f"Evaluation by `dualspeed evaluate`, greedy:\n\n{table(head, rows)}")
-    return "\n\n".join([heading("Results"), *parts]) if parts else ""
-
-
-def _limits(results: dict) -> str:
-    measured = "Its quality has not been measured."
-    if results.get("accuracy") is not None:
-        where = f"`{results['eval_dataset']}`" if results.get("eval_dataset") else "these questions"
-        measured = f"Its accuracy was measured on {where} only, in a single run."
-    elif _metrics(results) or results.get("evaluations"):
-        measured = "Of its quality, no more was measured than the results above, in a single run."
-    return (
-        f"{heading('Limits')}\n\n{measured} It may answer wrongly and with confidence, and it inherits the biases of "
-        "its data and of the model it started from. The licences of both apply."
-    )
-
-
-def _rounded(seconds: float | None) -> str | None:
-    return None if seconds is None else f"{seconds:.1f}"
-
-
-def _seconds(seconds: float | None) -> str | None:
-    return None if seconds is None else f"{seconds:.3g}"
+def _formatted(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
 
 
 def _text(value: object) -> str | None:

@@ -109,10 +109,13 @@ def test_folders_can_be_surveyed():
         assert len(list(folder.glob("*.py"))) <= (5 if folder == PACKAGE else 20), folder
 
 
-def test_the_wheel_holds_every_folder():
-    packages = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+def test_the_wheel_holds_every_folder_and_every_file():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    setuptools = project["tool"]["setuptools"]
     folders = {".".join(("hf_dualspeed", *path.parent.relative_to(PACKAGE).parts)) for path in MODULES.values()}
-    assert set(packages["tool"]["setuptools"]["packages"]) == {*folders, "hf_dualspeed.space_files"}
+    assert set(setuptools["packages"]) == {*folders, "hf_dualspeed.space_files"}
+    carried = {path for pattern in setuptools["package-data"]["hf_dualspeed"] for path in PACKAGE.glob(pattern)}
+    assert carried == {path for path in PACKAGE.rglob("*.*") if path.suffix not in (".py", ".pyc")}
 
 
 def test_the_public_names_are_where_they_are_said_to_be():

@@ -1,11 +1,16 @@
 """Cards that are written again keep what a person wrote."""
 
+from pathlib import Path
+
+import jinja2
 import pytest
 import yaml
 
-from hf_dualspeed.publishing.cards import MARKER, adopt_card, heading, merge_card, sections, split_front_matter
+from hf_dualspeed.publishing.cards import MARKER, adopt_card, merge_card, render, sections, split_front_matter
 
-TITLE, USE, RESULTS, END = heading("name", 1), heading("How to use it"), heading("Results"), heading("Citation")
+ROOT = Path(__file__).parents[2]
+HEADINGS = ("# name", "## How to use it", "## Results", "## Citation")
+TITLE, USE, RESULTS, END = (f"{words} {MARKER}" for words in HEADINGS)
 GENERATED = f"""---
 library_name: hf_dualspeed
 tags:
@@ -171,6 +176,27 @@ def test_tags_are_words(tags):
 def test_a_broken_front_matter_is_named(head):
     with pytest.raises(ValueError, match="front matter of README.md"):
         merge_card(f"---\n{head}\n---\nwords", GENERATED)
+
+
+# --- templates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["publishing", "pruners"])
+def test_headings_of_templates_are_marked(folder):
+    templates = sorted((ROOT / "hf_dualspeed" / folder / "templates").glob("*.jinja"))
+    lines = [line for path in templates for line in path.read_text(encoding="utf-8").splitlines()]
+    headings = [line for line in lines if line.startswith(("# ", "## "))]
+    assert len(headings) > 5
+    assert [line for line in headings if not line.endswith(f" {MARKER}")] == []
+
+
+def test_values_enter_a_card_as_they_are(tmp_path):
+    template = tmp_path / "card.md.jinja"
+    template.write_text('{{ value }}\n{{ rows | table("a", "b|c") }}\n{{ share | form(".1%") }}\n')
+    values = {"value": "<b> {{ x }} \n", "rows": [("1|2", None)], "share": 0.125}
+    assert render(template, values) == "<b> {{ x }} \n\n| a | b\\|c |\n| --- | --- |\n| 1\\|2 |  |\n12.5%\n"
+    with pytest.raises(jinja2.UndefinedError, match="'value' is undefined"):
+        render(template, {})
 
 
 def test_the_marker_is_no_visible_text():
