@@ -24,7 +24,10 @@ from hf_dualspeed.utils.text import spread, write_json
 
 
 class KeptRun:
-    """A training, one `way` of several. `folder` keeps its result.json; `depends_on()` lists what that depends on."""
+    """A training, one `variant` of several. `folder` keeps result.json, and `depends_on()` lists what that depends on.
+
+    In result files the variant's key is called "way".
+    """
 
     def fingerprint(self) -> str:
         """A hash of all that the result depends on. Results with different ones must not be mixed."""
@@ -34,7 +37,7 @@ class KeptRun:
         """The kept result, or None where there is none with this fingerprint."""
         path = self.folder / "result.json"
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return {**found, "way": self.way.key} if found.get("fingerprint") == self.fingerprint() else None
+        return {**found, "way": self.variant.key} if found.get("fingerprint") == self.fingerprint() else None
 
     def keep(self, result: dict) -> dict:
         """Writes the result with its fingerprint, and returns both."""
@@ -64,18 +67,18 @@ def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> Pruned
     return None if pruner.state_dict() else PrunedPrompts(model, pruner, None, *options, args.seed)
 
 
-def summary_of(runs: list[dict], ways: Iterable[str], baseline: str, columns: dict[str, Callable]) -> dict[str, dict]:
-    """Each column's [`spread`] over the runs of each way, and the mean steps by mode.
+def summary_of(runs: list[dict], keys: Iterable[str], baseline: str, columns: dict[str, Callable]) -> dict[str, dict]:
+    """Each column's [`spread`] over the runs of each variant, named by its key, and the mean steps by mode.
 
     A column is read from a run and the baseline's run of the same seed, or None where there is none.
     """
     base, summary = {run["seed"]: run for run in runs if run["way"] == baseline}, {}
-    for way in ways:
-        own = [run for run in runs if run["way"] == way]
+    for key in keys:
+        own = [run for run in runs if run["way"] == key]
         if own:
             pairs = [(run, base.get(run["seed"])) for run in own]
-            summary[way] = {name: spread([read(*pair) for pair in pairs]) for name, read in columns.items()}
-            summary[way]["steps"] = {mode: mean(run["steps"][mode] for run in own) for mode in own[0]["steps"]}
+            summary[key] = {name: spread([read(*pair) for pair in pairs]) for name, read in columns.items()}
+            summary[key]["steps"] = {mode: mean(run["steps"][mode] for run in own) for mode in own[0]["steps"]}
     return summary
 
 

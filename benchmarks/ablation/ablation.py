@@ -64,7 +64,7 @@ class Settings:
 class Run(KeptRun):
     """A variant with a seed, trained for a number of steps."""
 
-    way: Variant
+    variant: Variant
     seed: int
     steps: int
     settings: Settings
@@ -76,8 +76,8 @@ class Run(KeptRun):
 
     def depends_on(self) -> list:
         """No names: variants of several groups that train alike, for as many steps, are one run."""
-        way = [self.way.plain, self.way.options]
-        return [way, self.seed, self.steps, asdict(self.settings), versions(), _hardware()]
+        trained = [self.variant.plain, self.variant.options]
+        return [trained, self.seed, self.steps, asdict(self.settings), versions(), _hardware()]
 
 
 def main(argv: list[str]) -> None:
@@ -118,10 +118,10 @@ def ablate(options: argparse.Namespace, path: Path, command: str) -> None:
     for group in options.groups:
         for same_time in (False, True):  # the times of the first set the steps of the second
             plan = [
-                Run(way, seed, _steps(way, settings, found), settings)
+                Run(variant, seed, _steps(variant, settings, found), settings)
                 for seed in options.seeds
-                for way in GROUPS[group]
-                if way.same_time is same_time and (way.key, seed) not in found
+                for variant in GROUPS[group]
+                if variant.same_time is same_time and (variant.key, seed) not in found
             ]
             found |= train_all(plan, options.jobs, group)
         write_json(path, without_paths({**head, **summarise(found, options.groups)}))
@@ -129,15 +129,15 @@ def ablate(options: argparse.Namespace, path: Path, command: str) -> None:
 
 def train_all(plan: list[Run], jobs: int, group: str) -> dict[tuple[str, int], dict]:
     """The results of all runs of a plan. Trains the unfinished ones, `jobs` at a time."""
-    results = {(run.way.key, run.seed): run.finished() for run in plan}
-    missing = [run for run in plan if results[run.way.key, run.seed] is None]
+    results = {(run.variant.key, run.seed): run.finished() for run in plan}
+    missing = [run for run in plan if results[run.variant.key, run.seed] is None]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console()) as progress:
         bar = progress.add_task(group, total=len(plan), completed=len(plan) - len(missing))
         for run, result in _executed(missing, jobs):
-            results[run.way.key, run.seed] = result
+            results[run.variant.key, run.seed] = result
             shares = ", ".join(f"{result[view]['all']:.1%}" for view in ("full", "pruned") if result[view])
-            progress.console.print(f"{run.way.name}, seed {run.seed}: {shares} in {result['seconds']:.0f} s")
+            progress.console.print(f"{run.variant.name}, seed {run.seed}: {shares} in {result['seconds']:.0f} s")
             progress.advance(bar)
     return results
 
@@ -168,13 +168,13 @@ def execute(run: Run) -> dict:
     task, args = load_task(run.settings.size), _arguments(run)
     set_seed(run.seed)
     model = build_model(task, run.settings.size)
-    kind = Trainer if run.way.plain else DualSpeedTrainer
+    kind = Trainer if run.variant.plain else DualSpeedTrainer
     trainer = kind(model=model, args=args, train_dataset=task.train, data_collator=task.collator("train"))
     clock, seconds = timed_training(trainer)
-    shortens = run.way.plain or not trainer.dual_forward.pruner.in_language_model
+    shortens = run.variant.plain or not trainer.dual_forward.pruner.in_language_model
     prepare = pruned_prompts(trainer, args) if shortens else None
     result = {
-        "way": run.way.key,
+        "way": run.variant.key,
         "seed": run.seed,
         "seconds": round(seconds, 2),
         "steps": dict(clock.steps),
@@ -203,32 +203,32 @@ def _arguments(run: Run) -> DualSpeedTrainingArguments:
         disable_tqdm=True,
         log_level="error",
         speedup_rounds=0,
-        **run.way.options,
+        **run.variant.options,
     )
 
 
-def _steps(way: Variant, settings: Settings, found: dict[tuple[str, int], dict]) -> int:
+def _steps(variant: Variant, settings: Settings, found: dict[tuple[str, int], dict]) -> int:
     """Steps of a variant: those of all, or as many as fit into the reference's time. The runs so far give times."""
-    if not way.same_time:
-        return round(settings.steps / way.speed_up)
+    if not variant.same_time:
+        return round(settings.steps / variant.speed_up)
 
     def of(key: str) -> float:
         return mean(result["seconds"] for (own, _), result in found.items() if own == key)
 
-    return max(1, round(settings.steps * of(REFERENCE) / of(way.key.removeprefix(TIMED))))
+    return max(1, round(settings.steps * of(REFERENCE) / of(variant.key.removeprefix(TIMED))))
 
 
 def summarise(found: dict[tuple[str, int], dict], groups: list[str]) -> dict:
     """Groups, [`COLUMNS`] and steps of each variant, and all runs."""
-    ways = {way.key: way for group in groups for way in GROUPS[group]}
-    runs = [result for (key, _), result in found.items() if key in ways]
-    summary = summary_of(runs, ways, BASELINE, COLUMNS)
+    variants = {variant.key: variant for group in groups for variant in GROUPS[group]}
+    runs = [result for (key, _), result in found.items() if key in variants]
+    summary = summary_of(runs, variants, BASELINE, COLUMNS)
     for key, own in summary.items():
         results = [run for run in runs if run["way"] == key]
         # Earlier runs may lack answers from pruned tokens: the others count.
         own["pruned"] = spread([run["pruned"]["all"] for run in results if run["pruned"]] or [None])
         own["seeds"] = len(results)
-    shown = {group: [[way.key, way.name] for way in GROUPS[group] if way.key in summary] for group in groups}
+    shown = {group: [[one.key, one.name] for one in GROUPS[group] if one.key in summary] for group in groups}
     kept = [{key: value for key, value in result.items() if key != "fingerprint"} for result in runs]
     return {"groups": shown, "summary": summary, "runs": kept}
 

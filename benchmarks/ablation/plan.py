@@ -110,14 +110,14 @@ SCHEDULES = (
 )
 
 
-def original(way: Variant) -> Variant:
+def original(variant: Variant) -> Variant:
     """The same variant with original positions."""
-    return Variant(way.key + ORIGINAL, f"{way.name}, original", {**way.options, "position_ids": "original"})
+    return Variant(variant.key + ORIGINAL, f"{variant.name}, original", {**variant.options, "position_ids": "original"})
 
 
-def timed(way: Variant) -> Variant:
+def timed(variant: Variant) -> Variant:
     """The same variant, trained for the reference's time."""
-    return Variant(TIMED + way.key, f"{way.name}, same time", way.options, way.plain, same_time=True)
+    return Variant(TIMED + variant.key, f"{variant.name}, same time", variant.options, variant.plain, same_time=True)
 
 
 def of_seven_billion(speed_up: float) -> Variant:
@@ -141,7 +141,7 @@ GROUPS: dict[str, tuple[Variant, ...]] = {
         timed(MERGED_ONLY),
         *map(of_seven_billion, MEASURED),
     ),
-    "positions": (FULL, *(way for own in (MERGED_ONLY, DUALSPEED) for way in (own, original(own)))),
+    "positions": (FULL, *(variant for own in (MERGED_ONLY, DUALSPEED) for variant in (own, original(own)))),
     "schedules": (FULL, *SCHEDULES),
     "pruning ratios": (FULL, *PRUNING_RATIOS),
     "pruners": (FULL, *PRUNERS),

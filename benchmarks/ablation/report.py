@@ -113,8 +113,8 @@ def plot(results: dict, path: Path) -> None:
 
 
 def _draw_group(axis: Axes, results: dict, group: str) -> None:
-    ways = results["groups"][group]
-    for row, (key, _) in enumerate(ways):
+    variants = results["groups"][group]
+    for row, (key, _) in enumerate(variants):
         kind = kind_of(key, results)
         colour, marker = LOOKS[kind]
         own = [run["full"]["all"] for run in results["runs"] if run["way"] == key]
@@ -124,8 +124,8 @@ def _draw_group(axis: Axes, results: dict, group: str) -> None:
     base = results["summary"].get(BASELINE)
     if base is not None:
         axis.axvline(base["full"]["mean"], color="#000000", linestyle="--", linewidth=1)
-    axis.set_yticks(range(len(ways)), [name for _, name in ways], fontsize=10)
-    axis.set_ylim(len(ways) - 0.4, -0.6)
+    axis.set_yticks(range(len(variants)), [name for _, name in variants], fontsize=10)
+    axis.set_ylim(len(variants) - 0.4, -0.6)
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlabel("accuracy with all tokens")
     axis.set_title(group.capitalize(), fontsize=12)

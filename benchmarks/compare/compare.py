@@ -77,7 +77,7 @@ BASELINE = VARIANTS[0]
 class Run(KeptRun):
     """A variant with a seed: its recipe, its training arguments, and the data."""
 
-    way: Variant
+    variant: Variant
     recipe: RecipeArguments
     args: DualSpeedTrainingArguments
     train: Dataset
@@ -90,7 +90,7 @@ class Run(KeptRun):
     def depends_on(self) -> list:
         """The folder is left out, so results may move."""
         settings = {key: value for key, value in self.args.to_dict().items() if key != "output_dir"}
-        return [self.way.key, asdict(self.recipe), settings, versions(), machine()]
+        return [self.variant.key, asdict(self.recipe), settings, versions(), machine()]
 
 
 def main(argv: list[str]) -> None:
@@ -127,13 +127,13 @@ def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
     train = load_examples(recipe.dataset, split=recipe.dataset_split, image_folder=recipe.image_folder)
     test = load_examples(recipe.eval_dataset, split=recipe.eval_split, image_folder=recipe.image_folder)
     plan, results, warm = list(order(seeds)), [], False
-    for number, (way, seed) in enumerate(plan, start=1):
-        folder = Path(args.output_dir) / f"{way.key}-seed{seed}"
-        own = [*words, *way.changes, "--seed", str(seed), "--output_dir", str(folder), *TRAIN_ONLY]
-        run = Run(way, *parse_recipe(own), train, test)
+    for number, (variant, seed) in enumerate(plan, start=1):
+        folder = Path(args.output_dir) / f"{variant.key}-seed{seed}"
+        own = [*words, *variant.changes, "--seed", str(seed), "--output_dir", str(folder), *TRAIN_ONLY]
+        run = Run(variant, *parse_recipe(own), train, test)
         result = run.finished()
         note = "" if result is None else " (finished before)"
-        Console().print(f"run {number} of {len(plan)}: {way.name}, seed {seed}{note}")
+        Console().print(f"run {number} of {len(plan)}: {variant.name}, seed {seed}{note}")
         if result is None:
             if not warm:
                 # The first step of a process does set-up, which must be in no run's time.
@@ -158,7 +158,7 @@ def order(seeds: list[int]) -> Iterator[tuple[Variant, int]]:
     """All runs, seed by seed. Each seed begins with another variant, to spread a machine's slow phases over all."""
     for index, seed in enumerate(seeds):
         first = index % len(VARIANTS)
-        yield from ((way, seed) for way in (*VARIANTS[first:], *VARIANTS[:first]))
+        yield from ((variant, seed) for variant in (*VARIANTS[first:], *VARIANTS[:first]))
 
 
 def execute(run: Run) -> dict:
@@ -182,7 +182,7 @@ def execute(run: Run) -> dict:
     prepare = pruned_prompts(trainer, run.args)
     pruned = prepare and answer(prepare=prepare, description="accuracy with pruned visual tokens")
     result = {
-        "way": run.way.key,
+        "way": run.variant.key,
         "seed": run.args.seed,
         "trainer": type(trainer).__name__,
         "accuracy_full": full["accuracy"],
@@ -202,7 +202,7 @@ def build_trainer(run: Run) -> Trainer:
     collator = VisionLanguageCollator(
         processor, max_length=run.recipe.max_length, unreadable_images=run.recipe.unreadable_images
     )
-    return run.way.trainer(
+    return run.variant.trainer(
         model=prepare_model(model, run.recipe),
         args=run.args,
         train_dataset=run.train,
@@ -213,8 +213,8 @@ def build_trainer(run: Run) -> Trainer:
 
 def summarise(results: list[dict]) -> dict[str, dict]:
     """Name, [`COLUMNS`] and steps of each variant."""
-    summary = summary_of(results, [way.key for way in VARIANTS], BASELINE.key, COLUMNS)
-    return {way.key: {"name": way.name, **summary[way.key]} for way in VARIANTS}
+    summary = summary_of(results, [variant.key for variant in VARIANTS], BASELINE.key, COLUMNS)
+    return {variant.key: {"name": variant.name, **summary[variant.key]} for variant in VARIANTS}
 
 
 def _description(recipe: RecipeArguments, results: list[dict]) -> dict:

@@ -119,8 +119,8 @@ def readme_table(results: dict) -> str:
 def plot(results: dict, path: Path) -> None:
     """Draws accuracy with all tokens against training time: small markers for seeds, large ones for means."""
     figure, ((axis,),) = figure_of(8, 5.2, 1, 1)
-    for way, look in LOOKS.items():
-        _draw_way(axis, results, way, *look)
+    for variant, look in LOOKS.items():
+        _draw_variant(axis, results, variant, *look)
     if "majority_accuracy" in results:
         axis.axhline(results["majority_accuracy"], color="#666666", linestyle="--", label=MAJORITY)
     axis.set_xlabel("training time in seconds (small: each seed, large: their mean)", fontsize=13)
@@ -135,10 +135,10 @@ def plot(results: dict, path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_way(axis: Axes, results: dict, way: str, colour: str, marker: str) -> None:
-    runs = [run for run in results["runs"] if run["way"] == way]
+def _draw_variant(axis: Axes, results: dict, variant: str, colour: str, marker: str) -> None:
+    runs = [run for run in results["runs"] if run["way"] == variant]
     seconds, accuracy = [run["seconds"]["total"] for run in runs], [run["accuracy_full"] for run in runs]
     axis.scatter(seconds, accuracy, s=22, marker=marker, color=colour, linewidths=0)
     # The mean is hollow: seeds lie close to it and stay visible.
     look = {"s": 220, "marker": marker, "facecolors": "none", "edgecolors": colour, "linewidths": 2.2}
-    axis.scatter(mean(seconds), mean(accuracy), label=results["summary"][way]["name"], **look)
+    axis.scatter(mean(seconds), mean(accuracy), label=results["summary"][variant]["name"], **look)

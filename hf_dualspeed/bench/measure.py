@@ -287,10 +287,10 @@ class Bench:
         counts = {
             "flops": {name: self.count_flops(name) for name in names},
             "memory": {name: self.count_memory(name) for name in names},
-            "host_waits": {name: sum(self.count_waits(name).values()) for name in names if name in PARTS},
+            "host_waits": {name: sum(self.count_syncs(name).values()) for name in names if name in PARTS},
         }
         if self.device.type == "cuda":
-            counts["device_waits"] = {name: self.count_waits(name, device_waits) for name in names}
+            counts["device_waits"] = {name: self.count_syncs(name, device_waits) for name in names}
         gradients = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         return {
             **self.subject.said,
@@ -321,7 +321,7 @@ class Bench:
         self._clean(name)
         return peak
 
-    def count_waits(self, name: str, watch: Callable[[], AbstractContextManager] = count_syncs) -> dict[str, int]:
+    def count_syncs(self, name: str, watch: Callable[[], AbstractContextManager] = count_syncs) -> dict[str, int]:
         """How often a variant waits for the device, by the names that `watch` collects."""
         with watch() as waits:
             self.variants[name]()

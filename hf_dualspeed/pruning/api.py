@@ -16,7 +16,7 @@ from .decoder import LayerPass
 from .encoding import encode
 from .inputs import check_inputs, check_pruner, shorten_inputs
 from .isolator import ModeIsolator
-from .proportional_attention import carry, watch_calls
+from .proportional_attention import watch_calls, with_sizes
 
 
 def prune_inputs(
@@ -66,7 +66,7 @@ def prune_inputs(
     encodings = encode(interface, inputs, pruner.needs, video_budget)
     short = shorten_inputs(interface, inputs, encodings, pruner, isolator, position_ids, generator)
     plain = short.log_sizes is None or not proportional_attention
-    return short.inputs if plain else carry(interface, model, short.inputs, short.log_sizes)
+    return short.inputs if plain else with_sizes(interface, model, short.inputs, short.log_sizes)
 
 
 @contextmanager

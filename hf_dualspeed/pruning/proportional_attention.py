@@ -277,7 +277,7 @@ def set_sizes_of(layer: nn.Module, sizes: KeySizes) -> None:
         module.__dict__[ATTRIBUTE] = sizes
 
 
-def carry(interface: ModelInterface, model: nn.Module, inputs: dict, log_sizes: torch.Tensor) -> dict:
+def with_sizes(interface: ModelInterface, model: nn.Module, inputs: dict, log_sizes: torch.Tensor) -> dict:
     """Adds the sizes of the keys `(B, S)` to the inputs, for `forward` and `generate` of this model."""
     watch_calls(interface, model)
     return inputs | {"mm_encoder_outputs": {**(inputs.get("mm_encoder_outputs") or {}), CARRIED: log_sizes}}

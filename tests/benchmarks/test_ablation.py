@@ -58,16 +58,16 @@ def results(place):
     return json.loads(Path("out.json").read_text())
 
 
-def test_every_way_has_every_seed(results):
+def test_every_variant_has_every_seed(results):
     ran = [(run["way"], run["seed"]) for run in results["runs"]]
     assert len(ran) == len(set(ran))
     keys = {key for group in results["groups"].values() for key, _ in group}
-    assert {way for way, _ in ran} == keys
+    assert {variant for variant, _ in ran} == keys
     assert all((key, seed) in ran for key in keys for seed in (0, 1))
     assert results["summary"][REFERENCE]["seeds"] == 2
 
 
-def test_ways_differ_as_they_say(results):
+def test_variants_differ_as_they_say(results):
     runs = {(run["way"], run["seed"]): run for run in results["runs"]}
     assert runs[BASELINE, 0]["steps"] == {"fast": 0, "slow": 3}
     assert runs["pruned-only", 0]["steps"] == {"fast": 3, "slow": 0}
@@ -79,7 +79,7 @@ def test_ways_differ_as_they_say(results):
 
 
 def test_a_second_start_trains_nothing(results, place, monkeypatch):
-    monkeypatch.setattr(ablation, "execute", lambda run: pytest.fail(f"trained {run.way.key} again"))
+    monkeypatch.setattr(ablation, "execute", lambda run: pytest.fail(f"trained {run.variant.key} again"))
     words = [*FLAGS, "--jobs", "1", "--output", "again.json", "--groups", "parts"]
     ablation.main(words)
     again = json.loads((place / "again.json").read_text())
@@ -88,9 +88,9 @@ def test_a_second_start_trains_nothing(results, place, monkeypatch):
 
 def test_other_settings_are_another_run(place, results):
     """Runs with other settings have another fingerprint and folder."""
-    way = GROUPS["parts"][1]
+    variant = GROUPS["parts"][1]
     runs = [
-        ablation.Run(way, seed, steps, settings)
+        ablation.Run(variant, seed, steps, settings)
         for seed in (0, 1)
         for steps in (3, 4)
         for settings in (ablation.Settings(), ablation.Settings(learning_rate=2e-3))
@@ -108,13 +108,13 @@ def test_processes_of_their_own_find_the_same(place, results):
     assert apart[run]["pruned"] == here["pruned"]
 
 
-@pytest.mark.parametrize("way", [*GROUPS["pruners"][3:], GROUPS["schedules"][-1]], ids=lambda way: way.key)
-def test_every_pruner_and_schedule_trains(place, way):
+@pytest.mark.parametrize("variant", [*GROUPS["pruners"][3:], GROUPS["schedules"][-1]], ids=lambda one: one.key)
+def test_every_pruner_and_schedule_trains(place, variant):
     size = replace(SIZE, layers=3)  # some pruners drop tokens between layers
-    result = ablation.execute(ablation.Run(way, 3, 3, ablation.Settings(3, 4, size=size, threads=1)))
+    result = ablation.execute(ablation.Run(variant, 3, 3, ablation.Settings(3, 4, size=size, threads=1)))
     assert sum(result["steps"].values()) == 3
-    assert (result["pruned"] is None) == (way.key in ("pruner-fastv", "pruner-pyramiddrop"))
-    assert bool(result["slow_ratios"]) == way.key.endswith("adaptive")
+    assert (result["pruned"] is None) == (variant.key in ("pruner-fastv", "pruner-pyramiddrop"))
+    assert bool(result["slow_ratios"]) == variant.key.endswith("adaptive")
 
 
 def test_accuracy_is_that_of_the_answer(place):
@@ -188,9 +188,9 @@ def test_wrong_words(words, message, capsys):
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
-def test_every_way_is_one_that_can_be_trained(tmp_path):
-    for group in GROUPS.values():
-        for way in group:
-            DualSpeedTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **way.options)
-    ways = {way.key: (way.options, way.plain) for group in GROUPS.values() for way in group}
-    assert all(ways[way.key] == (way.options, way.plain) for group in GROUPS.values() for way in group)
+def test_every_variant_is_one_that_can_be_trained(tmp_path):
+    variants = [variant for group in GROUPS.values() for variant in group]
+    for variant in variants:
+        DualSpeedTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **variant.options)
+    known = {variant.key: (variant.options, variant.plain) for variant in variants}
+    assert all(known[variant.key] == (variant.options, variant.plain) for variant in variants)

@@ -39,7 +39,7 @@ def session(tmp_path_factory):
         trainer = build(run)
         weights = {name: value.clone() for name, value in trainer.model.named_parameters()}
         record = {
-            "way": run.way.key,
+            "way": run.variant.key,
             "seed": run.args.seed,
             "steps": run.args.max_steps,
             "kind": type(trainer),
@@ -74,14 +74,14 @@ def results(session):
     return json.loads(session["path"].read_text())
 
 
-def test_every_way_is_run_with_every_seed_in_rotated_order(session, results):
+def test_every_variant_is_run_with_every_seed_in_rotated_order(session, results):
     order = [(run["way"], run["seed"]) for run in results["runs"]]
-    assert order == [(way, 0) for way in VARIANTS] + [(way, 1) for way in (*VARIANTS[1:], VARIANTS[0])]
+    assert order == [(variant, 0) for variant in VARIANTS] + [(variant, 1) for variant in (*VARIANTS[1:], VARIANTS[0])]
     assert order == [(record["way"], record["seed"]) for record in session["seen"]]
     assert session["warm_ups"] == 1
 
 
-def test_the_ways_are_what_they_are_called(session, results):
+def test_the_variants_are_what_they_are_called(session, results):
     kinds = {record["way"]: record["kind"] for record in session["seen"]}
     assert kinds.pop("full-tokens") is Trainer
     assert set(kinds.values()) == {DualSpeedTrainer}
@@ -104,7 +104,7 @@ def test_the_ways_are_what_they_are_called(session, results):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_all_ways_of_a_seed_begin_with_the_same_weights_and_see_the_same_data(session, seed):
+def test_all_variants_of_a_seed_begin_with_the_same_weights_and_see_the_same_data(session, seed):
     first, *others = (record for record in session["seen"] if record["seed"] == seed)
     plain = next(record for record in (first, *others) if record["way"] == "full-tokens")
     for record in (first, *others):
@@ -148,9 +148,9 @@ def test_the_table_has_the_numbers_of_the_json(session, results):
     assert table in text
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert len(lines) == 2 + 4 + 1
-    for way, line in zip(VARIANTS, lines[2:6], strict=True):
-        own = results["summary"][way]
-        runs = [run for run in results["runs"] if run["way"] == way]
+    for variant, line in zip(VARIANTS, lines[2:6], strict=True):
+        own = results["summary"][variant]
+        runs = [run for run in results["runs"] if run["way"] == variant]
         seconds = [run["seconds"]["total"] for run in runs]
         accuracy = [run["accuracy_full"] for run in runs]
         assert line[0] == own["name"]
@@ -169,7 +169,7 @@ def test_the_table_has_the_numbers_of_the_json(session, results):
 
 
 def test_a_finished_comparison_trains_nothing(session, results, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "build_trainer", lambda run: pytest.fail(f"{run.way.key} is run again"))
+    monkeypatch.setattr(compare, "build_trainer", lambda run: pytest.fail(f"{run.variant.key} is run again"))
     made = {path: path.stat().st_mtime_ns for path in session["folder"].rglob("result.json")}
     assert len(made) == 8
     again = compare.compare(session["words"], [0, 1], results["command"])
@@ -183,7 +183,7 @@ def test_an_interrupted_comparison_goes_on(session, monkeypatch):
     executed, execute = [], compare.execute
 
     def spy(run):
-        executed.append((run.way.key, run.args.seed))
+        executed.append((run.variant.key, run.args.seed))
         return execute(run)
 
     monkeypatch.setattr(compare, "execute", spy)
@@ -193,12 +193,12 @@ def test_an_interrupted_comparison_goes_on(session, monkeypatch):
 
 @pytest.mark.parametrize("change", [["--learning_rate", "1e-4"], ["--eval_limit", "4"], ["--seed", "7"]])
 def test_fingerprints_differ_where_results_would(session, change):
-    def mark(*words, way=compare.BASELINE):
-        return compare.Run(way, *parse_recipe([*session["words"], *words]), None, None).fingerprint()
+    def mark(*words, variant=compare.BASELINE):
+        return compare.Run(variant, *parse_recipe([*session["words"], *words]), None, None).fingerprint()
 
     assert mark() == mark("--output_dir", "elsewhere")
     assert mark() != mark(*change)
-    assert mark() != mark(way=compare.VARIANTS[-1])
+    assert mark() != mark(variant=compare.VARIANTS[-1])
 
 
 def test_a_changed_recipe_is_run_again(session):
@@ -219,14 +219,14 @@ def test_render_only(session, results, monkeypatch):
 
 
 def test_ratios_are_taken_seed_by_seed():
-    def run(way, seed, accuracy, seconds):
+    def run(variant, seed, accuracy, seconds):
         steps = {"fast": 1, "slow": 1}
         shares = {"accuracy_full": accuracy, "accuracy_pruned": accuracy / 2}
         return {
-            "way": way, "seed": seed, "seconds": {"total": seconds}, "steps_per_second": 1, "steps": steps
+            "way": variant, "seed": seed, "seconds": {"total": seconds}, "steps_per_second": 1, "steps": steps
         } | shares  # fmt: skip
 
-    runs = [run(way, seed, (seed + 1) / 4, 10.0 * (seed + 1)) for way in VARIANTS[:3] for seed in (0, 1)]
+    runs = [run(variant, seed, (seed + 1) / 4, 10.0 * (seed + 1)) for variant in VARIANTS[:3] for seed in (0, 1)]
     runs += [run("dualspeed", 0, 0.2, 5.0), run("dualspeed", 1, 0.6, 5.0)]
     found = compare.summarise(runs)["dualspeed"]
     assert found["retention"]["mean"] == pytest.approx((0.2 / 0.25 + 0.6 / 0.5) / 2)

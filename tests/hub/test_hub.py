@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save, save_file
 from tiny_models import FAMILIES, batch
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, PrunerConfig
-from hf_dualspeed.hub import source as hub_io
+from hf_dualspeed.hub import source
 from hf_dualspeed.recipes.arguments import parse_recipe
 from hf_dualspeed.recipes.run import check_pruner
 from hf_dualspeed.trainer.setup import resolve_pruner
@@ -111,14 +111,14 @@ def test_a_repo_that_changes_between_two_loads(hub):
 
 def test_config_and_weights_are_of_one_commit(hub, monkeypatch):
     learned(0).push_to_hub(REPO)
-    fetch = hub_io.Source.fetch
+    fetch = source.Source.fetch
 
-    def changing(source, filename):
+    def changing(self, filename):
         if filename == WEIGHTS:  # somebody pushes after the config was read
             hub.put(REPO, {WEIGHTS: weights(learned(1))})
-        return fetch(source, filename)
+        return fetch(self, filename)
 
-    monkeypatch.setattr(hub_io.Source, "fetch", changing)
+    monkeypatch.setattr(source.Source, "fetch", changing)
     assert is_learned(AutoPruner.from_pretrained(REPO), 0)
 
 
@@ -359,17 +359,17 @@ def test_sizes_are_checked_before_anything_is_downloaded(hub, monkeypatch):
         AutoPruner.from_pretrained(REPO)
     assert not hub.asked(f"GET .*{CONFIG}")
     learned().push_to_hub(REPO)
-    monkeypatch.setitem(hub_io.LIMITS, WEIGHTS, 100)
+    monkeypatch.setitem(source.LIMITS, WEIGHTS, 100)
     with pytest.raises(ValueError, match=r"pruner\.safetensors .* at most 100"):
         AutoPruner.from_pretrained(REPO)
     assert not hub.asked(f"GET .*name={WEIGHTS}")
 
 
 def test_only_a_pruners_files_are_read(hub):
-    source = hub_io.find_source(REPO, [])
+    found = source.find_source(REPO, [])
     for name in ("pytorch_model.bin", "../secret.json", "sub/x.py", "/etc/passwd", "pruner_config.json/../x"):
         with pytest.raises(ValueError, match="is no file of a pruner"):
-            source.fetch(name)
+            found.fetch(name)
     assert not hub.log
 
 
@@ -492,7 +492,7 @@ def test_tokens_appear_nowhere(hub, tmp_path, monkeypatch, caplog, capsys):
     pruner = learned()
     pruner.push_to_hub(REPO, token=TOKEN, private=True)
     AutoPruner.from_pretrained(REPO, token=TOKEN).save_pretrained(tmp_path / "saved")
-    said = [repr(hub_io.find_source(REPO, [], token=TOKEN))]
+    said = [repr(source.find_source(REPO, [], token=TOKEN))]
     hub.fail(500, 100, path="/commit/")
     for action in (
         lambda: learned(1).push_to_hub(REPO),

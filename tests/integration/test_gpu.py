@@ -78,7 +78,7 @@ def test_large_images_are_chosen_from_without_waiting(monkeypatch):
 
 def test_a_fast_step_waits_where_a_tensor_needs_a_size(tmp_path):
     own = tiny_bench(tmp_path)
-    waits = own.count_waits("fast", device_waits)
+    waits = own.count_syncs("fast", device_waits)
     print(waits)  # those of transformers too
     ours = Counter()
     for place, count in waits.items():
