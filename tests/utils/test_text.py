@@ -1,0 +1,52 @@
+"""Numbers and tables as text, and JSON files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_dualspeed.utils.text import markdown_table, one_line, percent, spread, without_paths, write_json
+
+
+def test_errors_are_one_short_line():
+    assert one_line(ValueError("a\n  b\tc")) == "a b c"
+    assert one_line(ValueError("x" * 400)) == "x" * 300
+    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_an_interruption_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "results.json"
+    write_json(path, {"a": 1})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+
+    def cut_off(part, text, **options):
+        part.write_bytes(text.encode()[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_spread_by_hand():
+    assert spread([1.0, 2.0, 6.0]) == {"mean": 3.0, "min": 1.0, "max": 6.0, "sd": pytest.approx(7**0.5)}
+    assert spread([2.0])["sd"] == 0
+    assert spread([2.0, None]) is None
+
+
+def test_no_absolute_paths_are_kept(tmp_path):
+    value = {"a": [str(tmp_path / "model"), "org/model"], "b": (tmp_path,)}
+    assert without_paths(value) == {"a": ["model", "org/model"], "b": [tmp_path.name]}
+
+
+def test_tables():
+    rows = [("x", 1), ("y|z\nw", None)]
+    assert markdown_table(("a", "b"), rows) == "| a | b |\n| --- | ---: |\n| x | 1 |\n| y\\|z w |  |"
+    assert markdown_table(("a", "b"), [], words=True) == "| a | b |\n| --- | --- |"
+
+
+def test_shares():
+    assert (percent(0.1255), percent(None)) == ("12.6%", None)
