@@ -68,8 +68,6 @@ def exponent(points: list[dict]) -> float:
 
 def report(results: dict, path: Path) -> None:
     """Prints the tables; writes Markdown and plot beside the JSON file `path`."""
-    from .growth import plot_growth
-
     check_format(results, KIND)
     console = Console()
     console.print(setting_line(results), highlight=False)
@@ -145,6 +143,14 @@ def markdown(results: dict, plot: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _draw_line(axis: Axes, name: str, line: dict, unit: float, results: dict) -> None:
+    colour, marker = LINES[name]
+    tokens = [point["visual_tokens"] for point in line["points"]]
+    values = [point["median"] / unit for point in line["points"]]
+    label = f"{label_of(name, results)}: {line['exponent']:.2f}"
+    axis.plot(tokens, values, color=colour, marker=marker, markersize=6, linewidth=1.8, label=label)
+
+
 def plot_growth(results: dict, path: Path) -> Path:
     """Draws time and memory against the number of visual tokens on logarithmic axes."""
     figure, axes = figure_of(9, 4.4, 1, 2)
@@ -176,13 +182,3 @@ def plot_growth(results: dict, path: Path) -> Path:
     )
     figure.savefig(path)
     return path
-
-
-def _draw_line(axis: Axes, name: str, line: dict, unit: float, results: dict) -> None:
-    from .growth import label_of
-
-    colour, marker = LINES[name]
-    tokens = [point["visual_tokens"] for point in line["points"]]
-    values = [point["median"] / unit for point in line["points"]]
-    label = f"{label_of(name, results)}: {line['exponent']:.2f}"
-    axis.plot(tokens, values, color=colour, marker=marker, markersize=6, linewidth=1.8, label=label)

@@ -22,32 +22,6 @@ from .options import BenchArguments
 from .plots import PART_STYLE
 from .report import check_format, milliseconds, model_line, print_table, quartiles, setting_line
 
-
-def plot_profile(results: dict, path: Path) -> Path:
-    """Draws the time of a fast step by phase, and by kind of operator."""
-    from .profile import PHASES
-
-    runs = results["runs"]
-    figure, axes = figure_of(10, 0.8 + 2.6 * len(runs), len(runs), 2)
-    for row, run in zip(axes, runs, strict=True):
-        for axis, parts, title in zip(row, ("phases", "operators"), ("by phase", "by kind of operator"), strict=True):
-            names = [PHASES.get(name, name) for name in run[parts]]
-            values = [1000 * value["median"] for value in run[parts].values()]
-            axis.barh(names, values, height=0.65, color=PART_STYLE["encoder"][0])
-            for place, value in enumerate(values):
-                share = value / 1000 / run["seconds"]["median"]
-                axis.annotate(
-                    f"{share:.1%}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=9
-                )
-            axis.invert_yaxis()
-            axis.set_xlim(0, 1.18 * max(values))
-            axis.set_xlabel("milliseconds")
-            axis.set_title(f"{run['shape']}, a fast step {title}", fontsize=10)
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    return path
-
-
 KIND = "profile of a fast step"
 # Ranges of the profiler, in the order of a step.
 PHASES = {
@@ -191,8 +165,6 @@ def ranged(module: nn.Module, name: str) -> Iterator[None]:
 
 def report(results: dict, path: Path) -> None:
     """Prints the tables; writes Markdown and plot beside the JSON file `path`."""
-    from .profile import plot_profile
-
     check_format(results, KIND)
     console = Console()
     console.print(setting_line(results), highlight=False)
@@ -244,3 +216,26 @@ def markdown(results: dict, plot: str) -> str:
         f"Measured {results['date']} UTC with `dualspeed bench --profile`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def plot_profile(results: dict, path: Path) -> Path:
+    """Draws the time of a fast step by phase, and by kind of operator."""
+    runs = results["runs"]
+    figure, axes = figure_of(10, 0.8 + 2.6 * len(runs), len(runs), 2)
+    for row, run in zip(axes, runs, strict=True):
+        for axis, parts, title in zip(row, ("phases", "operators"), ("by phase", "by kind of operator"), strict=True):
+            names = [PHASES.get(name, name) for name in run[parts]]
+            values = [1000 * value["median"] for value in run[parts].values()]
+            axis.barh(names, values, height=0.65, color=PART_STYLE["encoder"][0])
+            for place, value in enumerate(values):
+                share = value / 1000 / run["seconds"]["median"]
+                axis.annotate(
+                    f"{share:.1%}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=9
+                )
+            axis.invert_yaxis()
+            axis.set_xlim(0, 1.18 * max(values))
+            axis.set_xlabel("milliseconds")
+            axis.set_title(f"{run['shape']}, a fast step {title}", fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return path
