@@ -188,8 +188,6 @@ def share_of_padding(padding: dict[str, dict[str, int]], name: str, slow_ratio: 
 
 def report(results: dict, path: Path) -> None:
     """Prints the table; writes Markdown and plot beside the JSON file `path`."""
-    from .lengths import plot_lengths
-
     check_format(results, KIND)
     console = Console()
     console.print(setting_line(results), highlight=False)
@@ -275,8 +273,6 @@ def markdown(results: dict, plot: str) -> str:
 
 def plot_lengths(results: dict, path: Path) -> Path:
     """Draws, by kind of steps, the share of padding and the time relative to random batches."""
-    from .lengths import GROUPED, RANDOM, labels, shares
-
     figure, (axes,) = figure_of(9, 3.6, 1, 2)
     run, names = results["runs"][0], labels(results)
     seconds = {arm: run["seconds"][arm] for arm in (RANDOM, GROUPED)}

@@ -42,8 +42,8 @@ class DualSpeedOutput(ModelOutput):
     """The model's output in a mode.
 
     Args:
-        loss (`torch.Tensor` of no dimensions): a zero that depends on all trainable parameters that this pass did not
-            use, so that DDP finds each of them in every step. None in evaluation.
+        loss (`torch.Tensor` of no dimensions): a zero that depends on trainable parameters that the logits do not
+            depend on, so that backward reaches them in every step. None in evaluation.
         logits (`torch.Tensor` of shape `(M, V)`): at the supervised positions; hidden states `(M, D)` if the fused head
             returns them. [`DualForward.cross_entropy`] takes either.
         targets (`torch.LongTensor` of shape `(M,)`): their labels.
@@ -132,9 +132,12 @@ class DualForward(nn.Module):
         self._pass: PassState | None = None
         self.run_as_trained(nullcontext, None)
 
-    def run_as_trained(self, autocast: Callable[[], AbstractContextManager], fused_head: FusedHead | None) -> None:
-        """Sets the precision and the head of training, which are known once the accelerator exists."""
-        self.autocast, self.fused_head = autocast, fused_head
+    def run_as_trained(
+        self, autocast: Callable[[], AbstractContextManager], fused_head: FusedHead | None, sharded: bool = False
+    ) -> None:
+        """Sets the precision and the head of training, and whether ranks exchange gradients of shards, which needs one
+        for the same parameters on each. Known once the accelerator exists."""
+        self.autocast, self.fused_head, self.sharded = autocast, fused_head, sharded
 
     @property
     def mode(self) -> str | None:
@@ -143,7 +146,8 @@ class DualForward(nn.Module):
 
     def __getstate__(self) -> dict:
         """The state of copies and pickles, which are not in the middle of a pass and belong to no trainer."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("autocast", "fused_head", "_pass")}
+        left_out = ("autocast", "fused_head", "sharded", "_pass")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -376,12 +380,17 @@ class DualForward(nn.Module):
         if state.mode == EVALUATION:
             return DualSpeedOutput(logits=logits, targets=targets, hidden=hidden)
         zero = logits.new_zeros(())
-        # A zero that connects all trainable parameters to the loss, so that DDP finds each of them.
+        # A zero that connects trainable parameters outside of the logits' graph to the loss.
         if state.batch is not None:  # the last part connects to the encoder, even without an image of its own
             zero = sum((end.flatten()[:0].sum() for end in state.batch.ends), zero)
+        touched, unused = list(self._touched(model, state)), list(self._unused(model, state))
+        if self.sharded:
+            touched += unused
+        elif unused:
+            zero = Unused.apply(zero, *unused)
         # Sums of no elements: the sum of a parameter could overflow in half precision, and inf * 0 is NaN.
-        touched = sum((p.flatten()[:0].sum() for p in self._untouched(model, state)), zero)
-        return DualSpeedOutput(touched, logits, targets, teacher, auxiliary, hidden, max(state.part, 0))
+        zero = sum((p.flatten()[:0].sum() for p in touched), zero)
+        return DualSpeedOutput(zero, logits, targets, teacher, auxiliary, hidden, max(state.part, 0))
 
     def cross_entropy(
         self, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0, hidden: bool = False
@@ -392,22 +401,51 @@ class DualForward(nn.Module):
         with self.autocast():  # the head runs outside the model's call
             return self.fused_head.cross_entropy(logits, targets, label_smoothing)
 
-    def _untouched(self, model: nn.Module, state: PassState) -> Iterator[torch.Tensor]:
-        """Trainable parameters that a pass in this mode, on this batch, does not use."""
-        # The fast view's own parameters, also in fast steps: a batch may have no images.
-        if self.isolator is not None:
-            yield self.isolator()  # a call, because it gathers shards
-        yield from (p for p in self.pruner.parameters() if p.requires_grad)
+    def _touched(self, model: nn.Module, state: PassState) -> Iterator[torch.Tensor]:
+        """Trainable parameters outside of the logits' graph that get a gradient all the same.
+
+        The head gets its own from the fused loss. The others are those of the fast view in a slow pass: a zero, so that
+        DDP need not ask whether any rank used them; the trainer drops it.
+        """
         if self.fused_head is not None and self.fused_head.fuses:
             yield from self.fused_head.parameters()
+        if state.mode == SLOW:
+            yield from self._of_fast_view()
         # Adapters that only the fast view uses.
         if self._adapters and state.mode == SLOW:
             reserved = set(self._adapters[FAST]) - set(self._adapters[SLOW])
             names = tuple(f".{adapter}." for adapter in reserved)
             yield from (p for n, p in model.named_parameters() if p.requires_grad and any(a in n for a in names))
+
+    def _unused(self, model: nn.Module, state: PassState) -> Iterator[torch.Tensor]:
+        """Trainable parameters that this batch does not reach."""
+        if state.mode == FAST:  # a batch may have no images
+            yield from self._of_fast_view()
         # Vision parameters, if the batch has no input for some tower.
         if any(not modalities & state.modalities for modalities in self._sharing):
             outer = self.interface.outer
             language = {id(p) for part in language_parts(outer) for p in part.parameters()}
             visual = (p for p in outer.parameters() if p.requires_grad and id(p) not in language)
             yield from (p for p in visual if not isinstance(p, DTensor))  # FSDP's shards are not gathered here
+
+    def _of_fast_view(self) -> Iterator[torch.Tensor]:
+        """The trainable parameters of isolator and pruner."""
+        if self.isolator is not None:
+            yield self.isolator()  # a call, because it gathers shards
+        yield from (p for p in self.pruner.parameters() if p.requires_grad)
+
+
+class Unused(torch.autograd.Function):
+    """A zero that depends on parameters and gives them no gradient, so that `.grad` stays what it is, mostly None.
+
+    A gradient of zeros would let weight decay and momentum move them. Backward reaches them, so that there is something
+    to differentiate, and DDP, which has to find parameters that no rank used, counts them as unused.
+    """
+
+    @staticmethod
+    def forward(ctx, zero: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return zero.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor):
+        return upstream, *(None for _ in ctx.needs_input_grad[1:])

@@ -123,6 +123,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         self.adaptive_schedule = adaptive_schedule_of(self)
         self._begin_length_grouping()
         self._micro = (-1, 0)  # the current optimizer step and micro-batch
+        self._visual_tokens = 0  # of the current optimizer step, before pruning
         self.feature_cache = feature_cache_of(self)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
@@ -183,14 +184,16 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
 
     def _run_as_trained(self, model: nn.Module) -> None:
         """Sets the precision and the head of training, which are known once the accelerator exists."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        sharded = sharded or getattr(model, "is_distributed_loading_by_transformers", False)
         reasons = {
             "this trainer reads more off the logits than the loss": self.reads_logits,
-            "the model is sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1,
+            "the model is sharded": sharded or self.get_tp_size() > 1,
             "`torch_compile` would compile the head": self.args.torch_compile,
         }
         otherwise = next((reason for reason, holds in reasons.items() if holds), None)
         head = fused_head(self.dual_forward.interface, self.args.fused_head_loss, self.args.device, otherwise)
-        self.dual_forward.run_as_trained(self.accelerator.autocast, head)
+        self.dual_forward.run_as_trained(self.accelerator.autocast, head, sharded)
 
     @property
     def clock(self) -> ModeClock:
@@ -237,6 +240,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         step = self.state.global_step
         mode, progress = self.mode_at(step), step / max(1, self.state.max_steps - 1)
         self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
+        self._visual_tokens = self._visual_tokens if self._micro[1] else 0
 
         # Feature cache: stored outputs of a frozen vision tower replace its forward.
         inputs, served = (inputs, None) if self.feature_cache is None else self.feature_cache.taken(inputs)
@@ -248,11 +252,19 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         # Encode, prune, forward, loss and backward.
         loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served)
         self.clock.count(mode, done.tokens, *done.visual_tokens)
+        self._visual_tokens += done.visual_tokens[0]
 
         # Parameters of the other mode do not move: the optimizer skips those without a gradient.
         if self.accelerator.sync_gradients:
             self.mode_parameters.drop_gradients(mode)
+            if mode == FAST and self.dual_forward.sharded and not self._is_on_some_rank(self._visual_tokens):
+                self.dual_forward.zero_grad()  # zeros, from all ranks alike
         return loss
+
+    def _is_on_some_rank(self, count: int) -> bool:
+        """Whether `count` is above 0 on any rank. Call it on every rank; one where it is not waits for the others."""
+        total = self.accelerator.reduce(torch.tensor(count, device=self.args.device), reduction="sum")
+        return count > 0 or bool(total)
 
     def step_in_mode(self, mode: str, model, inputs, num_items_in_batch=None, progress: float = 1.0, served=None):
         """Forward and backward of a micro-batch in `mode`, at the fraction `progress` of training.
@@ -332,7 +344,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         entropy = self.dual_forward.cross_entropy(logits, outputs.targets, smoothing, outputs.hidden)
         entropy = entropy / divisor(num_items_in_batch, logits)
         self.mode_losses.add(f"{mode}_loss", entropy)
-        loss = entropy + outputs.loss  # a zero that connects unused parameters
+        loss = entropy + outputs.loss  # a zero that connects other parameters
 
         # Slow steps: KL(teacher || student). The pruned view teaches the full one at the same M positions.
         if teacher is not None:

@@ -67,7 +67,7 @@ def check_keys(name: str, given: dict, known: list[str]) -> None:
 
 def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
     """The words " Did you mean 'x'?", or "" if no known word is close."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

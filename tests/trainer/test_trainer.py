@@ -45,6 +45,59 @@ def test_slow_only_without_distillation_is_plain_trainer(tmp_path, family):
             torch.testing.assert_close(parameter, expected[name])
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_what_a_batch_does_not_reach_does_not_move(tmp_path, optim, ratio):
+    # One sample to a batch, every other of text alone: weight decay and momentum would move what has a gradient.
+    watch = Watch([])
+    options = {
+        "optim": optim,
+        "optim_args": "momentum=0.9" if optim == "sgd" else None,
+        "train_sampling_strategy": "sequential",
+    }
+    options |= {"per_device_train_batch_size": 1, "max_steps": 6, "data": [{"index": 2}, DATA[0]]}
+    ours = make(tmp_path, slow_mode_ratio=ratio, distillation_weight=0.0, callbacks=[watch], **options)
+    watch.names = [name for name, _ in ours.model.named_parameters()]
+    ours.train()
+    beyond = ("vision_tower", "multi_modal_projector", "dualspeed")
+    moved = [{name for name, moves in step.items() if moves and any(b in name for b in beyond)} for step in watch.moved]
+    assert [bool(names) for names in moved] == [False, True] * 3
+    assert any("dualspeed" in name for name in moved[1]) == (ratio == 0)
+    if ratio == 1:
+        plain = make(tmp_path, cls=Trainer, **options)
+        plain.train()
+        expected = dict(plain.model.named_parameters())
+        for name, parameter in ours.model.named_parameters():
+            if any(b in name for b in beyond[:2]):
+                # Adam blows the rounding noise of key biases, whose gradients should be zero, up to full steps.
+                atol = 1.0 if name.endswith("k_proj.bias") else 1e-4
+                torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=atol, msg=name)
+
+
+def test_what_one_micro_batch_reaches_moves(tmp_path):
+    options = {"slow_mode_ratio": 0.0, "train_sampling_strategy": "sequential", "max_steps": 1, "optim": "sgd"}
+    options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    moved = []
+    for data in ([DATA[0], DATA[2]], [DATA[2], DATA[0]]):
+        trainer = make(tmp_path, data=data, **options)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train()
+        moved.append({name: p.detach() - before[name] for name, p in trainer.model.named_parameters()})
+    for name, step in moved[0].items():
+        torch.testing.assert_close(moved[1][name], step, rtol=1e-3, atol=1e-6, msg=name)
+    assert moved[0]["dualspeed.isolator.prompt"].any()
+
+
+def test_a_frozen_language_model_takes_a_batch_of_text_alone(tmp_path):
+    model, _ = FAMILIES["llava"].build()
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    trainer = make(tmp_path, model=model, data=[DATA[2]], max_steps=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_accumulation_equals_one_batch(tmp_path, family, ratio):
