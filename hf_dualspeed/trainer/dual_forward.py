@@ -421,18 +421,26 @@ class DualForward(nn.Module):
         """Trainable parameters that this batch does not reach."""
         if state.mode == FAST:  # a batch may have no images
             yield from self._of_fast_view()
-        # Vision parameters, if the batch has no input for some tower.
+        # Vision parameters, if the batch has no input for some tower. FSDP's shards are not gathered here.
         if any(not modalities & state.modalities for modalities in self._sharing):
-            outer = self.interface.outer
-            language = {id(p) for part in language_parts(outer) for p in part.parameters()}
-            visual = (p for p in outer.parameters() if p.requires_grad and id(p) not in language)
-            yield from (p for p in visual if not isinstance(p, DTensor))  # FSDP's shards are not gathered here
+            yield from (p for p in visual_parameters(self.interface.outer) if not isinstance(p, DTensor))
+
+    def drop_gradients(self) -> None:
+        """Sets `.grad` of all that only images and other media reach to None."""
+        for parameter in (*visual_parameters(self.interface.outer), *self.parameters()):
+            parameter.grad = None
 
     def _of_fast_view(self) -> Iterator[torch.Tensor]:
         """The trainable parameters of isolator and pruner."""
         if self.isolator is not None:
             yield self.isolator()  # a call, because it gathers shards
         yield from (p for p in self.pruner.parameters() if p.requires_grad)
+
+
+def visual_parameters(outer: nn.Module) -> Iterator[nn.Parameter]:
+    """The trainable parameters outside of the language model: those of towers and projectors."""
+    language = {id(p) for part in language_parts(outer) for p in part.parameters()}
+    return (p for p in outer.parameters() if p.requires_grad and id(p) not in language)
 
 
 class Unused(torch.autograd.Function):

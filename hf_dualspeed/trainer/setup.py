@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ..utils.constants import PRUNER_WEIGHTS_NAME
 from ..utils.validation import check_keys
 from .dual_forward import DualForward
 from .training_args import Default, DualSpeedArguments
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, interface: ModelInterface) -> Pruner:
@@ -62,6 +65,20 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualF
         raise ValueError(
             f"`optimizers` was made before the fast view's parameters and lacks {', '.join(missing)}. Pass "
             "optimizer_cls_and_kwargs instead, or set isolator_length=0 and choose a pruner that is not learned."
+        )
+
+
+def check_ddp(args: DualSpeedArguments) -> None:
+    """Warns of options of DDP that are not followed, and raises a `ValueError` for those that cannot work."""
+    passes = "passes of DualSpeed differ in the parameters that they use, between modes, batches and ranks"
+    if args.ddp_find_unused_parameters is False:
+        logger.warning("ddp_find_unused_parameters=False is taken as True, because %s.", passes)
+    if args.ddp_static_graph:
+        raise ValueError(f"`ddp_static_graph` is True, but {passes}. Leave it out.")
+    if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            f"`activation_checkpointing_kwargs` has use_reentrant=True, but {passes}, and DDP cannot see what is used "
+            "inside reentrant checkpoints. Leave it out, or set it to False."
         )
 
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch import nn
 from transformers import Trainer
 
@@ -33,7 +34,14 @@ from .plain_evaluation import PlainEvaluationMixin
 from .run_record import RunRecordMixin
 from .schedule import CHANGING, FAST, ModeSchedule
 from .selective_checkpointing import SelectiveCheckpointing
-from .setup import check_optimizer, holds_weights_of, language_model_is_frozen, resolve_pruner, wrap_existing_layers
+from .setup import (
+    check_ddp,
+    check_optimizer,
+    holds_weights_of,
+    language_model_is_frozen,
+    resolve_pruner,
+    wrap_existing_layers,
+)
 from .training_args import Default, DualSpeedArguments, DualSpeedTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -94,6 +102,8 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
                 "Start one process per device: accelerate launch train.py."
             )
         check_optimizer(self.optimizer, self.dual_forward)
+        if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_ddp(self.args)
         if self.args.slow_mode_splits != 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"`slow_mode_splits` is {self.args.slow_mode_splits!r}, but sharded training runs each batch in one "
@@ -123,7 +133,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         self.adaptive_schedule = adaptive_schedule_of(self)
         self._begin_length_grouping()
         self._micro = (-1, 0)  # the current optimizer step and micro-batch
-        self._visual_tokens = 0  # of the current optimizer step, before pruning
+        self._modalities: set[str] = set()  # in the current optimizer step
         self.feature_cache = feature_cache_of(self)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
@@ -195,6 +205,15 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         head = fused_head(self.dual_forward.interface, self.args.fused_head_loss, self.args.device, otherwise)
         self.dual_forward.run_as_trained(self.accelerator.autocast, head, sharded)
 
+    def _build_accelerator_args(self, **kwargs) -> dict:
+        """The Trainer's, but DDP always looks for parameters that a pass does not use, also with activation
+        checkpointing: ranks differ in what their batches reach. What no rank has used keeps no gradient."""
+        built = super()._build_accelerator_args(**kwargs)
+        for handler in built["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.find_unused_parameters = True
+        return built
+
     @property
     def clock(self) -> ModeClock:
         """Steps and seconds by mode. Looked up, because the Trainer may replace it by a restored one."""
@@ -240,7 +259,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         step = self.state.global_step
         mode, progress = self.mode_at(step), step / max(1, self.state.max_steps - 1)
         self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
-        self._visual_tokens = self._visual_tokens if self._micro[1] else 0
+        self._modalities = self._modalities if self._micro[1] else set()
 
         # Feature cache: stored outputs of a frozen vision tower replace its forward.
         inputs, served = (inputs, None) if self.feature_cache is None else self.feature_cache.taken(inputs)
@@ -252,13 +271,14 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         # Encode, prune, forward, loss and backward.
         loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served)
         self.clock.count(mode, done.tokens, *done.visual_tokens)
-        self._visual_tokens += done.visual_tokens[0]
+        self._modalities |= done.modalities
 
         # Parameters of the other mode do not move: the optimizer skips those without a gradient.
         if self.accelerator.sync_gradients:
             self.mode_parameters.drop_gradients(mode)
-            if mode == FAST and self.dual_forward.sharded and not self._is_on_some_rank(self._visual_tokens):
-                self.dual_forward.zero_grad()  # zeros, from all ranks alike
+            # Neither do those that no rank has used. Shards got zeros for them; DDP finds them by itself.
+            if self.dual_forward.sharded and not self._is_on_some_rank(len(self._modalities)):
+                self.dual_forward.drop_gradients()
         return loss
 
     def _is_on_some_rank(self, count: int) -> bool:

@@ -48,6 +48,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--family", default="llava")
     parser.add_argument("--images", action="store_true", help="leave samples without images out")
+    parser.add_argument("--texts", action="store_true", help="leave samples with images out")
+    parser.add_argument("--tower", action="store_true", help="train the vision tower")
+    parser.add_argument("--all-used", action="store_true", help="tell DDP that every pass uses all parameters")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--by-length", action="store_true", help="group samples by lengths that the data set has")
     parser.add_argument("--resume", action="store_true")
@@ -68,9 +71,10 @@ def main() -> None:
     model, _ = FAMILIES[options.family].build()
     # Frozen, as in fine-tuning: torch can't resume the optimizer of a sharded model whose parameters it has not
     # all stepped, and LLaVA never uses its tower's last layer.
-    model.get_encoder(modality="image").requires_grad_(False)
+    model.get_encoder(modality="image").requires_grad_(options.tower)
     # Sharded layers are gathered by all ranks at once, so each rank's batch must reach the vision tower.
     data = [DATA[0], *(e for e in DATA[1:] if SAMPLES[e["index"]][1]), DATA[0]] if options.images else DATA
+    data = [e for e in DATA if not SAMPLES[e["index"]][1]] * len(DATA) if options.texts else data
     if options.by_length:
         pictures = [[16] * len(SAMPLES[example["index"]][1]) for example in data]
         texts = [len(SAMPLES[example["index"]][0]) for example in data]
@@ -87,6 +91,7 @@ def main() -> None:
         fused_head_loss="on" if options.fused else "auto",
         gradient_accumulation_steps=2,
         activation_checkpointing=options.checkpointing,
+        ddp_find_unused_parameters=False if options.all_used else None,
         max_steps=options.max_steps,
         speedup_rounds=options.speedup_rounds,
         slow_mode_ratio=0.5,

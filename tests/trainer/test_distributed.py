@@ -25,6 +25,9 @@ def test_an_adaptive_schedule_is_the_same_on_all_ranks(tmp_path):
     [
         # Checkpointing turns DDP's search for unused parameters off.
         ("--family", "llava", "--checkpointing", "--evaluate"),
+        # A tower whose last layer no pass uses, and that one rank alone may use.
+        ("--family", "llava", "--tower", "--checkpointing", "--all-used"),
+        pytest.param(("--family", "llava", "--tower"), marks=pytest.mark.slow),
         pytest.param(("--family", "llava"), marks=pytest.mark.slow),
         pytest.param(("--family", "qwen2_5_vl"), marks=pytest.mark.slow),
         pytest.param(("--family", "llava_next"), marks=pytest.mark.slow),
@@ -36,6 +39,21 @@ def test_ddp_equals_one_process(tmp_path, options):
     one, two = tmp_path / "one", tmp_path / "two"
     (alone,) = run(one, "--batch", "2", *options)
     assert_same_training(one, two, alone, run(two, "--batch", "1", *options, config=DDP))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_steps_of_text_alone_do_not_move_what_sees(tmp_path, config):
+    # Weight decay would, with a gradient of zeros.
+    options = ("--texts", "--tower", "--batch", "1", "--checkpointing", "--max-steps")
+    weights = []
+    for steps in ("1", "4"):
+        ranks = run(tmp_path / steps, *options, steps, config=config)
+        weights.append(load_file(tmp_path / steps / "rank0.safetensors"))
+    assert {"fast", "slow"} == set(ranks[0]["modes"][1:])
+    moved = {name for name, weight in weights[1].items() if not torch.equal(weight, weights[0][name])}
+    assert moved == {name for name in weights[1] if "language_model" in name or "lm_head" in name}
 
 
 @pytest.mark.distributed

@@ -27,6 +27,7 @@ from hf_dualspeed import (
     ModeSchedule,
 )
 from hf_dualspeed.data.collators import MaskVisualLabels
+from hf_dualspeed.trainer.setup import check_ddp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,6 +87,29 @@ def test_what_one_micro_batch_reaches_moves(tmp_path):
     for name, step in moved[0].items():
         torch.testing.assert_close(moved[1][name], step, rtol=1e-3, atol=1e-6, msg=name)
     assert moved[0]["dualspeed.isolator.prompt"].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ddp_static_graph": True}, r"`ddp_static_graph` is True, but passes of DualSpeed differ"),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            "`activation_checkpointing_kwargs` has use_reentrant=True",
+        ),
+    ],
+)
+def test_options_that_ddp_cannot_follow_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_ddp(DualSpeedTrainingArguments(str(tmp_path), use_cpu=True, **options))
+
+
+def test_ddp_always_looks_for_parameters_that_a_pass_leaves_out(tmp_path, caplog):
+    trainer = make(tmp_path, activation_checkpointing=True, ddp_find_unused_parameters=False)
+    assert trainer.accelerator.ddp_handler.find_unused_parameters
+    with caplog.at_level(logging.WARNING):
+        check_ddp(trainer.args)
+    assert "ddp_find_unused_parameters=False is taken as True" in caplog.text
 
 
 def test_a_frozen_language_model_takes_a_batch_of_text_alone(tmp_path):
