@@ -177,6 +177,21 @@ class ModelInterface:
         """Whether the model can compute logits at chosen positions only."""
         return "logits_to_keep" in self.forward.names and self.family.slices_logits
 
+    @property
+    def takes_router_logits(self) -> bool:
+        """Whether the model computes a loss that balances its experts (`aux_loss`) where router logits are asked for."""
+        return "output_router_logits" in self.forward.names
+
+    @property
+    def asks_for_router_logits(self) -> bool:
+        """Whether the model adds a loss that balances its experts to its own, as its config says."""
+        return self.takes_router_logits and bool(getattr(self.text_config, "output_router_logits", False))
+
+    @property
+    def router_weight(self) -> float:
+        """The weight of `aux_loss` in the model's own loss."""
+        return getattr(self.text_config, "router_aux_loss_coef", 0.0)
+
     @cached_property
     def encoders(self) -> dict[str, Encoder]:
         """The encoder of each modality, also of those that the model does not read."""

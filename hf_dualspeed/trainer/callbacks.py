@@ -118,11 +118,12 @@ class ModeLosses(TrainerCallback):
         `reduction` over ranks is "sum" if each rank's loss is its share of the step's, else "mean".
         """
         steps = {
-            "fast_loss": FAST,
-            "pruner_loss": FAST,
-            "slow_loss": SLOW,
-            "pruned_loss": SLOW,
-            "distillation_loss": SLOW,
+            "fast_loss": window[FAST],
+            "pruner_loss": window[FAST],
+            "slow_loss": window[SLOW],
+            "pruned_loss": window[SLOW],
+            "distillation_loss": window[SLOW],
+            "router_loss": window[FAST] + window[SLOW],
         }
         names = sorted(self.sums)
         logs = {
@@ -134,6 +135,6 @@ class ModeLosses(TrainerCallback):
             # One reduction over ranks and one wait for the device for all losses.
             sums = torch.stack([self.sums[name] for name in names])
             means = accelerator.reduce(sums, reduction=reduction).tolist()
-            logs |= {name: mean / max(1, window[steps[name]]) for name, mean in zip(names, means, strict=True)}
+            logs |= {name: mean / max(1, steps[name]) for name, mean in zip(names, means, strict=True)}
         self.sums = {}
         return logs

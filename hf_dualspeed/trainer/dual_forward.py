@@ -50,6 +50,8 @@ class DualSpeedOutput(ModelOutput):
         teacher_logits (`torch.Tensor` of shape `(M, V)`, *optional*): those of the pruned view, in slow mode with
             distillation; in training mode, with dropout, as in the paper.
         auxiliary_loss (`torch.Tensor` of no dimensions, *optional*): what a learned pruner adds in fast mode.
+        router_loss (`torch.Tensor` of no dimensions, *optional*): the model's own loss that balances its experts, with
+            its own weight (`router_aux_loss_coef`), if its config asks for router logits; a share of each part.
         hidden (`bool`): whether `logits` are hidden states, which the fused head has still to multiply.
         part (`int`): number of this part of the batch, from 0.
     """
@@ -59,6 +61,7 @@ class DualSpeedOutput(ModelOutput):
     targets: torch.Tensor | None = None
     teacher_logits: torch.Tensor | None = None
     auxiliary_loss: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
     hidden: bool | None = None
     part: int | None = None
 
@@ -335,6 +338,8 @@ class DualForward(nn.Module):
         # The teacher runs on detached tokens and gives logits at the same M positions as the student.
         inputs = self._shortened(inputs, [e.detached() for e in encodings], state)
         inputs, supervised, _ = self._supervised(inputs)
+        if self.interface.takes_router_logits:
+            inputs["output_router_logits"] = False
         logits = model.forward(**inputs).logits
         self._close_layers(state)
         if state.key_sizes is not None:
@@ -380,6 +385,10 @@ class DualForward(nn.Module):
         if state.mode == EVALUATION:
             return DualSpeedOutput(logits=logits, targets=targets, hidden=hidden)
         zero = logits.new_zeros(())
+        # What balances the experts is a mean over the tokens of a call: the parts' mean is the batch's.
+        balance = output.get("aux_loss") if self.interface.takes_router_logits else None
+        if balance is not None:
+            balance = self.interface.router_weight * balance.to(logits.device) / state.parts
         # A zero that connects trainable parameters outside of the logits' graph to the loss.
         if state.batch is not None:  # the last part connects to the encoder, even without an image of its own
             zero = sum((end.flatten()[:0].sum() for end in state.batch.ends), zero)
@@ -390,7 +399,7 @@ class DualForward(nn.Module):
             zero = Unused.apply(zero, *unused)
         # Sums of no elements: the sum of a parameter could overflow in half precision, and inf * 0 is NaN.
         zero = sum((p.flatten()[:0].sum() for p in touched), zero)
-        return DualSpeedOutput(zero, logits, targets, teacher, auxiliary, hidden, max(state.part, 0))
+        return DualSpeedOutput(zero, logits, targets, teacher, auxiliary, balance, hidden, max(state.part, 0))
 
     def cross_entropy(
         self, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0, hidden: bool = False

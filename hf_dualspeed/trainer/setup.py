@@ -68,6 +68,17 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualF
         )
 
 
+def check_router_loss(interface: ModelInterface, pruner: Pruner) -> None:
+    """Raises a `ValueError` for a loss over the experts of all layers if layers differ in their tokens."""
+    if pruner.in_language_model and interface.asks_for_router_logits:
+        raise ValueError(
+            f"The pruner {pruner.config.pruner_type!r} drops tokens between layers, but the model's config has "
+            "output_router_logits=True, whose loss needs the same tokens in each layer. Set it to False "
+            "(router_aux_loss_coef=0.0 with DualSpeedSFTTrainer), or choose a pruner that works ahead of the language "
+            "model."
+        )
+
+
 def check_ddp(args: DualSpeedArguments) -> None:
     """Warns of options of DDP that are not followed, and raises a `ValueError` for those that cannot work."""
     passes = "passes of DualSpeed differ in the parameters that they use, between modes, batches and ranks"

@@ -80,10 +80,11 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
         check_sft_options(args)
         check_adapter(peft_config or getattr(model, "active_peft_config", None))
         super().__init__(model, args, pruner=pruner, peft_config=peft_config, **kwargs)
-        if self.aux_loss_enabled:
+        interface = self.dual_forward.interface
+        if self.aux_loss_enabled and not interface.takes_router_logits:
             raise ValueError(
-                f"`router_aux_loss_coef` is {self.router_aux_loss_coef} (yours, or the model's own), but DualSpeed "
-                "does not compute the load-balancing loss of a mixture of experts. Set router_aux_loss_coef=0.0."
+                f"`router_aux_loss_coef` is {self.router_aux_loss_coef} (yours, or the model's own), but "
+                f"{interface.name} computes no load-balancing loss of its experts. Set router_aux_loss_coef=0.0."
             )
         # Correct, supervised and all tokens that this rank trained on, summed over ranks for logs.
         self._token_counts = torch.zeros(3, dtype=torch.long, device=self.args.device)

@@ -37,6 +37,7 @@ from .selective_checkpointing import SelectiveCheckpointing
 from .setup import (
     check_ddp,
     check_optimizer,
+    check_router_loss,
     holds_weights_of,
     language_model_is_frozen,
     resolve_pruner,
@@ -109,6 +110,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
                 f"`slow_mode_splits` is {self.args.slow_mode_splits!r}, but sharded training runs each batch in one "
                 "piece. Set slow_mode_splits=1, or use DDP."
             )
+        check_router_loss(self.dual_forward.interface, self._pruner)
         if self.is_fsdp_enabled:
             wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.dual_forward.interface)
 
@@ -381,13 +383,14 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
             # Items are counted over all ranks and DDP averages over them, which divides by the ranks twice: undo one.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
 
-        # Fast steps: the auxiliary loss of a learned pruner, a mean over the images of this micro-batch.
-        auxiliary = outputs.auxiliary_loss
-        if auxiliary is not None:
-            micro_batches = self.current_gradient_accumulation_steps
-            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            self.mode_losses.add("pruner_loss", auxiliary / (micro_batches * ranks))
-            loss = loss + auxiliary / (micro_batches if self.loss_is_scaled_for_ga else 1)
+        # The auxiliary loss of a learned pruner (fast steps) and that of a mixture of experts, means over this
+        # micro-batch.
+        micro_batches = self.current_gradient_accumulation_steps
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        for name, auxiliary in (("pruner_loss", outputs.auxiliary_loss), ("router_loss", outputs.router_loss)):
+            if auxiliary is not None:
+                self.mode_losses.add(name, auxiliary / (micro_batches * ranks))
+                loss = loss + auxiliary / (micro_batches if self.loss_is_scaled_for_ga else 1)
         return (loss, outputs) if return_outputs else loss
 
     # --- what is shown --------------------------------------------------------------------------------------------

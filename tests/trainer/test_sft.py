@@ -331,7 +331,7 @@ def test_what_cannot_work_is_refused(tmp_path, options, message):
         make(tmp_path, messages(), **options)
 
 
-def test_a_mixture_of_experts_must_give_up_its_auxiliary_loss(tmp_path):
+def test_a_loss_of_experts_that_the_model_does_not_compute_is_refused(tmp_path):
     model, _ = FAMILIES["llava"].build()
     model.config.get_text_config().output_router_logits = False
     model.config.get_text_config().router_aux_loss_coef = 0.01
