@@ -179,7 +179,7 @@ class ModelInterface:
 
     @property
     def takes_router_logits(self) -> bool:
-        """Whether the model computes a loss that balances its experts (`aux_loss`) where router logits are asked for."""
+        """Whether the model computes a loss that balances its experts (`aux_loss`) if asked for router logits."""
         return "output_router_logits" in self.forward.names
 
     @property

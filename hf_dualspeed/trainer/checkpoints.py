@@ -37,10 +37,11 @@ class CheckpointMixin:
             prefix = "pruner."
             learned = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
             self._pruner.save_pretrained(folder, learned)
-            if self.args.isolator_length:
-                save_isolator(parts["isolator.prompt"], folder)
+            prompt = parts.get("isolator.prompt")
+            if prompt is not None:
+                save_isolator(prompt, folder)
             # Delete files of an earlier run with other settings.
-            for name, belongs in ((PRUNER_WEIGHTS_NAME, learned), (ISOLATOR_WEIGHTS_NAME, self.args.isolator_length)):
+            for name, belongs in ((PRUNER_WEIGHTS_NAME, learned), (ISOLATOR_WEIGHTS_NAME, prompt is not None)):
                 if not belongs:
                     (Path(folder) / name).unlink(missing_ok=True)
             if self.state.global_step and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
@@ -87,7 +88,7 @@ class CheckpointMixin:
         # Sharded checkpoints hold isolator and pruner among the model's own weights.
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
-        if self.args.isolator_length:
+        if self.dual_forward.isolator is not None:
             self.dual_forward.isolator.load_pretrained(folder)
         self._pruner.load_weights(folder)
 

@@ -36,11 +36,14 @@ class RunRecordMixin:
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._begin_record()
-        self.speedup_meter = SpeedupMeter(self.args.speedup_rounds)
         reset_peak_memory(self.args.device)
         if resume_from_checkpoint:
             self._earlier = read_results(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _hp_search_setup(self, trial):
+        super()._hp_search_setup(trial)
+        self.speedup_meter = SpeedupMeter(self.args.speedup_rounds)
 
     def _begin_record(self) -> None:
         self._earlier: dict = {}

@@ -96,32 +96,12 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
             self._attach_given(model, args)
         super().__init__(model=model, args=args, **kwargs)
 
-        # Checks that need the accelerator.
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} devices in one process mean nn.DataParallel, which DualSpeed does not support. "
                 "Start one process per device: accelerate launch train.py."
             )
-        check_optimizer(self.optimizer, self.dual_forward)
-        if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            check_ddp(self.args)
-        if self.args.slow_mode_splits != 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"`slow_mode_splits` is {self.args.slow_mode_splits!r}, but sharded training runs each batch in one "
-                "piece. Set slow_mode_splits=1, or use DDP."
-            )
-        check_router_loss(self.dual_forward.interface, self._pruner)
-        if self.is_fsdp_enabled:
-            wrap_existing_layers(self.accelerator.state.fsdp_plugin, self.dual_forward.interface)
-
-        # Passes run in the precision of training. Labels of visual tokens are masked in the collator.
-        self._run_as_trained(self.model)
-        asks = "text" in self._pruner.needs or self._pruner.in_language_model
-        name = self._pruner.config.pruner_type
         self.given_collator = self.data_collator  # tells how long samples are
-        self.data_collator = MaskVisualLabels(
-            self.given_collator, self.dual_forward.interface.visual_token_ids, asks=name if asks else None
-        )
         # The loss is always a sum divided by the items of the whole step, for any model.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -129,14 +109,14 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         # Clock, losses by mode, activation checkpointing, schedule and data order follow the training as callbacks.
         self.add_callback(ModeClock())
         self.mode_losses = ModeLosses()
-        self.selective_checkpointing = SelectiveCheckpointing(args.fast_mode_checkpointing)
+        self.selective_checkpointing = SelectiveCheckpointing()
         for callback in (self.mode_losses, self.selective_checkpointing):
             self.add_callback(callback)
-        self.adaptive_schedule = adaptive_schedule_of(self)
+        self.adaptive_schedule = self.feature_cache = None
         self._begin_length_grouping()
         self._micro = (-1, 0)  # the current optimizer step and micro-batch
         self._modalities: set[str] = set()  # in the current optimizer step
-        self.feature_cache = feature_cache_of(self)
+        self._follow_arguments()
 
     # --- set-up ---------------------------------------------------------------------------------------------------
 
@@ -188,11 +168,61 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         if isinstance(self.slow_mode_ratio, Default) and language_model_is_frozen(interface):
             self.slow_mode_ratio = 0.0
 
+    def _follow_arguments(self) -> None:
+        """Checks what needs the accelerator, and makes what follows from arguments, model and pruner.
+
+        Called again wherever these change: for each model of `model_init`, and so for each trial of a search.
+        """
+        args = self.args
+        check_optimizer(self.optimizer, self.dual_forward)
+        if args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_ddp(args)
+        if args.slow_mode_splits != 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"`slow_mode_splits` is {args.slow_mode_splits!r}, but sharded training runs each batch in one piece. "
+                "Set slow_mode_splits=1, or use DDP."
+            )
+        interface = self.dual_forward.interface
+        check_router_loss(interface, self._pruner)
+        if self.is_fsdp_enabled:
+            wrap_existing_layers(self.accelerator.state.fsdp_plugin, interface)
+
+        # Passes run in the precision of training. Labels of visual tokens are masked in the collator.
+        self._run_as_trained(self.model)
+        asks = "text" in self._pruner.needs or self._pruner.in_language_model
+        visual, name = interface.visual_token_ids, self._pruner.config.pruner_type
+        self.data_collator = MaskVisualLabels(self.given_collator, visual, asks=name if asks else None)
+
+        self.selective_checkpointing.always = args.fast_mode_checkpointing
+        for callback in (self.adaptive_schedule, self.feature_cache):
+            if callback is not None:
+                self.remove_callback(callback)
+        self.adaptive_schedule = adaptive_schedule_of(self)
+        self.feature_cache = feature_cache_of(self)
+
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
-        self._attach(model, self.args)
-        self._run_as_trained(model)
+        if not getattr(self, "is_in_train", False):  # otherwise the trial's arguments are still to come
+            self._attach(model, self.args)
         return model
+
+    def _hp_search_setup(self, trial):
+        """Takes the arguments of a trial, if there is one, and attaches to the new model if there is one."""
+        searches = self.hp_search_backend is not None and trial is not None
+        before = dict(vars(self.args))
+        if searches:  # the Trainer casts to the type of the old value, and "auto" is no number
+            self.args.slow_mode_splits = str(self.args.slow_mode_splits)
+        super()._hp_search_setup(trial)
+        if searches:
+            for name, value in vars(self.args).items():
+                if isinstance(value, Default) and value is not before.get(name):
+                    setattr(self.args, name, float(value))  # the trial's choice is no default
+            self.args.check_options()
+        if self.model_init is not None:
+            self._attach(self.model, self.args)
+            if self.place_model_on_device:
+                self._move_model_to_device(self.model, self.args.device)
+            self._follow_arguments()
 
     def _run_as_trained(self, model: nn.Module) -> None:
         """Sets the precision and the head of training, which are known once the accelerator exists."""

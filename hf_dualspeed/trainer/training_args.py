@@ -190,7 +190,12 @@ class DualSpeedArguments:
         default=False, metadata={"help": "Drop data set columns that the model's forward does not name."}
     )
 
-    def __post_init__(self):
+    def check_options(self) -> None:
+        """Brings the options of DualSpeed into their form, as `__init__` does; may be called again after a change.
+
+        Raises:
+            ValueError: one is outside its range; the message names it, its value and the remedy.
+        """
         self.pruner_kwargs = as_dict("pruner_kwargs", self.pruner_kwargs)
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
         check_range("slow_mode_ratio", self.slow_mode_ratio, 0, 1, off="Use 0.0 for fast steps only.")
@@ -219,6 +224,9 @@ class DualSpeedArguments:
         spoken = {"true": "on", "false": "off"}
         self.fused_head_loss = spoken.get(str(self.fused_head_loss).lower(), self.fused_head_loss)
         check_choice("fused_head_loss", self.fused_head_loss, FUSED_HEAD_LOSSES)
+
+    def __post_init__(self):
+        self.check_options()
         if self.accelerator_config is None:
             # With dispatch_batches, accelerate collates streamed data on one rank and cuts every tensor to B rows, but
             # a batch of B samples may hold another number of images.
