@@ -263,6 +263,12 @@ class MaskVisualLabels:
         self.visual_token_ids = list(visual_token_ids)
         self.asks = asks
 
+    def __getattr__(self, name: str) -> Any:
+        """The collator's own attributes: the Trainer saves its `tokenizer`, for one."""
+        if name == "collator":  # not yet there while a copy is made
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
     def __call__(self, examples: list) -> dict[str, Any]:
         batch = dict(self.collator(examples))
         require(batch, "input_ids")

@@ -197,26 +197,23 @@ class FeatureCache(TrainerCallback):
             logger.warning(message, *values)
 
 
-def feature_cache_of(trainer) -> FeatureCache | None:
-    """Creates the cache that a trainer's arguments ask for, and adds it to the callbacks.
+def feature_cache_of(
+    folder: str | None, bound_gib: float, model: nn.Module, pruner: Pruner, precision: str, separable: bool
+) -> FeatureCache | None:
+    """The cache in `folder` for the tower of `model`, which runs in `precision`; None without a folder.
 
     Raises:
-        ValueError: it cannot be used; the message says why.
+        ValueError: it cannot be used, or the tower is not `separable` from the model; the message says why.
     """
-    args = trainer.args
-    if args.vision_feature_cache is None:
+    if folder is None:
         return None
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.get_tp_size() > 1 or args.torch_compile:
+    if not separable:
         raise ValueError(
             "`vision_feature_cache` is set, but a sharded tower has to run in all processes at once, and a compiled "
             f"one cannot be left out. {REMEDY}"
         )
-    precision = trainer.accelerator.mixed_precision
-    cache = FeatureCache(
-        args.vision_feature_cache, args.vision_feature_cache_gib, trainer.dual_forward.pruner, precision
-    )
-    cache.check(trainer.model)
-    trainer.add_callback(cache)
+    cache = FeatureCache(folder, bound_gib, pruner, precision)
+    cache.check(model)
     return cache
 
 

@@ -20,6 +20,7 @@ from ..pruners import Pruner
 from ..utils.devices import on_host
 from .callbacks import ModeLosses
 from .schedule import FAST, SLOW, ModeSchedule
+from .training_args import DualSpeedArguments
 
 # The gap is `full / pruned - 1`. Each slow step multiplies the ratio by exp(GAIN * (gap + its trend)), limited to
 # [exp(-MOST), exp(MOST)]. A gap of 10 % multiplies it by 1.5, and so does a gap that grows by 10 %.
@@ -153,36 +154,39 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": values}
 
 
-def adaptive_schedule_of(trainer) -> AdaptiveSchedule | None:
-    """Creates the schedule that a trainer's arguments ask for and adds it to the callbacks; None for other kinds.
+def adaptive_schedule_of(
+    args: DualSpeedArguments,
+    start: float,
+    pruner: Pruner,
+    losses: ModeLosses,
+    reduced: Callable[[torch.Tensor], torch.Tensor],
+) -> AdaptiveSchedule | None:
+    """The schedule that arguments ask for; None for other kinds.
+
+    Args:
+        args (`DualSpeedArguments`): of the training.
+        start (`float`): the initial slow ratio; 0, as in projector-only training, leaves nothing to adapt.
+        pruner (`Pruner`): whose pruning ratio changes as well, if `min_pruning_ratio` is set.
+        losses, reduced: as in [`AdaptiveSchedule`].
 
     Raises:
         ValueError: the arguments do not fit it; the message says why.
     """
-    args = trainer.args
-    if args.mode_schedule != "adaptive" or not trainer.slow_mode_ratio:  # projector-only training has no slow steps
+    if args.mode_schedule != "adaptive" or not start:
         return None
     if args.train_sampling_strategy == "group_by_length":
         raise ValueError(
             "`mode_schedule` is 'adaptive', but train_sampling_strategy='group_by_length' needs to know the modes of a "
             "whole epoch beforehand. Use mode_schedule='random', or another sampling strategy."
         )
-    pruner = None
     if args.min_pruning_ratio is not None:
-        pruner, most = trainer.dual_forward.pruner, trainer.dual_forward.pruner.config.pruning_ratio
+        most = pruner.config.pruning_ratio
         if pruner.config.pruning_schedule != "constant" or args.min_pruning_ratio > most:
             raise ValueError(
                 f"`min_pruning_ratio` is {args.min_pruning_ratio}, but the pruner has pruning_ratio={most} with the "
                 f"pruning_schedule {pruner.config.pruning_schedule!r}. Use a constant ratio that is no smaller, or "
                 "min_pruning_ratio=None to leave it alone."
             )
-
-    def reduced(shares: torch.Tensor) -> torch.Tensor:
-        return trainer.accelerator.reduce(shares, reduction=trainer.loss_shares)
-
     bounds = args.min_slow_mode_ratio, args.max_slow_mode_ratio
-    schedule = AdaptiveSchedule(
-        trainer.mode_losses, reduced, trainer.slow_mode_ratio, bounds, pruner, args.min_pruning_ratio
-    )
-    trainer.add_callback(schedule)
-    return schedule
+    changing = None if args.min_pruning_ratio is None else pruner
+    return AdaptiveSchedule(losses, reduced, start, bounds, changing, args.min_pruning_ratio)

@@ -183,6 +183,7 @@ class DualForward(nn.Module):
         """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
     def reserve_adapters(self, model: nn.Module, fast_only: set[str]) -> None:
         """Reserves PEFT adapters for the fast view if all of their trainable parameters are in `fast_only`."""
@@ -221,6 +222,11 @@ class DualForward(nn.Module):
 
         Run backward inside, too, because it may recompute layers.
         """
+        if not self._handles:
+            raise ValueError(
+                "This trainer's pruner and isolator are no longer on its model: another DualSpeedTrainer has been made "
+                "for it since. Go on with that one, or make a new trainer."
+            )
         self._pass = PassState(mode, distil and mode == SLOW, generator, parts, progress, served)
         try:
             yield self._pass

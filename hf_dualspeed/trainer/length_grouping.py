@@ -160,7 +160,6 @@ class LengthGroupingMixin:
     def _begin_length_grouping(self) -> None:
         self._epoch_begin = EpochBegin()
         self._lengths: tuple[object, SampleLengths] | None = None
-        self.add_callback(self._epoch_begin)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         dataset = self.train_dataset  # it has all columns; `train_dataset` may have lost some

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..models.components import language_parts
 from ..models.interface import ModelInterface
@@ -50,6 +51,40 @@ def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
     return PrunerConfig.from_pretrained(folder).pruner_type == pruner.config.pruner_type
 
 
+def check_wrapper(model: nn.Module) -> None:
+    """Raises a `ValueError` for a model in a wrapper that passes in two modes cannot go through."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "`model` is an nn.DataParallel, which DualSpeed does not support. Pass the model inside it "
+            "(model.module), and start one process per device: accelerate launch train.py."
+        )
+    if type(model).__name__ == "PeftMixedModel":
+        raise ValueError(
+            "`model` is a PeftMixedModel, whose adapters PEFT itself cannot save. Use get_peft_model(..., "
+            "mixed=False), with adapters of one kind."
+        )
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "`model` has been compiled as a whole, so that its passes can no longer be pruned. Pass the model from "
+            "before torch.compile; to compile its layers, use layer.compile() on each of them."
+        )
+
+
+def check_loss(interface: ModelInterface) -> None:
+    """Raises a `ValueError` for a model without a head."""
+    if "labels" not in interface.forward.names:
+        raise ValueError(
+            f"{interface.name} computes no loss: its forward takes no `labels`, because it has no head. Load the whole "
+            "model, for example with AutoModelForImageTextToText.from_pretrained(...)."
+        )
+
+
+def slow_ratio(args: DualSpeedArguments, interface: ModelInterface) -> float:
+    """The slow ratio. All steps are fast in projector-only training, unless the user set the ratio."""
+    frozen = isinstance(args.slow_mode_ratio, Default) and language_model_is_frozen(interface)
+    return 0.0 if frozen else args.slow_mode_ratio
+
+
 def language_model_is_frozen(interface: ModelInterface) -> bool:
     """Whether no parameter of the language model (adapters included) or its head is trainable."""
     return not any(p.requires_grad for part in language_parts(interface.outer) for p in part.parameters())
@@ -63,8 +98,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualF
     missing = [name for name, p in dual_forward.named_parameters() if p.requires_grad and id(p) not in known]
     if missing:
         raise ValueError(
-            f"`optimizers` was made before the fast view's parameters and lacks {', '.join(missing)}. Pass "
-            "optimizer_cls_and_kwargs instead, or set isolator_length=0 and choose a pruner that is not learned."
+            f"The optimizer lacks {', '.join(missing)}, parameters of the fast view: `optimizers` was made before "
+            "them, or `create_optimizer` leaves them out. Pass optimizer_cls_and_kwargs instead, take all of "
+            "trainer.model.parameters(), or set isolator_length=0 and choose a pruner that is not learned."
         )
 
 

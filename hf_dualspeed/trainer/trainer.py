@@ -21,7 +21,7 @@ from ..models.interface import ModelInterface
 from ..pruners import Pruner, available_pruners
 from ..pruning.isolator import ModeIsolator
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
-from .adaptive_schedule import adaptive_schedule_of
+from .adaptive_schedule import AdaptiveSchedule, adaptive_schedule_of
 from .batch_splitting import can_be_split
 from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
@@ -36,11 +36,13 @@ from .schedule import CHANGING, FAST, ModeSchedule
 from .selective_checkpointing import SelectiveCheckpointing
 from .setup import (
     check_ddp,
+    check_loss,
     check_optimizer,
     check_router_loss,
+    check_wrapper,
     holds_weights_of,
-    language_model_is_frozen,
     resolve_pruner,
+    slow_ratio,
     wrap_existing_layers,
 )
 from .training_args import Default, DualSpeedArguments, DualSpeedTrainingArguments
@@ -107,11 +109,8 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         self._loss_shifts_labels = True
 
         # Clock, losses by mode, activation checkpointing, schedule and data order follow the training as callbacks.
-        self.add_callback(ModeClock())
-        self.mode_losses = ModeLosses()
+        self.clock, self.mode_losses = ModeClock(), ModeLosses()
         self.selective_checkpointing = SelectiveCheckpointing()
-        for callback in (self.mode_losses, self.selective_checkpointing):
-            self.add_callback(callback)
         self.adaptive_schedule = self.feature_cache = None
         self._begin_length_grouping()
         self._micro = (-1, 0)  # the current optimizer step and micro-batch
@@ -125,9 +124,11 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         self._attach(model, args)
 
     def _attach(self, model: nn.Module, args: DualSpeedArguments) -> None:
+        check_wrapper(model)
         check_adapter(getattr(model, "active_peft_config", None))
         interface = ModelInterface(model)
         interface.check_protocol()
+        check_loss(interface)
         positions = interface.position_scheme(args.position_ids)
 
         # New weights depend on the seed only, and their creation leaves the global random state unchanged.
@@ -163,10 +164,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         )
         self.dual_forward.reserve_adapters(model, self.mode_parameters.names[FAST])
 
-        # Projector-only training: all steps are fast, unless the user set the ratio.
-        self.slow_mode_ratio = args.slow_mode_ratio
-        if isinstance(self.slow_mode_ratio, Default) and language_model_is_frozen(interface):
-            self.slow_mode_ratio = 0.0
+        self.slow_mode_ratio = slow_ratio(args, interface)
 
     def _follow_arguments(self) -> None:
         """Checks what needs the accelerator, and makes what follows from arguments, model and pruner.
@@ -194,11 +192,28 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         self.data_collator = MaskVisualLabels(self.given_collator, visual, asks=name if asks else None)
 
         self.selective_checkpointing.always = args.fast_mode_checkpointing
-        for callback in (self.adaptive_schedule, self.feature_cache):
-            if callback is not None:
-                self.remove_callback(callback)
-        self.adaptive_schedule = adaptive_schedule_of(self)
-        self.feature_cache = feature_cache_of(self)
+        for callback in filter(None, (self.adaptive_schedule, self.feature_cache)):
+            self.remove_callback(callback)
+        self.adaptive_schedule = adaptive_schedule_of(
+            args, self.slow_mode_ratio, self._pruner, self.mode_losses, self._reduced
+        )
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1
+        self.feature_cache = feature_cache_of(
+            args.vision_feature_cache,
+            args.vision_feature_cache_gib,
+            self.model,
+            self._pruner,
+            self.accelerator.mixed_precision,
+            separable=not sharded and not args.torch_compile,
+        )
+        self._add_own_callbacks()
+
+    def _add_own_callbacks(self) -> None:
+        """Adds what the trainer itself needs, also if the list of callbacks has been emptied since."""
+        own = (self.clock, self.mode_losses, self.selective_checkpointing, self._epoch_begin)
+        for callback in filter(None, (*own, self.adaptive_schedule, self.feature_cache)):
+            if callback not in self.callback_handler.callbacks:
+                self.add_callback(callback)
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
@@ -246,10 +261,28 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
                 handler.find_unused_parameters = True
         return built
 
-    @property
-    def clock(self) -> ModeClock:
-        """Steps and seconds by mode. Looked up, because the Trainer may replace it by a restored one."""
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, ModeClock))
+    def _prepare_for_training(self, *args, **kwargs):
+        """Takes in what was changed since construction, then makes the optimizer and wraps the model."""
+        if getattr(self.model, NAME, None) is not self.dual_forward:
+            raise ValueError(
+                "`trainer.model` is no longer the model that this trainer was made for, or another DualSpeedTrainer "
+                "has been made for it since. Make a new trainer."
+            )
+        self._add_own_callbacks()
+        ratio = slow_ratio(self.args, self.dual_forward.interface)
+        if ratio != self.slow_mode_ratio:  # the language model was frozen, or unfrozen
+            self.slow_mode_ratio, self._schedule = ratio, None
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which put parameters of their own in place
+            check_optimizer(self.optimizer, self.dual_forward)
+        return prepared
+
+    def _load_callback_state(self) -> None:
+        # The trainer's own callbacks restore themselves where training begins, and stay the same objects.
+        saved, own = self.state.stateful_callbacks, (ModeClock.__name__, AdaptiveSchedule.__name__)
+        self.state.stateful_callbacks = {name: value for name, value in saved.items() if name not in own}
+        super()._load_callback_state()
+        self.state.stateful_callbacks = saved
 
     def get_train_dataloader(self):
         if self.feature_cache is None:
@@ -431,6 +464,10 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
             logs.update(self.adaptive_schedule.window() if self.adaptive_schedule is not None else {})
             logs.update(self.feature_cache.window() if self.feature_cache is not None else {})
         super().log(logs, start_time)
+
+    def _reduced(self, shares: torch.Tensor) -> torch.Tensor:
+        """Losses of the step over all ranks."""
+        return self.accelerator.reduce(shares, reduction=self.loss_shares)
 
     @property
     def loss_shares(self) -> str:

@@ -227,14 +227,14 @@ class DualSpeedArguments:
 
     def __post_init__(self):
         self.check_options()
-        if self.accelerator_config is None:
-            # With dispatch_batches, accelerate collates streamed data on one rank and cuts every tensor to B rows, but
-            # a batch of B samples may hold another number of images.
-            self.accelerator_config = {"dispatch_batches": False}
         # Without an accelerator, torch warns about pinned memory in every data loader.
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
         super().__post_init__()
+        # With dispatch_batches, accelerate collates streamed data on one rank and cuts every tensor to B rows, but a
+        # batch of B samples may hold another number of images.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
 
     def _check_adaptive_schedule(self) -> None:
         adaptive = "mode_schedule='adaptive'"

@@ -11,7 +11,7 @@ from training import QUIET, history
 from transformers import Trainer, TrainingArguments
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
-from hf_dualspeed.models.interface import takes_router_logits
+from hf_dualspeed.models.interface import ModelInterface
 
 WEIGHT = 0.5
 
@@ -52,7 +52,7 @@ def test_slow_steps_without_distillation_are_the_plain_trainer(tmp_path, name):
     plain = trainer_of(tmp_path, name, Trainer)
     plain.train()
     ours = trainer_of(tmp_path, name, slow_mode_ratio=1.0, distillation_weight=0.0)
-    assert takes_router_logits(ours.model)
+    assert ModelInterface(ours.model).takes_router_logits
     ours.train()
     logs = torch.tensor(history(ours, "loss", "grad_norm", "slow_loss", "router_loss"))
     torch.testing.assert_close(logs[:, :2], torch.tensor(history(plain, "loss", "grad_norm")), rtol=1e-4, atol=1e-5)

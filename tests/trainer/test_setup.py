@@ -1,0 +1,137 @@
+"""What a trainer refuses at construction, and what it takes in that was changed between construction and training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny_models import FAMILIES
+from training import ADAPTIVE, DATA, QUIET, Collator, history, make
+from transformers import Trainer
+
+from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
+from hf_dualspeed.trainer.callbacks import ModeClock
+
+
+def llava():
+    return FAMILIES["llava"].build()[0]
+
+
+def trainer_of(tmp_path, model) -> DualSpeedTrainer:
+    return DualSpeedTrainer(model, DualSpeedTrainingArguments(str(tmp_path), **QUIET), train_dataset=DATA)
+
+
+def compiled_in_place():
+    model = llava()
+    model.compile(backend="eager")
+    return model
+
+
+REFUSED = {
+    "data_parallel": (lambda: torch.nn.DataParallel(llava()), "nn.DataParallel.*accelerate launch"),
+    "mixed_adapters": (
+        lambda: get_peft_model(llava(), LoraConfig(target_modules=["q_proj"]), mixed=True),
+        "PeftMixedModel.*mixed=False",
+    ),
+    "compiled": (lambda: torch.compile(llava(), backend="eager"), "has been compiled as a whole.*before torch.compile"),
+    "compiled_in_place": (compiled_in_place, "has been compiled as a whole.*before torch.compile"),
+    "without_head": (lambda: llava().model, "LlavaModel computes no loss.*AutoModelForImageTextToText"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_cannot_be_trained_are_refused_by_name(tmp_path, name):
+    build, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, build())
+
+
+def test_two_trainers_of_one_model(tmp_path):
+    model = llava()
+    first = make(tmp_path, model=model, max_steps=1)
+    second = make(tmp_path, model=model, max_steps=1)
+    for use in (first.train, first.evaluate):
+        with pytest.raises(ValueError, match="another DualSpeedTrainer has been made"):
+            use()
+    second.train()
+    assert len(history(second, "loss")) == 1
+
+
+def test_another_model_put_in_place(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.model = llava()
+    with pytest.raises(ValueError, match="`trainer.model` is no longer the model.*Make a new trainer"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("removed", [None, ModeClock])
+def test_an_emptied_list_of_callbacks_trains_the_same(tmp_path, removed):
+    plain, trainer = (make(tmp_path / name, slow_mode_ratio=0.5) for name in ("plain", "emptied"))
+    if removed is None:
+        trainer.callback_handler.callbacks.clear()
+    else:
+        trainer.remove_callback(removed)
+    for each in (plain, trainer):
+        each.train()
+    assert trainer.clock.steps == plain.clock.steps
+    assert sum(trainer.clock.steps.values()) == 4
+    assert torch.equal(trainer.model.lm_head.weight, plain.model.lm_head.weight)
+
+
+def test_an_optimizer_without_the_isolator(tmp_path):
+    class Own(DualSpeedTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.SGD([self.model.lm_head.weight], lr=1e-2)
+            return self.optimizer
+
+    with pytest.raises(ValueError, match=r"The optimizer lacks isolator.prompt.*trainer.model.parameters\(\)"):
+        make(tmp_path, cls=Own).train()
+    make(tmp_path, cls=Own, isolator_length=0).train()
+
+
+def test_freezing_the_language_model_after_construction(tmp_path):
+    trainer, given = make(tmp_path), make(tmp_path, slow_mode_ratio=0.5)
+    for each in (trainer, given):
+        each.model.get_decoder().requires_grad_(False)
+        each.model.get_output_embeddings().requires_grad_(False)
+        each.train()
+    assert trainer.slow_mode_ratio == 0
+    assert given.slow_mode_ratio == 0.5  # the user's own
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_an_adaptive_schedule_goes_on_with_restored_callbacks(tmp_path, restore):
+    whole = make(tmp_path, max_steps=8, save_strategy="steps", save_steps=4, **ADAPTIVE)
+    whole.train()
+    resumed = make(tmp_path, max_steps=8, restore_callback_states_from_checkpoint=restore, **ADAPTIVE)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert history(resumed, "loss", "slow_mode_ratio") == history(whole, "loss", "slow_mode_ratio")
+    assert resumed.clock.steps == whole.clock.steps
+
+
+@pytest.mark.parametrize("given", [None, {"split_batches": False}, {"even_batches": True, "dispatch_batches": None}])
+def test_streamed_data_with_any_accelerator_config(tmp_path, given):
+    options = {} if given is None else {"accelerator_config": given}
+    trainer = make(tmp_path, data=Dataset.from_list(DATA).to_iterable_dataset(), max_steps=2, **options)
+    trainer.train()
+    assert len(history(trainer, "loss")) == 2
+
+
+def test_the_collators_own_attributes_stay_visible(tmp_path):
+    """The Trainer saves a collator's tokenizer where it has no processor."""
+    family = FAMILIES["llava"]
+    _, processor = family.build()
+    collator = Collator(family, processor)
+    collator.tokenizer = processor.tokenizer
+    files = {}
+    for kind in (Trainer, DualSpeedTrainer):
+        folder = tmp_path / kind.__name__
+        trainer = make(folder, cls=kind, max_steps=1)
+        trainer = kind(llava(), trainer.args, train_dataset=DATA, data_collator=collator)
+        trainer.save_model(str(folder / "saved"))
+        files[kind] = {path.name for path in (folder / "saved").iterdir()}
+    assert "tokenizer.json" in files[Trainer]
+    assert files[Trainer] <= files[DualSpeedTrainer]
+    with pytest.raises(AttributeError):
+        _ = trainer.data_collator.no_such_thing
