@@ -78,6 +78,8 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
     ):
         args = dualspeed_config(args, model)
         check_sft_options(args)
+        if args.use_liger_kernel:  # as SFTTrainer does later: its kernels without its loss
+            args.liger_kernel_config = {"fused_linear_cross_entropy": False, **(args.liger_kernel_config or {})}
         check_adapter(peft_config or getattr(model, "active_peft_config", None))
         super().__init__(model, args, pruner=pruner, peft_config=peft_config, **kwargs)
         interface = self.dual_forward.interface
@@ -188,15 +190,12 @@ def dualspeed_config(args: SFTConfig | None, model: str | nn.Module) -> DualSpee
 
 def check_sft_options(args: SFTConfig) -> None:
     """Raises a `ValueError` for options of TRL that DualSpeed does not support."""
-    remedies = {
-        "packing": "Pruning shortens each padded sample by itself. Leave it False.",
-        "padding_free": "Pruning shortens each padded sample by itself. Leave it False.",
-        "use_liger_kernel": "Liger's kernels replace parts of the model that have not been tested on pruned tokens. "
-        "Leave it False.",
-    }
-    for name, remedy in remedies.items():
+    for name in ("packing", "padding_free"):
         if getattr(args, name):
-            raise ValueError(f"`{name}`=True is not supported by DualSpeed. {remedy}")
+            raise ValueError(
+                f"`{name}`=True is not supported: TRL puts no samples with images into one row. Leave it False, or "
+                "pack them in your own collator and use DualSpeedTrainer."
+            )
     if args.loss_type != "nll":
         raise ValueError(
             f"`loss_type`={args.loss_type!r} is not supported: DualSpeed computes cross-entropy and distillation "

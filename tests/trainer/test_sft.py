@@ -313,9 +313,12 @@ def test_saved_model_and_card(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"packing": True}, "`packing`=True is not supported"),
-        ({"padding_free": True}, "`padding_free`=True is not supported"),
-        ({"use_liger_kernel": True}, "`use_liger_kernel`=True is not supported"),
+        ({"packing": True}, "`packing`=True is not supported: TRL puts no samples with images into one row"),
+        ({"padding_free": True}, "`padding_free`=True is not supported: TRL puts no samples with images into one row"),
+        (
+            {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
+            "`use_liger_kernel`=True puts Liger's forward in place of the model's",
+        ),
         ({"fused_head_loss": "on"}, "`fused_head_loss` is 'on', but this trainer reads more off the logits"),
         ({"loss_type": "dft"}, "`loss_type`='dft' is not supported"),
         ({"compute_loss_func": lambda *args, **kwargs: 0}, "`compute_loss_func` is not supported"),
@@ -329,6 +332,14 @@ def test_saved_model_and_card(tmp_path):
 def test_what_cannot_work_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, messages(), **options)
+
+
+def test_ligers_kernels_without_its_loss(tmp_path, monkeypatch):
+    applied = []
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config))
+    trainer = make(tmp_path, messages(), use_liger_kernel=True, liger_kernel_config={"rope": False}, max_steps=2)
+    trainer.train()
+    assert applied == [{"fused_linear_cross_entropy": False, "rope": False}]
 
 
 def test_a_loss_of_experts_that_the_model_does_not_compute_is_refused(tmp_path):
