@@ -49,6 +49,11 @@ class ModeClock(TrainerCallback, ExportableState):
         self._begun = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self._mode is None:
+            raise ValueError(
+                "A step ended without a fast or slow pass: a `training_step` in front of DualSpeed's does not call it. "
+                "Call super().training_step(...) there."
+            )
         self.steps[self._mode] += 1
         self.seconds[self._mode] += time.perf_counter() - self._begun
         self.pass_time()

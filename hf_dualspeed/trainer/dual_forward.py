@@ -42,8 +42,9 @@ class DualSpeedOutput(ModelOutput):
     """The model's output in a mode.
 
     Args:
-        loss (`torch.Tensor` of no dimensions): a zero that depends on trainable parameters that the logits do not
-            depend on, so that backward reaches them in every step. None in evaluation.
+        loss (`torch.Tensor` of no dimensions): that of the trainer in this mode, with all that belongs to it, and in
+            evaluation the mean cross-entropy. Without a trainer, a zero that depends on trainable parameters that the
+            logits do not depend on, and None in evaluation.
         logits (`torch.Tensor` of shape `(M, V)`): at the supervised positions; hidden states `(M, D)` if the fused head
             returns them. [`DualForward.cross_entropy`] takes either.
         targets (`torch.LongTensor` of shape `(M,)`): their labels.
@@ -80,6 +81,7 @@ class PassState:
         tokens (`int`): tokens of the language model's last call, padding included.
         visual_tokens (`tuple[int, int]`): of a fast pass, before and after pruning; counted without waiting for the
             device.
+        reached (`bool`): whether backward has come through the `loss` of a call.
     """
 
     mode: str
@@ -90,6 +92,7 @@ class PassState:
     served: Callable[[nn.Module], AbstractContextManager] | None = None
     tokens: int = 0
     visual_tokens: tuple[int, int] = (0, 0)
+    reached: bool = False
     # State of the batch, over all its parts.
     batch: BatchParts | None = None
     part: int = -1
@@ -136,11 +139,22 @@ class DualForward(nn.Module):
         self.run_as_trained(nullcontext, None)
 
     def run_as_trained(
-        self, autocast: Callable[[], AbstractContextManager], fused_head: FusedHead | None, sharded: bool = False
+        self,
+        autocast: Callable[[], AbstractContextManager],
+        fused_head: FusedHead | None,
+        sharded: bool = False,
+        loss_of: Callable[[DualSpeedOutput], torch.Tensor] | None = None,
     ) -> None:
-        """Sets the precision and the head of training, and whether ranks exchange gradients of shards, which needs one
-        for the same parameters on each. Known once the accelerator exists."""
-        self.autocast, self.fused_head, self.sharded = autocast, fused_head, sharded
+        """Sets what is known once the accelerator exists.
+
+        Args:
+            autocast (`Callable`): the precision of training.
+            fused_head (`FusedHead`, *optional*): the head of training.
+            sharded (`bool`): whether ranks exchange gradients of shards, which needs one for the same parameters on
+                each.
+            loss_of (`Callable`, *optional*): the trainer's loss of an output.
+        """
+        self.autocast, self.fused_head, self.sharded, self.loss_of = autocast, fused_head, sharded, loss_of
 
     @property
     def mode(self) -> str | None:
@@ -149,7 +163,7 @@ class DualForward(nn.Module):
 
     def __getstate__(self) -> dict:
         """The state of copies and pickles, which are not in the middle of a pass and belong to no trainer."""
-        left_out = ("autocast", "fused_head", "sharded", "_pass")
+        left_out = ("autocast", "fused_head", "sharded", "loss_of", "_pass")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict) -> None:
@@ -389,7 +403,7 @@ class DualForward(nn.Module):
         state.targets = state.teacher_logits = state.auxiliary_loss = state.supervised = None
         hidden = self.fused_head is not None and self.fused_head.fuses
         if state.mode == EVALUATION:
-            return DualSpeedOutput(logits=logits, targets=targets, hidden=hidden)
+            return self._with_loss(DualSpeedOutput(logits=logits, targets=targets, hidden=hidden), state)
         zero = logits.new_zeros(())
         # What balances the experts is a mean over the tokens of a call: the parts' mean is the batch's.
         balance = output.get("aux_loss") if self.interface.takes_router_logits else None
@@ -405,7 +419,21 @@ class DualForward(nn.Module):
             zero = Unused.apply(zero, *unused)
         # Sums of no elements: the sum of a parameter could overflow in half precision, and inf * 0 is NaN.
         zero = sum((p.flatten()[:0].sum() for p in touched), zero)
-        return DualSpeedOutput(zero, logits, targets, teacher, auxiliary, balance, hidden, max(state.part, 0))
+        part = max(state.part, 0)
+        output = DualSpeedOutput(zero, logits, targets, teacher, auxiliary, balance, hidden, part)
+        return self._with_loss(output, state)
+
+    def _with_loss(self, output: DualSpeedOutput, state: PassState) -> DualSpeedOutput:
+        """Fills in the trainer's loss, and notes whether backward comes through it."""
+        if self.loss_of is not None:
+            output.loss = self.loss_of(output)
+
+        def note(gradient: torch.Tensor | None) -> None:
+            state.reached |= gradient is not None
+
+        if output.loss is not None and output.loss.requires_grad:
+            output.loss.register_hook(note)
+        return output
 
     def cross_entropy(
         self, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0, hidden: bool = False
@@ -417,13 +445,10 @@ class DualForward(nn.Module):
             return self.fused_head.cross_entropy(logits, targets, label_smoothing)
 
     def _touched(self, model: nn.Module, state: PassState) -> Iterator[torch.Tensor]:
-        """Trainable parameters outside of the logits' graph that get a gradient all the same.
+        """The trainable parameters of the fast view in a slow pass.
 
-        The head gets its own from the fused loss. The others are those of the fast view in a slow pass: a zero, so that
-        DDP need not ask whether any rank used them; the trainer drops it.
+        They get a gradient of zeros, so that DDP need not ask whether any rank used them. The trainer drops it.
         """
-        if self.fused_head is not None and self.fused_head.fuses:
-            yield from self.fused_head.parameters()
         if state.mode == SLOW:
             yield from self._of_fast_view()
         # Adapters that only the fast view uses.

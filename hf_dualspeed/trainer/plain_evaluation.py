@@ -34,13 +34,8 @@ class PlainEvaluationMixin:
         if not evaluates and (self.label_smoother is None or "labels" not in inputs):
             return super().compute_loss(model, inputs, return_outputs)
         outputs = model(**inputs)
-        if not evaluates:  # the Trainer shifts smoothed labels only for models that it knows as causal
-            loss = self.label_smoother(outputs, inputs["labels"], shift_labels=True)
-        else:
-            # Mean cross-entropy of logits (M, V) against targets (M,).
-            smoothing = self.args.label_smoothing_factor
-            entropy = self.dual_forward.cross_entropy(outputs.logits, outputs.targets, smoothing, outputs.hidden)
-            loss = entropy / len(outputs.targets)
+        # The trainer's own mean; the Trainer shifts smoothed labels only for models that it knows as causal.
+        loss = outputs.loss if evaluates else self.label_smoother(outputs, inputs["labels"], shift_labels=True)
         return (loss, outputs) if return_outputs else loss
 
 

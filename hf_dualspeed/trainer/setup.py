@@ -70,7 +70,7 @@ def check_wrapper(model: nn.Module) -> None:
         )
 
 
-def check_loss(interface: ModelInterface) -> None:
+def check_head(interface: ModelInterface) -> None:
     """Raises a `ValueError` for a model without a head."""
     if "labels" not in interface.forward.names:
         raise ValueError(
@@ -101,6 +101,20 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualF
             f"The optimizer lacks {', '.join(missing)}, parameters of the fast view: `optimizers` was made before "
             "them, or `create_optimizer` leaves them out. Pass optimizer_cls_and_kwargs instead, take all of "
             "trainer.model.parameters(), or set isolator_length=0 and choose a pruner that is not learned."
+        )
+
+
+def check_losses(kind: type, ours: type, known: tuple[type, ...]) -> None:
+    """Raises a `ValueError` if a class behind `ours` in the method resolution order of `kind` has a loss of its own,
+    which would never be called; `known` ones may."""
+    behind = kind.__mro__[kind.__mro__.index(ours) + 1 :]
+    other = next((c for c in behind if "compute_loss" in vars(c) and c not in known), None)
+    if other is not None:
+        raise ValueError(
+            f"{kind.__name__} puts DualSpeed in front of {other.__name__}, whose `compute_loss` would never be called: "
+            "DualSpeed computes cross-entropy and distillation itself. For a loss beside them, derive from "
+            "DualSpeedTrainer and add to what super().compute_loss(...) returns; other losses, such as preference "
+            "losses, are not supported."
         )
 
 

@@ -66,6 +66,7 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
 
     _tag_names = ["trl", "sft", "dualspeed"]
     reads_logits = True  # for TRL's metrics
+    known_losses = (SFTTrainer,)
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from .adaptive_schedule import AdaptiveSchedule, adaptive_schedule_of
 from .batch_splitting import can_be_split
 from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
-from .dual_forward import EVALUATION, NAME, DualForward
+from .dual_forward import EVALUATION, NAME, DualForward, DualSpeedOutput
 from .fused_loss import check_liger_kernel, fused_head
 from .length_grouping import LengthGroupingMixin
 from .losses import divisor, self_distillation_loss
@@ -36,7 +36,8 @@ from .schedule import CHANGING, FAST, ModeSchedule
 from .selective_checkpointing import SelectiveCheckpointing
 from .setup import (
     check_ddp,
-    check_loss,
+    check_head,
+    check_losses,
     check_optimizer,
     check_router_loss,
     check_wrapper,
@@ -71,6 +72,9 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         ValueError: the model, the arguments or the first batch cannot be trained this way; the message says why.
     """
 
+    # Classes behind this one whose `compute_loss` it knows how to replace.
+    known_losses: tuple[type, ...] = ()
+
     def __init__(
         self,
         model=None,
@@ -89,6 +93,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
                 "supervised positions itself. Leave it out; `label_smoothing_factor` works."
             )
         check_liger_kernel(args)
+        check_losses(type(self), DualSpeedMixin, (Trainer, *self.known_losses))
 
         # Attach pruner and isolator to the model before the Trainer moves, wraps or shards it.
         self._given_pruner = pruner
@@ -115,6 +120,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         self._begin_length_grouping()
         self._micro = (-1, 0)  # the current optimizer step and micro-batch
         self._modalities: set[str] = set()  # in the current optimizer step
+        self._items: torch.Tensor | int | None = None  # supervised tokens of the current optimizer step, if known
         self._follow_arguments()
 
     # --- set-up ---------------------------------------------------------------------------------------------------
@@ -128,7 +134,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         check_adapter(getattr(model, "active_peft_config", None))
         interface = ModelInterface(model)
         interface.check_protocol()
-        check_loss(interface)
+        check_head(interface)
         positions = interface.position_scheme(args.position_ids)
 
         # New weights depend on the seed only, and their creation leaves the global random state unchanged.
@@ -250,7 +256,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         }
         otherwise = next((reason for reason, holds in reasons.items() if holds), None)
         head = fused_head(self.dual_forward.interface, self.args.fused_head_loss, self.args.device, otherwise)
-        self.dual_forward.run_as_trained(self.accelerator.autocast, head, sharded)
+        self.dual_forward.run_as_trained(self.accelerator.autocast, head, sharded, self.loss_in_mode)
 
     def _build_accelerator_args(self, **kwargs) -> dict:
         """The Trainer's, but DDP always looks for parameters that a pass does not use, also with activation
@@ -358,7 +364,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         """
         # Fast: one pass. Slow: in parts, if a batch sized for fast steps may be too large with all tokens.
         parts, small = (1, True) if mode == FAST else self._slow_parts(model, inputs, num_items_in_batch)
-        distil = self.args.distillation_weight > 0
+        distil, self._items = self.args.distillation_weight > 0, num_items_in_batch
         restore = self._snapshot()
         while True:
             try:
@@ -391,6 +397,12 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
             model.zero_grad()
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
+        if not done.reached:
+            raise ValueError(
+                f"The loss of {type(self).__name__}.compute_loss does not depend on `outputs.loss` of the model, which "
+                "holds cross-entropy and distillation, so that nothing would be learned from them. Return "
+                "`outputs.loss` or super().compute_loss(...), or add to it what else it should be."
+            )
         return loss, done
 
     def _snapshot(self) -> Callable[[], None]:
@@ -417,44 +429,51 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         return torch.Generator(self.args.device).manual_seed(seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy, and in slow steps the distillation; the plain loss outside of training."""
-        mode, smoothing = self.dual_forward.mode, self.args.label_smoothing_factor
-        if mode in (None, EVALUATION):
+        """The `loss` of the model's output, which [`loss_in_mode`] makes; the plain loss outside of training."""
+        if self.dual_forward.mode in (None, EVALUATION):
             return self.plain_loss(model, inputs, return_outputs)
+        self._items = num_items_in_batch
         # The hooks of `DualForward` run the mode: pruned view (fast), or teacher and all tokens (slow).
         outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def loss_in_mode(self, outputs: DualSpeedOutput) -> torch.Tensor:
+        """Cross-entropy, auxiliary losses, and in slow steps the distillation, scaled as the Trainer expects it. In
+        evaluation, the mean cross-entropy."""
+        mode, smoothing, items = self.dual_forward.mode, self.args.label_smoothing_factor, self._items
         # Both modes: cross-entropy of logits (M, V) against targets (M,) at the supervised positions.
         logits, teacher = outputs.logits, outputs.teacher_logits
         entropy = self.dual_forward.cross_entropy(logits, outputs.targets, smoothing, outputs.hidden)
-        entropy = entropy / divisor(num_items_in_batch, logits)
+        if mode == EVALUATION:
+            return entropy / len(outputs.targets)
+        entropy = entropy / divisor(items, logits)
         self.mode_losses.add(f"{mode}_loss", entropy)
         loss = entropy + outputs.loss  # a zero that connects other parameters
 
         # Slow steps: KL(teacher || student). The pruned view teaches the full one at the same M positions.
         if teacher is not None:
             temperature, sliced = self.args.distillation_temperature, not self.dual_forward.plain
-            divergence = self_distillation_loss(logits, teacher, temperature, num_items_in_batch, sliced=sliced)
+            divergence = self_distillation_loss(logits, teacher, temperature, items, sliced=sliced)
             self.mode_losses.add("distillation_loss", divergence)
             if self.adaptive_schedule is not None:
                 pruned = self.dual_forward.cross_entropy(teacher, outputs.targets, smoothing)
-                self.mode_losses.add("pruned_loss", pruned / divisor(num_items_in_batch, logits))
+                self.mode_losses.add("pruned_loss", pruned / divisor(items, logits))
             loss = loss + self.args.distillation_weight * divergence
 
-        self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+        self.loss_is_scaled_for_ga = items is not None
+        if items is not None and self.args.average_tokens_across_devices:
             # Items are counted over all ranks and DDP averages over them, which divides by the ranks twice: undo one.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
 
         # The auxiliary loss of a learned pruner (fast steps) and that of a mixture of experts, means over this
         # micro-batch.
-        micro_batches = self.current_gradient_accumulation_steps
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         for name, auxiliary in (("pruner_loss", outputs.auxiliary_loss), ("router_loss", outputs.router_loss)):
             if auxiliary is not None:
+                micro_batches = self.current_gradient_accumulation_steps
+                ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 self.mode_losses.add(name, auxiliary / (micro_batches * ranks))
                 loss = loss + auxiliary / (micro_batches if self.loss_is_scaled_for_ga else 1)
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     # --- what is shown --------------------------------------------------------------------------------------------
 
