@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
