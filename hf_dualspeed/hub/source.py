@@ -16,14 +16,14 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 
-from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.validation import nearest
 from .errors import explained
 
 logger = logging.getLogger(__name__)
 
 # The only files that are read, and their largest size in bytes. The largest learned pruners have about 100 MB.
-LIMITS = {PRUNER_CONFIG_NAME: 2**20, PRUNER_WEIGHTS_NAME: 2**30, CARD_NAME: 2**20}
+LIMITS = {PRUNER_CONFIG_NAME: 2**20, PRUNER_WEIGHTS_NAME: 2**30, CARD_NAME: 2**20, ISOLATOR_WEIGHTS_NAME: 2**25}
 CODE_NAME, CODE_LIMIT = re.compile(r"[A-Za-z_]\w*\.py", re.ASCII), 2**20
 REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -15,6 +16,59 @@ from transformers.utils import is_bitsandbytes_available
 from ..utils.validation import check_keys
 
 CONFIG_NAME = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter was read from.
+
+    Args:
+        name (`str`): a folder, or a Hub repo "user/name".
+        revision, cache_dir: those of the repo. A token is not kept, because configs are copied and pickled.
+    """
+
+    name: str
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+
+
+def remember_origins() -> None:
+    """Makes PEFT remember where it reads the config of an adapter, which it forgets: see [`origin_of`].
+
+    PEFT's own `from_pretrained` and transformers' both read it by one method, which is wrapped here.
+    """
+    from peft.config import PeftConfigMixin
+
+    read = PeftConfigMixin.from_pretrained.__func__
+    if hasattr(read, "__wrapped__"):  # wrapped before
+        return
+
+    @wraps(read)
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        config = read(cls, pretrained_model_name_or_path, subfolder, **kwargs)
+        of_repo = {key: kwargs.get(key) for key in ("revision", "cache_dir")}
+        config._origin = Origin(str(pretrained_model_name_or_path), **of_repo)
+        return config
+
+    PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
+
+
+def origin_of(config) -> Origin | None:
+    """Where the adapter of a PEFT config was read from; None if it is new, or was read ahead of `remember_origins`."""
+    return getattr(config, "_origin", None)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that a model with adapters uses."""
+    active = model.active_adapters  # a method if transformers' `add_adapter` made them
+    return list(active() if callable(active) else active)
+
+
+def seems_trained(model: nn.Module, adapter: str, config) -> bool:
+    """Whether a LoRA adapter that begins at zero is elsewhere."""
+    begins_at_zero = getattr(config, "init_lora_weights", None) in (True, "gaussian")
+    ends = (p for name, p in model.named_parameters() if f".lora_B.{adapter}." in name and p.device.type != "meta")
+    return begins_at_zero and any(bool(p.any()) for p in ends)
 
 
 def check_adapter(config) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from transformers.utils import ModelOutput
 
+from ..models.adapters import active_adapters
 from ..models.components import language_parts
 from ..models.interface import ModelInterface, modalities_in
 from ..pruners import Pruner
@@ -133,6 +134,7 @@ class DualForward(nn.Module):
         self.supervised_logits_only = supervised_logits_only
         self.plain = plain  # `DualSpeedArguments.plain_path`
         self.proportional_attention = proportional_attention
+        self.trained = False  # in fast passes, here or in the one whose weights it has
         self._handles: list = []
         self._adapters: dict[str, list[str]] = {}
         self._pass: PassState | None = None
@@ -204,8 +206,7 @@ class DualForward(nn.Module):
         if not hasattr(model, "peft_config"):
             return
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        active = model.active_adapters  # a method if transformers' `add_adapter` made them
-        active = list(active() if callable(active) else active)
+        active = active_adapters(model)
         # Trainable parameters of each adapter; one whose parameters are all fast-only is reserved.
         owned = {a: [name for name in trainable if f".{a}." in f"{name}."] for a in active}
         reserved = {a for a, names in owned.items() if names and fast_only.issuperset(names)}
@@ -331,6 +332,7 @@ class DualForward(nn.Module):
                 state.progress,
             )
         if state.mode == FAST:  # the teacher's tokens are not counted
+            self.trained |= torch.is_grad_enabled()
             state.visual_tokens, state.auxiliary_loss = short.visual_tokens, short.auxiliary_loss
         # log(s) of each token, (B, S), which layers add to their attention logits from now on.
         if self.proportional_attention:

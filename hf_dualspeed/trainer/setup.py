@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..models.components import language_parts
 from ..models.interface import ModelInterface
-from ..pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
-from ..utils.constants import PRUNER_WEIGHTS_NAME
+from ..pruners import AutoPruner, Pruner, available_pruners, pruner_class
 from ..utils.validation import check_keys
 from .dual_forward import DualForward
 from .training_args import Default, DualSpeedArguments
@@ -42,13 +40,6 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, interface: M
     if given:
         pruner.reconfigure(**given)
     return pruner
-
-
-def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
-    """Whether `folder` holds the weights of a learned pruner of this type."""
-    if not pruner.state_dict() or not (folder / PRUNER_WEIGHTS_NAME).is_file():
-        return False
-    return PrunerConfig.from_pretrained(folder).pruner_type == pruner.config.pruner_type
 
 
 def check_wrapper(model: nn.Module) -> None:

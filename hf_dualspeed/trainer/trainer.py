@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
+from importlib.util import find_spec
 
 import torch
 from accelerate import DistributedDataParallelKwargs
@@ -16,7 +16,7 @@ from transformers import Trainer
 from ..data.collators import MaskVisualLabels
 from ..feature_cache.cache import feature_cache_of
 from ..feature_cache.units import WithImageUnits
-from ..models.adapters import check_adapter
+from ..models.adapters import check_adapter, remember_origins
 from ..models.interface import ModelInterface
 from ..pruners import Pruner, available_pruners
 from ..pruning.isolator import ModeIsolator
@@ -26,6 +26,7 @@ from .batch_splitting import can_be_split
 from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
 from .dual_forward import EVALUATION, NAME, DualForward, DualSpeedOutput
+from .earlier_stage import folder_of_fast_view, holds_weights_of, take_over
 from .fused_loss import check_liger_kernel, fused_head
 from .length_grouping import LengthGroupingMixin
 from .losses import divisor, self_distillation_loss
@@ -41,7 +42,6 @@ from .setup import (
     check_optimizer,
     check_router_loss,
     check_wrapper,
-    holds_weights_of,
     resolve_pruner,
     slow_ratio,
     wrap_existing_layers,
@@ -49,6 +49,9 @@ from .setup import (
 from .training_args import Default, DualSpeedArguments, DualSpeedTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+if find_spec("peft") is not None:  # which the Trainer has imported by now
+    remember_origins()
 
 # A part of a slow batch counts as small up to this multiple of the tokens of a fast step's batch.
 SMALL = 1.25
@@ -143,14 +146,16 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
             isolator = ModeIsolator.for_model(interface.outer, args.isolator_length) if args.isolator_length else None
             self._pruner = resolve_pruner(self._given_pruner, args, interface)
 
-        # A model that was trained with DualSpeed has the weights of its fast view beside its own.
-        base = Path(getattr(interface.outer, "name_or_path", "") or "")
-        if isolator is not None and (base / ISOLATOR_WEIGHTS_NAME).is_file():
-            isolator.load_pretrained(base)
-            logger.info("Mode isolator taken from %s.", base)
-        if self._given_pruner is None and args.pruner in available_pruners() and holds_weights_of(base, self._pruner):
-            self._pruner.load_weights(base)
-            logger.info("Weights of the pruner %r taken from %s.", args.pruner, base)
+        # A model that was trained with DualSpeed has its fast view with it, or beside its weights or its adapters'.
+        by_name = self._given_pruner is None and args.pruner in available_pruners()
+        taken = take_over(model, isolator, self._pruner if by_name else None)
+        folder = None if taken else folder_of_fast_view(model)
+        if folder is not None and isolator is not None and (folder / ISOLATOR_WEIGHTS_NAME).is_file():
+            isolator.load_pretrained(folder)
+            logger.info("Mode isolator taken from %s.", folder)
+        if folder is not None and by_name and holds_weights_of(folder, self._pruner):
+            self._pruner.load_weights(folder)
+            logger.info("Weights of the pruner %r taken from %s.", args.pruner, folder)
 
         # Hooks on the model, then the parameters that each mode updates.
         self._schedule: ModeSchedule | None = None
@@ -163,6 +168,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
             args.plain_path,
             args.proportional_attention,
         )
+        self.dual_forward.trained = taken
         self.dual_forward.attach(model)
         fast_only = [f"{NAME}.*"] if any(p.requires_grad for p in self.dual_forward.parameters()) else []
         self.mode_parameters = ModeParameters(

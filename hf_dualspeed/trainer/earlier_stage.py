@@ -1,0 +1,99 @@
+"""Isolator and learned pruner of an earlier stage of training: in memory, beside the weights, or beside adapters."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
+
+from ..hub.source import Source, is_repo_id
+from ..models.adapters import Origin, active_adapters, origin_of, seems_trained
+from ..models.interface import ModelInterface
+from ..pruners import Pruner, PrunerConfig
+from ..pruning.isolator import ModeIsolator
+from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.text import one_line
+from .dual_forward import NAME, DualForward
+
+logger = logging.getLogger(__name__)
+
+# The files of a trained fast view.
+FAST_VIEW = (PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, ISOLATOR_WEIGHTS_NAME)
+
+
+def take_over(model: nn.Module, isolator: ModeIsolator | None, pruner: Pruner | None) -> bool:
+    """Fills isolator and learned pruner from those that an earlier trainer has trained with this same model.
+
+    Returns False if there are none. Those of other shapes stay new, with a warning.
+    """
+    earlier = getattr(model, NAME, None)
+    if not isinstance(earlier, DualForward) or not earlier.trained:
+        return False
+    for part, before in ((isolator, earlier.isolator), (pruner, earlier.pruner)):
+        if part is None or before is None or not part.state_dict():
+            continue
+        shapes, others = ({name: t.shape for name, t in p.state_dict().items()} for p in (part, before))
+        if type(part) is type(before) and shapes == others:
+            part.load_state_dict(before.state_dict())
+        else:
+            kind = type(part).__name__
+            logger.warning("%s starts anew: what was trained with this model is a %r.", kind, before)
+    return True
+
+
+def folder_of_fast_view(model: nn.Module) -> Path | None:
+    """The folder in which isolator and pruner lie beside weights that this model was read from; None without any.
+
+    The adapters' folders come first, active ones ahead of others, then that of the model.
+    """
+    adapters = getattr(model, "peft_config", None) or {}
+    active = active_adapters(model) if adapters else []
+    folders = []
+    for name in sorted(adapters, key=lambda name: name not in active):
+        origin = origin_of(adapters[name])
+        if origin is not None:
+            folder = local_folder(origin)
+            folders += [folder, folder.parent] if folder.name == name else [folder]  # all but "default" have their own
+        elif seems_trained(model, name, adapters[name]):
+            logger.warning(
+                "The adapter %r was trained before, but it is not known where it was read from, so that isolator and "
+                "learned pruner may start anew. Import DualSpeedTrainer before the adapter is loaded, or fill them: "
+                "trainer.dual_forward.isolator.load_pretrained(folder), "
+                "trainer.dual_forward.pruner.load_weights(folder).",
+                name,
+            )
+    folders.append(Path(getattr(ModelInterface(model).outer, "name_or_path", "") or ""))
+    return next((folder for folder in folders if any((folder / name).is_file() for name in FAST_VIEW)), None)
+
+
+def local_folder(origin: Origin) -> Path:
+    """The folder of an adapter; if it is from the Hub, the one in the cache, with isolator and pruner."""
+    folder = Path(origin.name)
+    if folder.is_dir() or not is_repo_id(origin.name):
+        return folder
+    source = Source(origin.name, False, revision=origin.revision, cache_dir=origin.cache_dir)
+    for name in FAST_VIEW:
+        try:
+            path = source.fetch(name)
+        except EntryNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "Isolator and learned pruner of %s start anew, because %s cannot be read: %s Download the repo, and "
+                "load the adapter from the folder.",
+                source,
+                name,
+                one_line(error),
+            )
+            break
+        source, folder = source.pinned(path), path.parent
+    return folder
+
+
+def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
+    """Whether `folder` holds the weights of a learned pruner of this type."""
+    if not pruner.state_dict() or not (folder / PRUNER_WEIGHTS_NAME).is_file():
+        return False
+    return PrunerConfig.from_pretrained(folder).pruner_type == pruner.config.pruner_type
