@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import ProcessorMixin
 
@@ -272,6 +273,7 @@ class MaskVisualLabels:
     def __call__(self, examples: list) -> dict[str, Any]:
         batch = dict(self.collator(examples))
         require(batch, "input_ids")
+        self._check_shifted(batch)
         # visual (B, S): placeholders of visual tokens.
         visual = torch.isin(batch["input_ids"], torch.tensor(self.visual_token_ids, device=batch["input_ids"].device))
         if visual.any() and not any(key.startswith(PIXEL_INPUTS) for key in batch):
@@ -289,6 +291,17 @@ class MaskVisualLabels:
         if self.asks is not None:
             self._look_for_instructions(batch, visual)
         return batch
+
+    def _check_shifted(self, batch: dict[str, Any]) -> None:
+        """Removes `shift_labels` `(B, S)`, and raises a `ValueError` if they are not the labels shifted by one."""
+        given, labels = batch.pop("shift_labels", None), batch.get("labels")
+        if given is None:
+            return
+        if labels is None or not torch.equal(given, F.pad(labels[:, 1:], (0, 1), value=IGNORED)):
+            raise ValueError(
+                "The data collator's batch has `shift_labels` that are not its `labels` shifted by one. DualSpeed "
+                "shifts `labels` itself, in step with the tokens that a pass keeps. Return `labels` alone."
+            )
 
     def _look_for_instructions(self, batch: dict[str, Any], visual: torch.Tensor) -> None:
         """Warns once if a row with images supervises all of its text."""

@@ -27,7 +27,6 @@ from ..pruning.encoding import VisualEncoding, encode
 from ..pruning.inputs import check_inputs, check_pruner, shorten_inputs, whole_inputs
 from ..pruning.isolator import ModeIsolator
 from ..pruning.proportional_attention import KeySizes, key_sizes_of
-from ..utils.validation import require
 from .batch_splitting import BatchParts
 from .fused_loss import FusedHead
 from .losses import supervised_cross_entropy
@@ -279,7 +278,12 @@ class DualForward(nn.Module):
     def _inputs_in_mode(self, model: nn.Module, kwargs: dict, state: PassState) -> dict:
         """Inputs of a training pass, encoded and shortened for its mode. Also computes the teacher's logits."""
         check_inputs(kwargs)
-        require(kwargs, "labels")
+        if kwargs.get("labels") is None:
+            raise ValueError(
+                "The model was called without `labels`: the data collator returns none, or a `compute_loss` of your "
+                "own takes them out. The logits of a pass are those of its supervised positions alone, so leave them "
+                "in, and take the loss from super().compute_loss(...) or from the output."
+            )
         state.model, state.modalities = weakref.ref(model), modalities_in(kwargs)
         # Forget what the call for the previous part left.
         self._close_layers(state)

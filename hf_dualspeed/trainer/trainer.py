@@ -17,7 +17,7 @@ from ..data.collators import MaskVisualLabels
 from ..feature_cache.cache import feature_cache_of
 from ..feature_cache.units import WithImageUnits
 from ..models.adapters import check_adapter, remember_origins
-from ..models.interface import ModelInterface
+from ..models.interface import ModelInterface, argument_names
 from ..pruners import Pruner, available_pruners
 from ..pruning.isolator import ModeIsolator
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
@@ -69,7 +69,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         model: a vision-language model of transformers that takes `mm_encoder_outputs`, PEFT-wrapped or not.
         args (`DualSpeedArguments`): options, such as [`DualSpeedTrainingArguments`].
         pruner (`Pruner`, *optional*): replaces `args.pruner`.
-        kwargs: arguments of the trainer.
+        positional, kwargs: further arguments of the trainer, in its order or by name.
 
     Raises:
         ValueError: the model, the arguments or the first batch cannot be trained this way; the message says why.
@@ -82,10 +82,12 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         self,
         model=None,
         args: DualSpeedArguments | None = None,
-        *,
+        *positional,
         pruner: Pruner | None = None,
         **kwargs,
     ):
+        # The trainer's further arguments may be given by their places.
+        kwargs = dict(zip(argument_names(super().__init__)[2:], positional, strict=False)) | kwargs
         if args is None:
             args = DualSpeedTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, DualSpeedArguments):

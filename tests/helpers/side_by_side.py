@@ -33,6 +33,7 @@ from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 # What only our trainer shows, by its key or file name, and why.
 ADDED_KEYS = {
     "slow_loss": "losses are logged by mode",
+    "router_loss": "a loss that balances experts is logged by itself",
     "fast_steps": "steps are logged by mode",
     "slow_steps": "steps are logged by mode",
     "steps_per_second": "a training log has the speed since the last one",
