@@ -32,8 +32,10 @@ from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 
 # What only our trainer shows, by its key or file name, and why.
 ADDED_KEYS = {
+    "fast_loss": "losses are logged by mode",
     "slow_loss": "losses are logged by mode",
     "router_loss": "a loss that balances experts is logged by itself",
+    "distillation_loss": "slow steps have a second loss",
     "fast_steps": "steps are logged by mode",
     "slow_steps": "steps are logged by mode",
     "steps_per_second": "a training log has the speed since the last one",
@@ -41,6 +43,7 @@ ADDED_KEYS = {
 }
 ADDED_FILES = {
     "pruner_config.json": "the pruner stands beside the model",
+    "mode_isolator.safetensors": "the isolator stands beside the model",
     "results.json": "a saved model has the measurements of its run",
     "learning_curve.png": "a saved model has the losses of its run",
 }
@@ -111,7 +114,7 @@ def rows(family: str = "llava") -> list[dict]:
     found = []
     for sample in SAMPLES:
         made = batch(FAMILIES[family], built(family)[1], [sample])
-        lists = {key: made.pop(key)[0].tolist() for key in ("input_ids", "attention_mask", "labels")}
+        lists = {key: made.pop(key)[0].tolist() for key in Pad.keys if key in made}
         found.append(lists | made)
     return found
 
@@ -121,7 +124,7 @@ class Pad:
     """Pads the columns of text on the right and joins those of images."""
 
     kind: type = dict
-    keys: tuple = ("input_ids", "attention_mask", "labels")
+    keys: tuple = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
     fill: dict = field(default_factory=lambda: {"labels": -100})
 
     def __call__(self, examples: list[dict]) -> dict:
@@ -163,7 +166,11 @@ def without(*keys) -> list[dict]:
 def text_only() -> list[dict]:
     image = built()[0].config.image_token_id
     return [
-        {key: [v for v, i in zip(row[key], row["input_ids"], strict=True) if i != image] for key in Pad().keys}
+        {
+            key: [v for v, i in zip(row[key], row["input_ids"], strict=True) if i != image]
+            for key in Pad.keys
+            if key in row
+        }
         for row in rows()
     ]
 
