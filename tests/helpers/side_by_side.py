@@ -263,6 +263,21 @@ def make(case: Case, cls: type, folder: Path):
     return trainer
 
 
+def shown(trainer) -> dict:
+    """What a trainer shows at any time."""
+    state, parameters = trainer.state, dict(trainer.model.named_parameters())
+    callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    return {
+        "events": trainer.recorder.events,
+        "state": {f.name: getattr(state, f.name) for f in fields(TrainerState)},
+        "control": vars(trainer.control),
+        "callbacks": [name for name in callbacks if name not in ADDED_CALLBACKS],
+        "weights": {name: p.detach() for name, p in parameters.items() if not name.startswith("dualspeed.")},
+        "trained": [name for name, p in parameters.items() if p.requires_grad],
+        "config": trainer.model.config.to_dict(),
+    }
+
+
 def observed(case: Case, cls: type, folder: Path) -> dict:
     """All that a user sees of a case."""
     seen, trainer = {}, None
@@ -273,14 +288,7 @@ def observed(case: Case, cls: type, folder: Path) -> dict:
     except case.raises as error:
         seen["raised"] = type(error).__name__
     if trainer is not None:
-        state, handler = trainer.state, trainer.callback_handler
-        seen["events"] = trainer.recorder.events
-        seen["state"] = {f.name: getattr(state, f.name) for f in fields(TrainerState)}
-        seen["control"] = vars(trainer.control)
-        seen["callbacks"] = [n for n in (type(c).__name__ for c in handler.callbacks) if n not in ADDED_CALLBACKS]
-        seen["weights"] = {n: p.detach() for n, p in trainer.model.named_parameters() if not n.startswith("dualspeed.")}
-        seen["config"] = trainer.model.config.to_dict()
-        seen["trained"] = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+        seen |= shown(trainer)
         seen["random"] = [random.random(), np.random.random(), torch.rand(()).item()]
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     seen["files"] = {str(path.relative_to(folder)): contents(path) for path in paths if path.name not in ADDED_FILES}

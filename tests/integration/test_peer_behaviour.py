@@ -40,6 +40,7 @@ from side_by_side import (
     make,
     pictured,
     rows,
+    shown,
     side_by_side,
     table,
     text_only,
@@ -388,13 +389,6 @@ cases(
 # --- cases: resuming --------------------------------------------------------------------------------------------------
 
 
-def shown(trainer) -> dict:
-    """What a trainer shows that a case makes beside its own."""
-    weights = {n: p.detach() for n, p in trainer.model.named_parameters() if not n.startswith("dualspeed.")}
-    state = {f.name: getattr(trainer.state, f.name) for f in fields(TrainerState)}
-    return {"events": trainer.recorder.events, "state": state, "weights": weights}
-
-
 def then(second: Callable, **changes) -> Callable:
     """Trains, makes the trainer anew with other options, and goes on."""
 
@@ -635,10 +629,6 @@ def predict(data=None, **kwargs) -> Callable:
     return lambda trainer: trainer.predict(rows()[:4] if data is None else data(), **kwargs)
 
 
-def by_name(trainer):
-    return trainer.evaluate("b")
-
-
 TWO = {"given": lambda model: {"eval_dataset": {"a": rows()[:2], "b": rows()[2:4]}}}
 cases(
     "evaluate",
@@ -647,7 +637,7 @@ cases(
     other_data={"act": lambda t: t.evaluate(rows()[3:6])},
     of_several={**TWO, "act": evaluate()},
     of_several_with_prefix={**TWO, "act": evaluate(metric_key_prefix="test")},
-    by_name={**TWO, "act": by_name},
+    by_name={**TWO, "act": lambda t: t.evaluate("b")},
     unknown_name={**TWO, "act": lambda t: t.evaluate("c"), "raises": KeyError},
     given_several={"act": lambda t: t.evaluate({"x": rows()[:2], "y": rows()[4:7]})},
     ignore_keys={"act": evaluate(ignore_keys=["image_hidden_states", "past_key_values"]), "given": measured},
@@ -736,7 +726,7 @@ class OwnLoader:
 
 
 class OwnBatches:
-    """A user who drops a micro-batch's last sample."""
+    """Trains on the first micro-batch of each step only."""
 
     def get_batch_samples(self, *args):
         batches, items = super().get_batch_samples(*args)
@@ -916,8 +906,9 @@ def from_init(init: Callable = lambda: copy.deepcopy(built()[0])) -> Callable:
     return lambda model: {"model": None, "model_init": init}
 
 
-def narrower(trial):
-    return copy.deepcopy(built()[0]).half().float()
+def for_trial(trial):
+    """The model that a search asks for: of another precision in each trial."""
+    return copy.deepcopy(built()[0]).to(torch.bfloat16 if trial and trial["seed"] else torch.float16).float()
 
 
 def own_optimizer(model) -> dict:
@@ -970,7 +961,7 @@ cases(
     frozen_tower_and_projector={"model": freeze("vision_tower", "projector")},
     frozen_language_model={"model": freeze("language_model", "lm_head")},
     frozen_embeddings={"model": freeze("embed_tokens")},
-    given_in_training_mode={"model": lambda model: freeze("vision_tower")(model.train()), **EVALS},
+    given_in_training_mode={"model": lambda model: model.train(), **EVALS},
     lora={"model": lora, "learning_rate": 0.2},
     lora_saved={"model": lora, "learning_rate": 0.2, **SAVES},
     lora_resumed={"model": lora, "learning_rate": 0.2, **SHORT, "act": then(resumed, max_steps=4)},
@@ -995,7 +986,7 @@ cases(
     eager={"model": lambda model: model.set_attn_implementation("eager") or model},
     from_init={"given": from_init()},
     from_init_twice={"given": from_init(), "act": lambda t: (t.train(), t.train())},
-    from_init_of_trial={"given": from_init(narrower)},
+    from_init_of_trial={"given": from_init(for_trial)},
     from_init_evaluated={"given": from_init(), "act": evaluate()},
     own_optimizer={"given": own_optimizer},
     own_optimizer_alone={"given": own_optimizer_alone},
@@ -1015,7 +1006,7 @@ cases(
 
 class Logging:
     def log(self, logs, start_time=None):
-        super().log({**logs, "mine": len(logs) * 0 + 1.0}, start_time)
+        super().log({**logs, "mine": 1.0}, start_time)
 
 
 class Doubled:
@@ -1331,7 +1322,7 @@ def parsed(trainer):
     made = [parse.parse_args_into_dataclasses(line)[0], parse.parse_dict(given)[0]]
     made += [parse.parse_yaml_file(str(written))[0], kind("w", use_cpu=True), copy.deepcopy(trainer.args)]
     theirs = [f.name for f in fields(TrainingArguments) if f.name not in OTHER_DEFAULTS]
-    return [{name: str(args.to_dict()[name]) for name in theirs if name != "logging_dir"} for args in made]
+    return [{name: str(args.to_dict()[name]) for name in theirs} for args in made]
 
 
 def state_on_disk(trainer):
@@ -1339,8 +1330,8 @@ def state_on_disk(trainer):
     trainer.train()
     trainer.state.save_to_json(str(trainer.folder / "state.json"))
     read = TrainerState.load_from_json(str(trainer.folder / "state.json"))
-    shown = trainer.args.to_sanitized_dict()
-    return vars(read), {name: shown[name] for name in ("learning_rate", "optim", "max_steps", "eval_strategy")}
+    kept = trainer.args.to_sanitized_dict()
+    return vars(read), {name: kept[name] for name in ("learning_rate", "optim", "max_steps", "eval_strategy")}
 
 
 def flags(trainer):
@@ -1387,17 +1378,16 @@ cases(
     parsed={"act": parsed},
     state_on_disk={"act": state_on_disk},
     facts_of_epochs={"act": facts, "max_steps": -1, "gradient_accumulation_steps": 3},
-    search={"act": searched, "given": from_init(narrower)},
+    search={"act": searched, "given": from_init(for_trial)},
     search_without_init={"act": searched, "raises": RuntimeError},
     search_without_backend={"act": lambda t: t.hyperparameter_search(), "raises": RuntimeError},
 )
 
 # --- cases: mistakes --------------------------------------------------------------------------------------------------
 
-FAILS = {"raises": ValueError}
 cases(
     "mistake",
-    common=FAILS,
+    common={"raises": ValueError},
     best_without_saving={**EVALS, "load_best_model_at_end": True},
     best_with_other_strategy={**EVALS, "save_strategy": "epoch", "load_best_model_at_end": True},
     best_with_other_steps={**EVALS, "eval_steps": 2, **SAVES, "save_steps": 3, "load_best_model_at_end": True},
@@ -1413,7 +1403,6 @@ cases(
     unknown_logging_strategy={"logging_strategy": "sometimes"},
     unknown_schedule={"lr_scheduler_type": "sometimes"},
     unknown_optimizer={"optim": "guess"},
-    missing_tracker={"report_to": "tensorboard", "raises": RuntimeError},
     unknown_tracker={"report_to": "guess"},
     unknown_hub_strategy={"hub_strategy": "guess"},
     unknown_debug={"debug": "guess"},
@@ -1482,7 +1471,7 @@ cases(
         "raises": (AttributeError, TypeError, ValueError),
         "refused": "LlamaModel",
     },
-    liger={"use_liger_kernel": True, "raises": ImportError, "refused": "liger"},
+    liger={"use_liger_kernel": True, "act": lambda t: None, "refused": "liger"},
     plain_arguments={"act": lambda t: type(t)(t.model, TrainingArguments("out")) and None, "refused": "args"},
     prompt_tuning={"model": prompts, "refused": "PromptTuningConfig"},
     batch_without_images={
