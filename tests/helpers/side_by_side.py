@@ -228,6 +228,7 @@ class Case:
         raises: the error that both raise.
         refused: what our `ValueError` says, where we refuse what the peer does.
         ours: options of ours alone.
+        family: the tiny model, of `tiny_models`.
         model: makes the model from the common one.
         fault: what is wrong in ours, until it is mended.
         rtol: relative tolerance of numbers; a hundredth of it is the absolute one.
