@@ -1650,7 +1650,10 @@ def family_case(name: str, **settings) -> Case:
     return Case(name, options, given=with_batch(inputs), model=lambda _: change(copy.deepcopy(model)), **settings)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# A fourth of the families without being asked, because conformance tests run all of them.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (n % 4 > 0)) for n, name in enumerate(MODELS)]
+)
 def test_a_step_of_every_family(name, tmp_path):
     assert side_by_side(family_case(name, options=EVALS), tmp_path) == []
 
