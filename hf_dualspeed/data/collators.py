@@ -5,6 +5,7 @@ Shapes: B batch, S sequence.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +20,33 @@ from ..utils.validation import check_choice, check_range, require
 from .conversations import sample_name, to_messages
 from .labels import check_texts, place, recorded
 from .media import IMAGE_ERRORS, UNREADABLE_IMAGES, open_image, open_video
+from .rendering import ignored_keys, rendered
 
 logger = logging.getLogger(__name__)
 
 PIXEL_INPUTS = ("pixel_values", "image_patches", "input_features", "input_values", "audio_input_ids")
 
 IGNORED = -100
+
+LONG_SAMPLES = ("truncate", "raise", "skip")
+# So many samples without a supervised token, and none with one, are no accident.
+UNSUPERVISED_LIMIT = 4
+NOTHING_LEARNED = (
+    "Answers have the role 'assistant' and a weight other than 0, and must begin before `max_length` cuts the sample"
+)
+
+
+class SampleError(ValueError):
+    """A sample that cannot be trained on.
+
+    Args:
+        message (`str`): Names sample, key, value and remedy.
+        kind (`str`): `"unreadable"` (its pictures), `"long"`, `"unsupervised"` or `"wrong"`.
+    """
+
+    def __init__(self, message: str, kind: str = "wrong"):
+        super().__init__(message)
+        self.kind = kind
 
 
 def encode(
@@ -53,38 +75,6 @@ def encode(
         return processor(images=[row[0] for row in images], **options)
 
 
-def assistant_spans(render: Callable[..., str], messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-    """Renders a conversation and finds the characters that the assistant has to produce.
-
-    A turn starts where the messages before it (with the generation prompt) end, and ends where the messages up to it
-    end. This works for every template that renders these as prefixes of the whole conversation.
-
-    Returns:
-        The rendered text, and `(start, end)` of each assistant turn, including its end-of-turn token.
-
-    Raises:
-        ValueError: the template does not render prefixes.
-    """
-    text = render(messages)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        # Most templates fail on an empty conversation.
-        before = render(messages[:index], add_generation_prompt=True) if index else ""
-        after = render(messages[: index + 1])
-        for what, prefix in (("before it plus the generation prompt", before), ("up to it", after)):
-            if not text.startswith(prefix):
-                raise ValueError(
-                    f"The chat template does not render conversations step by step: the messages {what} "
-                    f"(assistant message {index}) render to {prefix[-80:]!r}, which the whole conversation "
-                    "does not begin with. Pass a processor whose `chat_template` keeps earlier turns "
-                    "unchanged, such as a training template."
-                )
-        spans.append((len(before), len(before) + len(after[len(before) :].rstrip())))
-    return text, spans
-
-
 class VisionLanguageCollator:
     """Makes a batch with labels from conversations in any layout that [`to_messages`] reads.
 
@@ -94,9 +84,13 @@ class VisionLanguageCollator:
 
     Args:
         processor (`ProcessorMixin`): A processor of transformers with a chat template and a fast tokenizer.
-        max_length (`int`, *optional*): Longer samples lose their end, but never visual tokens.
-        unreadable_images (`str`, *optional*, defaults to `"raise"`): What to do with a broken image: `"raise"` a
-            `ValueError`, or `"skip"` the sample, log it and count it in `skipped` (per data loader worker).
+        max_length (`int`, *optional*): The most tokens of a sample, visual ones included.
+        long_samples (`str`, *optional*, defaults to `"truncate"`): What to do with a longer sample: `"truncate"` its
+            end, but never visual tokens; `"raise"` a `ValueError`; or `"skip"` it.
+        unreadable_images (`str`, *optional*, defaults to `"raise"`): What to do with a picture or clip that cannot be
+            read or that the processor refuses: `"raise"` a `ValueError`, or `"skip"` the sample. Skipped samples are
+            logged and counted in `skipped` (per data loader worker); a batch without any other is one blank picture,
+            of which nothing is learned.
         image_folder (`str`, *optional*): Folder that relative image paths start from.
     """
 
@@ -105,10 +99,12 @@ class VisionLanguageCollator:
         processor: ProcessorMixin,
         *,
         max_length: int | None = None,
+        long_samples: str = "truncate",
         unreadable_images: str = "raise",
         image_folder: str | None = None,
     ):
         check_choice("unreadable_images", unreadable_images, UNREADABLE_IMAGES)
+        check_choice("long_samples", long_samples, LONG_SAMPLES)
         if max_length is not None:
             check_range("max_length", max_length, 1, off="Use None to keep samples whole.")
         if not processor.tokenizer.is_fast:
@@ -120,10 +116,11 @@ class VisionLanguageCollator:
             raise ValueError("`processor` has no chat template. Set `processor.chat_template`, a Jinja string.")
         self.processor = processor
         self.max_length = max_length
+        self.long_samples = long_samples
         self.unreadable_images = unreadable_images
         self.image_folder = image_folder
-        self.skipped = 0
-        self._warned = False
+        self.skipped = self.unsupervised = self.seen = 0
+        self._warned: set[str] = set()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collates examples.
@@ -134,36 +131,124 @@ class VisionLanguageCollator:
 
         Raises:
             TypeError: an image or a video is given as something else.
-            ValueError: a sample or an image cannot be read, a text holds a placeholder, the template rewrites earlier
-                turns, the processor hides where the text went, or `max_length` would cut into an image.
+            ValueError: a sample or an image cannot be read, a text holds a placeholder, the template fails or rewrites
+                earlier turns, the processor hides where the text went, `max_length` would cut into an image, or all
+                of the first samples have nothing to learn. The message names the sample.
         """
         samples = [sample for index, example in enumerate(examples) if (sample := self._read(index, example))]
+        return self._batch(samples)
+
+    def _batch(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         if not samples:
-            raise ValueError(
-                f"All {len(examples)} samples of the batch were left out because of unreadable images. "
-                "Repair the images, or make the batch larger."
-            )
-        rendered = [assistant_spans(self._render, sample["messages"]) for sample in samples]
-        texts = [text for text, _ in rendered]
-        self._warn_without_end(rendered)
-        batch, tokenized = recorded(self.processor, lambda processor: self._encode(processor, texts, samples))
+            return self._stand_in()
+        try:
+            batch, tokenized = recorded(self.processor, lambda processor: self._encode(processor, samples))
+        # Processors raise anything on what they cannot take.
+        except Exception as error:
+            return self._batch(self._without_bad(samples, error))
         # Masks (B, S): tokens of assistant turns, and tokens in place of placeholders.
-        supervised, inserted = place(self.processor, batch, tokenized, rendered)
+        rendering = [(sample["text"], sample["spans"]) for sample in samples]
+        supervised, inserted = place(self.processor, batch, tokenized, rendering)
+        lengths = batch["attention_mask"].sum(1).tolist()
+        if self.max_length is not None and self.long_samples != "truncate":
+            kept = [sample for sample, length in zip(samples, lengths, strict=True) if self._fits(sample, length)]
+            if len(kept) < len(samples):
+                return self._batch(kept)
         self._add_token_types(batch, supervised)
         batch["labels"] = batch["input_ids"].masked_fill(~supervised, IGNORED)
         if self.max_length is not None:
             self._truncate(batch, inserted, [sample["name"] for sample in samples])
+        self._count_unsupervised(batch["labels"], samples)
         return dict(batch)
 
-    def _encode(self, processor: ProcessorMixin, texts: list[str], samples: list[dict]) -> dict:
-        images, videos = ([sample[kind] for sample in samples] for kind in ("images", "videos"))
-        if any(videos) and getattr(processor, "video_processor", None) is None:
-            raise ValueError(
-                f"The batch has videos, but `processor` ({type(processor).__name__}) has no video processor. Video "
-                "processors of transformers need the package torchvision; where the family has none, pass the frames "
-                "as `images`."
+    def _stand_in(self) -> dict[str, torch.Tensor]:
+        """A batch of a blank picture without labels, for one that lost all samples.
+
+        A batch must hold something, and under FSDP a picture: ranks gather the vision tower together.
+        """
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "."}]}
+        blank = {"messages": [question, answer], "images": [Image.new("RGB", (64, 64), "white")]}
+        whole = copy.copy(self)
+        whole.max_length, whole.unreadable_images = None, "raise"
+        batch = whole([blank])
+        return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
+    def _without_bad(self, samples: list[dict], error: Exception) -> list[dict]:
+        """The samples that the processor takes, one at a time; raises the error if all are, or if nothing is skipped"""
+        if len(samples) == 1:
+            (sample,) = samples
+            kind = "unreadable" if sample["images"] or sample["videos"] else "wrong"
+            what = f"{type(self.processor).__name__} cannot read the sample ({sample['name']}): {error}."
+            self._leave_out(
+                SampleError(f"{what} Repair or remove it{self._or_skip(kind)}.", kind), sample["name"], error
             )
-        return encode(processor, texts, images, videos)
+            return []
+        good = []
+        for sample in samples:
+            try:
+                self._encode(self.processor, [sample])
+                good.append(sample)
+            except Exception as own:
+                good += self._without_bad([sample], own)
+        if len(good) == len(samples):
+            raise error
+        return good
+
+    def _or_skip(self, kind: str) -> str:
+        return ", or pass unreadable_images='skip'" if kind == "unreadable" else ""
+
+    def _leave_out(self, bad: SampleError, name: str, cause: Exception | None = None) -> None:
+        """Counts a sample that is skipped; raises the error if samples of its kind are not."""
+        policies = {"unreadable": self.unreadable_images, "long": self.long_samples}
+        if policies.get(bad.kind) != "skip":
+            raise bad from cause
+        self.skipped += 1
+        logger.warning("Left out %s (%d so far): %s", name, self.skipped, cause or bad)
+
+    def _fits(self, sample: dict, length: int) -> bool:
+        """Whether a sample of `length` tokens is no longer than `max_length`; one that is longer is left out."""
+        if length <= self.max_length:
+            return True
+        message = (
+            f"The sample ({sample['name']}) has {length} tokens, more than `max_length`={self.max_length}. Use a "
+            "larger `max_length` or smaller images, or pass long_samples='skip' or 'truncate'."
+        )
+        self._leave_out(SampleError(message, "long"), sample["name"])
+        return False
+
+    def _count_unsupervised(self, labels: torch.Tensor, samples: list[dict]) -> None:
+        """Counts rows of labels (B, S) that teach nothing. The first column is no target.
+
+        Raises:
+            SampleError: none of the samples so far teaches anything.
+        """
+        taught = (labels[:, 1:] != IGNORED).any(1).tolist()
+        nothing = [sample["name"] for sample, learns in zip(samples, taught, strict=True) if not learns]
+        before = self.unsupervised
+        self.unsupervised += len(nothing)
+        self.seen += len(samples)
+        if not nothing:
+            return
+        if self.unsupervised == self.seen >= UNSUPERVISED_LIMIT:
+            raise SampleError(
+                f"None of the first {self.seen} samples has a token to learn; the last one is {nothing[-1]}. "
+                f"{NOTHING_LEARNED}.",
+                "unsupervised",
+            )
+        # The first one, then each time that the number gains a digit.
+        if not before or len(str(self.unsupervised)) > len(str(before)):
+            logger.warning(
+                "%d of %d samples so far had no token to learn; here it is %s. %s.",
+                self.unsupervised,
+                self.seen,
+                nothing[0],
+                NOTHING_LEARNED,
+            )
+
+    def _encode(self, processor: ProcessorMixin, samples: list[dict]) -> dict:
+        images, videos = ([sample[kind] for sample in samples] for kind in ("images", "videos"))
+        return encode(processor, [sample["text"] for sample in samples], images, videos)
 
     def _add_token_types(self, batch: dict, supervised: torch.Tensor) -> None:
         """Adds token types if the model needs them and the processor leaves them out."""
@@ -178,37 +263,51 @@ class VisionLanguageCollator:
             batch["mm_token_type_ids"] = torch.tensor(types)
 
     def _read(self, index: int, example: dict[str, Any]) -> dict[str, Any] | None:
-        """The example as messages and opened images, or None if it is skipped."""
+        """The example as text, spans to learn and opened images, or None if it is skipped."""
         name = f"sample {index} of the batch, {sample_name(example)}"
         sample = to_messages(example, name)
-        check_texts(self.processor, sample["messages"], name)
+        check_texts(self.processor, [sample["messages"], sample["tools"]], name)
+        try:
+            text, spans = rendered(self.processor, sample)
+        except ValueError as error:
+            raise SampleError(f"The sample ({name}) cannot be rendered: {error}") from error
         try:
             images = [open_image(image, self.image_folder) for image in sample["images"]]
             videos = [open_video(video, self.image_folder) for video in sample["videos"]]
         except TypeError as error:
             raise TypeError(f"An image or a video cannot be read ({name}): {error}") from error
         except IMAGE_ERRORS as error:
-            if self.unreadable_images == "raise":
-                raise ValueError(
-                    f"An image or a video cannot be read ({name}): {error}. Repair or remove the sample, or pass "
-                    "unreadable_images='skip'."
-                ) from error
-            self.skipped += 1
-            logger.warning("Left out %s: an image or a video cannot be read: %s", name, error)
+            message = f"An image or a video cannot be read ({name}): {error}. Repair or remove the sample"
+            self._leave_out(SampleError(message + self._or_skip("unreadable") + ".", "unreadable"), name, error)
             return None
-        return {"messages": sample["messages"], "images": images, "videos": videos, "name": name}
+        if sample["videos"] and getattr(self.processor, "video_processor", None) is None:
+            raise ValueError(
+                f"The batch has videos ({name}), but `processor` ({type(self.processor).__name__}) has no video "
+                "processor. Video processors of transformers need the package torchvision; where the family has none, "
+                "pass the frames as `images`."
+            )
+        self._warn_of_template(sample, text, spans)
+        return {"text": text, "spans": spans, "images": images, "videos": videos, "name": name}
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-    def _warn_without_end(self, rendered: list[tuple[str, list[tuple[int, int]]]]) -> None:
+    def _warn_of_template(self, sample: dict, text: str, spans: list[tuple[int, int]]) -> None:
+        """Warns once of an answer without an end, and of each key that the template leaves out."""
         ends = tuple(self.processor.tokenizer.get_added_vocab())
-        if not self._warned and any(not text[a:b].endswith(ends) for text, spans in rendered for a, b in spans):
-            self._warned = True
+        if "end" not in self._warned and any(not text[a:b].endswith(ends) for a, b in spans):
+            self._warned.add("end")
             logger.warning(
                 "The chat template writes no end-of-turn token after the assistant's answer, so the model "
                 "does not learn to stop. Add one to `processor.chat_template`, such as eos_token."
             )
+        for key in ignored_keys(self.processor, sample):
+            if key not in self._warned:
+                self._warned.add(key)
+                calls = ": the model learns to end its turn where it should call" if key == "tool_calls" else ""
+                logger.warning(
+                    "The chat template never mentions %r, so it is left out of training%s. Set a `chat_template` that "
+                    "writes it, or remove it from the data.",
+                    key,
+                    calls,
+                )
 
     def _truncate(self, batch: dict, inserted: torch.Tensor, names: list[str]) -> None:
         """Cuts every row to `max_length` tokens, on either side of padding, but no `inserted` `(B, S)` ones."""
@@ -237,10 +336,11 @@ class VisionLanguageCollator:
         lost = before - inserted.sum(1)
         for name, length, missing in zip(names, lengths.tolist(), lost.tolist(), strict=True):
             if missing:
-                raise ValueError(
+                raise SampleError(
                     f"`max_length`={self.max_length} would cut {missing} visual tokens off a sample of "
                     f"{length} tokens ({name}). Use a `max_length` of at least {length}, smaller images, or "
-                    "leave the sample out."
+                    "leave the sample out, as long_samples='skip' does.",
+                    "long",
                 )
 
 

@@ -25,8 +25,8 @@ ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".
 
 def filled(value: Any) -> bool:
     """Whether a cell holds something: not None, no empty text and no empty list."""
-    if isinstance(value, np.ndarray):
-        return value.size > 0
+    if hasattr(value, "ndim"):  # an array or a tensor
+        return 0 not in value.shape
     return value is not None and not (isinstance(value, (str, bytes, list, tuple, dict)) and not len(value))
 
 

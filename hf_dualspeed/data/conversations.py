@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,9 +16,12 @@ from .columns import filled, unread_picture
 from .media import DOWNLOAD, is_web, shown
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
-ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-# Roles of tools, which chat templates know as they are.
-TOOL_ROLES = ("tool", "developer")
+# Roles that data sets write, and those of chat templates.
+ROLES = {
+    **{"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"},
+    **{"function": "tool", "observation": "tool"},
+    **{role: role for role in ("system", "user", "assistant", "tool", "developer")},
+}
 
 EXTRA_COLUMNS = ("id", "question", "answer")
 
@@ -29,31 +33,39 @@ LEAVE_OUT = "Correct it, or leave the sample out."
 def to_messages(example: dict[str, Any], name: str | None = None) -> dict[str, list]:
     """Converts an example of any known layout to messages with lists of parts, images and videos.
 
-    Known layouts are TRL's `messages` and `prompt` + `completion`, each with `images` or `image`, and LLaVA's
-    `conversations` with `image`. Turns may have the keys `role` and `content`, or `from` and `value`; a conversation
+    Known layouts are TRL's `messages` and `prompt` + `completion`, each with `images` or `image`, LLaVA's
+    `conversations` with `image`, and a table of `question` and `answer` (or `answers`, of which the most frequent one
+    is taken). Turns may have the keys `role` and `content`, or `from` and `value`; a conversation
     may be JSON text. Videos work the same way, as `videos` or `video`, each a list of frames. An `<image>` in plain
     text becomes a placeholder, and so does a `<video>` if there are videos. If the plain texts hold no placeholders,
     those of all images (or videos) go to the front of the first user message. A part may hold its picture itself, as
     `{"type": "image", "image": ...}`, with `path` or `url`, or as `{"type": "image_url", "image_url": {"url": ...}}`.
-    Pictures of the columns belong to the parts without one, or to all parts where there are as many. The example stays
-    unchanged.
+    Pictures of the columns belong to the parts without one, or to all parts where there are as many.
+
+    A turn keeps what it holds besides, such as `tool_calls` or `reasoning_content`; `weight: 0` stays, and says that
+    the turn is not to be learned. A text in the column `system` becomes the first message, and the column `tools` (a
+    list, or JSON text) is returned. The example stays unchanged.
 
     Args:
         example (`dict`): The example.
         name (`str`, *optional*): What errors call it; default: [`sample_name`].
 
     Returns:
-        `dict` with `messages`, `images` and `videos`; the messages hold one part of type `"image"` per image and one of
-        type `"video"` per video.
+        `dict` with `messages`, `images`, `videos` and `tools`; the messages hold one part of type `"image"` per image
+        and one of type `"video"` per video.
 
     Raises:
-        ValueError: the layout is unknown, a text is missing, the number of placeholders differs from that of images or
-            videos, a picture is on the web, or a column that looks like pictures is not read. The message names the
-            sample, the key and the remedy.
+        ValueError: the layout or a role is unknown, a text is missing or no Unicode, a weight is neither 0 nor 1, the
+            number of placeholders differs from that of images or videos, a picture is on the web, or a column that
+            looks like pictures is not read. The message names the sample, the key and the remedy.
     """
+    if not isinstance(example, Mapping):
+        raise ValueError(
+            f"A sample must be a dict, got {type(example).__name__}. Set dataset.with_format(None) to get dicts."
+        )
     name = name or sample_name(example)
     given = {"image": _pictures(example), "video": _videos(example)}
-    turns = _turns(example, name)
+    turns = _with_system(example, _turns(example, name), name)
     written = {kind: text for kind, text in PLACEHOLDERS.items() if kind == "image" or given[kind]}
     # The picture or clip of each placeholder; None where it comes from a column.
     own: dict[str, list] = {kind: [] for kind in PLACEHOLDERS}
@@ -66,7 +78,8 @@ def to_messages(example: dict[str, Any], name: str | None = None) -> dict[str, l
         _add_placeholders(messages, kind, items, plain, name)
     for image in media["image"]:
         _check_image(image, name)
-    return {"messages": messages, "images": media["image"], "videos": media["video"]}
+    tools = _tools(example, name)
+    return {"messages": messages, "images": media["image"], "videos": media["video"], "tools": tools}
 
 
 def check_pictures_read(example: Mapping[str, Any], name: str, blind: bool) -> None:
@@ -179,10 +192,55 @@ def _turns(example: dict[str, Any], name: str) -> list[dict]:
             else:
                 turns += [_turn(turn, column, name) for turn in _conversation(side, column, name)]
         return turns
+    question = example.get("question")
+    if filled(question):
+        if not isinstance(question, str):
+            raise _refused(name, "question", question, "it must be a text. Correct it, or leave the sample out.")
+        right = texts_of(example.get("answer")) or texts_of(example.get("answers"))
+        # Of VQAv2's ten answers, most people's.
+        answer = [{"role": "assistant", "content": text} for text, _ in Counter(right).most_common(1)]
+        return [{"role": "user", "content": question}, *answer]
     raise ValueError(
-        f"The sample ({name}) has no conversation. Its columns are {sorted(example)}; needed "
-        "is a filled `messages`, `prompt` and `completion`, or `conversations`."
+        f"The sample ({name}) has no conversation. Its columns are {sorted(example)}; needed is a filled `messages`, "
+        "`prompt` and `completion`, `conversations`, or `question` and `answer`."
     )
+
+
+def _with_system(example: Mapping[str, Any], turns: list[dict], name: str) -> list[dict]:
+    """The turns behind the text of the column `system`, as ShareGPT has it."""
+    system = example.get("system")
+    if not filled(system):
+        return turns
+    if not isinstance(system, str):
+        raise _refused(name, "system", system, "it must be a text, which becomes the first message.")
+    first = turns[0] if turns and turns[0]["role"] == "system" else None
+    if first is None:
+        return [{"role": "system", "content": system}, *turns]
+    if first["content"] != system:
+        raise _refused(name, "system", system, "the conversation has another system message. Leave one of them out.")
+    return turns
+
+
+def _tools(example: Mapping[str, Any], name: str) -> list | None:
+    """The column `tools`, for the chat template."""
+    given = example.get("tools")
+    if not filled(given):
+        return None
+    wanted = "a list of tools, each a dict such as {'type': 'function', 'function': ...}"
+    tools = _json_list(name, "tools", given, wanted) if isinstance(given, str) else given
+    if not isinstance(tools, (list, tuple, np.ndarray)):
+        raise _refused(name, "tools", given, f"it must be {wanted}.")
+    tools = [_json_list(name, "tools", f"[{tool}]", wanted)[0] if isinstance(tool, str) else tool for tool in tools]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise _refused(name, "tools", given, f"it must be {wanted}.")
+    return [without_nulls(tool) for tool in tools] or None
+
+
+def without_nulls(value: Any) -> Any:
+    """A copy without the keys that Arrow fills with None, because other rows have them."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _conversation(value: Any, column: str, name: str) -> list[dict]:
@@ -219,20 +277,42 @@ def _turn(turn: Mapping[str, Any], column: str, name: str) -> dict:
     if role_key is None:
         raise _refused(name, column, dict(turn), "the turn has no speaker. Give it a key 'role' or 'from'.")
     role = turn[role_key]
-    if role_key == "from":
-        _check_choice(name, "from", role, list(ROLES))
-    elif column == "conversations" or not isinstance(role, str):
-        _check_choice(name, "role", role, [*ROLES, *TOOL_ROLES])
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        _check_choice(name, role_key, role, list(ROLES))
     keys = ("content", "value") if role_key == "role" else ("value", "content")
     content_key = next((key for key in keys if turn.get(key) is not None), None)
-    if content_key is None and not turn.get("tool_calls"):
+    if content_key is None and not filled(turn.get("tool_calls")):
         where = next((key for key in keys if key in turn), keys[0])
         raise _refused(name, where, None, f"the turn of {role!r} has no text. Fill it, or leave the sample out.")
     content = turn[content_key] if content_key else []
     if not isinstance(content, (str, list, tuple, np.ndarray)):
         raise _refused(name, content_key, content, "it must be a text, or a list of parts such as {'type': 'text'}.")
-    extra = {} if role_key == "from" else {key: turn[key] for key in turn if key not in ("from", "value")}
-    return {**extra, "role": ROLES.get(role, role), "content": content}
+    extra = {key: value for key, value in turn.items() if key not in ("role", "from", *keys) and filled(value)}
+    if extra.pop("weight", 1) not in (0, 1):
+        why = "a turn is learned (1) or not (0), and nothing between. Write 0 or 1, or leave the weight out."
+        raise _refused(name, "weight", turn["weight"], why)
+    weight = {"weight": 0} if turn.get("weight") == 0 else {}
+    if "tool_calls" in extra:
+        extra["tool_calls"] = _tool_calls(extra["tool_calls"], name)
+    return {**extra, **weight, "role": ROLES[role.lower()], "content": content}
+
+
+def _tool_calls(calls: Any, name: str) -> list:
+    """Calls whose arguments are dicts, as chat templates write them; OpenAI has JSON text there."""
+    if isinstance(calls, str):
+        calls = _json_list(name, "tool_calls", calls, "a list of calls")
+    if not isinstance(calls, (list, tuple, np.ndarray)) or not all(isinstance(call, Mapping) for call in calls):
+        raise _refused(name, "tool_calls", calls, "it must be a list of calls, each a dict with a 'function'.")
+    calls = [without_nulls(call) for call in calls]
+    for call in calls:
+        function = call.get("function", call)
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(function["arguments"])
+            except json.JSONDecodeError as error:
+                why = f"it is no JSON ({error}). Give the arguments as a dict, or as JSON text."
+                raise _refused(name, "arguments", function["arguments"], why) from None
+    return calls
 
 
 def _parts(content: str | list, placeholders: dict[str, str], own: dict[str, list], name: str) -> list[dict]:
@@ -242,6 +322,7 @@ def _parts(content: str | list, placeholders: dict[str, str], own: dict[str, lis
     """
     if not isinstance(content, str):
         return [_part(part, own, name) for part in content]
+    _check_unicode(name, "content", content)
     pieces = re.split(f"({'|'.join(placeholders.values())})", content)
     if len(pieces) == 1:
         return [{"type": "text", "text": content}]
@@ -253,6 +334,15 @@ def _parts(content: str | list, placeholders: dict[str, str], own: dict[str, lis
         if part["type"] in own:
             own[part["type"]].append(None)
     return parts
+
+
+def _check_unicode(name: str, key: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.end + 20]
+        why = f"character {error.start} is half of a surrogate pair, which no tokenizer reads. Replace it."
+        raise _refused(name, key, near, why) from None
 
 
 def _part(part: Any, own: dict[str, list], name: str) -> dict:
@@ -269,6 +359,7 @@ def _part(part: Any, own: dict[str, list], name: str) -> dict:
         if not isinstance(part.get("text"), str):
             why = "a part of type 'text' must hold a text. Fill it, or leave the part out."
             raise _refused(name, "text", part.get("text"), why)
+        _check_unicode(name, "text", part["text"])
         return {"type": "text", "text": part["text"]}
     own[kind].append(_source(part, kind, name))
     return {"type": kind}
@@ -327,11 +418,15 @@ def _located(content: Any, locate: Callable[[str], str]) -> Any:
 def _as_list(value: Any) -> list:
     if not filled(value):
         return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    # numpy's and torch's formats make one array of a list: (N,), or (N, H, W, C) of pictures of one size.
+    many = isinstance(value, (list, tuple)) or getattr(value, "ndim", None) in (1, 4)
+    return list(value) if many else [value]
 
 
 def sample_name(example: dict[str, Any]) -> str:
     """Words that identify a sample to a person: its id, else the path of its first image."""
+    if not isinstance(example, Mapping):
+        return f"a {type(example).__name__}"
     if example.get("id") is not None:
         return f"id {shown(example['id'])}"
     for column in ("images", "image"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,24 +133,36 @@ def placeholders_of(processor: ProcessorMixin) -> set[str]:
     return {str(token) for name in names if (token := getattr(processor, name, None))}
 
 
-def check_texts(processor: ProcessorMixin, messages: list[dict], name: str) -> None:
+def check_texts(processor: ProcessorMixin, messages: list, name: str) -> None:
     """Raises a `ValueError` where a text holds a placeholder of the processor, which would be read as a picture.
 
     Args:
         processor (`ProcessorMixin`): Reads the texts.
-        messages (`list[dict]`): Messages as [`to_messages`] makes them.
+        messages (`list`): Messages as [`to_messages`] makes them, or tools.
         name (`str`): What the error calls the sample.
     """
     # Some templates write the mark in front of an image, and the processor puts the image's tokens behind it.
     marks = placeholders_of(processor) | {str(mark) for mark in [getattr(processor, "boi_token", None)] if mark}
-    for part in (part for message in messages for part in message["content"]):
-        mark = next((mark for mark in marks if mark in part.get("text", "")), None)
+    for key, text in texts_in(messages):
+        mark = next((mark for mark in marks if mark in text), None)
         if mark is not None:
             raise ValueError(
-                f"The sample ({name}) has {shown(part['text'])} under `text`: {type(processor).__name__} would read "
+                f"The sample ({name}) has {shown(text)} under `{key}`: {type(processor).__name__} would read "
                 f"{mark!r} in it as a picture or clip. Write a part of that type where there is one; else change the "
                 f"text, for example to {mark[:1] + ' ' + mark[1:]!r}."
             )
+
+
+def texts_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts within lists and dicts, each with the key that it stands under."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for inner, item in value.items():
+            yield from texts_in(item, inner)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from texts_in(item, key)
 
 
 def place(

@@ -84,14 +84,16 @@ class TokenCounter:
         sample = to_messages(example)
         if sample["videos"]:
             return self._collated(example, len(sample["images"]) + len(sample["videos"]))
-        text = self._text_tokens(sample["messages"])
+        text = self._text_tokens(sample)
         visual = self._visual_tokens(example, sample["images"])
         length, longest = text + sum(visual), getattr(self.collator, "max_length", None)
         return {LENGTH: min(length, longest or length), VISUAL: visual}
 
-    def _text_tokens(self, messages: list[dict]) -> int:
+    def _text_tokens(self, sample: dict[str, Any]) -> int:
         template = getattr(self.collator, "chat_template", None)
-        text = self.processor.apply_chat_template(messages, chat_template=template, tokenize=False)
+        text = self.processor.apply_chat_template(
+            sample["messages"], chat_template=template, tools=sample["tools"], tokenize=False
+        )
         tokenizer = self.processor.tokenizer
         own_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
         ids = tokenizer(text, add_special_tokens=not own_bos)["input_ids"]
@@ -109,11 +111,12 @@ class TokenCounter:
             return [self.per_image] * len(images)
         try:
             sizes = [image_size(image, getattr(self.collator, "image_folder", None)) for image in images]
+            # A processor may refuse a picture, such as a very long one.
+            return list(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
         except IMAGE_ERRORS as error:
             if getattr(self.collator, "unreadable_images", "raise") == "skip":
                 return []
             raise ValueError(f"an image cannot be read ({sample_name(example)}): {error}") from error
-        return list(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
 
     def _collated(self, example: Mapping, units: int) -> dict[str, Any]:
         """Counts by collating the example; shares its visual tokens evenly among `units` images and clips."""

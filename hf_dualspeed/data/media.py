@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
@@ -30,6 +31,8 @@ DOWNLOAD = "Download the picture and give its path"
 # Ranges of integers, as their largest values: 8 bits, 12 bits, as cameras and scanners store them in 16, and 16 bits.
 # A picture's range is the smallest that holds its largest value.
 DEEP_RANGES = (255, 4095, 65535)
+# The largest value of 12 bits, of 16 bits without the lower 8.
+TWELVE_OF_SIXTEEN = 4095 >> 8
 # A float picture is one from 0 to 1 up to this value (resizing overshoots a little) ...
 UNIT_LIMIT = 1.01
 # ... and one from 0 to 255 from this value on. Between the two it would turn out black, so it is refused.
@@ -49,15 +52,21 @@ def open_image(image: Any, folder: str | None = None) -> Image.Image:
 
     Args:
         image: A PIL image, a path, a `data:` URL, the bytes of a file, a `{"bytes", "path"}` record of `datasets`, or
-            an array `(H, W)` or `(H, W, C)` with 1, 3 or 4 channels.
+            an array `(H, W)` or `(H, W, C)`, or a tensor `(H, W)` or `(C, H, W)`, with 1, 3 or 4 channels.
         folder (`str`, *optional*): Folder that a relative path starts from.
 
     Raises:
-        ValueError: the picture is empty, on the web, or has values that are no brightness: see [`to_rgb`].
+        ValueError: the picture is empty, on the web, or has values that are no brightness: see [`to_rgb`]; or it is in
+            colour with 12 bits in 16, of which Pillow reads the upper 8.
         OSError, SyntaxError, EOFError, PIL.Image.DecompressionBombError: the file is missing or damaged.
         TypeError: `image` is none of these.
     """
-    return to_rgb(ImageOps.exif_transpose(opened(image, folder)))
+    image = opened(image, folder)
+    # Pillow's decoders name what they read: "RGB;16B".
+    deep = image.mode.startswith("RGB") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    if deep and 0 < max(high for _, high in image.convert("RGB").getextrema()) <= TWELVE_OF_SIXTEEN:
+        raise ValueError("its 16-bit channels hold 12 bits or less, so it would come out black. Save it with 8 bits")
+    return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -139,6 +148,9 @@ def source_of(image: Any, folder: str | None = None) -> Image.Image | io.BytesIO
         image = image["bytes"] if image.get("bytes") else image.get("path")
     if image is None:
         raise ValueError("it is None")
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().numpy()
+        image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, (str, os.PathLike)):
@@ -149,7 +161,7 @@ def source_of(image: Any, folder: str | None = None) -> Image.Image | io.BytesIO
     if not isinstance(image, (Image.Image, io.BytesIO)):
         raise TypeError(
             f"An image must be a PIL image, a path or a dict with 'bytes' or 'path', bytes, or an array, got "
-            f"{type(image)}."
+            f"{shown(image)} of {type(image)}."
         )
     return image
 

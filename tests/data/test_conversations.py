@@ -277,7 +277,7 @@ def test_the_collator_names_the_sample_of_the_batch():
 
 
 def test_the_collator_names_a_picture_of_another_type():
-    with pytest.raises(TypeError, match=r"sample 0 of the batch, id 'x'\): An image must be .*got <class 'int'>"):
+    with pytest.raises(TypeError, match=r"sample 0 of the batch, id 'x'\): An image must be .*got 7 of <class 'int'>"):
         VisionLanguageCollator(tiny_llava_processor())([asked({"type": "image", "image": 7}, TEXT)])
 
 

@@ -280,8 +280,93 @@ def test_unreadable_images_skip(tmp_path, caplog):
     assert supervised(processor, batch, 0) == " kept</s>"
     assert len(batch["labels"]) == len(batch["pixel_values"]) == 1
     assert collator.skipped == len(broken) == caplog.text.count("Left out sample")
-    with pytest.raises(ValueError, match=f"All {len(broken)} samples of the batch were left out"):
-        collator(broken)
+    assert f"({len(broken)} so far)" in caplog.text
+
+
+def strip() -> Image.Image:
+    """A picture that Qwen's processors refuse, for one side is more than 200 times the other."""
+    return Image.new("RGB", (900, 4))
+
+
+def test_skip_covers_what_the_processor_refuses(caplog):
+    processor = tiny_qwen2_5_vl_processor()
+    collator = VisionLanguageCollator(processor, unreadable_images="skip")
+    examples = [talk("q", "one", images=[picture()]), talk("q", "a", images=[strip()], id="x"), talk("q", "two")]
+    batch = collator(examples)
+    assert [supervised(processor, batch, row) for row in range(2)] == ["one<|im_end|>", "two<|im_end|>"]
+    expected = VisionLanguageCollator(processor)([examples[0], examples[2]])
+    assert all(torch.equal(batch[key], value) for key, value in expected.items())
+    assert collator.skipped == 1
+    assert "Left out sample 1 of the batch, id 'x' (1 so far): absolute aspect ratio must be" in caplog.text
+    with pytest.raises(ValueError, match=r"cannot read the sample \(sample 1 of the batch, id 'x'\): absolute aspect"):
+        VisionLanguageCollator(processor)(examples)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_batch_without_a_readable_sample_is_a_picture_without_labels(name, caplog):
+    processor = PROCESSORS[name][0]()
+    collator = VisionLanguageCollator(processor, unreadable_images="skip", long_samples="skip", max_length=5)
+    for examples in ([talk("q", "a", images=[b"no"])] * 2, [talk("q", "a longer text")]):
+        batch = collator(examples)
+        assert (batch["labels"] == -100).all()
+        assert (batch["input_ids"] == processor.image_token_id).any()
+        assert len(batch["pixel_values"])
+    assert collator.skipped == 3
+    assert collator.unsupervised == 0
+
+
+def test_an_error_that_no_sample_causes_alone_is_raised(monkeypatch):
+    processor = tiny_qwen2_5_vl_processor()
+    collator = VisionLanguageCollator(processor, unreadable_images="skip")
+    whole = type(processor).__call__
+
+    def call(self, **inputs):
+        if len(inputs["text"]) > 1:
+            raise RuntimeError("too many")
+        return whole(self, **inputs)
+
+    monkeypatch.setattr(type(processor), "__call__", call)
+    with pytest.raises(RuntimeError, match="too many"):
+        collator([talk("q", "a", images=[picture()])] * 2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_samples_are_cut_skipped_or_refused(side, caplog):
+    processor = tiny_qwen2_5_vl_processor(side)
+    examples = [talk("q", "short", images=[picture()]), talk("q", "x" * 300, images=[picture(30, 20)], id="long")]
+    options = {"processor": processor, "max_length": 150}
+    assert VisionLanguageCollator(**options)(examples)["input_ids"].shape == (2, 150)
+    with pytest.raises(
+        ValueError, match=r"id 'long'\) has \d+ tokens, more than `max_length`=150\. Use a larger.*'skip'"
+    ):
+        VisionLanguageCollator(**options, long_samples="raise")(examples)
+    collator = VisionLanguageCollator(**options, long_samples="skip")
+    batch = collator(examples)
+    expected = VisionLanguageCollator(processor)(examples[:1])
+    assert all(torch.equal(batch[key], value) for key, value in expected.items())
+    assert collator.skipped == 1
+    assert "Left out sample 1 of the batch, id 'long'" in caplog.text
+
+
+def test_samples_without_a_token_to_learn_are_counted_and_shown(caplog):
+    processor = tiny_llava_processor()
+    collator = VisionLanguageCollator(processor)
+    nothing = talk("Nobody answers", id="x")
+    for _ in range(12):
+        collator([talk("q", "a"), nothing])
+    assert (collator.unsupervised, collator.seen) == (12, 24)
+    lines = [record.getMessage() for record in caplog.records if "no token to learn" in record.getMessage()]
+    assert [line[:32] for line in lines] == ["1 of 2 samples so far had no tok", "10 of 20 samples so far had no t"]
+    assert "id 'x'" in lines[0]
+
+
+def test_samples_that_all_teach_nothing_are_an_error():
+    nothing = [talk("Nobody answers", id="x")] * 4
+    with pytest.raises(ValueError, match=r"None of the first 4 samples has a token to learn; .*id 'x'.*max_length"):
+        VisionLanguageCollator(tiny_llava_processor())(nothing)
+    cut = VisionLanguageCollator(tiny_llava_processor(), max_length=8)
+    with pytest.raises(ValueError, match="None of the first 4"):
+        [cut([talk("A long question", "a")]) for _ in range(4)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
