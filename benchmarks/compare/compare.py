@@ -14,7 +14,6 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import Trainer, set_seed
 
-from hf_dualspeed.data.collators import VisionLanguageCollator
 from hf_dualspeed.data.easy_vqa import DATASETS as EASY_VQA
 from hf_dualspeed.data.easy_vqa import majority_accuracy
 from hf_dualspeed.data.loading import load_examples
@@ -22,7 +21,7 @@ from hf_dualspeed.evaluation.generation import answer_accuracy
 from hf_dualspeed.evaluation.pruned_prompts import check_prompt_pruner
 from hf_dualspeed.publishing.results import run_record
 from hf_dualspeed.recipes.arguments import RecipeArguments, parse_recipe
-from hf_dualspeed.recipes.run import load_model, prepare_model
+from hf_dualspeed.recipes.run import collator_of, load_model, prepare_model
 from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
 from hf_dualspeed.utils.environment import machine, versions
@@ -199,15 +198,12 @@ def build_trainer(run: Run) -> Trainer:
     """The variant's trainer, with a model whose initial weights depend on the seed alone."""
     set_seed(run.args.seed)
     model, processor = load_model(run.recipe, run.train, run.args.seed)
-    collator = VisionLanguageCollator(
-        processor, max_length=run.recipe.max_length, unreadable_images=run.recipe.unreadable_images
-    )
     return run.variant.trainer(
         model=prepare_model(model, run.recipe),
         args=run.args,
         train_dataset=run.train,
         processing_class=processor,
-        data_collator=collator,
+        data_collator=collator_of(run.recipe, processor),
     )
 
 

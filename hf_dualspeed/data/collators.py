@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import ProcessorMixin
 
+from ..utils.constants import LONG_SAMPLES, UNREADABLE_IMAGES
 from ..utils.validation import check_choice, check_range, require
 from .conversations import sample_name, to_messages
 from .labels import check_texts, place, recorded
-from .media import IMAGE_ERRORS, UNREADABLE_IMAGES, open_image, open_video
+from .media import IMAGE_ERRORS, open_image, open_video
 from .rendering import ignored_keys, rendered
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ PIXEL_INPUTS = ("pixel_values", "image_patches", "input_features", "input_values
 
 IGNORED = -100
 
-LONG_SAMPLES = ("truncate", "raise", "skip")
 # So many samples without a supervised token, and none with one, are no accident.
 UNSUPERVISED_LIMIT = 4
 NOTHING_LEARNED = (
@@ -135,12 +135,24 @@ class VisionLanguageCollator:
                 earlier turns, the processor hides where the text went, `max_length` would cut into an image, or all
                 of the first samples have nothing to learn. The message names the sample.
         """
-        samples = [sample for index, example in enumerate(examples) if (sample := self._read(index, example))]
-        return self._batch(samples)
+        read = [
+            self._read(example, f"sample {index} of the batch, {sample_name(example)}")
+            for index, example in enumerate(examples)
+        ]
+        samples, batch = self._batch([sample for sample in read if sample is not None])
+        if samples:
+            self._count_unsupervised(batch["labels"], samples)
+        return batch
 
-    def _batch(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+    def collated(self, example: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
+        """The batch of one sample, which errors call `name`; it is not counted among the unsupervised ones."""
+        sample = self._read(example, name)
+        return self._batch([] if sample is None else [sample])[1]
+
+    def _batch(self, samples: list[dict]) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        """The samples that are not skipped, and their batch."""
         if not samples:
-            return self._stand_in()
+            return [], self._stand_in()
         try:
             batch, tokenized = recorded(self.processor, lambda processor: self._encode(processor, samples))
         # Processors raise anything on what they cannot take.
@@ -158,8 +170,7 @@ class VisionLanguageCollator:
         batch["labels"] = batch["input_ids"].masked_fill(~supervised, IGNORED)
         if self.max_length is not None:
             self._truncate(batch, inserted, [sample["name"] for sample in samples])
-        self._count_unsupervised(batch["labels"], samples)
-        return dict(batch)
+        return samples, dict(batch)
 
     def _stand_in(self) -> dict[str, torch.Tensor]:
         """A batch of a blank picture without labels, for one that lost all samples.
@@ -169,9 +180,9 @@ class VisionLanguageCollator:
         question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": "."}]}
         blank = {"messages": [question, answer], "images": [Image.new("RGB", (64, 64), "white")]}
-        whole = copy.copy(self)
-        whole.max_length, whole.unreadable_images = None, "raise"
-        batch = whole([blank])
+        strict = copy.copy(self)
+        strict.max_length, strict.unreadable_images = None, "raise"
+        batch = strict.collated(blank, "a blank picture for a batch of which all samples were left out")
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
     def _without_bad(self, samples: list[dict], error: Exception) -> list[dict]:
@@ -262,9 +273,8 @@ class VisionLanguageCollator:
             types = self.processor.create_mm_token_type_ids(batch["input_ids"].tolist())
             batch["mm_token_type_ids"] = torch.tensor(types)
 
-    def _read(self, index: int, example: dict[str, Any]) -> dict[str, Any] | None:
+    def _read(self, example: dict[str, Any], name: str) -> dict[str, Any] | None:
         """The example as text, spans to learn and opened images, or None if it is skipped."""
-        name = f"sample {index} of the batch, {sample_name(example)}"
         sample = to_messages(example, name)
         check_texts(self.processor, [sample["messages"], sample["tools"]], name)
         try:

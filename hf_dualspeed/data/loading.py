@@ -15,7 +15,6 @@ from .conversations import (
     EXTRA_COLUMNS,
     SOURCES,
     _as_list,
-    check_pictures_read,
     located_parts,
     sample_name,
     texts_of,
@@ -174,20 +173,6 @@ def _check_pictures_read(dataset: Dataset, name: str) -> None:
             f"`images`. Pass image_column={choice!r} to load_examples or the recipe, with those that belong to each "
             "sample, or [] to train on text alone; or remove the columns."
         )
-    doubtful = suspects(dataset.column_names)
-    if not doubtful:
-        return
-    columns = [column for column in dataset.column_names if column in (*READ, *doubtful, "id")]
-    for index, row in enumerate(dataset.select_columns(columns)):
-        label = f"row {index} of {name!r}, {sample_name(row)}"
-        try:
-            seen = bool(to_messages(row, label)["images"])
-        except ValueError:
-            # Unread pictures, or a fault that is reported when the row is used, such as no conversation.
-            seen = any(filled(row.get(column)) for column in ("image", "images"))
-            check_pictures_read(row, label, blind=not seen)
-        if seen:
-            return
 
 
 def _image_columns(dataset: Dataset) -> list[str]:

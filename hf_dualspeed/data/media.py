@@ -10,7 +10,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_transforms import convert_to_rgb
 
 
@@ -20,8 +20,6 @@ def pattern(width: int, height: int) -> Image.Image:
     waves = [np.sin(columns / 17) + np.cos(rows / 23), np.sin(rows * columns / 5e3), np.cos(columns / 41 + rows / 11)]
     return Image.fromarray((np.stack(waves, -1) * 60 + 128).clip(0, 255).astype(np.uint8))
 
-
-UNREADABLE_IMAGES = ("raise", "skip")
 
 # Errors that Pillow raises on broken files: a PNG with a broken chunk gives a SyntaxError, for example.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -135,8 +133,11 @@ def image_size(image: Any, folder: str | None = None) -> tuple[int, int]:
 
 def opened(image: Any, folder: str | None = None) -> Image.Image:
     """The image as Pillow opens it, not decoded. Arguments and errors are those of [`open_image`]."""
-    image = source_of(image, folder)
-    image = image if isinstance(image, Image.Image) else Image.open(image)
+    given, image = image, source_of(image, folder)
+    try:
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+    except UnidentifiedImageError:  # of bytes, it tells an address in memory
+        raise UnidentifiedImageError(f"{shown(given)} is no picture that Pillow can read") from None
     if 0 in image.size:
         raise ValueError(f"its size is {image.size}")
     return image

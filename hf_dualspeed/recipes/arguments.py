@@ -10,10 +10,10 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..trainer.training_args import DualSpeedTrainingArguments
+from ..utils.constants import CHECKED_SAMPLES, LONG_SAMPLES, UNREADABLE_IMAGES
 from ..utils.validation import as_dict, check_choice, check_range, nearest
 
 DTYPES = ("float32", "bfloat16", "auto")
-UNREADABLE_IMAGES = ("raise", "skip")
 
 
 @dataclass
@@ -47,13 +47,33 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Columns that hold the pictures, in their order. Unset: `images` or `image`."},
     )
+    eval_image_column: list[str] | None = field(
+        default=None, metadata={"help": "The same for eval_dataset. Unset: as image_column."}
+    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "Longest sequence in tokens, visual ones included. Unset: no limit."},
     )
+    long_samples: str = field(
+        default="truncate",
+        metadata={
+            "help": "Samples longer than max_length: 'truncate' cuts off their end, but no visual tokens; 'raise' "
+            "stops; 'skip' leaves them out."
+        },
+    )
     unreadable_images: str = field(
         default="raise",
-        metadata={"help": "'raise': stop at an unreadable image; 'skip': leave it out."},
+        metadata={
+            "help": "Pictures that cannot be read, or that the processor refuses: 'raise' stops, 'skip' leaves their "
+            "samples out."
+        },
+    )
+    check_data: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Look at the data before training, for missing files, samples that are too long or teach nothing. "
+            f"Unset: at up to {CHECKED_SAMPLES:,} samples, evenly spread; true: at all; false: at none."
+        },
     )
     train_vision_tower: bool = field(default=False, metadata={"help": "Train the vision tower."})
     train_projector: bool = field(
@@ -95,6 +115,7 @@ class RecipeArguments:
         check_choice("dtype", self.dtype, DTYPES)
         check_range("card_images", self.card_images, 0, off="Use 0 for a card without images.")
         check_choice("unreadable_images", self.unreadable_images, UNREADABLE_IMAGES)
+        check_choice("long_samples", self.long_samples, LONG_SAMPLES)
         if (self.model_name_or_path is None) == (self.tiny_llava is None):
             raise ValueError(
                 f"Set exactly one of `model_name_or_path` (got {self.model_name_or_path!r}) and `tiny_llava` "

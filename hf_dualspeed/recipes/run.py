@@ -7,10 +7,12 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..data.checking import DataReport, check_samples, without_rows
 from ..data.collators import VisionLanguageCollator
 from ..data.conversations import to_messages
 from ..data.easy_vqa import DATASETS as EASY_VQA
@@ -25,6 +27,7 @@ from ..pruners import PrunerConfig, available_pruners
 from ..publishing.results import print_results, read_results
 from ..trainer.trainer import DualSpeedTrainer
 from ..trainer.training_args import DualSpeedTrainingArguments
+from ..utils.constants import CHECKED_SAMPLES
 from ..utils.validation import check_keys
 from .arguments import RecipeArguments
 from .tiny_llava import build_tiny_llava
@@ -45,21 +48,31 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="loading the data"):
         check_pruner(training_args, recipe.trust_remote_code)
-        pictures = {"image_folder": recipe.image_folder, "image_column": recipe.image_column}
-        train = load_examples(recipe.dataset, split=recipe.dataset_split, **pictures)
+        folder, columns = recipe.image_folder, recipe.image_column
+        train = load_examples(recipe.dataset, recipe.dataset_split, folder, columns)
         test = None
         if recipe.eval_dataset is not None:
-            test = load_examples(recipe.eval_dataset, split=recipe.eval_split, **pictures)
-    model, processor = load_model(recipe, train, training_args.seed)
+            columns = columns if recipe.eval_image_column is None else recipe.eval_image_column
+            test = load_examples(recipe.eval_dataset, recipe.eval_split, folder, columns)
+    # The data are looked at before weights are loaded, which takes long. A small LLaVA is made at once.
+    if recipe.tiny_llava is None:
+        model, processor = None, load_processor(recipe)
+    else:
+        model, processor = load_model(recipe, train, training_args.seed)
+    collator = collator_of(recipe, processor)
+    train = check_data(train, recipe.dataset, collator, recipe, training_args)
+    if test is not None:
+        learns = training_args.eval_strategy != "no"
+        test = check_data(test, recipe.eval_dataset, collator, recipe, training_args, learns)
+    if model is None:
+        model = load_weights(recipe)
     trainer = DualSpeedTrainer(
         model=prepare_model(model, recipe),
         args=training_args,
         train_dataset=train,
         eval_dataset=None if training_args.eval_strategy == "no" else test,
         processing_class=processor,
-        data_collator=VisionLanguageCollator(
-            processor, max_length=recipe.max_length, unreadable_images=recipe.unreadable_images
-        ),
+        data_collator=collator,
     )
     trainer.facts |= _facts(recipe)
     trainer.train(resume_from_checkpoint=_checkpoint(training_args))
@@ -91,16 +104,56 @@ def load_model(recipe: RecipeArguments, train: Dataset, seed: int) -> tuple[PreT
     if recipe.tiny_llava is not None:
         check_keys("tiny_llava", recipe.tiny_llava, list(inspect.signature(build_tiny_llava).parameters)[1:])
         return build_tiny_llava(_texts(train), **{"seed": seed, **recipe.tiny_llava})
-    model = AutoModelForImageTextToText.from_pretrained(
+    return load_weights(recipe), load_processor(recipe)
+
+
+def load_weights(recipe: RecipeArguments) -> PreTrainedModel:
+    return AutoModelForImageTextToText.from_pretrained(
         recipe.model_name_or_path,
         dtype=recipe.dtype,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
         **(four_bit(recipe.dtype, recipe.lora) if recipe.load_in_4bit else {}),
     )
+
+
+def load_processor(recipe: RecipeArguments) -> ProcessorMixin:
     # Without torchvision, transformers uses its PIL image processors.
-    processor = AutoProcessor.from_pretrained(recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code)
-    return model, processor
+    return AutoProcessor.from_pretrained(recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code)
+
+
+def collator_of(recipe: RecipeArguments, processor: ProcessorMixin) -> VisionLanguageCollator:
+    """The collator with the recipe's options."""
+    return VisionLanguageCollator(
+        processor,
+        max_length=recipe.max_length,
+        long_samples=recipe.long_samples,
+        unreadable_images=recipe.unreadable_images,
+    )
+
+
+def check_data(
+    dataset: Dataset,
+    name: str,
+    collator: VisionLanguageCollator,
+    recipe: RecipeArguments,
+    args: DualSpeedTrainingArguments,
+    learns: bool = True,
+) -> Dataset:
+    """The data set without the samples that are to be skipped. Each process looks at a share of it.
+
+    Raises:
+        ValueError: samples cannot be used; see [`check_samples`].
+    """
+    if recipe.check_data is False:
+        return dataset
+    limit = None if recipe.check_data else CHECKED_SAMPLES
+    # Asking for the device starts the processes' group.
+    share = (args.process_index, args.world_size) if args.device else (0, 1)
+    name = Path(name).name if Path(name).exists() else name
+    report = check_samples(dataset, collator, name=name, limit=limit, share=share)
+    report = DataReport.joined(gather_object([report]))
+    return without_rows(dataset, report.settle(collator, learns))
 
 
 def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):

@@ -12,3 +12,9 @@ CARD_NAME = "README.md"
 ISOLATOR_WEIGHTS_NAME = "mode_isolator.safetensors"
 
 RESULTS_NAME = "results.json"
+
+# Choices for samples whose pictures cannot be read, and for those that are too long.
+UNREADABLE_IMAGES = ("raise", "skip")
+LONG_SAMPLES = ("truncate", "raise", "skip")
+# Of a larger data set, so many samples are looked at before training, evenly spread.
+CHECKED_SAMPLES = 10_000

@@ -16,6 +16,7 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from tiny import tiny_llava_processor, tiny_qwen2_5_vl_processor
 
+from hf_dualspeed.data.checking import check_samples
 from hf_dualspeed.data.collators import VisionLanguageCollator
 from hf_dualspeed.data.conversations import sample_name, to_messages
 from hf_dualspeed.data.loading import load_examples, undecoded
@@ -387,11 +388,16 @@ def table(tmp_path, ending: str, columns: dict) -> str:
     return str(file)
 
 
+def checked(dataset: Dataset, name: str) -> None:
+    collator = VisionLanguageCollator(tiny_llava_processor())
+    check_samples(dataset, collator, name=name).settle(collator)
+
+
 @pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
 def test_files_with_unread_pictures(tmp_path, ending):
     file = table(tmp_path, ending, {"img": ["a.png", "b.png"], "note": ["n", "n"]})
     with pytest.raises(ValueError, match=r"row 0 of '.*has '.*a.png' under 'img'.*image_column='img'"):
-        load_examples(file)
+        checked(load_examples(file), file)
     found = [to_messages(row)["images"] for row in load_examples(file, image_column="img")]
     assert found == [[str(tmp_path / "a.png")], [str(tmp_path / "b.png")]]
     assert [to_messages(row)["images"] for row in load_examples(file, image_column=[])] == [[], []]
@@ -403,7 +409,7 @@ def test_files_with_unread_pictures(tmp_path, ending):
 def test_several_columns_of_pictures(tmp_path, ending):
     file = table(tmp_path, ending, {"image_1": ["a.png", "b.png"], "image_2": ["c.png", ""]})
     with pytest.raises(ValueError, match="under 'image_1'"):
-        load_examples(file)
+        checked(load_examples(file), file)
     found = [to_messages(row)["images"] for row in load_examples(file, image_column=["image_2", "image_1"])]
     assert found == [[str(tmp_path / name) for name in names] for names in (["c.png", "a.png"], ["b.png"])]
 

@@ -203,7 +203,7 @@ def run(recipe, tmp_path):
         "dataset_split": "train",
         "train_vision_tower": True,
     }
-    keys |= {"eval_dataset": "easy-vqa", "eval_limit": 8, "max_steps": 4, "logging_steps": 1}
+    keys |= {"eval_dataset": "easy-vqa", "eval_limit": 8, "max_steps": 4, "logging_steps": 1, "check_data": False}
     keys |= {"mode_schedule": "periodic", "slow_mode_ratio": 0.5, "per_device_train_batch_size": 4}
 
     def start(*words, **more):
@@ -277,3 +277,69 @@ def test_unknown_keys_of_mappings_are_errors(run):
         run(lora={"rr": 2})
     with pytest.raises(ValueError, match=r"`tiny_llava` has an unknown key 'layer'\. .*'layers'\?"):
         run("--tiny_llava", '{"layer": 2}')
+
+
+@pytest.fixture
+def own_data(recipe, tmp_path):
+    """Runs a small recipe on samples in a JSON file; three pictures are whole."""
+    from hf_dualspeed.recipes.run import run_recipe
+
+    for name in ("a.png", "b.png", "c.png"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / name)
+
+    def start(pictures, **more):
+        rows = [{"id": name, "question": "what colour ?", "answer": "red", "image": name} for name in pictures]
+        (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+        keys = {"model_name_or_path": None, "tiny_llava": TINY, "dataset": str(tmp_path / "data.json")}
+        keys |= {"max_steps": 3, "per_device_train_batch_size": 1, "logging_steps": 1, "seed": 1}
+        return run_recipe(*parse_recipe(["--config", recipe(**(keys | more))]))
+
+    return start
+
+
+def losses(folder) -> list[float]:
+    state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
+    return [log["loss"] for log in state["log_history"] if "loss" in log]
+
+
+def test_a_missing_picture_is_found_before_training(own_data, tmp_path, caplog):
+    with pytest.raises(
+        ValueError, match=r"data.json': 1 of 3 samples cannot be used:\n- .*row 2 of .*'no.png'.*='skip'"
+    ):
+        own_data(["a.png", "b.png", "no.png"])
+    assert not (tmp_path / "run").exists()
+    own_data(["a.png", "b.png", "no.png"], unreadable_images="skip")
+    assert "1 of 3 samples are left out" in caplog.text
+
+
+def test_questions_of_the_evaluation_are_looked_at_before_training(own_data, tmp_path):
+    rows = [{"question": "what colour ?", "answer": "red", "image": "no.png"}]
+    (tmp_path / "test.json").write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"test.json': 1 of 1 samples cannot be used"):
+        own_data(["a.png"], eval_dataset=str(tmp_path / "test.json"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("slow", [0.0, 1.0])
+def test_a_batch_whose_only_sample_is_broken_is_a_step_of_nothing(own_data, tmp_path, caplog, slow):
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is whole
+    own_data(["a.png", "cut.png", "c.png"], unreadable_images="skip", slow_mode_ratio=slow, save_steps=3)
+    seen = losses(tmp_path / "run")
+    assert sorted(loss > 0 for loss in seen) == [False, True, True]
+    assert 0.0 in seen
+    assert "Left out sample 0 of the batch, id 'cut.png' (1 so far)" in caplog.text
+
+
+def test_data_that_teaches_nothing_is_refused(own_data):
+    with pytest.raises(ValueError, match="(?s)3 of 3 samples have no token to learn.*`max_length`=20 cuts off"):
+        own_data(["a.png", "b.png", "c.png"], max_length=20)
+    with pytest.raises(ValueError, match="`long_samples` must be one of"):
+        own_data(["a.png"], long_samples="drop")
+
+
+def test_the_evaluation_has_its_own_column_of_pictures(own_data, tmp_path):
+    rows = [{"question": "what colour ?", "answer": "red", "photo": "a.png"}]
+    (tmp_path / "test.json").write_text(json.dumps(rows), encoding="utf-8")
+    results = own_data(["a.png"] * 3, eval_dataset=str(tmp_path / "test.json"), eval_image_column=["photo"])
+    assert results["n"] == 1

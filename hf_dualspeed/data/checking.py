@@ -1,0 +1,260 @@
+"""Looks at a data set before training: what is missing, too long, or teaches nothing shows in the first seconds."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+from rich.progress import track
+from torch.utils.data import DataLoader, Subset
+
+from ..utils.constants import CHECKED_SAMPLES
+from .collators import IGNORED, SampleError, VisionLanguageCollator
+from .conversations import sample_name, to_messages
+from .labels import check_texts
+from .loading import undecoded
+from .media import image_size
+from .rendering import rendered
+
+logger = logging.getLogger(__name__)
+
+# Fewer samples for each process are not worth its start.
+SHARE = 500
+# Up to this part of `max_length`, a sample whose length was estimated is certainly short enough.
+SAFE = 0.8
+SHOWN = 3
+
+
+@dataclass
+class Finding:
+    """What was found about a sample.
+
+    Args:
+        index (`int`): The sample's row.
+        kind (`str`): `"wrong"`, `"unreadable"` (its pictures), `"long"`, `"truncated"` or `"unsupervised"`.
+        message (`str`): Names the sample and the remedy.
+    """
+
+    index: int
+    kind: str
+    message: str
+
+
+@dataclass
+class DataReport:
+    """What [`check_samples`] found.
+
+    Args:
+        name (`str`): The data set's name.
+        total (`int`): Its samples.
+        checked (`int`): The samples that were looked at.
+        longest (`int`): The most tokens of one of them, visual ones included; estimated where far below `max_length`.
+        findings (`list[Finding]`): In the order of the rows.
+    """
+
+    name: str
+    total: int
+    checked: int = 0
+    longest: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    @classmethod
+    def joined(cls, reports: list[DataReport]) -> DataReport:
+        """The report of all processes, which looked at a share each."""
+        findings = sorted((finding for report in reports for finding in report.findings), key=lambda f: f.index)
+        checked, longest = sum(report.checked for report in reports), max(report.longest for report in reports)
+        return cls(reports[0].name, reports[0].total, checked, longest, findings)
+
+    def of(self, *kinds: str) -> list[Finding]:
+        return [finding for finding in self.findings if finding.kind in kinds]
+
+    def settle(self, collator: VisionLanguageCollator, learns: bool = True) -> list[int]:
+        """Shows what was found.
+
+        Args:
+            collator ([`VisionLanguageCollator`]): Says which samples are skipped.
+            learns (`bool`, *optional*, defaults to `True`): Whether a model learns from the samples. If not, they need
+                no answer, and no length is too long.
+
+        Returns:
+            `list[int]`: The rows to leave out.
+
+        Raises:
+            ValueError: some samples cannot be used and are not to be skipped, or there is nothing to learn.
+        """
+        policies = {"wrong": "raise", "unreadable": collator.unreadable_images}
+        if learns:
+            policies["long"] = collator.long_samples
+        wrong = self.of(*(kind for kind, policy in policies.items() if policy == "raise"))
+        if wrong:
+            raise ValueError(self._text("cannot be used", wrong))
+        left_out = self.of(*(kind for kind, policy in policies.items() if policy == "skip"))
+        if left_out:
+            if len(left_out) == self.checked:
+                raise ValueError(self._text("would be left out, so nothing remains", left_out))
+            logger.warning(self._text("are left out", left_out))
+        if learns:
+            self._settle_answers()
+        return [finding.index for finding in left_out]
+
+    def _settle_answers(self) -> None:
+        truncated, unsupervised = self.of("truncated"), self.of("unsupervised")
+        if truncated:
+            logger.warning(self._text(f"lose their end, the longest of {self.longest} tokens", truncated))
+        if unsupervised:
+            text = self._text("have no token to learn", unsupervised)
+            if len(unsupervised) == self.checked:
+                raise ValueError(text)
+            logger.warning(text)
+
+    def _text(self, what: str, findings: list[Finding]) -> str:
+        lines = [f"\n- {finding.message}" for finding in findings[:SHOWN]]
+        more = f"\n- and {len(findings) - SHOWN} more" if len(findings) > SHOWN else ""
+        of = f"{self.checked:,}" if self.checked == self.total else f"{self.checked:,} checked ones, of {self.total:,},"
+        return f"{self.name!r}: {len(findings):,} of {of} samples {what}:{''.join(lines)}{more}"
+
+
+def check_samples(
+    dataset: Any,
+    collator: VisionLanguageCollator,
+    *,
+    name: str = "the data set",
+    limit: int | None = CHECKED_SAMPLES,
+    processes: int | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> DataReport:
+    """Looks at samples as a training would, without decoding most pictures.
+
+    Text is rendered and tokenized, and pictures are looked up and their headers read. A sample about which that leaves
+    a doubt, also one whose length comes near `max_length`, is collated.
+
+    Args:
+        dataset: `datasets.Dataset`, or anything with a length whose items are samples.
+        collator ([`VisionLanguageCollator`]): The collator of the training.
+        name (`str`, *optional*): What messages call the data set.
+        limit (`int`, *optional*): Look at so many samples at most, evenly spread; None: at all.
+        processes (`int`, *optional*): Processes that look; default: one for every 500 samples, up to the cores' number
+            and 16.
+        share (`tuple[int, int]`, *optional*): `(rank, ranks)`: look at this rank's share of the samples only.
+
+    Returns:
+        [`DataReport`], whose `settle` raises errors, shows warnings and returns the rows to leave out.
+    """
+    total = len(dataset)
+    count = total if limit is None else min(limit, total)
+    rank, ranks = share
+    rows = [index * total // count for index in range(count)][rank::ranks]
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
+        dataset = undecoded(dataset.with_format(None))
+    if processes is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), len(rows) // SHARE)
+    loader = DataLoader(
+        rows,
+        batch_size=32,
+        collate_fn=SampleChecker(dataset, collator, name),
+        num_workers=processes if processes > 1 else 0,
+        worker_init_fn=_one_thread,
+    )
+    report = DataReport(name, total)
+    for found in track(loader, description=f"Checking {name}", transient=True, disable=rank > 0):
+        for length, finding in found:
+            report.checked += 1
+            report.longest = max(report.longest, length)
+            report.findings += finding
+    return report
+
+
+def without_rows(dataset: Any, rows: Iterable[int]) -> Any:
+    """The data set without these rows."""
+    left_out = set(rows)
+    if not left_out:
+        return dataset
+    kept = [index for index in range(len(dataset)) if index not in left_out]
+    return dataset.select(kept) if isinstance(dataset, datasets.Dataset) else Subset(dataset, kept)
+
+
+def _one_thread(worker: int) -> None:
+    # Processes share the cores, and a tokenizer warns when it is forked otherwise.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class SampleChecker:
+    """Looks at rows of a data set: the length of each in tokens, and a list with a [`Finding`], or an empty one."""
+
+    def __init__(self, dataset: Any, collator: VisionLanguageCollator, name: str):
+        self.dataset, self.name = dataset, name
+        self.max_length, self.truncates = collator.max_length, collator.long_samples == "truncate"
+        # Two copies that skip nothing: one that cuts off what is too long, and one that does not.
+        self.cutting = copy.copy(collator)
+        self.cutting.unreadable_images, self.cutting.long_samples = "raise", "truncate"
+        self.whole = copy.copy(self.cutting)
+        self.whole.max_length = None
+        self.visual_tokens: dict[tuple[int, int], int] = {}
+
+    def __call__(self, rows: list[int]) -> list[tuple[int, list[Finding]]]:
+        return [self.check(index) for index in rows]
+
+    def check(self, index: int) -> tuple[int, list[Finding]]:
+        name = f"row {index} of {self.name!r}"
+        try:
+            example = self.dataset[index]
+            name = f"{name}, {sample_name(example)}"
+            length = self._estimate(example, name)
+            if length is None:
+                return self._collated(index, example, name)
+            return length, []
+        # Whatever a sample raises here, it would raise in training.
+        except Exception as error:
+            message = str(error) if name in str(error) else f"{name}: {type(error).__name__}: {error}"
+            return 0, [Finding(index, getattr(error, "kind", "wrong"), message)]
+
+    def _estimate(self, example: Any, name: str) -> int | None:
+        """About how many tokens a sample has; None where there is a doubt about it."""
+        processor = self.whole.processor
+        try:
+            sample = to_messages(example, name)
+            check_texts(processor, [sample["messages"], sample["tools"]], name)
+            text, spans = rendered(processor, sample)
+            sizes = [image_size(image, self.whole.image_folder) for image in sample["images"]]
+            if sizes and not hasattr(processor, "_get_num_multimodal_tokens") and self.max_length is not None:
+                return None
+            visual = sum(map(self._visual_tokens, sizes))
+        except Exception:
+            return None
+        length = len(processor.tokenizer(text)["input_ids"]) + visual
+        taught = any(start < end for start, end in spans)
+        near = self.max_length is not None and length > SAFE * self.max_length
+        return None if near or not taught or sample["videos"] else length
+
+    def _visual_tokens(self, size: tuple[int, int]) -> int:
+        """Visual tokens of a picture of `size` (height, width), as the processor tells; 0 where it does not."""
+        if size not in self.visual_tokens:
+            count = getattr(self.whole.processor, "_get_num_multimodal_tokens", None)
+            self.visual_tokens[size] = sum(count(image_sizes=[size]).num_image_tokens) if count else 0
+        return self.visual_tokens[size]
+
+    def _collated(self, index: int, example: Any, name: str) -> tuple[int, list[Finding]]:
+        """The exact length of a sample, and what is wrong with it, as its collator says."""
+        batch = self.whole.collated(example, name)
+        length = int(batch["attention_mask"].sum())
+        found = []
+        if self.max_length is not None and length > self.max_length:
+            message = f"{name}: {length} tokens, more than `max_length`={self.max_length}"
+            found.append(Finding(index, "truncated" if self.truncates else "long", message))
+            if self.truncates:
+                try:
+                    batch = self.cutting.collated(example, name)
+                except SampleError as error:  # it would cut into a picture
+                    return length, [Finding(index, "wrong", str(error))]
+        if (batch["labels"][:, 1:] == IGNORED).all():
+            message = f"{name}: no answer of the role 'assistant' with a weight other than 0"
+            if self.truncates and found:
+                message = f"{name}: `max_length`={self.max_length} cuts off all answers of its {length} tokens"
+            found.append(Finding(index, "unsupervised", message))
+        return length, found
