@@ -49,6 +49,10 @@ class SampleError(ValueError):
         self.kind = kind
 
 
+class SampleTypeError(SampleError, TypeError):
+    """A picture or clip that is given as something else."""
+
+
 def encode(
     processor: ProcessorMixin,
     texts: list[str],
@@ -130,7 +134,7 @@ class VisionLanguageCollator:
             such as `pixel_values`.
 
         Raises:
-            TypeError: an image or a video is given as something else.
+            SampleTypeError: an image or a video is given as something else.
             ValueError: a sample or an image cannot be read, a text holds a placeholder, the template fails or rewrites
                 earlier turns, the processor hides where the text went, `max_length` would cut into an image, or all
                 of the first samples have nothing to learn. The message names the sample.
@@ -281,14 +285,17 @@ class VisionLanguageCollator:
             text, spans = rendered(self.processor, sample)
         except ValueError as error:
             raise SampleError(f"The sample ({name}) cannot be rendered: {error}") from error
+        images: list[Image.Image] = []
+        videos: list[np.ndarray] = []
         try:
-            images = [open_image(image, self.image_folder) for image in sample["images"]]
-            videos = [open_video(video, self.image_folder) for video in sample["videos"]]
-        except TypeError as error:
-            raise TypeError(f"An image or a video cannot be read ({name}): {error}") from error
-        except IMAGE_ERRORS as error:
-            message = f"An image or a video cannot be read ({name}): {error}. Repair or remove the sample"
-            self._leave_out(SampleError(message + self._or_skip("unreadable") + ".", "unreadable"), name, error)
+            images += (open_image(image, self.image_folder) for image in sample["images"])
+            videos += (open_video(video, self.image_folder) for video in sample["videos"])
+        except (TypeError, *IMAGE_ERRORS) as error:
+            kind, number = ("videos", len(videos)) if len(images) == len(sample["images"]) else ("images", len(images))
+            which = f"number {number + 1} of {len(sample[kind])}: " if len(sample[kind]) > 1 else ""
+            message = f"An image or a video cannot be read ({name}): {which}{error}. Repair or remove the sample"
+            bad = SampleTypeError if isinstance(error, TypeError) else SampleError
+            self._leave_out(bad(message + self._or_skip("unreadable") + ".", "unreadable"), name, error)
             return None
         if sample["videos"] and getattr(self.processor, "video_processor", None) is None:
             raise ValueError(

@@ -24,10 +24,10 @@ ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".
 
 
 def filled(value: Any) -> bool:
-    """Whether a cell holds something: not None, no empty text and no empty list."""
+    """Whether a cell holds something: not None, no empty text and no empty list. A file of no bytes is something."""
     if hasattr(value, "ndim"):  # an array or a tensor
         return 0 not in value.shape
-    return value is not None and not (isinstance(value, (str, bytes, list, tuple, dict)) and not len(value))
+    return value is not None and not (isinstance(value, (str, list, tuple, dict)) and not len(value))
 
 
 def unread_picture(row: Mapping[str, Any], blind: bool) -> str | None:

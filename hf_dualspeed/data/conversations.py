@@ -76,8 +76,9 @@ def to_messages(example: dict[str, Any], name: str | None = None) -> dict[str, l
     for kind, items in media.items():
         _refuse_written(turns, messages, kind, items, name)
         _add_placeholders(messages, kind, items, plain, name)
+    column = "images" if filled(example.get("images")) else "image"
     for image in media["image"]:
-        _check_image(image, name)
+        _check_image(image, column, name)
     tools = _tools(example, name)
     return {"messages": messages, "images": media["image"], "videos": media["video"], "tools": tools}
 
@@ -112,12 +113,14 @@ def _check_choice(name: str, key: str, value: Any, choices: list[str] | tuple[st
         raise ValueError(f"The sample ({name}) cannot be read: {error} {LEAVE_OUT}") from None
 
 
-def _check_image(image: Any, name: str) -> None:
+def _check_image(image: Any, column: str, name: str) -> None:
     if isinstance(image, (list, tuple)):
-        raise _refused(name, "images", image, "a picture within a list of pictures is itself a list. Flatten it.")
-    path = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
+        raise _refused(name, column, image, "a picture within a list of pictures is itself a list. Flatten it.")
+    if isinstance(image, Mapping) and not {"bytes", "path"} & set(image):
+        raise _refused(name, column, dict(image), "it must be a picture, or a dict with 'bytes' or 'path'.")
+    path = image.get("path") if isinstance(image, Mapping) and not image.get("bytes") else image
     if is_web(path):
-        raise _refused(name, "images", path, f"it is on the web, and nothing is downloaded while training. {DOWNLOAD}.")
+        raise _refused(name, column, path, f"it is on the web, and nothing is downloaded while training. {DOWNLOAD}.")
 
 
 def _merged(kind: str, own: list, given: list, name: str) -> list:
@@ -255,10 +258,19 @@ def _conversation(value: Any, column: str, name: str) -> list[dict]:
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, (list, tuple, np.ndarray)):
         raise _refused(name, column, value, f"it must be {wanted}. {LEAVE_OUT}")
+    value = [_decoded(turn) for turn in value]
     for turn in value:
         if not isinstance(turn, Mapping):
             raise _refused(name, column, turn, f"the column must be {wanted}; flatten nested lists.")
-    return list(value)
+    return value
+
+
+def _decoded(turn: Any) -> Any:
+    """A turn that is JSON text, decoded."""
+    try:
+        return json.loads(turn) if isinstance(turn, str) and turn.startswith("{") else turn
+    except json.JSONDecodeError:
+        return turn
 
 
 def _json_list(name: str, column: str, text: str, wanted: str) -> list:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Image, LargeList, List, Value, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Json,
+    LargeList,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 
 from ..utils.validation import check_choice, nearest
 from .columns import READ, filled, suspects
@@ -20,13 +33,21 @@ from .conversations import (
     texts_of,
     to_messages,
 )
-from .easy_vqa import DATASETS, MESSAGES, load_easy_vqa
+from .easy_vqa import DATASETS, load_easy_vqa
+from .files import ROW_FILES, rows_of
 from .media import is_web, located, shown
 
-FILE_TYPES = (".json", ".jsonl", ".parquet", ".csv")
+FILE_TYPES = (*ROW_FILES, ".parquet")
 
 # Accepted answers, and the options of a multiple-choice question.
 LIST_COLUMNS = ("answers", "options")
+# Columns of a data set from rows of a file; those that are empty are left out.
+FEATURES = Features(
+    {"messages": List(Json()), "images": List(Value("string")), "tools": Json()}
+    | dict.fromkeys(EXTRA_COLUMNS, Value("string"))
+    | dict.fromkeys(LIST_COLUMNS, List(Value("string")))
+)
+SOURCE_FILES = sorted(Path(__file__).parent.glob("*.py"))
 
 
 def load_examples(
@@ -38,8 +59,9 @@ def load_examples(
     """Loads conversations; images stay encoded, and [`VisionLanguageCollator`] decodes them.
 
     Args:
-        path_or_name (`str`): A `.json` or `.jsonl` file in LLaVA's or TRL's layout, a `.parquet` or `.csv` file, a
-            folder written by `save_to_disk`, `easy-vqa`, `easy-vqa-color`, or a data set on the Hub.
+        path_or_name (`str`): A `.json`, `.jsonl` or `.csv` file in any layout of [`to_messages`], whose rows become
+            `messages` and `images` once, in a table on disk that later calls and other processes share; a `.parquet`
+            file, a folder written by `save_to_disk`, `easy-vqa`, `easy-vqa-color`, or a data set on the Hub.
         split (`str`, *optional*, defaults to `"train"`): Split of a data set that has splits; a file has none.
         image_folder (`str`, *optional*): Folder that image paths start from; default: the file's own folder.
         image_column (`str` or `list[str]`, *optional*): Columns (JSON: keys) that hold the pictures of a sample, in
@@ -55,12 +77,12 @@ def load_examples(
     is_file = path.suffix.lower() in FILE_TYPES
     if is_file and not path.is_file():
         raise FileNotFoundError(f"`path_or_name` names a file that does not exist: {str(path)!r}.")
-    if path.suffix.lower() in (".json", ".jsonl"):
-        return _load_json(path, image_folder or path.parent, chosen)
+    if path.suffix.lower() in ROW_FILES:
+        return _load_rows(path, image_folder or path.parent, chosen)
     if path_or_name in DATASETS:
         dataset = load_easy_vqa(split, DATASETS[path_or_name])
     elif is_file:
-        dataset = load_dataset(path.suffix.lower()[1:], data_files=str(path), split="train")
+        dataset = load_dataset("parquet", data_files=str(path), split="train")
     elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         dataset = load_from_disk(str(path))
     else:
@@ -76,40 +98,58 @@ def load_examples(
     return _with_paths(dataset, image_folder or (path.parent if is_file else None))
 
 
-def _load_json(path: Path, image_folder: str | Path, chosen: Sequence[str] | None) -> Dataset:
-    """Normalises row by row, because Arrow refuses LLaVA's `image`, which may be a text, a list or absent."""
-    text = path.read_text(encoding="utf-8")
+def _load_rows(path: Path, image_folder: str | Path, chosen: Sequence[str] | None) -> Dataset:
+    """Reads a file once into a table on disk that all processes map into memory: rows in their one layout.
+
+    Arrow refuses LLaVA's `image`, which may be a text, a list or absent, and messages whose keys vary.
+    """
+    status = path.stat()
+    # The table is made anew where the file or the code that reads it has changed.
+    stamp = (status.st_size, status.st_mtime_ns, *(source.read_text("utf-8") for source in SOURCE_FILES))
+    options = {"path": str(path), "image_folder": str(image_folder), "stamp": Hasher.hash(stamp)}
+    # A list would be shared out among processes.
+    options["chosen"] = None if chosen is None else tuple(chosen)
     try:
-        lines = [line for line in text.split("\n") if line.strip()]
-        rows = [json.loads(line) for line in lines] if path.suffix.lower() == ".jsonl" else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}. One sample per line needs `.jsonl`.") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{str(path)!r} must hold a list of samples, each an object with its conversation.")
-    if chosen is not None:
-        _check_chosen(chosen, {key for row in rows for key in row})
-        rows = [_with_pictures_of(row, chosen) for row in rows]
-    names = [f"row {index} of {path.name!r}, {sample_name(row)}" for index, row in enumerate(rows)]
-    samples = [to_messages(row, name) for row, name in zip(rows, names, strict=True)]
-    if any(sample["videos"] for sample in samples):
-        raise ValueError(f"{str(path)!r} names videos, which are not decoded here. Pass a data set with their frames.")
-    columns = {
-        "messages": [sample["messages"] for sample in samples],
-        "images": [
-            [_json_path(image, image_folder, name) for image in sample["images"]]
-            for sample, name in zip(samples, names, strict=True)
-        ],
+        dataset = Dataset.from_generator(_samples_of, features=FEATURES, gen_kwargs=options)
+    except DatasetGenerationError as error:
+        # What a row raises stands behind errors of the library.
+        cause: BaseException = error
+        while isinstance(cause, DatasetGenerationError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise cause from None
+    columns = [column for column in FEATURES if column not in ("messages", "images")]
+    return dataset.remove_columns([name for name in columns if dataset.data[name].null_count == len(dataset)])
+
+
+def _samples_of(path: str, image_folder: str, chosen: Sequence[str] | None, stamp: str) -> Iterator[dict]:
+    """The rows of a file, in the columns of [`FEATURES`]."""
+    name, keys, rows = Path(path).name, set(), rows_of(Path(path))
+    for index, row in enumerate(rows):
+        keys |= set(row)
+        try:
+            yield _sample_of(row, f"row {index} of {name!r}, {sample_name(row)}", image_folder, chosen)
+        except ValueError:
+            # A column that does not exist may be the reason.
+            if chosen is not None and not keys.issuperset(chosen):
+                _check_chosen(chosen, keys.union(*rows))
+            raise
+    if not keys:
+        raise ValueError(f"{name!r} holds no samples.")
+    _check_chosen(chosen or (), keys)
+
+
+def _sample_of(row: dict, name: str, image_folder: str, chosen: Sequence[str] | None) -> dict:
+    sample = to_messages(row if chosen is None else _with_pictures_of(row, chosen), name)
+    if sample["videos"]:
+        raise ValueError(f"The sample ({name}) names videos, which are not decoded here. Pass a data set of frames.")
+    return {
+        # As text, numbers of any size arrive as they are.
+        "messages": [json.dumps(message) for message in sample["messages"]],
+        "images": [_json_path(image, image_folder, name) for image in sample["images"]],
+        "tools": sample["tools"] and json.dumps(sample["tools"]),
+        **{key: None if row.get(key) is None else str(row[key]) for key in EXTRA_COLUMNS},
+        **{key: None if row.get(key) is None else texts_of(row[key]) for key in LIST_COLUMNS},
     }
-    features = Features({"messages": MESSAGES, "images": List(Value("string"))})
-    for key in EXTRA_COLUMNS:
-        if any(key in row for row in rows):
-            columns[key] = [None if row.get(key) is None else str(row[key]) for row in rows]
-            features[key] = Value("string")
-    for key in LIST_COLUMNS:
-        if any(key in row for row in rows):
-            columns[key] = [None if row.get(key) is None else texts_of(row[key]) for row in rows]
-            features[key] = List(Value("string"))
-    return Dataset.from_dict(columns, features=features)
 
 
 def _json_path(image: Any, image_folder: str | Path, name: str) -> str:

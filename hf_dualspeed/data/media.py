@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
@@ -35,6 +36,8 @@ TWELVE_OF_SIXTEEN = 4095 >> 8
 UNIT_LIMIT = 1.01
 # ... and one from 0 to 255 from this value on. Between the two it would turn out black, so it is refused.
 BYTE_LIMIT = 16
+# A file's name has no more characters than this, as most systems have it.
+LONGEST_NAME = 255
 # Pillow's modes with premultiplied colours, which it converts to RGB by way of these only.
 PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 
@@ -145,10 +148,10 @@ def opened(image: Any, folder: str | None = None) -> Image.Image:
 
 def source_of(image: Any, folder: str | None = None) -> Image.Image | io.BytesIO | str:
     """A picture as a PIL image, the bytes of a file, or its path. Arguments and errors are those of [`open_image`]."""
-    if isinstance(image, dict):
+    if isinstance(image, Mapping):
         image = image["bytes"] if image.get("bytes") else image.get("path")
-    if image is None:
-        raise ValueError("it is None")
+    if image is None or (isinstance(image, (str, bytes)) and not image):
+        raise ValueError(f"it is {image!r}")
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu().numpy()
         image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
@@ -156,6 +159,8 @@ def source_of(image: Any, folder: str | None = None) -> Image.Image | io.BytesIO
         return _from_array(image)
     if isinstance(image, (str, os.PathLike)):
         image = located(image, folder)
+        if not is_data_url(image) and max(map(len, image.split("/"))) > LONGEST_NAME:
+            raise ValueError(f"{shown(image)} is no path. If it is base64, write data:image/png;base64, in front of it")
         return _from_data_url(image) if is_data_url(image) else image
     if isinstance(image, (bytes, bytearray)):
         return io.BytesIO(image)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import struct
+import tracemalloc
+import zlib
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
+import torch
 from data_cases import picture, supervised
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from tiny import QWEN_TEMPLATE, tiny_llava_processor, tiny_qwen2_5_vl_processor
 
 from hf_dualspeed.data.collators import VisionLanguageCollator
+from hf_dualspeed.data.files import rows_of
+from hf_dualspeed.data.loading import load_examples
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -47,6 +58,35 @@ def chat(*turns, **columns) -> dict:
 
 def llava(*turns, **columns) -> dict:
     return {"id": "x", "conversations": [{"from": role, "value": text} for role, text in turns], **columns}
+
+
+def written(image: Image.Image, form: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
+
+
+def deep_png(value: int, channels: int) -> bytes:
+    """A PNG of 16 bits each, which Pillow cannot write in colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + struct.pack(">H", value) * channels * 16
+    header = struct.pack(">IIBBBBB", 16, 16, 16, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 16)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def rows_with_pictures() -> Dataset:
+    features = {
+        "id": Value("string"),
+        "prompt": Value("string"),
+        "completion": Value("string"),
+        "image": ImageFeature(),
+    }
+    rows = [{"id": "x", "prompt": "q", "completion": "a", "image": picture()}]
+    return Dataset.from_list(rows, features=Features(features))
 
 
 def said(role: str, **keys) -> dict:
@@ -237,7 +277,66 @@ TEXTS = {
         Refused("aspect ratio"),
     ),
 }
-CASES = ROLES | SPEAKERS | BESIDES | TEXTS
+PNG = written(picture(300, 300), "PNG")
+BASE64 = base64.b64encode(PNG).decode()
+
+
+def shown(image, **columns) -> dict:
+    """A sample of prompt and completion with a picture in the column `image`."""
+    return {"id": "x", "prompt": "q", "completion": "a", "image": image, **columns}
+
+
+def unreadable(pattern: str) -> Refused:
+    return Refused(f"{pattern}.*Repair or remove the sample, or pass unreadable_images='skip'")
+
+
+ONE_PICTURE = Read("a<|im_end|>", "<|image_pad|><|vision_end|>q")
+PICTURES = {
+    "picture, base64 behind data:": (shown(f"data:image/png;base64,{BASE64}"), ONE_PICTURE),
+    "picture, a tensor (C, H, W)": (shown(torch.zeros(3, 12, 20, dtype=torch.uint8)), ONE_PICTURE),
+    "picture, a tensor (H, W)": (shown(torch.zeros(12, 20)), ONE_PICTURE),
+    "picture, an array": (shown(np.zeros((12, 20, 3), np.uint8)), ONE_PICTURE),
+    "pictures, an array (N, H, W, C)": (
+        shown(None, images=np.zeros((2, 12, 20, 3), np.uint8)),
+        Read("a<|im_end|>", "<|vision_end|><|vision_start|>"),
+    ),
+    "pictures, a tensor (N, C, H, W)": (
+        shown(None, images=torch.zeros(2, 3, 12, 20)),
+        Read("a<|im_end|>", "<|vision_end|><|vision_start|>"),
+    ),
+    "picture, bare base64": (shown(BASE64), unreadable(r"'iVBOR\w+\.\.\..*' is no path. If it is base64, write data:")),
+    "picture, broken base64": (shown("data:image/png;base64,%%" + BASE64), unreadable(r"'data:.*\.\.\..* no base64")),
+    "picture, half of one": (shown(PNG[:5000]), unreadable("truncated")),
+    "picture, other bytes": (shown(b"x" * 9999), unreadable(r"b'xxx.*\.\.\.xx.*is no picture that Pillow can read")),
+    "picture, no bytes": (shown(b""), unreadable("it is b''")),
+    "picture, an empty record": (shown({"bytes": None, "path": None}), unreadable("it is None")),
+    "picture, a folder": (shown("/"), unreadable("Is a directory")),
+    "picture, a name of no file": (shown("none.png"), unreadable("No such file or directory: 'none.png'")),
+    "picture, None in a list": (shown(None, images=[PNG, None]), unreadable("number 2 of 2: it is None")),
+    "picture, a number": (shown(7), unreadable("An image must be .*got 7 of <class 'int'>")),
+    "picture, a set": (shown({"a.png"}), unreadable("got {'a.png'} of <class 'set'>")),
+    "picture, an array of five channels": (shown(np.zeros((4, 4, 5))), unreadable(r"got \(4, 4, 5\)")),
+    "picture, complex pixels": (shown(np.zeros((4, 4), complex)), unreadable("pixels are of type complex128")),
+    "picture, floats up to 1000": (shown(np.full((4, 4), 1000.0)), unreadable("from 1000 to 1000")),
+    "picture, 12 bits of 16 in colour": (shown(deep_png(4000, 3)), unreadable("hold 12 bits or less.*Save it with 8")),
+    "picture, 12 bits of 16 with transparency": (shown(deep_png(4000, 4)), unreadable("hold 12 bits or less")),
+    "picture, 12 bits of 16 in grey": (shown(deep_png(4000, 1)), ONE_PICTURE),
+    "picture, 16 bits in colour": (shown(deep_png(40000, 3)), ONE_PICTURE),
+    "picture, 16 bits in colour, black": (shown(deep_png(0, 3)), ONE_PICTURE),
+    "picture, a list in a list": (shown([["a.png"]]), Refused(r"has \['a.png'\] under `image`: .*Flatten it")),
+    "picture, another dict": (shown({"file": "a"}), Refused("has {'file': 'a'} under `image`: .*'bytes' or 'path'")),
+    "picture, on the web": (shown("HTTPS://x.org/a.png"), Refused("under `image`: it is on the web.*Download")),
+}
+FORMATS = {
+    f"format {form}": (rows_with_pictures().with_format(form)[0], ONE_PICTURE) for form in (None, "numpy", "torch")
+} | {
+    f"format {form}": (
+        rows_with_pictures().with_format(form)[0],
+        Refused(r"must be a dict, got \w+. Set dataset.with_form"),
+    )
+    for form in ("pandas", "arrow")
+}
+CASES = ROLES | SPEAKERS | BESIDES | TEXTS | PICTURES | FORMATS
 
 
 @pytest.fixture(scope="module")
@@ -252,13 +351,152 @@ def test_odd_samples_are_read_or_refused_by_name(name, qwen):
     example, expected = CASES[name]
     collator = VisionLanguageCollator(qwen)
     if isinstance(expected, Refused):
-        with pytest.raises(ValueError, match=f"(?s)sample 0 of the batch, id 'x'\\).*{expected.pattern}") as error:
+        name = "sample 0 of the batch, id 'x'\\)" if isinstance(example, dict) else "A sample"
+        with pytest.raises(ValueError, match=f"(?s){name}.*{expected.pattern}") as error:
             collator([example])
         assert len(str(error.value)) < 700
         return
     batch = collator([example])
     assert supervised(qwen, batch, 0) == expected.learned
     assert expected.shows in qwen.tokenizer.decode(batch["input_ids"][0])
+
+
+# files
+
+
+def json_of(*rows, encoding: str = "utf-8") -> bytes:
+    return json.dumps(rows, ensure_ascii=False).encode(encoding)
+
+
+def answers(*texts: str) -> Read:
+    """What is learned of each row of a file."""
+    return Read("|".join(texts))
+
+
+ROW = {"prompt": "q", "completion": "é"}
+LETTERS = "prompt,completion\nq,é\n"
+FILES = {
+    "CSV, numbers.csv": (b"prompt,completion\nq,007\nq,1.50\nq,1e3\n", answers("007", "1.50", "1e3")),
+    "CSV, 23 digits.csv": (b"prompt,completion\nq,12345678901234567890123\n", answers("12345678901234567890123")),
+    "CSV, truth.csv": (b"prompt,completion\nq,true\nq,False\n", answers("true", "False")),
+    "CSV, words that pandas drops.csv": (
+        b"prompt,completion\nq,N/A\nq,null\nq,NaN\nq,None\n",
+        answers("N/A", "null", "NaN", "None"),
+    ),
+    "CSV, dates.csv": (b"prompt,completion\nq,2024-01-02\n", answers("2024-01-02")),
+    "CSV, spaces.csv": (b'prompt,completion\nq," a "\n', answers(" a ")),
+    "CSV, quotes and lines.csv": (b'prompt,completion\r\nq,"a ""b""\r\nc"\r\n\r\n', answers('a "b"\r\nc')),
+    "CSV, semicolons.csv": (b"prompt;completion\nq;1,5\n", answers("1,5")),
+    "CSV, tabs.csv": (b"prompt\tcompletion\nq\ta,b\n", answers("a,b")),
+    "CSV, byte order mark.csv": (LETTERS.encode("utf-8-sig"), answers("é")),
+    "CSV, UTF-16.csv": (LETTERS.encode("utf-16"), answers("é")),
+    "CSV, UTF-16 without mark.csv": (LETTERS.encode("utf-16-le"), answers("é")),
+    "CSV, UTF-16, big end first.csv": (LETTERS.encode("utf-16-be"), answers("é")),
+    "CSV, cp1252.csv": (LETTERS.encode("cp1252"), Refused("is not in UTF-8: it holds the byte 0xe9.*iconv -f cp1252")),
+    "CSV, a cell too many.csv": (b"prompt,completion\nq,a\nq,a,b\n", Refused("Row 1 of .* has 3 cells, but 2.*quotes")),
+    "CSV, a cell too few.csv": (b"prompt,completion\nq\n", Refused("Row 0 of .* has 1 cells, but 2 columns")),
+    "CSV, open quote.csv": (b'prompt,completion\n"q,a\n', Refused("Line 2 of .* is not valid CSV")),
+    "CSV, twice the same column.csv": (b"prompt,prompt\nq,a\n", Refused("must name each column once, got .*'prompt'")),
+    "CSV, empty.csv": (b"", Refused("must name each column once")),
+    "CSV, no rows.csv": (b"prompt,completion\n", Refused("holds no samples")),
+    "CSV, no completion.csv": (b"prompt,completion\nq,\n", Refused(r"\(row 0 of .* has no conversation")),
+    "CSV, questions.csv": (b"question,answer\nq,07\n", answers("07")),
+    "CSV, answers.csv": (b'question,answers\nq,"[""b"", ""a"", ""a""]"\nq,c\n', answers("a", "c")),
+    "CSV, answers as Python.csv": (
+        b"question,answers\nq,\"['a']\"\n",
+        Refused(r"Row 0 of .* under `answers`, which is no JSON list.*Write lists"),
+    ),
+    "CSV, messages.csv": (
+        b'messages\n"[{""role"": ""user"", ""content"": ""q""}, {""role"": ""bot"", ""content"": ""a""}]"\n',
+        answers("a"),
+    ),
+    "JSON, byte order mark.json": (json_of(ROW, encoding="utf-8-sig"), answers("é")),
+    "JSON, UTF-16.json": (json_of(ROW, encoding="utf-16"), answers("é")),
+    "JSONL, byte order mark.jsonl": (json.dumps(ROW).encode("utf-8-sig"), answers("é")),
+    "JSON, cp1252.json": (json_of(ROW, encoding="cp1252"), Refused("is not in UTF-8: it holds the byte 0xe9")),
+    "JSON, a long sample.json": (json_of({**ROW, "note": "q" * 600_000}, ROW), answers("é", "é")),
+    "JSON, questions.json": (json_of({"question": "q", "answer": 7}), answers("7")),
+    "JSON, a number.json": (
+        json_of({"id": "x", "prompt": "q", "completion": 7}),
+        Refused("id 'x'\\) has 7 under `completion`"),
+    ),
+    "JSON, rows of other keys.json": (
+        json_of(
+            ROW,
+            {"messages": [USER, {**ANSWER, "tool_calls": [CALL], "reasoning_content": "r"}], "tools": [TOOL]},
+            {
+                "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "b", "weight": 1}],
+                "image": None,
+            },
+        ),
+        answers("é", 'a<think>r</think><call>{"name": "f", "arguments": {"x": 1}}', "b"),
+    ),
+    "JSON, large numbers in calls.json": (
+        json_of(
+            {
+                "messages": [
+                    USER,
+                    {**ANSWER, "tool_calls": [{"function": {"arguments": {"x": 12345678901234567890123}}}]},
+                ]
+            }
+        ),
+        answers('a<call>{"arguments": {"x": 12345678901234567890123}}'),
+    ),
+    "JSON, half of a surrogate pair.json": (
+        b'[{"id": "x", "prompt": "q", "completion": "\\ud83d"}]',
+        Refused(r"row 0 of .*id 'x'\) has '\\ud83d' under `content`"),
+    ),
+    "JSON, cut off.json": (json_of(ROW, ROW)[:-9], Refused("not valid JSON from row 1 on")),
+    "JSON, without an end.json": (json_of(ROW)[:-1], Refused("not valid JSON from row 1 on")),
+    "JSON, something behind it.json": (json_of(ROW) + b" x", Refused("goes on behind its list of samples, with 'x'")),
+    "JSON, an object.json": (b'{"data": []}', Refused(r"must hold a list of samples.*begins with '{\"data.*jsonl")),
+    "JSON, texts.json": (b'["q"]', Refused("Row 0 of .* must be an object with a conversation, got 'q'")),
+    "JSON, empty.json": (b"", Refused("must hold a list of samples.*begins with ''")),
+    "JSON, no rows.json": (b"[]", Refused("holds no samples")),
+    "JSONL, empty.jsonl": (b"\n\n", Refused("holds no samples")),
+    "JSONL, a broken line.jsonl": (
+        b'{"prompt": "q", "completion": "a"}\n\n{"prompt"\n',
+        Refused("Line 3 of .* not valid JSON"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_odd_files_are_read_or_refused_by_name(name, qwen, tmp_path):
+    data, expected = FILES[name]
+    (tmp_path / name).write_bytes(data)
+    if isinstance(expected, Refused):
+        with pytest.raises(ValueError, match=f"(?s){expected.pattern}") as error:
+            load_examples(str(tmp_path / name))
+        assert name in str(error.value)
+        assert len(str(error.value)) < 500
+        return
+    batch = VisionLanguageCollator(qwen)(list(load_examples(str(tmp_path / name))))
+    learned = [supervised(qwen, batch, row).removesuffix("<|im_end|>") for row in range(len(batch["labels"]))]
+    assert "|".join(learned) == expected.learned
+
+
+def test_a_file_is_read_once_and_again_when_it_changes(tmp_path):
+    file = tmp_path / "data.json"
+    file.write_bytes(json_of(ROW))
+    first = load_examples(str(file))
+    assert load_examples(str(file)).cache_files == first.cache_files != []
+    file.write_bytes(json_of(ROW, ROW))
+    assert len(load_examples(str(file))) == 2
+    other = load_examples(str(file), image_folder="/elsewhere")
+    assert other.cache_files != first.cache_files
+
+
+def test_a_large_file_is_never_in_memory(tmp_path):
+    rows = [{"prompt": "q" * 900, "completion": f"a{index}"} for index in range(20_000)]
+    (tmp_path / "large.json").write_bytes(json_of(*rows))
+    del rows
+    tracemalloc.start()
+    count = sum(1 for _ in rows_of(tmp_path / "large.json"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 20_000
+    assert peak < 4 * 2**20 < (tmp_path / "large.json").stat().st_size / 4
 
 
 def test_what_the_template_never_mentions_is_named_once(caplog):
