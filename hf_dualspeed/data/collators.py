@@ -29,8 +29,9 @@ PIXEL_INPUTS = ("pixel_values", "image_patches", "input_features", "input_values
 
 IGNORED = -100
 
-# So many samples without a supervised token, and none with one, are no accident.
-UNSUPERVISED_LIMIT = 4
+# So many samples without a supervised token, and none with one, are no accident. Where batches are grouped by length,
+# the longest samples come first, of which `max_length` may cut off all answers.
+UNSUPERVISED_LIMIT = 64
 NOTHING_LEARNED = (
     "Answers have the role 'assistant' and a weight other than 0, and must begin before `max_length` cuts the sample"
 )

@@ -134,7 +134,7 @@ def _samples_of(path: str, image_folder: str, chosen: Sequence[str] | None, stam
                 _check_chosen(chosen, keys.union(*rows))
             raise
     if not keys:
-        raise ValueError(f"{name!r} holds no samples.")
+        raise ValueError(f"{name!r} has no rows.")
     _check_chosen(chosen or (), keys)
 
 

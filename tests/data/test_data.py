@@ -361,12 +361,15 @@ def test_samples_without_a_token_to_learn_are_counted_and_shown(caplog):
 
 
 def test_samples_that_all_teach_nothing_are_an_error():
-    nothing = [talk("Nobody answers", id="x")] * 4
-    with pytest.raises(ValueError, match=r"None of the first 4 samples has a token to learn; .*id 'x'.*max_length"):
+    nothing = [talk("Nobody answers", id="x")] * 64
+    with pytest.raises(ValueError, match=r"None of the first 64 samples has a token to learn; .*id 'x'.*max_length"):
         VisionLanguageCollator(tiny_llava_processor())(nothing)
+    collator = VisionLanguageCollator(tiny_llava_processor())
+    collator([*nothing, talk("q", "a")])
+    collator(nothing)
     cut = VisionLanguageCollator(tiny_llava_processor(), max_length=8)
-    with pytest.raises(ValueError, match="None of the first 4"):
-        [cut([talk("A long question", "a")]) for _ in range(4)]
+    with pytest.raises(ValueError, match="None of the first 64"):
+        [cut([talk("A long question", "a")] * 16) for _ in range(4)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
