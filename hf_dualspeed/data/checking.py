@@ -73,13 +73,14 @@ class DataReport:
     def of(self, *kinds: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.kind in kinds]
 
-    def settle(self, collator: VisionLanguageCollator, learns: bool = True) -> list[int]:
+    def settle(self, collator: VisionLanguageCollator, learns: bool = True, show: bool = True) -> list[int]:
         """Shows what was found.
 
         Args:
             collator ([`VisionLanguageCollator`]): Says which samples are skipped.
             learns (`bool`, *optional*, defaults to `True`): Whether a model learns from the samples. If not, they need
                 no answer, and no length is too long.
+            show (`bool`, *optional*, defaults to `True`): Whether to log what is no error; one process does.
 
         Returns:
             `list[int]`: The rows to leave out.
@@ -94,23 +95,20 @@ class DataReport:
         if wrong:
             raise ValueError(self._text("cannot be used", wrong))
         left_out = self.of(*(kind for kind, policy in policies.items() if policy == "skip"))
-        if left_out:
-            if len(left_out) == self.checked:
-                raise ValueError(self._text("would be left out, so nothing remains", left_out))
-            logger.warning(self._text("are left out", left_out))
-        if learns:
-            self._settle_answers()
+        if left_out and len(left_out) == self.checked:
+            raise ValueError(self._text("would be left out, so nothing remains", left_out))
+        truncated, unsupervised = (self.of("truncated"), self.of("unsupervised")) if learns else ([], [])
+        if unsupervised and len(unsupervised) == self.checked - len(left_out):
+            raise ValueError(self._text("have no token to learn", unsupervised))
+        shown = {
+            "are left out": left_out,
+            f"lose their end, the longest of {self.longest} tokens": truncated,
+            "have no token to learn": unsupervised,
+        }
+        for what, findings in shown.items():
+            if findings and show:
+                logger.warning(self._text(what, findings))
         return [finding.index for finding in left_out]
-
-    def _settle_answers(self) -> None:
-        truncated, unsupervised = self.of("truncated"), self.of("unsupervised")
-        if truncated:
-            logger.warning(self._text(f"lose their end, the longest of {self.longest} tokens", truncated))
-        if unsupervised:
-            text = self._text("have no token to learn", unsupervised)
-            if len(unsupervised) == self.checked:
-                raise ValueError(text)
-            logger.warning(text)
 
     def _text(self, what: str, findings: list[Finding]) -> str:
         lines = [f"\n- {finding.message}" for finding in findings[:SHOWN]]

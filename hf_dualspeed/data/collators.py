@@ -126,6 +126,7 @@ class VisionLanguageCollator:
         self.image_folder = image_folder
         self.skipped = self.unsupervised = self.seen = 0
         self._warned: set[str] = set()
+        self._ends = tuple(processor.tokenizer.get_added_vocab())
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collates examples.
@@ -309,8 +310,7 @@ class VisionLanguageCollator:
 
     def _warn_of_template(self, sample: dict, text: str, spans: list[tuple[int, int]]) -> None:
         """Warns once of an answer without an end, and of each key that the template leaves out."""
-        ends = tuple(self.processor.tokenizer.get_added_vocab())
-        if "end" not in self._warned and any(not text[a:b].endswith(ends) for a, b in spans):
+        if "end" not in self._warned and any(not text[a:b].endswith(self._ends) for a, b in spans):
             self._warned.add("end")
             logger.warning(
                 "The chat template writes no end-of-turn token after the assistant's answer, so the model "

@@ -63,7 +63,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     train = check_data(train, recipe.dataset, collator, recipe, training_args)
     if test is not None:
         learns = training_args.eval_strategy != "no"
-        test = check_data(test, recipe.eval_dataset, collator, recipe, training_args, learns)
+        first = None if learns else recipe.eval_limit
+        test = check_data(test, recipe.eval_dataset, collator, recipe, training_args, learns, first)
     if model is None:
         model = load_weights(recipe)
     trainer = DualSpeedTrainer(
@@ -79,7 +80,7 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     trainer.save_model(_internal_call=True)  # pushed below, with results and card
     results = {}
     if trainer.is_world_process_zero():
-        if test is not None and "answer" in test.column_names:
+        if test is not None and {"answer", "answers"} & set(test.column_names):
             trainer.facts |= _evaluate(recipe, trainer, train, test)
         if recipe.card_images:
             trainer.facts |= _picture(recipe, trainer, train if test is None else test)
@@ -139,8 +140,9 @@ def check_data(
     recipe: RecipeArguments,
     args: DualSpeedTrainingArguments,
     learns: bool = True,
+    first: int | None = None,
 ) -> Dataset:
-    """The data set without the samples that are to be skipped. Each process looks at a share of it.
+    """The data set without the samples that are to be skipped. Each process looks at a share of its `first` rows.
 
     Raises:
         ValueError: samples cannot be used; see [`check_samples`].
@@ -151,9 +153,10 @@ def check_data(
     # Asking for the device starts the processes' group.
     share = (args.process_index, args.world_size) if args.device else (0, 1)
     name = Path(name).name if Path(name).exists() else name
-    report = check_samples(dataset, collator, name=name, limit=limit, share=share)
+    looked_at = dataset if first is None else dataset.select(range(min(first, len(dataset))))
+    report = check_samples(looked_at, collator, name=name, limit=limit, share=share)
     report = DataReport.joined(gather_object([report]))
-    return without_rows(dataset, report.settle(collator, learns))
+    return without_rows(dataset, report.settle(collator, learns, show=args.process_index == 0))
 
 
 def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):
