@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, prune_inputs
+from hf_dualspeed.data.checking import check_samples
 from hf_dualspeed.data.collators import VisionLanguageCollator, encode
 from hf_dualspeed.data.conversations import to_messages
 from hf_dualspeed.data.labels import find_pieces
@@ -63,6 +64,25 @@ def test_labels_are_the_assistants_words(name, side):
     bos = processor.tokenizer.bos_token_id
     if bos is not None:
         assert ((batch["input_ids"] == bos).sum(1) <= 1).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_of_broken_pictures_is_a_blank_one_without_labels(name):
+    processor = build(name)
+    batch = VisionLanguageCollator(processor, unreadable_images="skip")([talk("q", "a", images=[b"no"])])
+    assert (batch["labels"] == -100).all()
+    whole = VisionLanguageCollator(processor)([talk("q", "a", images=[picture()])])
+    assert batch.keys() == whole.keys()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_look_before_training_knows_what_is_too_long(name):
+    processor = build(name)
+    rows = [talk("q", "a" * letters, images=[picture(40, 30)]) for letters in (1, 2, 30)]
+    exact = [VisionLanguageCollator(processor)([row])["input_ids"].shape[1] for row in rows]
+    report = check_samples(rows, VisionLanguageCollator(processor, max_length=exact[0], long_samples="skip"))
+    assert [(finding.index, finding.kind) for finding in report.findings] == [(1, "long"), (2, "long")]
+    assert report.longest == exact[2]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
