@@ -203,10 +203,9 @@ class SampleChecker:
         try:
             example = self.dataset[index]
             name = f"{name}, {sample_name(example)}"
-            length = self._estimate(example, name)
-            if length is None:
-                return self._collated(index, example, name)
-            return length, []
+            # The first sample shows whether the processor works at all.
+            length = self._estimate(example, name) if index else None
+            return self._collated(index, example, name) if length is None else (length, [])
         # Whatever a sample raises here, it would raise in training.
         except Exception as error:
             message = str(error) if name in str(error) else f"{name}: {type(error).__name__}: {error}"

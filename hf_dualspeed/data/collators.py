@@ -29,9 +29,14 @@ PIXEL_INPUTS = ("pixel_values", "image_patches", "input_features", "input_values
 
 IGNORED = -100
 
-# So many samples without a supervised token, and none with one, are no accident. Where batches are grouped by length,
-# the longest samples come first, of which `max_length` may cut off all answers.
-UNSUPERVISED_LIMIT = 64
+REMEDIES = {
+    "wrong": "Repair or remove the sample",
+    "unreadable": "Repair or remove the sample, or pass unreadable_images='skip'",
+    "long": "Use a larger `max_length` or smaller images, or pass long_samples='skip' or 'truncate'",
+}
+# So many samples that are skipped or teach nothing, and no other one, are no accident. Where batches are grouped by
+# length, the longest samples come first, of which `max_length` may cut off all answers.
+PATIENCE = 64
 NOTHING_LEARNED = (
     "Answers have the role 'assistant' and a weight other than 0, and must begin before `max_length` cuts the sample"
 )
@@ -148,6 +153,11 @@ class VisionLanguageCollator:
         samples, batch = self._batch([sample for sample in read if sample is not None])
         if samples:
             self._count_unsupervised(batch["labels"], samples)
+        elif not self.seen and self.skipped >= PATIENCE:
+            raise SampleError(
+                f"The first {self.skipped} samples were all left out, as the log tells. Repair the data, or correct "
+                "`image_folder` or `max_length`."
+            )
         return batch
 
     def collated(self, example: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
@@ -165,8 +175,7 @@ class VisionLanguageCollator:
         except Exception as error:
             return self._batch(self._without_bad(samples, error))
         # Masks (B, S): tokens of assistant turns, and tokens in place of placeholders.
-        rendering = [(sample["text"], sample["spans"]) for sample in samples]
-        supervised, inserted = place(self.processor, batch, tokenized, rendering)
+        supervised, inserted = place(self.processor, batch, tokenized, samples)
         lengths = batch["attention_mask"].sum(1).tolist()
         if self.max_length is not None and self.long_samples != "truncate":
             kept = [sample for sample, length in zip(samples, lengths, strict=True) if self._fits(sample, length)]
@@ -192,14 +201,16 @@ class VisionLanguageCollator:
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
     def _without_bad(self, samples: list[dict], error: Exception) -> list[dict]:
-        """The samples that the processor takes, one at a time; raises the error if all are, or if nothing is skipped"""
+        """The samples that the processor takes alone, after it failed with `error` on all.
+
+        Raises:
+            Exception: `error`, if it takes each of them; or that of a sample that is not to be skipped.
+        """
         if len(samples) == 1:
             (sample,) = samples
             kind = "unreadable" if sample["images"] or sample["videos"] else "wrong"
-            what = f"{type(self.processor).__name__} cannot read the sample ({sample['name']}): {error}."
-            self._leave_out(
-                SampleError(f"{what} Repair or remove it{self._or_skip(kind)}.", kind), sample["name"], error
-            )
+            what = f"{type(self.processor).__name__} cannot read the sample ({sample['name']}): {error}"
+            self._leave_out(kind, sample["name"], what, error)
             return []
         good = []
         for sample in samples:
@@ -212,27 +223,22 @@ class VisionLanguageCollator:
             raise error
         return good
 
-    def _or_skip(self, kind: str) -> str:
-        return ", or pass unreadable_images='skip'" if kind == "unreadable" else ""
-
-    def _leave_out(self, bad: SampleError, name: str, cause: Exception | None = None) -> None:
-        """Counts a sample that is skipped; raises the error if samples of its kind are not."""
+    def _leave_out(self, kind: str, name: str, message: str, cause: Exception | None = None) -> None:
+        """Logs and counts a sample that is skipped; raises a [`SampleError`] if samples of its kind are not."""
         policies = {"unreadable": self.unreadable_images, "long": self.long_samples}
-        if policies.get(bad.kind) != "skip":
-            raise bad from cause
+        if policies.get(kind) != "skip":
+            error = SampleTypeError if isinstance(cause, TypeError) else SampleError
+            raise error(f"{message}. {REMEDIES[kind]}.", kind) from cause
         self.skipped += 1
-        logger.warning("Left out %s (%d so far): %s", name, self.skipped, cause or bad)
+        logger.warning("Left out %s (%d so far): %s", name, self.skipped, cause or message)
 
     def _fits(self, sample: dict, length: int) -> bool:
         """Whether a sample of `length` tokens is no longer than `max_length`; one that is longer is left out."""
-        if length <= self.max_length:
-            return True
-        message = (
-            f"The sample ({sample['name']}) has {length} tokens, more than `max_length`={self.max_length}. Use a "
-            "larger `max_length` or smaller images, or pass long_samples='skip' or 'truncate'."
-        )
-        self._leave_out(SampleError(message, "long"), sample["name"])
-        return False
+        if length > self.max_length:
+            name = sample["name"]
+            what = f"The sample ({name}) has {length} tokens, more than `max_length`={self.max_length}"
+            self._leave_out("long", name, what)
+        return length <= self.max_length
 
     def _count_unsupervised(self, labels: torch.Tensor, samples: list[dict]) -> None:
         """Counts rows of labels (B, S) that teach nothing. The first column is no target.
@@ -247,7 +253,7 @@ class VisionLanguageCollator:
         self.seen += len(samples)
         if not nothing:
             return
-        if self.unsupervised == self.seen >= UNSUPERVISED_LIMIT:
+        if self.unsupervised == self.seen >= PATIENCE:
             raise SampleError(
                 f"None of the first {self.seen} samples has a token to learn; the last one is {nothing[-1]}. "
                 f"{NOTHING_LEARNED}.",
@@ -295,9 +301,7 @@ class VisionLanguageCollator:
         except (TypeError, *IMAGE_ERRORS) as error:
             kind, number = ("videos", len(videos)) if len(images) == len(sample["images"]) else ("images", len(images))
             which = f"number {number + 1} of {len(sample[kind])}: " if len(sample[kind]) > 1 else ""
-            message = f"An image or a video cannot be read ({name}): {which}{error}. Repair or remove the sample"
-            bad = SampleTypeError if isinstance(error, TypeError) else SampleError
-            self._leave_out(bad(message + self._or_skip("unreadable") + ".", "unreadable"), name, error)
+            self._leave_out("unreadable", name, f"An image or a video cannot be read ({name}): {which}{error}", error)
             return None
         if sample["videos"] and getattr(self.processor, "video_processor", None) is None:
             raise ValueError(

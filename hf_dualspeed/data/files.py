@@ -15,8 +15,8 @@ from .media import shown
 ROW_FILES = (".json", ".jsonl", ".csv")
 DELIMITERS = ",;\t"
 CHUNK = 2**18
-# Columns whose cells may be lists, as JSON text.
-LISTS = ("images", "answers", "options")
+# Columns whose cells may be lists, as JSON text. A file's name may begin with a bracket, too.
+LISTS = ("image", "images", "answers", "options")
 BETWEEN = re.compile(r"[\s,]*")
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -30,8 +30,8 @@ BYTE_ORDER_MARKS = {
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a `.json` (a list of objects), `.jsonl` or `.csv` file, in UTF-8 or UTF-16.
 
-    A file is never in memory as a whole. Cells of a CSV file are texts, and lists where `images`, `answers` or
-    `options` hold JSON; its columns are parted by commas, semicolons or tabs.
+    A file is never in memory as a whole. Cells of a CSV file are texts, and lists where `image`, `images`,
+    `answers` or `options` hold JSON; its columns are parted by commas, semicolons or tabs.
 
     Raises:
         ValueError: the file is in another encoding, or no such list, or a row has too many or too few cells. The
@@ -131,6 +131,8 @@ def _cell(column: str, text: str, name: str, index: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        if column == "image":
+            return text
         raise ValueError(
             f"Row {index} of {name!r} has {shown(text)} under `{column}`, which is no JSON list: {error}. Write lists "
             'like ["a", "b"].'

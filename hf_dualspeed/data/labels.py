@@ -166,7 +166,7 @@ def texts_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def place(
-    processor: ProcessorMixin, batch: dict, rows: list[tuple[str, Any]], rendered: list[tuple[str, list[Span]]]
+    processor: ProcessorMixin, batch: dict, rows: list[tuple[str, Any]], samples: list[dict[str, Any]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Finds the tokens of spans of rendered texts, and the tokens that replace placeholders.
 
@@ -174,7 +174,7 @@ def place(
         processor (`ProcessorMixin`): Made the batch.
         batch (`dict`): `input_ids` `(B, S)` and `attention_mask` `(B, S)`.
         rows (`list`): What [`recorded`] kept.
-        rendered (`list`): Per sample, the text given to the processor and its spans to find.
+        samples (`list[dict]`): The `text` given to the processor, its `spans` to find, and a `name` for errors.
 
     Returns:
         Two masks `(B, S)`: the tokens of the spans, and those in place of placeholders.
@@ -191,7 +191,8 @@ def place(
         known[tuple(ids[here].tolist())].append((text, offsets[here]))
     placeholders = placeholders_of(processor)
     wanted, inserted = (torch.zeros_like(batch["input_ids"], dtype=torch.bool) for _ in range(2))
-    for row, (text, spans) in enumerate(rendered):
+    for row, sample in enumerate(samples):
+        text = sample["text"]
         here = batch["attention_mask"][row].bool()
         try:
             same = known[tuple(batch["input_ids"][row][here].tolist())]
@@ -200,12 +201,12 @@ def place(
             # Texts with equal tokens were recorded in batch order.
             tokenized, offsets = same.pop(0) if len(same) > 1 else same[0]
             pieces = find_pieces(text, tokenized, placeholders)
-            moved = [place for span in spans for piece in pieces if (place := piece.move(span))]
+            moved = [place for span in sample["spans"] for piece in pieces if (place := piece.move(span))]
         except ValueError as error:
             raise ValueError(
-                f"`processor` ({type(processor).__name__}) does not show where the conversation {text[:80]!r} ends up "
-                f"among its tokens, so labels cannot be placed: {error}. Give every sample an image if the processor "
-                "expects one, or use your own collator, which returns `labels`."
+                f"`processor` ({type(processor).__name__}) does not show where the conversation {text[:80]!r} "
+                f"({sample['name']}) ends up among its tokens, so labels cannot be placed: {error}. Give every sample "
+                "an image if the processor expects one, or use your own collator, which returns `labels`."
             ) from error
         wanted[row, here] = overlaps(offsets, moved)
         inserted[row, here] = overlaps(offsets, replacements(text, tokenized, pieces)) & ~wanted[row, here]

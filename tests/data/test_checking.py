@@ -116,9 +116,13 @@ def test_pictures_are_not_decoded(tmp_path, monkeypatch):
         [{"prompt": "q", "completion": "a", "image": picture()}] * 3,
         features=Features({"prompt": Value("string"), "completion": Value("string"), "image": ImageFeature()}),
     )
-    monkeypatch.setattr(Image.Image, "load", None)
+    load, decoded = Image.Image.load, []
+    monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self) or load(self))
+    check_samples(rows.select([0]), VisionLanguageCollator(tiny_qwen2_5_vl_processor()))
+    first, decoded[:] = len(decoded), []
     report = check_samples(rows.with_format("numpy"), VisionLanguageCollator(tiny_qwen2_5_vl_processor()))
     assert (report.checked, report.findings) == (3, [])
+    assert len(decoded) == first
 
 
 # what follows from it

@@ -315,6 +315,15 @@ def test_a_batch_without_a_readable_sample_is_a_picture_without_labels(name, cap
     assert collator.unsupervised == 0
 
 
+def test_data_without_a_readable_sample_is_an_error():
+    collator = VisionLanguageCollator(tiny_llava_processor(), unreadable_images="skip")
+    broken = [talk("q", "a", images=["none.png"])] * 16
+    for _ in range(3):
+        collator(broken)
+    with pytest.raises(ValueError, match="The first 64 samples were all left out.*`image_folder`"):
+        collator(broken)
+
+
 def test_an_error_that_no_sample_causes_alone_is_raised(monkeypatch):
     processor = tiny_qwen2_5_vl_processor()
     collator = VisionLanguageCollator(processor, unreadable_images="skip")

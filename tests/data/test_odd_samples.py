@@ -9,6 +9,7 @@ import struct
 import tracemalloc
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -474,6 +475,13 @@ def test_odd_files_are_read_or_refused_by_name(name, qwen, tmp_path):
     batch = VisionLanguageCollator(qwen)(list(load_examples(str(tmp_path / name))))
     learned = [supervised(qwen, batch, row).removesuffix("<|im_end|>") for row in range(len(batch["labels"]))]
     assert "|".join(learned) == expected.learned
+
+
+def test_pictures_of_a_csv_file(tmp_path):
+    rows = b'prompt,completion,image,images\nq,a,"[""a.png"", ""b.png""]",\nq,a,[1].png,\nq,a,,"[""c.png""]"\n'
+    (tmp_path / "data.csv").write_bytes(rows)
+    found = [[Path(path).name for path in row["images"]] for row in load_examples(str(tmp_path / "data.csv"))]
+    assert found == [["a.png", "b.png"], ["[1].png"], ["c.png"]]
 
 
 def test_a_file_is_read_once_and_again_when_it_changes(tmp_path):

@@ -302,6 +302,16 @@ def losses(folder) -> list[float]:
     return [log["loss"] for log in state["log_history"] if "loss" in log]
 
 
+@pytest.mark.parametrize("answers", ["answer\nred", 'answers\n"[""red"", ""red"", ""blue""]"'])
+def test_a_table_of_questions_trains_and_is_evaluated(own_data, tmp_path, answers):
+    name, answer = answers.split("\n")
+    (tmp_path / "table.csv").write_text(f"question,image,{name}\nwhat colour ?,a.png,{answer}\n", encoding="utf-8")
+    table = str(tmp_path / "table.csv")
+    results = own_data(["a.png"], dataset=table, eval_dataset=table, save_steps=3)
+    assert results["n"] == 1
+    assert min(losses(tmp_path / "run")) > 0
+
+
 def test_a_missing_picture_is_found_before_training(own_data, tmp_path, caplog):
     with pytest.raises(
         ValueError, match=r"data.json': 1 of 3 samples cannot be used:\n- .*row 2 of .*'no.png'.*='skip'"
