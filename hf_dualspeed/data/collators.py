@@ -115,6 +115,8 @@ class VisionLanguageCollator:
     ):
         check_choice("unreadable_images", unreadable_images, UNREADABLE_IMAGES)
         check_choice("long_samples", long_samples, LONG_SAMPLES)
+        if max_length is None and long_samples != "truncate":
+            raise ValueError(f"`long_samples` is {long_samples!r}, but no sample is too long without a `max_length`.")
         if max_length is not None:
             check_range("max_length", max_length, 1, off="Use None to keep samples whole.")
         if not processor.tokenizer.is_fast:

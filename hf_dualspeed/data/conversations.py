@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,8 @@ def _refused(name: str, key: str, value: Any, why: str) -> ValueError:
 
 
 def _check_choice(name: str, key: str, value: Any, choices: list[str] | tuple[str, ...]) -> None:
-    value = value if isinstance(value, str) and len(value) < 100 else value and shown(value)
+    if value is not None and not (isinstance(value, str) and len(value) < 100):
+        value = shown(value)
     try:
         check_choice(key, value, choices)
     except ValueError as error:
@@ -118,7 +120,7 @@ def _check_image(image: Any, column: str, name: str) -> None:
         raise _refused(name, column, image, "a picture within a list of pictures is itself a list. Flatten it.")
     if isinstance(image, Mapping) and not {"bytes", "path"} & set(image):
         raise _refused(name, column, dict(image), "it must be a picture, or a dict with 'bytes' or 'path'.")
-    path = image.get("path") if isinstance(image, Mapping) and not image.get("bytes") else image
+    path = image.get("path") if isinstance(image, Mapping) and not filled(image.get("bytes")) else image
     if is_web(path):
         raise _refused(name, column, path, f"it is on the web, and nothing is downloaded while training. {DOWNLOAD}.")
 
@@ -233,7 +235,7 @@ def _tools(example: Mapping[str, Any], name: str) -> list | None:
     tools = _json_list(name, "tools", given, wanted) if isinstance(given, str) else given
     if not isinstance(tools, (list, tuple, np.ndarray)):
         raise _refused(name, "tools", given, f"it must be {wanted}.")
-    tools = [_json_list(name, "tools", f"[{tool}]", wanted)[0] if isinstance(tool, str) else tool for tool in tools]
+    tools = [_decoded(tool) for tool in tools]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise _refused(name, "tools", given, f"it must be {wanted}.")
     return [without_nulls(tool) for tool in tools] or None
@@ -265,12 +267,12 @@ def _conversation(value: Any, column: str, name: str) -> list[dict]:
     return value
 
 
-def _decoded(turn: Any) -> Any:
-    """A turn that is JSON text, decoded."""
+def _decoded(item: Any) -> Any:
+    """A turn or tool that is JSON text, decoded."""
     try:
-        return json.loads(turn) if isinstance(turn, str) and turn.startswith("{") else turn
+        return json.loads(item) if isinstance(item, str) and item.startswith("{") else item
     except json.JSONDecodeError:
-        return turn
+        return item
 
 
 def _json_list(name: str, column: str, text: str, wanted: str) -> list:
@@ -300,13 +302,15 @@ def _turn(turn: Mapping[str, Any], column: str, name: str) -> dict:
     if not isinstance(content, (str, list, tuple, np.ndarray)):
         raise _refused(name, content_key, content, "it must be a text, or a list of parts such as {'type': 'text'}.")
     extra = {key: value for key, value in turn.items() if key not in ("role", "from", *keys) and filled(value)}
-    if extra.pop("weight", 1) not in (0, 1):
+    weight = extra.pop("weight", 1)
+    if not isinstance(weight, Real) or weight not in (0, 1):
         why = "a turn is learned (1) or not (0), and nothing between. Write 0 or 1, or leave the weight out."
-        raise _refused(name, "weight", turn["weight"], why)
-    weight = {"weight": 0} if turn.get("weight") == 0 else {}
+        raise _refused(name, "weight", weight, why)
+    if weight == 0:
+        extra["weight"] = 0
     if "tool_calls" in extra:
         extra["tool_calls"] = _tool_calls(extra["tool_calls"], name)
-    return {**extra, **weight, "role": ROLES[role.lower()], "content": content}
+    return {**extra, "role": ROLES[role.lower()], "content": content}
 
 
 def _tool_calls(calls: Any, name: str) -> list:

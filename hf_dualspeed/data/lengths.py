@@ -17,6 +17,7 @@ from ..pruners import budget
 from .conversations import sample_name, to_messages
 from .loading import undecoded
 from .media import IMAGE_ERRORS, image_size
+from .rendering import render
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +92,7 @@ class TokenCounter:
 
     def _text_tokens(self, sample: dict[str, Any]) -> int:
         template = getattr(self.collator, "chat_template", None)
-        text = self.processor.apply_chat_template(
-            sample["messages"], chat_template=template, tools=sample["tools"], tokenize=False
-        )
+        text = render(self.processor, sample["messages"], sample["tools"], template)
         tokenizer = self.processor.tokenizer
         own_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
         ids = tokenizer(text, add_special_tokens=not own_bos)["input_ids"]

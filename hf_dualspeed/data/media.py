@@ -149,7 +149,8 @@ def opened(image: Any, folder: str | None = None) -> Image.Image:
 def source_of(image: Any, folder: str | None = None) -> Image.Image | io.BytesIO | str:
     """A picture as a PIL image, the bytes of a file, or its path. Arguments and errors are those of [`open_image`]."""
     if isinstance(image, Mapping):
-        image = image["bytes"] if image.get("bytes") else image.get("path")
+        data = image.get("bytes")
+        image = image.get("path") if data is None or not len(data) else data
     if image is None or (isinstance(image, (str, bytes)) and not image):
         raise ValueError(f"it is {image!r}")
     if isinstance(image, torch.Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import ProcessorMixin
@@ -10,43 +11,43 @@ from transformers import ProcessorMixin
 from .media import shown
 
 
-def rendered(
-    processor: ProcessorMixin, sample: dict[str, Any], template: str | None = None
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a sample, and `(start, end)` of the characters that the assistant has to produce.
-
-    Args:
-        processor (`ProcessorMixin`): Has the chat template.
-        sample (`dict`): What [`to_messages`] returns.
-        template (`str`, *optional*): Another chat template.
+def render(
+    processor: ProcessorMixin,
+    messages: list[dict],
+    tools: list | None = None,
+    template: str | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The text of messages and tools as [`to_messages`] returns them, through the processor's or another `template`.
 
     Raises:
-        ValueError: the template fails, or does not render prefixes; or the text is no Unicode.
+        ValueError: the template fails, or the text is no Unicode.
     """
+    try:
+        text = processor.apply_chat_template(
+            messages,
+            chat_template=template,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = shown(text[max(0, error.start - 20) : error.end + 20])
+        raise ValueError(f"The text {near} holds half of a surrogate pair. Replace the character.") from None
+    # A template may raise anything: its own refusals, or Python's errors.
+    except Exception as error:
+        roles = [message["role"] for message in messages]
+        raise ValueError(
+            f"The chat template fails on messages with the roles {shown(roles)}: {type(error).__name__}: {error}. "
+            "Correct the conversation, or set another `chat_template`."
+        ) from error
+    return text
 
-    def render(messages: list[dict], add_generation_prompt: bool = False) -> str:
-        try:
-            text = processor.apply_chat_template(
-                messages,
-                chat_template=template,
-                tools=sample["tools"],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-            text.encode()
-        except UnicodeEncodeError as error:
-            near = shown(text[max(0, error.start - 20) : error.end + 20])
-            raise ValueError(f"The text {near} holds half of a surrogate pair. Replace the character.") from None
-        # A template may raise anything: its own refusals, or Python's errors.
-        except Exception as error:
-            roles = [message["role"] for message in messages]
-            raise ValueError(
-                f"The chat template fails on messages with the roles {shown(roles)}: {type(error).__name__}: {error}. "
-                "Correct the conversation, or set another `chat_template`."
-            ) from error
-        return text
 
-    return assistant_spans(render, sample["messages"])
+def rendered(processor: ProcessorMixin, sample: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a sample as [`to_messages`] returns it, and [`assistant_spans`] in it."""
+    return assistant_spans(partial(render, processor, tools=sample["tools"]), sample["messages"])
 
 
 def assistant_spans(render: Callable[..., str], messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:

@@ -116,6 +116,13 @@ class RecipeArguments:
         check_range("card_images", self.card_images, 0, off="Use 0 for a card without images.")
         check_choice("unreadable_images", self.unreadable_images, UNREADABLE_IMAGES)
         check_choice("long_samples", self.long_samples, LONG_SAMPLES)
+        if self.long_samples != "truncate" and self.max_length is None:
+            raise ValueError(f"`long_samples` is {self.long_samples!r}, but `max_length` is not set. Set it.")
+        if self.eval_image_column is not None and self.eval_dataset is None:
+            raise ValueError(
+                f"`eval_image_column` is {self.eval_image_column!r}, but there is no `eval_dataset`. Set it, or leave "
+                "the column out."
+            )
         if (self.model_name_or_path is None) == (self.tiny_llava is None):
             raise ValueError(
                 f"Set exactly one of `model_name_or_path` (got {self.model_name_or_path!r}) and `tiny_llava` "

@@ -433,6 +433,8 @@ def test_collator_arguments():
         VisionLanguageCollator(processor, unreadable_images="skp")
     with pytest.raises(ValueError, match=r"`max_length` must be in \[1, inf\), got 0. Use None"):
         VisionLanguageCollator(processor, max_length=0)
+    with pytest.raises(ValueError, match="`long_samples` is 'skip', but no sample is too long without a `max_length`"):
+        VisionLanguageCollator(processor, long_samples="skip")
     processor.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         VisionLanguageCollator(processor)

@@ -138,6 +138,9 @@ SPEAKERS = {
     ),
     "weight of a half": (chat(USER, said("assistant", weight=0.5)), Refused("has 0.5 under `weight`: .*Write 0 or 1")),
     "weight 2": (chat(USER, said("assistant", weight=2)), Refused("has 2 under `weight`")),
+    "weight a list": (chat(USER, said("assistant", weight=[1, 0])), Refused(r"has \[1, 0\] under `weight`")),
+    "weight a tensor": (chat(USER, said("assistant", weight=torch.ones(2))), Refused(r"tensor.* under `weight`")),
+    "role an array": (chat(USER, {"role": np.zeros(2), "content": "a"}), Refused("`role` must be .*got 'array")),
     "weight as text": (chat(USER, said("assistant", weight="0")), Refused("has '0' under `weight`")),
 }
 BESIDES = {
@@ -210,6 +213,7 @@ BESIDES = {
         chat(USER, ANSWER, tools=[{"type": "function", "function": {"name": "f", "strict": None}}]),
         Read("a<|im_end|>", '[[{"type": "function", "function": {"name": "f"}}]]'),
     ),
+    "tools, an empty text": (chat(USER, ANSWER, tools=[""]), Refused(r"has \[''\] under `tools`: it must be a list")),
     "tools, no JSON": (chat(USER, ANSWER, tools="f"), Refused("has 'f' under `tools`: it is no JSON")),
     "tools, a name": (chat(USER, ANSWER, tools=[7]), Refused(r"has \[7\] under `tools`: it must be a list of tools")),
     "reasoning": (
@@ -311,6 +315,7 @@ PICTURES = {
     "picture, other bytes": (shown(b"x" * 9999), unreadable(r"b'xxx.*\.\.\.xx.*is no picture that Pillow can read")),
     "picture, no bytes": (shown(b""), unreadable("it is b''")),
     "picture, an empty record": (shown({"bytes": None, "path": None}), unreadable("it is None")),
+    "picture, a record of no bytes": (shown({"bytes": 7, "path": None}), unreadable("'int' has no len")),
     "picture, a folder": (shown("/"), unreadable("Is a directory")),
     "picture, a name of no file": (shown("none.png"), unreadable("No such file or directory: 'none.png'")),
     "picture, None in a list": (shown(None, images=[PNG, None]), unreadable("number 2 of 2: it is None")),
