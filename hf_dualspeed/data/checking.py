@@ -14,7 +14,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Subset
 
 from ..utils.constants import CHECKED_SAMPLES
-from .collators import IGNORED, SampleError, VisionLanguageCollator
+from .collators import IGNORED, REMEDIES, SampleError, VisionLanguageCollator
 from .conversations import sample_name, to_messages
 from .labels import check_texts
 from .loading import undecoded
@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 # Fewer samples for each process are not worth its start.
 SHARE = 500
-# Up to this part of `max_length`, a sample whose length was estimated is certainly short enough.
-SAFE = 0.8
+# A length is estimated from the text and the pictures' sizes. Beyond what collated samples had more than that, each
+# picture, and the text around them, may add so many tokens.
+MARGIN = 8
 SHOWN = 3
 
 
@@ -73,13 +74,11 @@ class DataReport:
     def of(self, *kinds: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.kind in kinds]
 
-    def settle(self, collator: VisionLanguageCollator, learns: bool = True, show: bool = True) -> list[int]:
+    def settle(self, collator: VisionLanguageCollator, show: bool = True) -> list[int]:
         """Shows what was found.
 
         Args:
             collator ([`VisionLanguageCollator`]): Says which samples are skipped.
-            learns (`bool`, *optional*, defaults to `True`): Whether a model learns from the samples. If not, they need
-                no answer, and no length is too long.
             show (`bool`, *optional*, defaults to `True`): Whether to log what is no error; one process does.
 
         Returns:
@@ -88,16 +87,14 @@ class DataReport:
         Raises:
             ValueError: some samples cannot be used and are not to be skipped, or there is nothing to learn.
         """
-        policies = {"wrong": "raise", "unreadable": collator.unreadable_images}
-        if learns:
-            policies["long"] = collator.long_samples
+        policies = {"wrong": "raise", "unreadable": collator.unreadable_images, "long": collator.long_samples}
         wrong = self.of(*(kind for kind, policy in policies.items() if policy == "raise"))
         if wrong:
             raise ValueError(self._text("cannot be used", wrong))
         left_out = self.of(*(kind for kind, policy in policies.items() if policy == "skip"))
         if left_out and len(left_out) == self.checked:
             raise ValueError(self._text("would be left out, so nothing remains", left_out))
-        truncated, unsupervised = (self.of("truncated"), self.of("unsupervised")) if learns else ([], [])
+        truncated, unsupervised = self.of("truncated"), self.of("unsupervised")
         if unsupervised and len(unsupervised) == self.checked - len(left_out):
             raise ValueError(self._text("have no token to learn", unsupervised))
         shown = {
@@ -125,11 +122,12 @@ def check_samples(
     limit: int | None = CHECKED_SAMPLES,
     processes: int | None = None,
     share: tuple[int, int] = (0, 1),
+    learns: bool = True,
 ) -> DataReport:
     """Looks at samples as a training would, without decoding most pictures.
 
     Text is rendered and tokenized, and pictures are looked up and their headers read. A sample about which that leaves
-    a doubt, also one whose length comes near `max_length`, is collated.
+    a doubt, also one whose length comes near `max_length`, is collated, and so is the first one.
 
     Args:
         dataset: `datasets.Dataset`, or anything with a length whose items are samples.
@@ -139,6 +137,8 @@ def check_samples(
         processes (`int`, *optional*): Processes that look; default: one for every 500 samples, up to the cores' number
             and 16.
         share (`tuple[int, int]`, *optional*): `(rank, ranks)`: look at this rank's share of the samples only.
+        learns (`bool`, *optional*, defaults to `True`): Whether a model learns from the samples. If not, they need no
+            answer, and none is too long.
 
     Returns:
         [`DataReport`], whose `settle` raises errors, shows warnings and returns the rows to leave out.
@@ -155,7 +155,7 @@ def check_samples(
     loader = DataLoader(
         rows,
         batch_size=32,
-        collate_fn=SampleChecker(dataset, collator, name),
+        collate_fn=SampleChecker(dataset, collator, name, learns),
         num_workers=processes if processes > 1 else 0,
         worker_init_fn=_one_thread,
     )
@@ -185,15 +185,18 @@ def _one_thread(worker: int) -> None:
 class SampleChecker:
     """Looks at rows of a data set: the length of each in tokens, and a list with a [`Finding`], or an empty one."""
 
-    def __init__(self, dataset: Any, collator: VisionLanguageCollator, name: str):
-        self.dataset, self.name = dataset, name
-        self.max_length, self.truncates = collator.max_length, collator.long_samples == "truncate"
+    def __init__(self, dataset: Any, collator: VisionLanguageCollator, name: str, learns: bool = True):
+        self.dataset, self.name, self.learns = dataset, name, learns
+        self.max_length = collator.max_length if learns else None
+        self.truncates = collator.long_samples == "truncate"
         # Two copies that skip nothing: one that cuts off what is too long, and one that does not.
         self.cutting = copy.copy(collator)
         self.cutting.unreadable_images, self.cutting.long_samples = "raise", "truncate"
         self.whole = copy.copy(self.cutting)
         self.whole.max_length = None
         self.visual_tokens: dict[tuple[int, int], int] = {}
+        # By how many tokens for each part estimates were too small, of samples without pictures and with them.
+        self.extra: dict[bool, float] = {}
 
     def __call__(self, rows: list[int]) -> list[tuple[int, list[Finding]]]:
         return [self.check(index) for index in rows]
@@ -203,16 +206,31 @@ class SampleChecker:
         try:
             example = self.dataset[index]
             name = f"{name}, {sample_name(example)}"
-            # The first sample shows whether the processor works at all.
-            length = self._estimate(example, name) if index else None
-            return self._collated(index, example, name) if length is None else (length, [])
+            estimate = self._estimate(example, name)
+            if estimate is not None and self._is_short(*estimate):
+                return estimate[0], []
+            length, found = self._collated(index, example, name)
+            if estimate is not None:
+                estimated, parts = estimate
+                self.extra[parts > 1] = max((length - estimated) / parts, self.extra.get(parts > 1, 0))
+            return length, found
         # Whatever a sample raises here, it would raise in training.
         except Exception as error:
             message = str(error) if name in str(error) else f"{name}: {type(error).__name__}: {error}"
             return 0, [Finding(index, getattr(error, "kind", "wrong"), message)]
 
-    def _estimate(self, example: Any, name: str) -> int | None:
-        """About how many tokens a sample has; None where there is a doubt about it."""
+    def _is_short(self, length: int, parts: int) -> bool:
+        """Whether a sample of an estimated length is certainly no longer than `max_length`.
+
+        The first sample with pictures, and the first without, are collated in any case: they show whether the processor
+        works at all, and by how much estimates are wrong.
+        """
+        if (parts > 1) not in self.extra:
+            return False
+        return self.max_length is None or length + parts * (self.extra[parts > 1] + MARGIN) <= self.max_length
+
+    def _estimate(self, example: Any, name: str) -> tuple[int, int] | None:
+        """About how many tokens a sample has, and its number of pictures plus 1; None where there is a doubt."""
         processor = self.whole.processor
         try:
             sample = to_messages(example, name)
@@ -224,10 +242,10 @@ class SampleChecker:
             visual = sum(map(self._visual_tokens, sizes))
         except Exception:
             return None
-        length = len(processor.tokenizer(text)["input_ids"]) + visual
-        taught = any(start < end for start, end in spans)
-        near = self.max_length is not None and length > SAFE * self.max_length
-        return None if near or not taught or sample["videos"] else length
+        taught = not self.learns or any(start < end for start, end in spans)
+        if not taught or sample["videos"]:
+            return None
+        return len(processor.tokenizer(text)["input_ids"]) + visual, len(sizes) + 1
 
     def _visual_tokens(self, size: tuple[int, int]) -> int:
         """Visual tokens of a picture of `size` (height, width), as the processor tells; 0 where it does not."""
@@ -243,15 +261,16 @@ class SampleChecker:
         found = []
         if self.max_length is not None and length > self.max_length:
             message = f"{name}: {length} tokens, more than `max_length`={self.max_length}"
-            found.append(Finding(index, "truncated" if self.truncates else "long", message))
-            if self.truncates:
-                try:
-                    batch = self.cutting.collated(example, name)
-                except SampleError as error:  # it would cut into a picture
-                    return length, [Finding(index, "wrong", str(error))]
-        if (batch["labels"][:, 1:] == IGNORED).all():
+            if not self.truncates:
+                return length, [Finding(index, "long", f"{message}. {REMEDIES['long']}")]
+            found.append(Finding(index, "truncated", message))
+            try:
+                batch = self.cutting.collated(example, name)
+            except SampleError as error:  # it would cut into a picture
+                return length, [Finding(index, "wrong", str(error))]
+        if self.learns and (batch["labels"][:, 1:] == IGNORED).all():
             message = f"{name}: no answer of the role 'assistant' with a weight other than 0"
-            if self.truncates and found:
+            if found:
                 message = f"{name}: `max_length`={self.max_length} cuts off all answers of its {length} tokens"
             found.append(Finding(index, "unsupervised", message))
         return length, found

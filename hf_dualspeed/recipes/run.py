@@ -154,9 +154,9 @@ def check_data(
     share = (args.process_index, args.world_size) if args.device else (0, 1)
     name = Path(name).name if Path(name).exists() else name
     looked_at = dataset if first is None else dataset.select(range(min(first, len(dataset))))
-    report = check_samples(looked_at, collator, name=name, limit=limit, share=share)
+    report = check_samples(looked_at, collator, name=name, limit=limit, share=share, learns=learns)
     report = DataReport.joined(gather_object([report]))
-    return without_rows(dataset, report.settle(collator, learns, show=args.process_index == 0))
+    return without_rows(dataset, report.settle(collator, show=args.process_index == 0))
 
 
 def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):

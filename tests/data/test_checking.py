@@ -130,7 +130,7 @@ def test_pictures_are_not_decoded(tmp_path, monkeypatch):
 
 def settled(rows: list[dict], learns: bool = True, **options) -> list[int]:
     collator = VisionLanguageCollator(tiny_qwen2_5_vl_processor(), **options)
-    return check_samples(rows, collator, name="pets").settle(collator, learns)
+    return check_samples(rows, collator, name="pets", learns=learns).settle(collator)
 
 
 def test_faults_stop_the_training_with_their_number_and_the_first_ones(tmp_path):
