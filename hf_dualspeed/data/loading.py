@@ -43,7 +43,7 @@ FILE_TYPES = (*ROW_FILES, ".parquet")
 LIST_COLUMNS = ("answers", "options")
 # Columns of a data set from rows of a file; those that are empty are left out.
 FEATURES = Features(
-    {"messages": List(Json()), "images": List(Value("string")), "tools": Json()}
+    {"messages": List(Json()), "images": List(Value("string")), "tools": Value("string")}
     | dict.fromkeys(EXTRA_COLUMNS, Value("string"))
     | dict.fromkeys(LIST_COLUMNS, List(Value("string")))
 )
