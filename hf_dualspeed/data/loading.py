@@ -59,9 +59,10 @@ def load_examples(
     """Loads conversations; images stay encoded, and [`VisionLanguageCollator`] decodes them.
 
     Args:
-        path_or_name (`str`): A `.json`, `.jsonl` or `.csv` file in any layout of [`to_messages`], whose rows become
-            `messages` and `images` once, in a table on disk that later calls and other processes share; a `.parquet`
-            file, a folder written by `save_to_disk`, `easy-vqa`, `easy-vqa-color`, or a data set on the Hub.
+        path_or_name (`str`): A `.json`, `.jsonl` or `.csv` file in any layout of [`to_messages`]; a `.parquet` file, a
+            folder written by `save_to_disk`, `easy-vqa`, `easy-vqa-color`, or a data set on the Hub. Rows of the first
+            three become `messages`, `images` and `tools`, beside `id`, `question`, `answer`, `answers` and `options`;
+            other keys are left out. That is done once, into a table on disk that later calls and processes share.
         split (`str`, *optional*, defaults to `"train"`): Split of a data set that has splits; a file has none.
         image_folder (`str`, *optional*): Folder that image paths start from; default: the file's own folder.
         image_column (`str` or `list[str]`, *optional*): Columns (JSON: keys) that hold the pictures of a sample, in
@@ -127,12 +128,13 @@ def _samples_of(path: str, image_folder: str, chosen: Sequence[str] | None, stam
     for index, row in enumerate(rows):
         keys |= set(row)
         try:
-            yield _sample_of(row, f"row {index} of {name!r}, {sample_name(row)}", image_folder, chosen)
+            sample = _sample_of(row, f"row {index} of {name!r}, {sample_name(row)}", image_folder, chosen)
         except ValueError:
             # A column that does not exist may be the reason.
-            if chosen is not None and not keys.issuperset(chosen):
+            if not keys.issuperset(chosen or ()):
                 _check_chosen(chosen, keys.union(*rows))
             raise
+        yield sample
     if not keys:
         raise ValueError(f"{name!r} has no rows.")
     _check_chosen(chosen or (), keys)
