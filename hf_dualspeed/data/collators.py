@@ -34,9 +34,10 @@ REMEDIES = {
     "unreadable": "Repair or remove the sample, or pass unreadable_images='skip'",
     "long": "Use a larger `max_length` or smaller images, or pass long_samples='skip' or 'truncate'",
 }
-# So many samples that are skipped or teach nothing, and no other one, are no accident. Where batches are grouped by
-# length, the longest samples come first, of which `max_length` may cut off all answers.
-PATIENCE = 64
+# So many samples that are skipped or teach nothing, and no other one, are no accident ...
+PATIENCE = 8
+# ... but where samples are cut and batches grouped by length, the longest come first, all perhaps without an answer.
+PATIENCE_WHERE_CUT = 64
 NOTHING_LEARNED = (
     "Answers have the role 'assistant' and a weight other than 0, and must begin before `max_length` cuts the sample"
 )
@@ -155,7 +156,7 @@ class VisionLanguageCollator:
         samples, batch = self._batch([sample for sample in read if sample is not None])
         if samples:
             self._count_unsupervised(batch["labels"], samples)
-        elif not self.seen and self.skipped >= PATIENCE:
+        elif not self.seen and self.skipped >= PATIENCE_WHERE_CUT:
             raise SampleError(
                 f"The first {self.skipped} samples were all left out, as the log tells. Repair the data, or correct "
                 "`image_folder` or `max_length`."
@@ -255,7 +256,7 @@ class VisionLanguageCollator:
         self.seen += len(samples)
         if not nothing:
             return
-        if self.unsupervised == self.seen >= PATIENCE:
+        if self.unsupervised == self.seen >= (PATIENCE if self.max_length is None else PATIENCE_WHERE_CUT):
             raise SampleError(
                 f"None of the first {self.seen} samples has a token to learn; the last one is {nothing[-1]}. "
                 f"{NOTHING_LEARNED}.",
