@@ -143,7 +143,7 @@ class DualForward(nn.Module):
         self,
         autocast: Callable[[], AbstractContextManager],
         fused_head: FusedHead | None,
-        sharded: bool = False,
+        sharded: bool = True,
         loss_of: Callable[[DualSpeedOutput], torch.Tensor] | None = None,
     ) -> None:
         """Sets what is known once the accelerator exists.
@@ -151,8 +151,8 @@ class DualForward(nn.Module):
         Args:
             autocast (`Callable`): the precision of training.
             fused_head (`FusedHead`, *optional*): the head of training.
-            sharded (`bool`): whether ranks exchange gradients of shards, which needs one for the same parameters on
-                each.
+            sharded (`bool`): whether ranks exchange gradients of shards, or it is not known. Then each trainable
+                parameter gets one in each pass, of zeros where a batch does not reach it.
             loss_of (`Callable`, *optional*): the trainer's loss of an output.
         """
         self.autocast, self.fused_head, self.sharded, self.loss_of = autocast, fused_head, sharded, loss_of
