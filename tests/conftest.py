@@ -5,8 +5,20 @@ import os
 # Tiny models gain nothing from threads, and wait for each other very long where other programs use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import memory
 from evaluation_cases import asked, folder, made  # noqa: F401
 from loopback_hub import hub  # noqa: F401
 from space_server import server  # noqa: F401
 from tiny_runs import slots, tiny_runs  # noqa: F401
 from training import learned_pruner  # noqa: F401
+
+
+@pytest.fixture(autouse=True, scope="session")
+def little_to_collect():
+    """accelerate collects garbage around each training, which takes ten times as long as the steps of a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "gc", SimpleNamespace(collect=int))
+        yield

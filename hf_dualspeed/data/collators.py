@@ -407,7 +407,7 @@ class MaskVisualLabels:
                 f"keys {sorted(batch)} begins with {', '.join(PIXEL_INPUTS)}. Return all that the processor "
                 "makes, and set remove_unused_columns=False."
             )
-        if "labels" not in batch:  # prediction needs none
+        if batch.get("labels") is None:  # prediction needs none
             return batch
         wrong = visual & (batch["labels"] != IGNORED)
         if wrong.any():
