@@ -90,10 +90,11 @@ def test_fsdp2_with_tokens_dropped_between_layers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_ddp_with_slow_steps_in_parts(tmp_path):
-    # Parts of a sample each: some of text alone, so that no part, one or both of a rank reach the projector.
+    # Parts of a sample each: some of text alone, so that no part, one or both of a rank reach tower and projector.
     one, two = tmp_path / "one", tmp_path / "two"
-    (alone,) = run(one, "--batch", "4", "--slow-mode-splits", "1")
-    assert_same_training(one, two, alone, run(two, "--batch", "2", "--slow-mode-splits", "2", config=DDP))
+    options = ("--tower", "--slow-mode-splits")
+    (alone,) = run(one, "--batch", "4", *options, "1")
+    assert_same_training(one, two, alone, run(two, "--batch", "2", *options, "2", config=DDP))
 
 
 @pytest.mark.distributed
