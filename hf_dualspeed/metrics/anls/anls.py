@@ -43,11 +43,26 @@ class ANLS(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, threshold=0.5):
+        if not 0 < threshold <= 1:
+            raise ValueError(f"`threshold` must be in (0, 1], got {threshold}.")
         scores = [
-            max(similarity(prediction, one, threshold) for one in ([given] if isinstance(given, str) else given))
-            for prediction, given in zip(predictions, references, strict=True)
+            max(similarity(prediction, one, threshold) for one in accepted)
+            for prediction, accepted in pairs(predictions, references)
         ]
         return {"anls": sum(scores) / len(scores)}
+
+
+def pairs(predictions, references):
+    """Each prediction with the list of its references. Raises a `ValueError` where a text is missing."""
+    for place, (prediction, given) in enumerate(zip(predictions, references, strict=True)):
+        accepted = [given] if isinstance(given, str) else list(given or ())
+        for name, value in (("predictions", [prediction]), ("references", accepted)):
+            if not value or None in value:
+                raise ValueError(
+                    f"`{name}`[{place}] is {value[0] if name == 'predictions' else given}: a text is missing. Fill it, "
+                    "or leave the question out of all columns."
+                )
+        yield prediction, accepted
 
 
 def similarity(prediction, reference, threshold):

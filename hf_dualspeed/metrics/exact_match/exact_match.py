@@ -32,11 +32,21 @@ class ExactMatch(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        hits = [
-            normalized(prediction) in map(normalized, [accepted] if isinstance(accepted, str) else accepted)
-            for prediction, accepted in zip(predictions, references, strict=True)
-        ]
+        hits = [normalized(text) in map(normalized, accepted) for text, accepted in pairs(predictions, references)]
         return {"exact_match": sum(hits) / len(hits)}
+
+
+def pairs(predictions, references):
+    """Each prediction with the list of its references. Raises a `ValueError` where a text is missing."""
+    for place, (prediction, given) in enumerate(zip(predictions, references, strict=True)):
+        accepted = [given] if isinstance(given, str) else list(given or ())
+        for name, value in (("predictions", [prediction]), ("references", accepted)):
+            if not value or None in value:
+                raise ValueError(
+                    f"`{name}`[{place}] is {value[0] if name == 'predictions' else given}: a text is missing. Fill it, "
+                    "or leave the question out of all columns."
+                )
+        yield prediction, accepted
 
 
 def normalized(text):

@@ -1,5 +1,6 @@
 """Multiple choice: finds the option that a free text chooses, and checks whether it is the right one."""
 
+import itertools
 import re
 import string
 
@@ -8,30 +9,64 @@ import evaluate
 
 DESCRIPTION = (
     "The share of questions whose right option was chosen. The choice is read out of a free text: a letter such as "
-    "'B', '(b) because' or 'The answer is B', or an option's own words. A text that makes no choice is wrong."
+    "'B', '(b) because' or 'The answer is B', or an option's own words. What the text denies ('not A') does not count. A "
+    "text that makes no choice, or several, is wrong."
 )
 INPUTS = """
 Args:
     predictions (`list` of `str`): The answers.
     references (`list` of `list` of `str`, or of `str`): The letter of the right option, or its text.
-    options (`list` of `list` of `str`): The options of each question, without letters: the first one is A.
+    options (`list` of `list` of `str`): The options of each question, without letters: the first one is A. No two may
+        be the same, and none the letter of another one.
 
 Returns:
     `dict` with `multiple_choice` (`float`), between 0 and 1.
 """
 
 LETTERS = string.ascii_uppercase
-# A letter alone or at the start: "B", "(b)", "B.", "b) because", "**B**: it is".
-LEADING = re.compile(r"[\s*\"'(\[]*([a-z])[\s*\"']*(?:$|[).\]:,]+(?:\W|$))", re.IGNORECASE)
-# "The answer is B", "Answer: (b)", "I choose option C". Lower-case letters count only in brackets or at an end, because
-# "a" may be an article.
-NAMED = re.compile(
-    r"\b(?:[Aa]nswer|ANSWER|[Oo]ption|[Cc]hoice)\b(?:\s+(?:is|would be|must be|[Oo]ption|[Cc]hoice))*[\s:*\"']*"
-    r"(?:([A-Z])(?![\w'])|[(\[]([A-Za-z])[)\]]|([a-z])(?=[\s*\"']*(?:[.,;:)]|$)))"
+# Full-width letters, digits and signs, and the full stop, comma and space of Chinese and Japanese.
+ASCII = {**{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}, 0x3002: ".", 0x3001: ",", 0x3000: " "}
+# What may surround a word and says nothing. Signs and symbols do: "-5", "C++", "Na+", "5%".
+MARKS = ".,;:!?*\"'`()[]{}“”‘’„«»"
+
+# A capital letter by itself. A and I in front of a lower-case word are words themselves, but for the verbs and
+# conjunctions that follow no article.
+CAPITAL = (
+    r"(?:[B-HJ-Z]|[AI](?!\s+[a-z])|[AI](?=\s+(?:or|and|nor)\s+(?:[Oo]ption\s+)?[(\[]?[A-Z]\b)"
+    r"|A(?=\s+(?:is|was|isn|wasn|seems|looks|fits|because|since|as|but|rather|instead|cannot|can|must|does|doesn)\b))"
+    r"(?![\w'’+#&]|-\w)"
 )
-BRACKETED = re.compile(r"[(\[]([A-Za-z])[)\]]")
-# A single capital letter; A and I in front of a lower-case word are words themselves.
-CAPITAL = re.compile(r"(?<![\w'])(?:([B-HJ-Z])|([AI])(?!\s+[a-z]))(?![\w'])")
+# Letters that name an option, one in each match. Lower-case ones count in brackets only, because "a" is an article.
+LETTER = re.compile(rf"(?<![\w'’&-])(?:[(\[]\s*([A-Za-z])\s*[)\]]|({CAPITAL}))")
+# A letter alone or at the start: "B", "(b)", "B.", "b) because", "**B**: it is".
+LEADING = re.compile(r"[\s*\"'(\[]*([A-Za-z])[\s*\"']*(?:$|[).\]:,]+(?:\W|$))")
+# "The answer is B", "Answer: (b)", "I choose option C"; a lower-case letter where the clause ends.
+NAMED = re.compile(
+    r"\b(?:answer|option|choice)\b(?:\s+(?:is|would\s+be|must\s+be|should\s+be|option|choice|letter))*[\s:*\"']*"
+    rf"(?:[(\[]\s*([A-Za-z])\s*[)\]]|((?-i:{CAPITAL}))|((?-i:[a-z]))(?=[\s*\"']*(?:[.,;:)]|$)))",
+    re.IGNORECASE,
+)
+
+NOT = r"\b(?:not|never|cannot)\b|n['’]t\b"
+BETWEEN = (
+    r"be|been|is|it|it['’]s|that|this|the|a|an|either|both|say|think|believe|choose|pick|select|really|likely|probably|"
+    r"correct|right|answer|option|choice|letter"
+)
+# "not", with words behind it that hand it on to what follows: "I do not think it is".
+OTHER_THAN = r"\b(?:neither|nor|rather\s+than|instead\s+of|other\s+than|except|excludes?|excluding|eliminates?)\b"
+NO_BEFORE = re.compile(rf"(?:{NOT}|{OTHER_THAN})(?:\s+(?:{BETWEEN}))*[\s*\"'(\[]*$", re.IGNORECASE)
+# "is wrong", "is not right", "isn't", "can be ruled out", up to the end of a clause.
+NO_BEHIND = re.compile(
+    r"(?<!not )(?<!n't )(?<!n’t )\b(?:wrong|incorrect|false|impossible|(?:ruled|left)\s+out|excluded|eliminated)\b"
+    rf"|(?:{NOT})(?:\s+(?:be|quite|the|an?|right|correct|true|possible|valid|it|one|answer|option|choice))*"
+    r"(?:\s+(?:and|or))?\s*$",
+    re.IGNORECASE,
+)
+CLAUSE = re.compile(r"[.,;:!?\n]|\b(?:but|so|because|since|while|whereas|then|thus|hence|therefore)\b", re.IGNORECASE)
+# What joins options to a list: "A or B", "A, B", "(A)/(B)".
+LIST = re.compile(
+    r"[\s*\"')\]]*(?:[,/&]|,?\s*\b(?:or|and|nor)\b)[\s*\"'(\[]*(?:(?:the|option|a|an)\s+)*", re.IGNORECASE
+)
 
 
 @evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
@@ -50,67 +85,157 @@ class MultipleChoice(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, options):
-        hits = [
-            chosen(prediction, given) in right_ones(accepted, given)
-            for prediction, accepted, given in zip(predictions, references, options, strict=True)
-        ]
+        hits = []
+        for place, (prediction, accepted) in enumerate(pairs(predictions, references)):
+            try:
+                given = checked(options[place])
+                hits.append(chosen(prediction, given) in {right_one(one, given) for one in accepted})
+            except ValueError as error:
+                raise ValueError(f"Question {place} cannot be scored: {error}") from None
         return {"multiple_choice": sum(hits) / len(hits)}
 
 
-def right_ones(references, options):
-    """The indices of the right options."""
-    return {right_one(one, options) for one in ([references] if isinstance(references, str) else references)}
+def pairs(predictions, references):
+    """Each prediction with the list of its references. Raises a `ValueError` where a text is missing."""
+    for place, (prediction, given) in enumerate(zip(predictions, references, strict=True)):
+        accepted = [given] if isinstance(given, str) else list(given or ())
+        for name, value in (("predictions", [prediction]), ("references", accepted)):
+            if not value or None in value:
+                raise ValueError(
+                    f"`{name}`[{place}] is {value[0] if name == 'predictions' else given}: a text is missing. Fill it, "
+                    "or leave the question out of all columns."
+                )
+        yield prediction, accepted
+
+
+def checked(options):
+    """The options as a list. Raises a `ValueError` where one is missing, or two cannot be told apart."""
+    if not options or None in options:
+        raise ValueError(
+            f"its options are {options}: a text is missing, which would give others its letter. Fill it, or "
+            "leave the question out."
+        )
+    texts, letters = [spaced(option) for option in options], LETTERS[: len(options)]
+    for place, text in enumerate(texts):
+        if texts.index(text) != place:
+            raise ValueError(f"two of its options are {text!r}, and nobody knows which one is meant. Leave one out.")
+        if len(text) == 1 and text.upper() in letters and letters.index(text.upper()) != place:
+            raise ValueError(
+                f"its option {letters[place]} is {text!r}, which is also the letter of another one. Write options that "
+                f"are no letters, such as 'type {text}'."
+            )
+    return list(options)
 
 
 def right_one(reference, options):
-    letters = LETTERS[: len(options)]
-    if len(reference.strip()) == 1 and reference.strip().upper() in letters:
-        return letters.index(reference.strip().upper())
-    texts = [normalized(option) for option in options]
-    if normalized(reference) not in texts:
+    """The index of the option that a reference names by text or letter."""
+    places, letters = same(reference, options), LETTERS[: len(options)]
+    if not places and spaced(reference).upper() in list(letters):
+        return letters.index(spaced(reference).upper())
+    if not places:
         raise ValueError(
             f"The reference {reference!r} is neither a letter of {letters!r} nor one of the options {list(options)}. "
             "Give the letter of the right option, or its text."
         )
-    return texts.index(normalized(reference))
+    if len(places) > 1:
+        likes = [options[place] for place in places]
+        raise ValueError(f"the reference {reference!r} may be each of the options {likes}. Write it as the option is.")
+    return places[0]
 
 
 def chosen(text, options):
     """The index of the option that a text chooses; None if it chooses none, or several."""
-    letters, texts = LETTERS[: len(options)], [normalized(option) for option in options]
-    leading = LEADING.match(text)
-    if leading and leading[1].upper() in letters:
-        return letters.index(leading[1].upper())
-    if normalized(text) in texts:
-        return texts.index(normalized(text))
-    named = [found for match in NAMED.finditer(text) for found in match.groups() if found and found.upper() in letters]
+    places = same(text, options)
+    if places:
+        return only(places)
+    text, letters = text.translate(ASCII), LETTERS[: len(options)]
+    found = {**marked(LETTER, text, letters), **marked(NAMED, text, letters)}
+    leading = marked(LEADING, text, letters, whole=False)
+    meant = affirmed(text, {**found, **leading})
+    for start in leading:
+        if start in meant:
+            return only(meant[start])
+    named = [meant[start] for start in sorted(marked(NAMED, text, letters)) if start in meant]
     if named:  # the last one counts: an answer may correct itself
-        return letters.index(named[-1].upper())
-    found = quoted(normalized(text), texts)
-    return only(found) if found else lettered(text, letters)
+        return only(named[-1])
+    meant_texts = affirmed(text, quoted(text, options))
+    if meant_texts:
+        return only(set().union(*meant_texts.values()))
+    # Brackets say more than a capital letter by itself.
+    bracketed = [places for start, places in meant.items() if text[start - 1 : start] in ("(", "[")]
+    return only(set().union(*(bracketed or meant.values())))
+
+
+def marked(pattern, text, letters, whole=True):
+    """The options that letters name: start to (end, index). Not `whole`, only a match at the text's start counts."""
+    matches = pattern.finditer(text) if whole else filter(None, [pattern.match(text)])
+    spans = [match.span(group) for match in matches for group in range(1, pattern.groups + 1) if match[group]]
+    return {a: (b, letters.index(text[a:b].upper())) for a, b in spans if text[a:b].upper() in letters}
 
 
 def quoted(text, options):
-    """The indices of the options quoted in the text, except those contained in a longer quoted option."""
-    there = [place for place, option in enumerate(options) if option and f" {option} " in f" {text} "]
-    return [p for p in there if not any(p != q and f" {options[p]} " in f" {options[q]} " for q in there)]
+    """The options whose words stand in the text, but not within those of a longer one: start to (end, index)."""
+    for flags in (0, re.IGNORECASE):
+        spans = [
+            (*match.span(), index)
+            for index, option in enumerate(options)
+            for match in words_of(option, flags).finditer(text)
+        ]
+        longest = [
+            (a, b, i) for a, b, i in spans if not any(c <= a and b <= d and (c, d) != (a, b) for c, d, _ in spans)
+        ]
+        if longest:
+            return {a: (b, i) for a, b, i in longest}
+    return {}
 
 
-def lettered(text, letters):
-    """The index of the only letter in brackets, or else of the only single capital letter; None if there is none."""
-    for pattern in (BRACKETED, CAPITAL):
-        found = {found.upper() for match in pattern.finditer(text) for found in match.groups() if found}
-        places = sorted(letters.index(letter) for letter in found if letter in letters)
-        if places:
-            return only(places)
-    return None
+def words_of(option, flags):
+    """A pattern of the option's words as they stand in a text."""
+    words = [re.escape(word.strip(MARKS) or word) for word in option.translate(ASCII).split()]
+    between = rf"[\s{re.escape(MARKS)}]+"
+    return re.compile(rf"(?<![\w+#$€£−-])(?<!\d[.,]){between.join(words) or '(?!)'}(?![\w+#%°]|[.,]\d|-\w)", flags)
+
+
+def affirmed(text, found):
+    """Those of the options found in a text that it does not deny: start to the set of a list's options."""
+    kept, group, denied, last = {}, None, False, None
+    starts = sorted(found)
+    for start, following in itertools.pairwise([*starts, len(text)]):
+        end, index = found[start]
+        joint = last is not None and LIST.fullmatch(text[last:start])
+        denied = bool(NO_BEFORE.search(text[:start])) or bool(joint and denied and "," not in text[last:start])
+        clause = CLAUSE.split(text[end:following], maxsplit=1)[0]
+        if not denied and not NO_BEHIND.search(clause):
+            group = group if joint and group is not None else set()
+            group.add(index)
+            kept[start] = group
+        else:
+            group = None
+        last = end
+    return kept
 
 
 def only(places):
-    return places[0] if len(places) == 1 else None
+    return next(iter(places)) if len(places) == 1 else None
+
+
+def same(text, options):
+    """The indices of the options that equal the text: as written, else but for marks around it, else but for case."""
+    for form in (spaced, trimmed, normalized):
+        places = [place for place, option in enumerate(options) if form(option) == form(text) != ""]
+        if places:
+            return places
+    return []
+
+
+def spaced(text):
+    return " ".join(text.translate(ASCII).split())
+
+
+def trimmed(text):
+    return spaced(text).strip(MARKS + " ")
 
 
 def normalized(text):
-    """The text's words in lower case, without punctuation around them."""
-    words = (word.strip(string.punctuation) or word for word in text.lower().split())
-    return " ".join(words)
+    """The text's words in lower case, without marks around them."""
+    return " ".join(word.strip(MARKS) or word for word in spaced(text).lower().split())

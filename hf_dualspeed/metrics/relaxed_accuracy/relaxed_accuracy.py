@@ -1,5 +1,6 @@
 """Relaxed accuracy: numbers may be 5 % off, everything else must be equal."""
 
+import math
 import re
 
 import datasets
@@ -27,6 +28,8 @@ Returns:
     `dict` with `relaxed_accuracy` (`float`), between 0 and 1.
 """
 
+# The minus sign, and full-width digits and signs.
+ASCII = {0x2212: "-", **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}}
 NUMBER = re.compile(r"([+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:e[+-]?\d+)?)\s*(%?)", re.IGNORECASE)
 
 
@@ -45,11 +48,26 @@ class RelaxedAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, tolerance=0.05):
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"`tolerance` must be a number from 0 on, got {tolerance}.")
         hits = [
-            any(fits(prediction, one, tolerance) for one in ([accepted] if isinstance(accepted, str) else accepted))
-            for prediction, accepted in zip(predictions, references, strict=True)
+            any(fits(prediction, one, tolerance) for one in accepted)
+            for prediction, accepted in pairs(predictions, references)
         ]
         return {"relaxed_accuracy": sum(hits) / len(hits)}
+
+
+def pairs(predictions, references):
+    """Each prediction with the list of its references. Raises a `ValueError` where a text is missing."""
+    for place, (prediction, given) in enumerate(zip(predictions, references, strict=True)):
+        accepted = [given] if isinstance(given, str) else list(given or ())
+        for name, value in (("predictions", [prediction]), ("references", accepted)):
+            if not value or None in value:
+                raise ValueError(
+                    f"`{name}`[{place}] is {value[0] if name == 'predictions' else given}: a text is missing. Fill it, "
+                    "or leave the question out of all columns."
+                )
+        yield prediction, accepted
 
 
 def fits(prediction, reference, tolerance):
@@ -61,16 +79,18 @@ def fits(prediction, reference, tolerance):
 
 
 def number(text):
-    """The number that a text consists of; None if it is anything else."""
-    match = NUMBER.fullmatch(text.strip())
+    """The number that a text consists of; None if it is anything else, or beyond what a float holds."""
+    match = NUMBER.fullmatch(text.translate(ASCII).strip())
     if match is None:
         return None
     try:
         value = float(match[1].replace(",", ""))
     except ValueError:  # no digits
         return None
+    if math.isinf(value):
+        return None
     return value / 100 if match[2] else value
 
 
 def normalized(text):
-    return " ".join(text.lower().split())
+    return " ".join(text.translate(ASCII).lower().split())

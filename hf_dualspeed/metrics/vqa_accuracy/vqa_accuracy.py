@@ -8,7 +8,7 @@ import evaluate
 DESCRIPTION = (
     "The accuracy of VQAv2 (https://visualqa.org/evaluation.html): with ten answers of people, an answer that three of "
     "them gave is right, and one that fewer gave is right in part: min(agreeing / 3, 1), averaged over the ten ways to "
-    "leave out one person. Answers are compared in the official normal form."
+    "leave out one person. Answers are compared in the official normal form, or as written where all people agree."
 )
 CITATION = """
 @inproceedings{antol2015vqa,
@@ -79,17 +79,30 @@ class VQAAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        scores = [
-            accuracy(prediction, [answers] if isinstance(answers, str) else answers)
-            for prediction, answers in zip(predictions, references, strict=True)
-        ]
+        scores = [accuracy(prediction, answers) for prediction, answers in pairs(predictions, references)]
         return {"vqa_accuracy": sum(scores) / len(scores)}
+
+
+def pairs(predictions, references):
+    """Each prediction with the list of its references. Raises a `ValueError` where a text is missing."""
+    for place, (prediction, given) in enumerate(zip(predictions, references, strict=True)):
+        accepted = [given] if isinstance(given, str) else list(given or ())
+        for name, value in (("predictions", [prediction]), ("references", accepted)):
+            if not value or None in value:
+                raise ValueError(
+                    f"`{name}`[{place}] is {value[0] if name == 'predictions' else given}: a text is missing. Fill it, "
+                    "or leave the question out of all columns."
+                )
+        yield prediction, accepted
 
 
 def accuracy(prediction, answers):
     """The mean of min(agreeing / 3, 1) over all ways to leave one answer out."""
-    answer = normalized(prediction)
-    agreeing, people = sum(normalized(given) == answer for given in answers), len(answers)
+    texts, people = [" ".join(text.split()) for text in (prediction, *answers)], len(answers)
+    # As in the official script, an answer that all people gave is compared as it is written.
+    if people == 1 or len(set(texts[1:])) > 1:
+        texts = [normalized(text) or text.lower() for text in texts]
+    agreeing = texts[1:].count(texts[0])
     if people == 1:
         return float(agreeing)
     enough = min(ENOUGH, people - 1)
