@@ -24,10 +24,15 @@ def main(argv: list[str]) -> int:
 
     Raises:
         ValueError: an option is out of range, the checkpoint is no vision-language model, the data cannot be
-            evaluated, or the output folder holds answers of another evaluation.
+            evaluated, or answers in the output folder are damaged.
     """
     options = parse(argv)
-    evaluation = prepare(options)
+    try:
+        evaluation = prepare(options)
+    except ValueError as error:
+        if "image_column=" in str(error):
+            raise ValueError(f"{error} In this command, it is --image_column.") from error
+        raise
     try:
         entries = evaluate(evaluation)
     except KeyboardInterrupt:
@@ -63,7 +68,9 @@ def add_questions(group) -> None:
     group.add_argument("--dataset", required=True, help=data)
     group.add_argument("--split", default="test", help="split of a data set that has splits (default: test)")
     group.add_argument("--image_folder", help="where relative image paths start")
-    group.add_argument("--limit", type=int, help="the first so many questions only")
+    columns = "columns that hold the pictures, none to ask of text alone (default: image or images)"
+    group.add_argument("--image_column", nargs="*", metavar="COLUMN", help=columns)
+    group.add_argument("--limit", type=int, help="the first so many questions only; no score of the whole data set")
     names = {"choices": CLASSES, "metavar": "METRIC", "help": f"of {', '.join(CLASSES)}"}
     group.add_argument("--metric", nargs="+", default=["exact_match"], **names)
 
@@ -97,7 +104,7 @@ def show(evaluation: Evaluation, entries: list[dict[str, Any]]) -> None:
         own = {one["metric"]: one for one in entries if one["view"] == view.name}
         first = own[metrics[0]]
         values = [f"{own[metric]['value']:.4f}" for metric in metrics]
-        table.add_row(view.name, *values, str(first["n"]), f"{first['seconds']:.1f}")
+        table.add_row(view.name, *values, first.get("part", str(first["n"])), f"{first['seconds']:.1f}")
     Console().print(table)
     print(f"Answers: {evaluation.folder}")
     if evaluation.checkpoint.run is not None:

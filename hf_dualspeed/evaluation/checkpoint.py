@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..hub.source import is_repo_id
 from ..pruning.isolator import ModeIsolator, saved_length
 from ..publishing.results import read_results
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
+from .fingerprint import hash_of_file, model_files
 
 # Files that a run leaves beside its model. With them, a model answers from pruned tokens as in fast steps.
 BESIDE = (ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME)
@@ -39,8 +39,7 @@ class Checkpoint:
         dtype (`str`): Type of the loaded weights, or "auto".
         trust_remote_code (`bool`): Run the checkpoint's own code.
         base (`str`, *optional*): The base model, where the checkpoint is a PEFT adapter.
-        commit (`str`, *optional*): The commit of a Hub repo.
-        weights (`str`): Identifies the weights: a hash of the files' sizes and times, or the Hub's commit.
+        commit, base_commit (`str`, *optional*): The commits of Hub repos.
         beside (`Path`, *optional*): The folder of the run's isolator, pruner and results, where there are any.
     """
 
@@ -49,7 +48,7 @@ class Checkpoint:
     trust_remote_code: bool
     base: str | None
     commit: str | None
-    weights: str
+    base_commit: str | None
     beside: Path | None
 
     @property
@@ -58,11 +57,16 @@ class Checkpoint:
         folder = Path(self.name)
         return folder if (folder / RESULTS_NAME).is_file() else None
 
+    def files(self) -> dict[str, dict[str, str]]:
+        """What the model is loaded from: the checkpoint's and the base model's files by hash, or the Hub's commits."""
+        found = {"checkpoint": _contents(self.name, self.commit)}
+        return found if self.base is None else {**found, "base model": _contents(self.base, self.base_commit)}
+
     def processor(self) -> ProcessorMixin:
         """Loads the processor. Raises a `ValueError` where it has no chat template."""
         name, revision = self.name, self.commit
         if self.base is not None and _file(name, PROCESSOR_NAME, revision) is None:
-            name, revision = self.base, None
+            name, revision = self.base, self.base_commit
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=self.trust_remote_code)
         if not isinstance(processor, ProcessorMixin):
             kind = type(processor).__name__
@@ -76,7 +80,7 @@ class Checkpoint:
     def model(self) -> PreTrainedModel:
         """Loads the model, on the accelerator where there is one."""
         options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
-        options |= {"revision": None if self.base else self.commit}
+        options |= {"revision": self.base_commit if self.base else self.commit}
         model = AutoModelForImageTextToText.from_pretrained(self.base or self.name, **options)
         if self.base is not None:
             from peft import PeftModel
@@ -88,6 +92,10 @@ class Checkpoint:
     def isolator_length(self) -> int | None:
         """The number of tokens of the run's isolator, or None where there is none."""
         return None if self.beside is None else saved_length(self.beside) or None
+
+    def isolator_hash(self) -> str | None:
+        """A hash of the run's isolator, or None where there is none."""
+        return None if self.isolator_length() is None else hash_of_file(self.beside / ISOLATOR_WEIGHTS_NAME)
 
     def isolator(self, model: PreTrainedModel) -> ModeIsolator | None:
         """Loads the run's isolator, where it has one."""
@@ -116,20 +124,37 @@ def find_checkpoint(
     folder = Path(name) if Path(name).is_dir() else None
     if folder is None and not is_repo_id(name):
         raise FileNotFoundError(f"`checkpoint` is {name!r}, which is neither a folder nor a Hub repo 'user/name'.")
-    found, base = _file(name, CONFIG_NAME), None
+    # Where both are there, transformers too loads the adapter's base model.
+    found, base, base_commit = _file(name, ADAPTER_CONFIG_NAME), None, None
+    if found is not None:
+        config = json.loads(found.read_text(encoding="utf-8"))
+        base = str(config["base_model_name_or_path"])
+        base_commit = None if Path(base).is_dir() else _base_commit(name, base, config.get("revision"))
+    else:
+        found = _file(name, CONFIG_NAME)
     if found is None:
-        found = _file(name, ADAPTER_CONFIG_NAME)
-        if found is None:
-            raise ValueError(f"{name!r} holds no checkpoint: neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} is there.")
-        base = json.loads(found.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        raise ValueError(f"{name!r} holds no checkpoint: neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} is there.")
     commit = None if folder is not None else found.parent.name  # the Hub's cache has a folder per commit
-    _check_kind(name, base or name, None if base else commit, trust_remote_code)
-    weights = _files(folder) if folder is not None else f"{name}@{commit}"
+    _check_kind(name, base or name, base_commit if base else commit, trust_remote_code)
     beside = folder
     if folder is None and pruned:
         paths = [path for path in (_file(name, file, commit) for file in BESIDE) if path is not None]
         beside = paths[0].parent if paths else None
-    return Checkpoint(name, dtype, trust_remote_code, base, commit, weights, beside)
+    return Checkpoint(name, dtype, trust_remote_code, base, commit, base_commit, beside)
+
+
+def _base_commit(name: str, base: str, revision: str | None) -> str:
+    found = _file(base, CONFIG_NAME, revision) if is_repo_id(base) else None
+    if found is None:
+        raise ValueError(
+            f"{name!r} is an adapter of {base!r}, which is neither a folder nor a Hub repo 'user/name' of a model. "
+            f"Correct `base_model_name_or_path` in its {ADAPTER_CONFIG_NAME}."
+        )
+    return found.parent.name
+
+
+def _contents(name: str, commit: str | None) -> dict[str, str]:
+    return model_files(Path(name)) if commit is None else {"commit": f"{name}@{commit}"}
 
 
 def _check_kind(name: str, model: str, revision: str | None, trust_remote_code: bool) -> None:
@@ -152,10 +177,3 @@ def _file(name: str, file: str, revision: str | None = None) -> Path | None:
             return Path(hf_hub_download(name, file, revision=revision))
     except EntryNotFoundError:
         return None
-
-
-def _files(folder: Path) -> str:
-    names = [CONFIG_NAME, ADAPTER_CONFIG_NAME, "*.safetensors", "*.bin", PRUNER_CONFIG_NAME]
-    paths = sorted({path for name in names for path in folder.glob(name)})
-    facts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from safetensors.torch import save
+from transformers import PreTrainedModel, ProcessorMixin
 
 from ..metrics import load_metric, needs_options
 from ..pruners import Pruner
@@ -20,13 +22,16 @@ from ..publishing.cards import split_front_matter
 from ..publishing.model_card import read_card
 from ..publishing.push import render
 from ..publishing.results import merged_evaluations, read_results, write_results
-from ..utils.constants import CARD_NAME
-from ..utils.text import without_paths
+from ..utils.constants import CARD_NAME, RESULTS_NAME
+from ..utils.text import without_paths, write_json
 from .checkpoint import Checkpoint, find_checkpoint
-from .generation import answers_in_batches, prompts, question_and_answers
-from .predictions import Predictions
+from .fingerprint import hash_of, processor_files
+from .generation import answers_in_batches, prompts, question
+from .predictions import Predictions, set_others_aside
 from .pruned_prompts import PrunedPrompts, prompt_pruner
 from .questions import Questions, check_options, load_questions
+
+logger = logging.getLogger(__name__)
 
 FULL = "full"
 SUMMARY = "evaluation.json"
@@ -42,10 +47,15 @@ class View:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of the command: questions, model and views."""
+    """One call of the command: questions, model and views.
+
+    `source` is what all answers of the model depend on, by content: the files of checkpoint, base model and processor.
+    """
 
     options: argparse.Namespace
     checkpoint: Checkpoint
+    processor: ProcessorMixin
+    source: dict[str, dict[str, str]]
     questions: Questions
     views: list[View]
     folder: Path
@@ -60,14 +70,17 @@ def prepare(options: argparse.Namespace) -> Evaluation:
         read_results(checkpoint.run)
         split_front_matter(read_card(checkpoint.run / CARD_NAME))
     views = [View(FULL), *(pruned_views(options, checkpoint.beside) if pruned else [])]
-    questions = load_questions(options.dataset, options.split, options.image_folder, options.limit)
+    processor = checkpoint.processor()
+    where = {"image_folder": options.image_folder, "image_column": options.image_column}
+    questions = load_questions(options.dataset, options.split, limit=options.limit, processor=processor, **where)
     for metric in options.metric:
         if needs_options(metric):
             check_options(questions, metric)
         score(metric, questions.table, [""] * len(questions.table))  # raises for unusable references
     place = "-".join(filter(None, (questions.name, questions.split)))
     folder = output_folder(options) / re.sub(r"[^\w.-]+", "--", place)
-    return Evaluation(options, checkpoint, questions, views, folder)
+    source = {**checkpoint.files(), "processor": processor_files(processor)}
+    return Evaluation(options, checkpoint, processor, source, questions, views, folder)
 
 
 def pruned_views(options: argparse.Namespace, beside: Path | None) -> list[View]:
@@ -95,23 +108,35 @@ def identity(evaluation: Evaluation, view: View) -> dict[str, Any]:
     """All settings that a view's answers depend on."""
     options, questions = evaluation.options, evaluation.questions
     names = ("batch_size", "max_new_tokens", "dtype")
-    found = {"weights": evaluation.checkpoint.weights, "questions": questions.fingerprint, "n": len(questions.table)}
+    found = {**evaluation.source, **questions.asked, "n": len(questions.table)}
     found |= {name: getattr(options, name) for name in names}
     if view.pruner is not None:
+        learned = {key: tensor.cpu().contiguous() for key, tensor in view.pruner.state_dict().items()}
         found |= {"pruner": view.pruner.config.to_dict(), "no_isolator": options.no_isolator, "seed": options.seed}
+        found |= {"pruner's weights": hash_of(save(learned)) if learned else None}
+        found |= {"isolator": None if options.no_isolator else evaluation.checkpoint.isolator_hash()}
         found |= evaluation.checkpoint.settings()
     return found
 
 
+def stem(evaluation: Evaluation, view: View) -> str:
+    """The name of a view's files: answers to a part of the questions never lie in place of those to all."""
+    return "-".join([view.name, *(evaluation.questions.part or "").split()])
+
+
 def evaluate(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Answers the questions that have no answer yet, and scores all answers."""
-    options = evaluation.options
+    options, folder = evaluation.options, evaluation.folder
+    stems = [stem(evaluation, view) for view in evaluation.views]
+    set_others_aside(folder, stems, evaluation.source)
     stores = [
-        Predictions(evaluation.folder, v.name, identity(evaluation, v), options.batch_size, options.overwrite)
-        for v in evaluation.views
+        Predictions(folder, name, identity(evaluation, view), options.batch_size, options.overwrite)
+        for name, view in zip(stems, evaluation.views, strict=True)
     ]
     if not all(store.finished for store in stores):
         answer(evaluation, stores)
+    for store in stores:
+        store.refer_to(evaluation.questions.table)
     return [
         entry(evaluation, view, store, metric)
         for view, store in zip(evaluation.views, stores, strict=True)
@@ -121,11 +146,10 @@ def evaluate(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 def answer(evaluation: Evaluation, stores: list[Predictions]) -> None:
     """Loads the model and generates the missing answers."""
-    processor = evaluation.checkpoint.processor()
-    model = evaluation.checkpoint.model()
+    processor, model = evaluation.processor, evaluation.checkpoint.model()
     prepares = [prompts_of(evaluation, view, model) for view in evaluation.views]
     dataset, options = evaluation.questions.dataset, evaluation.options
-    sample = next((row for row in dataset if question_and_answers(row)[0]["images"]), dataset[0])
+    sample = next((row for row in dataset if question(row)[0]["images"]), dataset[0])
     for prune in filter(None, prepares):  # a pruner may need what the model lacks: fails before hours of answers
         replace(prune)(prompts(model, processor, [sample]))
     for view, store, prune in zip(evaluation.views, stores, prepares, strict=True):
@@ -175,12 +199,13 @@ def score(metric: str, table: list[dict[str, Any]], predictions: list[str]) -> f
 
 
 def entry(evaluation: Evaluation, view: View, store: Predictions, metric: str) -> dict[str, Any]:
-    """A score as an entry of results.json."""
+    """A score as an entry of results.json, with hashes of the model and the questions that it belongs to."""
     config = view.pruner and view.pruner.config
     isolated = config and not evaluation.options.no_isolator
     found = {
         "dataset": evaluation.questions.name,
         "split": evaluation.questions.split,
+        "part": evaluation.questions.part,
         "metric": metric,
         "view": view.name,
         "pruner": config and config.pruner_type,
@@ -190,20 +215,35 @@ def entry(evaluation: Evaluation, view: View, store: Predictions, metric: str) -
         "n": len(store.rows),
         "seconds": round(sum(row["seconds"] for row in store.rows), 3),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "model_hash": hash_of(evaluation.source),
+        "questions_hash": evaluation.questions.fingerprint,
     }
     return {key: value for key, value in found.items() if value is not None}
 
 
 def record(evaluation: Evaluation, entries: list[dict[str, Any]]) -> None:
     """Writes the scores beside the answers. A run's folder also gets them in its results and card."""
-    path, head = evaluation.folder / SUMMARY, {"weights": evaluation.checkpoint.weights}
+    path = evaluation.folder / SUMMARY
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    same = earlier.get("evaluations", []) if earlier.get("weights") == head["weights"] else []
-    summary = {**head, "evaluations": merged_evaluations(same, entries)}
-    path.write_text(json.dumps(without_paths(summary), indent=2) + "\n", encoding="utf-8")
+    summary = {"evaluations": _merged(path, earlier.get("evaluations", []), entries)}
+    write_json(path, without_paths(summary))
     run = evaluation.checkpoint.run
     if run is not None:
         results = read_results(run)
-        results["evaluations"] = merged_evaluations(results.get("evaluations", []), entries)
+        results["evaluations"] = _merged(run / RESULTS_NAME, results.get("evaluations", []), entries)
         write_results(run, results)
         render(run)
+
+
+def _merged(path: Path, earlier: list[dict[str, Any]], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    merged, stale = merged_evaluations(earlier, entries)
+    for one in stale:
+        logger.warning(
+            "%s: the score of %s, %s, %s (%s) is left out: model or questions have changed since.",
+            path,
+            one.get("dataset"),
+            one.get("view"),
+            one.get("metric"),
+            one.get("date"),
+        )
+    return merged

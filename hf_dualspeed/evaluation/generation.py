@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import string
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.collators import encode
-from ..data.conversations import sample_name, texts_of, to_messages
+from ..data.conversations import sample_name, to_messages
 from ..data.labels import check_texts
-from ..data.media import IMAGE_ERRORS, open_image, open_video
+from ..data.media import IMAGE_ERRORS, open_image, open_video, shown
 from ..metrics import load_metric
 from ..utils.validation import check_range
 
@@ -111,14 +114,10 @@ def answers(
 
 def prompts(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The questions of a batch as model inputs: ids and mask `(B, S)`, padded on the left, and pixels."""
-    samples = [question_and_answers(row)[0] for row in rows]
-    texts = [
-        processor.apply_chat_template(sample["messages"], tokenize=False, add_generation_prompt=True)
-        for sample in samples
-    ]
+    samples = [question(row)[0] for row in rows]
+    texts = [prompt_text(processor, sample, sample_name(row)) for sample, row in zip(samples, rows, strict=True)]
     images, videos = [], []
     for row, sample in zip(rows, samples, strict=True):
-        check_texts(processor, sample["messages"], sample_name(row))
         try:
             images.append([open_image(image) for image in sample["images"]])
             videos.append([open_video(video) for video in sample["videos"]])
@@ -126,6 +125,12 @@ def prompts(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict[s
             raise ValueError(f"An image or a video cannot be read ({sample_name(row)}): {error}") from error
     # Padding goes to the left, because generation continues the last column.
     return dict(encode(processor, texts, images, videos, padding_side="left").to(model.device, model.dtype))
+
+
+def prompt_text(processor: ProcessorMixin, sample: dict[str, list], name: str) -> str:
+    """A question as the processor's chat template writes it. Raises a `ValueError` for a placeholder in a text."""
+    check_texts(processor, sample["messages"], name)
+    return processor.apply_chat_template(sample["messages"], tokenize=False, add_generation_prompt=True)
 
 
 def question_and_answers(row: dict[str, Any]) -> tuple[dict[str, list], list[str]]:
@@ -141,6 +146,19 @@ def question_and_answers(row: dict[str, Any]) -> tuple[dict[str, list], list[str
     Raises:
         ValueError: the row has neither conversation nor question, or no right answer.
     """
+    sample, right = question(row)
+    for column in ("answer", "answers"):
+        right = right if row.get(column) is None else given_texts(row[column], column)
+    if not any(text.strip() for text in right):
+        raise ValueError(
+            f"The sample ({sample_name(row)}) says nothing of what is right. It must end with the assistant's answer, "
+            "or have a column `answer` or `answers` that is not empty; leave it out, or name a split with answers."
+        )
+    return sample, right
+
+
+def question(row: dict[str, Any]) -> tuple[dict[str, list], list[str]]:
+    """A row's question, as [`question_and_answers`] gives it, and the assistant's answer behind it, if there is one."""
     if row.get("question") and not any(row.get(key) for key in CONVERSATIONS):
         row = {**row, "messages": [{"role": "user", "content": row["question"]}]}
     sample = to_messages(row)
@@ -150,12 +168,37 @@ def question_and_answers(row: dict[str, Any]) -> tuple[dict[str, list], list[str
         right = ["".join(part.get("text", "") for part in last["content"])]
     if not messages:
         raise ValueError(f"The sample ({sample_name(row)}) asks nothing: the assistant's message is its only one.")
-    for column in ("answer", "answers"):
-        right = right if row.get(column) is None else texts_of(row[column])
-    right = [text for text in right if text.strip()]
-    if not right:
-        raise ValueError(
-            f"The sample ({sample_name(row)}) says nothing of what is right. It must end with the assistant's answer, "
-            "or have a column `answer` or `answers` that is not empty; leave it out, or name a split with answers."
-        )
     return {**sample, "messages": messages}, right
+
+
+def given_texts(value: Any, column: str) -> list[str]:
+    """One or several texts of a column as a list.
+
+    It reads a text or number, a list of them, VQAv2's records (`answer`) and SQuAD's (`text`), each as a list of dicts
+    or a dict of lists, options by letter (`{"A": ..., "B": ...}`), and all of these as JSON text; but a text in the
+    column `answer` stays one, whatever it looks like.
+
+    Raises:
+        ValueError: it holds something else, or None (NaN) among others, which would shift letters and shares.
+    """
+    if isinstance(value, str) and column != "answer" and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{column}` is {shown(value)}, which is no JSON: {error}. Write it as JSON.") from None
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if value is None:
+        return []
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, Mapping):
+        letters = list(value) == list(string.ascii_uppercase[: len(value)])
+        record = value.get("answer", value.get("text"))
+        values = list(value.values()) if letters else record if isinstance(record, (list, tuple)) else [record]
+    values = [item.get("answer", item.get("text")) if isinstance(item, Mapping) else item for item in values]
+    # NaN, which stands for nothing in tables, is the value that does not equal itself.
+    if any(not isinstance(item, (str, int, float)) or item != item for item in values):
+        raise ValueError(
+            f"`{column}` is {shown(value)}, which has something among its texts that is none. Give a text or a list of "
+            "texts, and leave out the whole row where one is missing."
+        )
+    return [str(item) for item in values]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
+from pyarrow import ArrowException
 from pyarrow.parquet import read_table
+
+from ..utils.text import write_json
+from .fingerprint import HASH, differences, hash_of
+
+logger = logging.getLogger(__name__)
 
 FEATURES = Features(
     {
@@ -21,12 +28,16 @@ FEATURES = Features(
         "seconds": Value("float64"),
     }
 )
+EARLIER = "earlier"
+SHOWN = 8  # changes that a warning names
+REMEDY = "Begin anew with --overwrite, or name another folder with --output."
 
 
 class Predictions:
     """Answers of one view of a model to one data set: in `view.jsonl` until all are there, then in `view.parquet`.
 
-    `view.json` holds the identity of the answers. Answers of another identity are never continued.
+    `view.json` holds the identity of the answers. Answers of another identity are never gone on with: they are moved to
+    the folder `earlier`, with a warning that names what differs, and taken up again where their identity comes back.
 
     Args:
         folder (`str` or `Path`): Folder of the files. It is made where it does not exist.
@@ -36,21 +47,20 @@ class Predictions:
         overwrite (`bool`, *optional*, defaults to `False`): Delete what is there first.
 
     Raises:
-        ValueError: answers of another identity are there and `overwrite` is False. The message names what differs.
+        ValueError: a file is damaged.
     """
 
     def __init__(
         self, folder: str | Path, view: str, identity: dict[str, Any], batch_size: int, overwrite: bool = False
     ):
         self.folder, self.view, self.batch_size = Path(folder), view, batch_size
-        self._settings, self._lines, self._table = (
-            self.folder / f"{view}.{ending}" for ending in ("json", "jsonl", "parquet")
-        )
+        self._settings, self._lines, self._table = _files(self.folder, view)
         self.identity = json.loads(json.dumps(identity))
         if overwrite:
             for path in (self._table, self._lines, self._settings):
                 path.unlink(missing_ok=True)
-        self._check_identity()
+        else:
+            self._change()
         self.rows = self._read()
 
     @property
@@ -63,36 +73,38 @@ class Predictions:
         """The file of the data set."""
         return self._table
 
-    def _check_identity(self) -> None:
-        if not self._settings.is_file():
-            if self._lines.is_file() or self._table.is_file():
-                raise ValueError(f"{str(self._settings)!r} is missing: nobody knows what answered there. {REMEDY}")
-            return
-        earlier = _json(self._settings, self._settings.read_text(encoding="utf-8"))
-        keys = [key for key in {**earlier, **self.identity} if earlier.get(key) != self.identity.get(key)]
-        if keys:
-            changes = "; ".join(f"{key} was {earlier.get(key)!r}, is {self.identity.get(key)!r}" for key in keys)
-            raise ValueError(f"{str(self.folder)!r} holds answers ({self.view}) of something else: {changes}. {REMEDY}")
+    def _change(self) -> None:
+        """Moves answers of another identity away, and those of this one back."""
+        changes = changes_of(self.folder, self.view, self.identity)
+        if changes:
+            set_aside(self.folder, self.view, changes)
+        aside = _aside(self.folder, self.view, self.identity)
+        if not self._settings.is_file() and aside[0].is_file():
+            for path, home in zip(aside, (self._settings, self._lines, self._table), strict=True):
+                if path.is_file():
+                    path.replace(home)
+            logger.warning("%s: the answers (%s) of these settings are taken up again.", self.folder, self.view)
 
     def _read(self) -> list[dict[str, Any]]:
         """The answers of whole batches so far. Cuts an incomplete batch off the file."""
         if self.finished:
-            return read_table(self._table).to_pylist()
+            try:
+                rows = read_table(self._table).to_pylist()
+            except (ArrowException, OSError) as error:
+                raise ValueError(f"{str(self._table)!r} is damaged: {error}. {REMEDY}") from None
+            return _in_order(self._table, rows)
         if not self._lines.is_file():
             return []
         lines = self._lines.read_bytes().split(b"\n")[:-1]
         lines = lines[: len(lines) // self.batch_size * self.batch_size]
         rows = [_json(self._lines, line) for line in lines]
         os.truncate(self._lines, sum(len(line) + 1 for line in lines))
-        return rows
+        return _in_order(self._lines, rows)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Adds the answers of one batch and syncs them to disk, so no interruption loses them."""
         if not self._settings.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = self._settings.with_suffix(".json.part")
-            part.write_text(json.dumps(self.identity, indent=2) + "\n", encoding="utf-8")
-            part.replace(self._settings)
+            write_json(self._settings, self.identity)
         with self._lines.open("ab") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             file.flush()
@@ -106,8 +118,73 @@ class Predictions:
         part.replace(self._table)
         self._lines.unlink(missing_ok=True)
 
+    def refer_to(self, table: list[dict[str, Any]]) -> None:
+        """Puts what `table` says of each question, such as changed references, in place of what the answers say.
 
-REMEDY = "Begin anew with --overwrite, or name another folder with --output."
+        Raises:
+            ValueError: there are fewer or more answers than questions.
+        """
+        if len(table) != len(self.rows):
+            counts = f"{len(self.rows)} answers to {len(table)} questions"
+            raise ValueError(f"{str(self._table)!r} is damaged: it holds {counts}. {REMEDY}")
+        rows = [{**row, **asked} for row, asked in zip(self.rows, table, strict=True)]
+        if rows != self.rows:
+            self.rows = rows
+            self.finish()
+
+
+def set_others_aside(folder: Path, views: list[str], source: dict[str, Any]) -> None:
+    """Moves answers of views that are not asked now into `earlier` where another model gave them.
+
+    Args:
+        folder (`Path`): Folder of the answers.
+        views (`list[str]`): Names of the views that are asked.
+        source (`dict`): The part of the identity that all views of a model share.
+    """
+    there = {path.stem for ending in ("jsonl", "parquet") for path in folder.glob(f"*.{ending}")}
+    for view in sorted(there - {*views}):
+        changes = changes_of(folder, view, source, only=tuple(source))
+        if changes:
+            set_aside(folder, view, changes)
+
+
+def changes_of(folder: Path, view: str, identity: dict[str, Any], only: tuple[str, ...] | None = None) -> list[str]:
+    """What differs, in words, between another identity and that of the answers that lie there; with `only`, of keys."""
+    settings, lines, table = _files(folder, view)
+    if not settings.is_file():
+        there = lines.is_file() or table.is_file()
+        return [f"{settings.name} is missing, so nobody knows what answered"] if there else []
+    earlier = _json(settings, settings.read_text(encoding="utf-8"))
+    return differences(earlier if only is None else {key: earlier.get(key) for key in only}, identity)
+
+
+def set_aside(folder: Path, view: str, changes: list[str]) -> None:
+    """Moves the answers of a view into `earlier`, and says why."""
+    paths = _files(folder, view)
+    earlier = json.loads(paths[0].read_text(encoding="utf-8")) if paths[0].is_file() else {}
+    aside = _aside(folder, view, earlier)
+    aside[0].parent.mkdir(exist_ok=True)
+    for path, place in zip(paths, aside, strict=True):
+        place.unlink(missing_ok=True)
+        if path.is_file():
+            path.replace(place)
+    logger.warning(
+        "%s: the answers (%s) that lie here are to something else, so they are not gone on with: %s. They are kept as "
+        "%s.*",
+        folder,
+        view,
+        "; ".join(changes[:SHOWN] + [f"{len(changes) - SHOWN} more"] * (len(changes) > SHOWN)),
+        aside[0].with_suffix("").relative_to(folder),
+    )
+
+
+def _files(folder: Path, view: str) -> tuple[Path, Path, Path]:
+    settings, lines, table = (folder / f"{view}.{ending}" for ending in ("json", "jsonl", "parquet"))
+    return settings, lines, table
+
+
+def _aside(folder: Path, view: str, identity: dict[str, Any]) -> tuple[Path, Path, Path]:
+    return _files(folder / EARLIER, f"{view}-{hash_of(identity).removeprefix(HASH)[:8]}")
 
 
 def _json(path: Path, text: str | bytes) -> dict[str, Any]:
@@ -115,3 +192,13 @@ def _json(path: Path, text: str | bytes) -> dict[str, Any]:
         return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}. {REMEDY}") from None
+
+
+def _in_order(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, if they are those of the first questions, one each."""
+    if [row.get("index") for row in rows] != list(range(len(rows))):
+        raise ValueError(
+            f"{str(path)!r} is damaged: its rows are not those of the first {len(rows)} questions in their order. Did "
+            f"two evaluations write into it at once? {REMEDY}"
+        )
+    return rows

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from PIL import Image
+from rich.progress import track
+from transformers import ProcessorMixin
 
-from ..data.conversations import sample_name, texts_of
+from ..data.conversations import sample_name
 from ..data.loading import FILE_TYPES, load_examples
-from ..data.media import IMAGE_ERRORS, source_of
-from .generation import first_rows, question_and_answers
+from ..data.media import IMAGE_ERRORS, open_image, open_video, source_of
+from .fingerprint import hash_of
+from .generation import first_rows, given_texts, prompt_text, question_and_answers
+
+# Columns of what is right, which are read from a JSON file itself: `load_examples` makes texts of all that they hold.
+RIGHT = ("answer", "answers", "options")
 
 
 @dataclass(frozen=True)
@@ -27,47 +32,82 @@ class Questions:
     Args:
         dataset (`datasets.Dataset`): The rows to answer.
         table (`list[dict]`): The `index`, `id`, `question`, `references` and `options` of each row.
-        fingerprint (`str`): A hash of questions, images and right answers.
+        asked (`dict[str, str]`): Hashes of what the model is asked: of `questions`, and of `pictures` (and clips), both
+            in the order of the rows.
         name (`str`): The data set's name, without the folders above it.
         split (`str`, *optional*): None where the data set has no splits.
+        part (`str`, *optional*): Which rows of the data set these are, such as "first 200"; None where they are all.
     """
 
     dataset: Dataset
     table: list[dict[str, Any]]
-    fingerprint: str
+    asked: dict[str, str]
     name: str
     split: str | None
+    part: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of questions, pictures and right answers."""
+        right = [[row["references"], row["options"]] for row in self.table]
+        return hash_of([self.asked, right])
 
 
-def load_questions(name: str, split: str, image_folder: str | None = None, limit: int | None = None) -> Questions:
-    """Loads a data set for evaluation, as [`load_examples`] does, and checks every row.
+def load_questions(
+    name: str,
+    split: str,
+    image_folder: str | None = None,
+    limit: int | None = None,
+    image_column: str | Sequence[str] | None = None,
+    processor: ProcessorMixin | None = None,
+) -> Questions:
+    """Loads a data set for evaluation, as [`load_examples`] does, and checks every row as the run will read it.
 
     Args:
         name (`str`): The data set, as for [`load_examples`].
         split (`str`): Split of a data set that has splits.
         image_folder (`str`, *optional*): Folder that relative image paths start from.
         limit (`int`, *optional*): Number of rows, from the first on.
+        image_column (`str` or `list[str]`, *optional*): Columns of pictures, as for [`load_examples`].
+        processor (`ProcessorMixin`, *optional*): Renders the prompts. With it, they are checked too.
 
     Raises:
-        ValueError: a row has no question or no right answer, or an image is missing or unreadable. The message names
-            the row.
+        ValueError: a row has no question or no right answer, an image is missing or unreadable, or a column of pictures
+            is not read. The message names the row.
     """
-    dataset = first_rows(load_examples(name, split=split, image_folder=image_folder), limit)
-    table, digest = [], hashlib.sha256()
-    for index, row in enumerate(dataset):
+    whole = load_examples(name, split=split, image_folder=image_folder, image_column=image_column)
+    dataset, written = first_rows(whole, limit), _written(Path(name))
+    table, messages, media, opened = [], [], [], set()
+    for index, row in enumerate(track(dataset, description="checking the questions", transient=True)):
+        if written is not None:
+            row = {**row, **{key: written[index].get(key) for key in RIGHT}}
         try:
             sample, right = question_and_answers(row)
-            marks = [_image_mark(image) for image in sample["images"]]
+            if processor is not None:
+                prompt_text(processor, sample, sample_name(row))
+            media.append([_picture_hash(image, opened) for image in sample["images"]])
+            media[-1] += [_pixel_hash(open_video(clip)) for clip in sample["videos"]]
+            options = given_texts(row.get("options"), "options") or None
         except (*IMAGE_ERRORS, TypeError) as error:
             columns = ", ".join(dataset.column_names)
             raise ValueError(f"Row {index} of {name!r} (columns: {columns}) cannot be evaluated: {error}") from error
-        options = None if row.get("options") is None else texts_of(row["options"])
-        digest.update(json.dumps([sample["messages"], right, options, marks]).encode())
+        messages.append(hash_of(sample["messages"]))
         table.append(_entry(index, row, sample["messages"], right, options))
     path = Path(name)
     splits = path.suffix.lower() not in FILE_TYPES and not (path / "state.json").is_file()
     label = path.resolve().name if path.exists() else name
-    return Questions(dataset, table, digest.hexdigest()[:16], label, split if splits else None)
+    part = f"first {len(dataset)}" if len(dataset) < len(whole) else None
+    asked = {"questions": hash_of(messages), "pictures": hash_of(media)}
+    return Questions(dataset, table, asked, label, split if splits else None, part)
+
+
+def _written(path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a JSON file as they are written; None for other data."""
+    kind = path.suffix.lower()
+    if kind not in (".json", ".jsonl"):
+        return None
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line.strip()] if kind == ".jsonl" else json.loads(text)
 
 
 def _entry(index: int, row: dict, messages: list[dict], right: list[str], options: list[str] | None) -> dict[str, Any]:
@@ -76,20 +116,24 @@ def _entry(index: int, row: dict, messages: list[dict], right: list[str], option
     return {"index": index, "id": name, "question": asked, "references": right, "options": options}
 
 
-def _image_mark(image: Any) -> list:
-    """Name, size and length or checksum of an image. A file is not decoded: only its header is read.
+def _picture_hash(image: Any, opened: set[str]) -> str:
+    """A hash of a picture's file, or of its pixels. Those that are not in `opened` yet are opened, as for a prompt.
 
     Raises:
-        OSError, ValueError: the image is missing, or is none.
+        OSError, ValueError, ...: see [`open_image`].
     """
-    image = source_of(image)
-    if isinstance(image, Image.Image):
-        return [image.size, zlib.crc32(image.tobytes())]
-    if isinstance(image, io.BytesIO):
-        with Image.open(image) as opened:
-            return [opened.size, zlib.crc32(image.getvalue())]
-    with Image.open(image) as opened:
-        return [os.path.basename(image), opened.size, os.path.getsize(image)]
+    source = source_of(image)
+    if isinstance(source, Image.Image):
+        return _pixel_hash(np.asarray(open_image(source)))
+    found = hash_of(source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes())
+    if found not in opened:
+        open_image(image)
+        opened.add(found)
+    return found
+
+
+def _pixel_hash(pixels: np.ndarray) -> str:
+    return hash_of([pixels.shape, hash_of(pixels.tobytes())])
 
 
 def check_options(questions: Questions, metric: str) -> None:

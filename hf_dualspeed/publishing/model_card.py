@@ -102,7 +102,14 @@ def model_card(results: dict) -> str:
         "eval_data": f"{eval_data} ({results['eval_split']})" if eval_data and "eval_split" in results else eval_data,
         "metrics": [(key, f"{value:.4g}") for key, value in _metrics(results).items()],
         "evaluations": [
-            (one["dataset"], one.get("split"), one["metric"], _seen(one), f"{one['value']:.4f}", one["n"])
+            (
+                one["dataset"],
+                one.get("split"),
+                one["metric"],
+                _seen(one),
+                f"{one['value']:.4f}",
+                one.get("part", one["n"]),
+            )
             for one in results.get("evaluations", [])
         ],
         "environment": environment_rows(results),
@@ -178,6 +185,7 @@ def _eval_results(results: dict) -> list[EvalResult] | None:
     rows += [
         (one["dataset"], one.get("split"), one["metric"], f"{one['metric']} with {_seen(one)}", one["value"])
         for one in results.get("evaluations", [])
+        if not one.get("part")  # the Hub would show it as a score of the whole data set
     ]
     return [
         EvalResult(

@@ -63,7 +63,7 @@ SHAPE = {
     "evaluation": {"*": NUMBER},
     "evaluations": [
         {
-            **dict.fromkeys(("dataset", "split", "metric", "view", "pruner", "date"), WORD),
+            **dict.fromkeys(("dataset", "split", "part", "metric", "view", "pruner", "date", "*_hash"), WORD),
             **dict.fromkeys(("pruning_ratio", "isolator_length", "value", "n", "seconds"), NUMBER),
         }
     ],
@@ -178,14 +178,29 @@ def write_results(output_dir: str | Path, results: dict) -> Path:
     return path
 
 
-def merged_evaluations(earlier: list[dict], new: list[dict]) -> list[dict]:
-    """Earlier and new evaluations; a new one replaces an earlier one of the same data, metric and visual tokens."""
+def merged_evaluations(earlier: list[dict], new: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Earlier and new evaluations, without earlier ones of the same data, metric and visual tokens, and stale ones.
 
-    def key(entry: dict) -> tuple:
-        return tuple(entry.get(name) for name in ("dataset", "split", "metric", "view"))
+    A score of a part of the data replaces none of all of it. An earlier evaluation is stale where it is of another
+    model, or of other questions under the same name.
 
-    replaced = {key(entry) for entry in new}
-    return [entry for entry in earlier if key(entry) not in replaced] + new
+    Returns:
+        `tuple` of the evaluations to keep and the stale ones.
+    """
+
+    def values(entry: dict, *names: str) -> tuple:
+        return tuple(entry.get(name) for name in names)
+
+    data, view = ("dataset", "split", "part"), ("metric", "view")
+    replaced, models = ({values(entry, *names) for entry in new} for names in ((*data, *view), ("model_hash",)))
+    questions = {values(entry, *data): entry.get("questions_hash") for entry in new}
+    kept, stale = [], []
+    for entry in earlier:
+        if values(entry, *data, *view) not in replaced:
+            asked = entry.get("questions_hash")
+            same = values(entry, "model_hash") in models and questions.get(values(entry, *data), asked) == asked
+            (kept if same else stale).append(entry)
+    return kept + new, stale
 
 
 def print_results(results: dict, output_dir: str | Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from evaluation_cases import (
     ISOLATOR,
     SIZES,
@@ -27,6 +27,7 @@ from transformers import (
     AutoProcessor,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaForConditionalGeneration,
 )
 
 from hf_dualspeed import AutoPruner, ModeIsolator, cli, prune_inputs
@@ -34,8 +35,22 @@ from hf_dualspeed.commands.evaluate import parse
 from hf_dualspeed.data.loading import load_examples
 from hf_dualspeed.evaluation import evaluate as evaluate_command
 from hf_dualspeed.evaluation.generation import answers, prompts
-from hf_dualspeed.evaluation.predictions import Predictions
+from hf_dualspeed.evaluation.predictions import FEATURES, Predictions
 from hf_dualspeed.publishing.results import read_results
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Loading a model fails the test: what can be known before is said before."""
+    monkeypatch.setattr(evaluate_command.Checkpoint, "model", lambda self: pytest.fail("loaded"))
+
+
+@pytest.fixture
+def unloaded_after_answers(folder, monkeypatch):
+    """The same, where all questions were answered before."""
+    evaluate()
+    monkeypatch.setattr(evaluate_command.Checkpoint, "model", lambda self: pytest.fail("loaded"))
+
 
 # --- what is answered ---------------------------------------------------------------------------------------------
 
@@ -90,13 +105,13 @@ def test_the_runs_own_pruner_is_taken_where_none_is_named(folder, asked):
 
 
 def test_what_is_kept_is_a_data_set(folder):
-    evaluate("--limit", "3")
+    evaluate()
     first = kept("full")[0]
     assert first.pop("seconds") > 0
     assert isinstance(first.pop("prediction"), str)
     question = "which colour is it ? "
     assert first == {"index": 0, "id": "0", "question": question, "references": ["red"], "options": None}
-    assert len(kept("full")) == 3
+    assert len(kept("full")) == 7
     assert sorted(path.name for path in Path("run/evaluations/data.json").iterdir()) == [
         "evaluation.json",
         "full.json",
@@ -166,39 +181,6 @@ def test_half_a_batch_is_answered_again(folder, asked):
     assert texts("full") == texts("full", "whole/data.json")
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--max_new_tokens", "4"], "max_new_tokens was 3, is 4"),
-        (["--batch_size", "3"], "batch_size was 2, is 3"),
-        (["--limit", "5"], "n was 7, is 5"),
-        (["--dtype", "bfloat16"], "dtype was 'auto', is 'bfloat16'"),
-        (["--pruner", "random", "--pruning_ratio", "0.5", "--seed", "1"], "seed was 0, is 1"),
-        (["--pruner", "random", "--pruning_ratio", "0.5", "--no_isolator"], "no_isolator was False, is True"),
-    ],
-)
-def test_answers_to_something_else_are_not_gone_on_with(folder, asked, words, said):
-    asked.stop_at = 6
-    evaluate("--pruner", "random", "--pruning_ratio", "0.5")
-    asked.clear()
-    asked.stop_at = None
-    with pytest.raises(ValueError, match=rf"of something else: .*{said}.* Begin anew with --overwrite, or name"):
-        evaluate(*words)
-    assert not asked
-    assert evaluate(*words, "--overwrite") == 0
-    assert len(asked) > 1
-
-
-def test_other_weights_and_other_images_are_noticed(folder):
-    evaluate()
-    Image.new("RGB", (30, 16), "red").save("red.png")
-    with pytest.raises(ValueError, match=r"of something else: questions was '\w+', is '\w+'\. Begin"):
-        evaluate()
-    AutoModelForImageTextToText.from_pretrained("run", dtype=torch.bfloat16).save_pretrained("run")
-    with pytest.raises(ValueError, match=r"of something else: weights was "):
-        evaluate()
-
-
 def test_damaged_answers_are_named(tmp_path):
     store = Predictions(tmp_path, "full", {"a": 1}, batch_size=1)
     store.append([{"index": 0}])
@@ -208,10 +190,25 @@ def test_damaged_answers_are_named(tmp_path):
     lines.write_bytes(b"nonsense\n" + lines.read_bytes())
     with pytest.raises(ValueError, match=r"full\.jsonl' is damaged: .* Begin anew with --overwrite"):
         Predictions(tmp_path, "full", {"a": 1}, batch_size=1)
-    (tmp_path / "full.json").unlink()
-    with pytest.raises(ValueError, match=r"full\.json' is missing: nobody knows what answered there"):
-        Predictions(tmp_path, "full", {"a": 1}, batch_size=1)
     assert Predictions(tmp_path, "full", {"a": 1}, batch_size=1, overwrite=True).rows == []
+
+
+def test_answers_that_two_evaluations_wrote_at_once_are_damaged(tmp_path):
+    first, second = (Predictions(tmp_path, "full", {"a": 1}, batch_size=1) for _ in range(2))
+    first.append([{"index": 0}])
+    second.append([{"index": 0}])
+    with pytest.raises(ValueError, match=r"full\.jsonl' is damaged: its rows are not those of the first 2 questions"):
+        Predictions(tmp_path, "full", {"a": 1}, batch_size=1)
+
+
+def test_a_data_set_of_answers_that_was_changed_is_damaged(folder, unloaded_after_answers):
+    table = Path("run/evaluations/data.json/full.parquet")
+    Dataset.from_list(kept("full")[:5], features=FEATURES).to_parquet(table)
+    with pytest.raises(ValueError, match=r"full\.parquet' is damaged: it holds 5 answers to 7 questions"):
+        evaluate()
+    table.write_bytes(table.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"full\.parquet' is damaged: "):
+        evaluate()
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
@@ -256,9 +253,14 @@ def test_scores_go_into_results_and_card(folder):
 def test_later_scores_join_earlier_ones_and_replace_their_likes(folder):
     evaluate()
     evaluate("--pruner", "grid", "--pruning_ratio", "0.5")
-    evaluate("--limit", "2", "--overwrite")
+    table = rows()
+    for row, text in zip(table, texts("full"), strict=True):
+        row["answer"] = text if text.strip() else "empty"
+    write_rows(folder / "data.json", table)
+    evaluate("--pruner", "grid", "--pruning_ratio", "0.5")
     entries = read_results("run")["evaluations"]
-    assert sorted((one["view"], one["n"]) for one in entries) == [("full", 2), ("grid-0.5", 7)]
+    assert sorted((one["view"], one["n"]) for one in entries) == [("full", 7), ("grid-0.5", 7)]
+    assert next(one for one in entries if one["view"] == "full")["value"] > 0
 
 
 def test_a_plain_checkpoint_keeps_its_folder_but_for_the_answers(folder, capsys):
@@ -271,7 +273,7 @@ def test_a_plain_checkpoint_keeps_its_folder_but_for_the_answers(folder, capsys)
     assert "Results and card" not in capsys.readouterr().out
 
 
-def test_a_checkpoint_on_the_hub(folder, hub, asked):
+def test_a_checkpoint_on_the_hub(folder, hub, asked, caplog):
     hub.put("tester/run", {path.name: path.read_bytes() for path in Path("run").iterdir()})
     assert evaluate("--pruning_ratio", "0.5", checkpoint="tester/run", data="data.json") == 0
     place = "runs/evaluations/tester--run/data.json"
@@ -280,8 +282,11 @@ def test_a_checkpoint_on_the_hub(folder, hub, asked):
     evaluate("--pruning_ratio", "0.5")
     assert texts("random-0.5", place) == texts("random-0.5")
     hub.put("tester/run", {"config.json": Path("run/config.json").read_text() + "\n"})
-    with pytest.raises(ValueError, match="of something else: weights was 'tester/run@"):
-        evaluate("--pruning_ratio", "0.5", checkpoint="tester/run")
+    asked.clear()
+    caplog.clear()
+    evaluate("--pruning_ratio", "0.5", checkpoint="tester/run")
+    assert len(asked) == 8
+    assert "checkpoint commit was 'tester/run@" in caplog.text
 
 
 def test_adapters_answer_on_top_of_their_base(folder):
@@ -321,12 +326,6 @@ def no_answers(table):
 
 def without_answer(table):
     return [{**row, "conversations": row["conversations"][:1]} for row in table]
-
-
-@pytest.fixture
-def unloaded(monkeypatch):
-    """Loading a model fails the test: what can be known before is said before."""
-    monkeypatch.setattr(evaluate_command.Checkpoint, "model", lambda self: pytest.fail("loaded"))
 
 
 @pytest.mark.parametrize(
@@ -435,9 +434,22 @@ def test_a_pruner_that_fails_is_known_before_the_first_answer(folder, asked, mon
     assert not asked
 
 
-def test_an_image_that_breaks_off_is_named_and_what_was_answered_stays(folder, asked):
+def test_an_image_that_breaks_off_is_named_before_a_model_is_loaded(folder, unloaded):
     Image.effect_noise((64, 64), 50).save("white.png")
     Path("white.png").write_bytes(Path("white.png").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"Row 3 of 'data\.json' .*cannot be evaluated: .*truncated"):
+        evaluate()
+
+
+def test_an_image_that_breaks_during_the_run_is_named_and_what_was_answered_stays(folder, monkeypatch):
+    generate, batches = LlavaForConditionalGeneration.generate, []
+
+    def spoil(model, **inputs):
+        batches.append(1)
+        Path("white.png").write_bytes(b"none")
+        return generate(model, **inputs)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "generate", spoil)
     with pytest.raises(ValueError, match=r"An image or a video cannot be read \(id '3'\)"):
         evaluate()
     assert Path("run/evaluations/data.json/full.jsonl").read_bytes().count(b"\n") == 2

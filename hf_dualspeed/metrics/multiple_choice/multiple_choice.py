@@ -9,8 +9,8 @@ import evaluate
 
 DESCRIPTION = (
     "The share of questions whose right option was chosen. The choice is read out of a free text: a letter such as "
-    "'B', '(b) because' or 'The answer is B', or an option's own words. What the text denies ('not A') does not count. A "
-    "text that makes no choice, or several, is wrong."
+    "'B', '(b) because' or 'The answer is B', or an option's own words. What the text denies ('not A') does not count. "
+    "A text that makes no choice, or several, is wrong."
 )
 INPUTS = """
 Args:
