@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from rich.progress import track
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -128,9 +129,16 @@ def prompts(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict[s
 
 
 def prompt_text(processor: ProcessorMixin, sample: dict[str, list], name: str) -> str:
-    """A question as the processor's chat template writes it. Raises a `ValueError` for a placeholder in a text."""
+    """A question as the processor's chat template writes it.
+
+    Raises:
+        ValueError: a text holds a placeholder, or the template refuses the messages.
+    """
     check_texts(processor, sample["messages"], name)
-    return processor.apply_chat_template(sample["messages"], tokenize=False, add_generation_prompt=True)
+    try:
+        return processor.apply_chat_template(sample["messages"], tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"The chat template does not take the sample ({name}): {error}. Change either.") from error
 
 
 def question_and_answers(row: dict[str, Any]) -> tuple[dict[str, list], list[str]]:
