@@ -69,8 +69,8 @@ def test_raw_bytes_in_a_column_are_pictures(folder, asked, name, column, kind):
 
 @pytest.mark.parametrize(
     "broken",
-    [b"no picture", PICTURES[0][:60], b"", picture_bytes("red", "JPEG")[:300]],
-    ids=["text", "cut", "0", "jpeg"],
+    [b"no picture", PICTURES[0][:60], picture_bytes("red", "JPEG")[:300]],
+    ids=["text", "png", "jpeg"],
 )
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 def test_the_check_opens_raw_bytes_as_the_run_does(folder, unloaded, broken, kind):
@@ -259,12 +259,11 @@ def test_a_placeholder_in_a_text_is_named_before_a_model_is_loaded(folder, unloa
 
 def test_a_template_that_refuses_a_question_is_known_before_a_model_is_loaded(folder, unloaded):
     path = Path("run/chat_template.jinja")
-    path.write_text(
-        "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + path.read_text()
-    )
+    refusal = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}"
+    path.write_text(refusal + path.read_text())
     found = rows()
     found[5]["conversations"] = [*found[5]["conversations"], *found[5]["conversations"]]
     found[5]["conversations"][2] = {"from": "human", "value": "and now ?"}
     write_rows(Path("data.json"), found)
-    with pytest.raises(Exception, match=r"Row 5 of 'data\.json' .*one turn only"):
+    with pytest.raises(ValueError, match=r"Row 5 of 'data\.json' .*one turn only"):
         evaluate()

@@ -24,8 +24,9 @@ Returns:
 """
 
 LETTERS = string.ascii_uppercase
-# Full-width letters, digits and signs, and the full stop, comma and space of Chinese and Japanese.
-ASCII = {**{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}, 0x3002: ".", 0x3001: ",", 0x3000: " "}
+# The minus sign, full-width letters, digits and signs, and the full stop, comma and space of Chinese and Japanese.
+ASCII = {0x2212: "-", 0x3002: ".", 0x3001: ",", 0x3000: " "}
+ASCII |= {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
 # What may surround a word and says nothing. Signs and symbols do: "-5", "C++", "Na+", "5%".
 MARKS = ".,;:!?*\"'`()[]{}“”‘’„«»"
 
@@ -193,7 +194,7 @@ def words_of(option, flags):
     """A pattern of the option's words as they stand in a text."""
     words = [re.escape(word.strip(MARKS) or word) for word in option.translate(ASCII).split()]
     between = rf"[\s{re.escape(MARKS)}]+"
-    return re.compile(rf"(?<![\w+#$€£−-])(?<!\d[.,]){between.join(words) or '(?!)'}(?![\w+#%°]|[.,]\d|-\w)", flags)
+    return re.compile(rf"(?<![\w+#$€£-])(?<!\d[.,]){between.join(words) or '(?!)'}(?![\w+#%°]|[.,]\d|-\w)", flags)
 
 
 def affirmed(text, found):
