@@ -23,7 +23,7 @@ from ..publishing.model_card import read_card
 from ..publishing.push import render
 from ..publishing.results import merged_evaluations, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
-from ..utils.text import without_paths, write_json
+from ..utils.text import one_line, without_paths, write_json
 from .checkpoint import Checkpoint, find_checkpoint
 from .fingerprint import hash_of, processor_files
 from .generation import answers_in_batches, prompts, question
@@ -79,6 +79,7 @@ def prepare(options: argparse.Namespace) -> Evaluation:
         score(metric, questions.table, [""] * len(questions.table))  # raises for unusable references
     place = "-".join(filter(None, (questions.name, questions.split)))
     folder = output_folder(options) / re.sub(r"[^\w.-]+", "--", place)
+    earlier_scores(folder)
     source = {**checkpoint.files(), "processor": processor_files(processor)}
     return Evaluation(options, checkpoint, processor, source, questions, views, folder)
 
@@ -221,11 +222,20 @@ def entry(evaluation: Evaluation, view: View, store: Predictions, metric: str) -
     return {key: value for key, value in found.items() if value is not None}
 
 
+def earlier_scores(folder: Path) -> list[dict[str, Any]]:
+    """The scores beside the answers. Raises a `ValueError` where their file is damaged."""
+    path = folder / SUMMARY
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["evaluations"] if path.is_file() else []
+        return [dict(one) for one in found]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} holds no scores: {one_line(error)}. Remove it.") from None
+
+
 def record(evaluation: Evaluation, entries: list[dict[str, Any]]) -> None:
     """Writes the scores beside the answers. A run's folder also gets them in its results and card."""
     path = evaluation.folder / SUMMARY
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    summary = {"evaluations": _merged(path, earlier.get("evaluations", []), entries)}
+    summary = {"evaluations": _merged(path, earlier_scores(evaluation.folder), entries)}
     write_json(path, without_paths(summary))
     run = evaluation.checkpoint.run
     if run is not None:

@@ -201,6 +201,14 @@ def test_answers_that_two_evaluations_wrote_at_once_are_damaged(tmp_path):
         Predictions(tmp_path, "full", {"a": 1}, batch_size=1)
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"evaluations": 3}', '{"evaluations": [3]}'])
+def test_broken_scores_are_named_before_a_model_is_loaded(folder, unloaded, text):
+    Path("run/evaluations/data.json").mkdir(parents=True)
+    Path("run/evaluations/data.json/evaluation.json").write_text(text)
+    with pytest.raises(ValueError, match=r"evaluation\.json' holds no scores: .* Remove it"):
+        evaluate()
+
+
 def test_a_data_set_of_answers_that_was_changed_is_damaged(folder, unloaded_after_answers):
     table = Path("run/evaluations/data.json/full.parquet")
     Dataset.from_list(kept("full")[:5], features=FEATURES).to_parquet(table)

@@ -6,7 +6,6 @@ import inspect
 from importlib import import_module
 
 import pytest
-from evaluate import Metric
 
 from hf_dualspeed.metrics import CLASSES, load_metric
 from hf_dualspeed.metrics.multiple_choice.multiple_choice import LETTERS, checked, chosen
@@ -20,10 +19,6 @@ UNITS = ["mW", "MW"]
 
 def compute(name: str, prediction, references, **columns) -> float:
     return load_metric(name).compute(predictions=[prediction], references=[references], **columns)[name]
-
-
-def kinds(*names: str) -> list[Metric]:
-    return [name for name in CLASSES if name not in names]
 
 
 # --- scores -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pyarrow import parquet
 from hf_dualspeed.evaluation import evaluate as evaluate_command
 from hf_dualspeed.evaluation.generation import given_texts, question_and_answers
 from hf_dualspeed.evaluation.questions import load_questions
+from hf_dualspeed.evaluation.visualize import first_images
 
 
 @pytest.fixture
@@ -137,6 +138,12 @@ def test_a_picture_is_the_same_in_a_file_and_in_a_column(folder):
     parquet.write_table(pa.table(table(image=pa.array(PICTURES, pa.binary()))), "raw.parquet")
     parquet.write_table(pa.table(table(image=["red.png", "green.png"])), "paths.parquet")
     assert load_questions("raw.parquet", "test").asked == load_questions("paths.parquet", "test").asked
+
+
+def test_the_same_path_is_the_same_picture(folder):
+    write_rows(Path("data.json"), [*rows()[:1] * 3, *rows()[1:3]])
+    shown = first_images(load_questions("data.json", "test").dataset, 2)
+    assert [Path(row["images"][0]).name for row in shown] == ["red.png", "green.png"]
 
 
 # --- what is right ------------------------------------------------------------------------------------------------
