@@ -25,7 +25,7 @@ from ..publishing.results import merged_evaluations, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
 from ..utils.text import one_line, without_paths, write_json
 from .checkpoint import Checkpoint, find_checkpoint
-from .fingerprint import hash_of, processor_files
+from .fingerprint import hash_of, processor_parts
 from .generation import answers_in_batches, prompts, question
 from .predictions import Predictions, set_others_aside
 from .pruned_prompts import PrunedPrompts, prompt_pruner
@@ -80,7 +80,7 @@ def prepare(options: argparse.Namespace) -> Evaluation:
     place = "-".join(filter(None, (questions.name, questions.split)))
     folder = output_folder(options) / re.sub(r"[^\w.-]+", "--", place)
     earlier_scores(folder)
-    source = {**checkpoint.files(), "processor": processor_files(processor)}
+    source = {**checkpoint.files(), "processor": processor_parts(processor)}
     return Evaluation(options, checkpoint, processor, source, questions, views, folder)
 
 
@@ -249,11 +249,8 @@ def _merged(path: Path, earlier: list[dict[str, Any]], entries: list[dict[str, A
     merged, stale = merged_evaluations(earlier, entries)
     for one in stale:
         logger.warning(
-            "%s: the score of %s, %s, %s (%s) is left out: model or questions have changed since.",
+            "%s: the score of %s is left out: model or questions have changed since.",
             path,
-            one.get("dataset"),
-            one.get("view"),
-            one.get("metric"),
-            one.get("date"),
+            ", ".join(one[key] for key in ("dataset", "split", "part", "view", "metric", "date") if one.get(key)),
         )
     return merged

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME
@@ -36,10 +36,15 @@ def hash_of(value: bytes | Any) -> str:
 def hash_of_file(path: Path) -> str:
     """A short hash of a file's content; in a config, keys of places and versions do not count."""
     if path.name.endswith("config.json"):
-        drop = {"object_hook": lambda found: {key: value for key, value in found.items() if key not in ORIGIN}}
-        return hash_of(json.loads(path.read_text(encoding="utf-8"), **drop))
+        return hash_of_config(path.read_text(encoding="utf-8"))
     with path.open("rb") as file:
         return HASH + hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def hash_of_config(text: str) -> str:
+    return hash_of(
+        json.loads(text, object_hook=lambda found: {key: value for key, value in found.items() if key not in ORIGIN})
+    )
 
 
 def model_files(folder: Path) -> dict[str, str]:
@@ -48,12 +53,16 @@ def model_files(folder: Path) -> dict[str, str]:
     return {path.name: hash_of_file(path) for path in sorted(paths)}
 
 
-def processor_files(processor: ProcessorMixin) -> dict[str, str]:
-    """The hashes of the files that a processor saves: its settings, tokenizer and chat template."""
+def processor_parts(processor: ProcessorMixin) -> dict[str, str]:
+    """The hashes of a processor's settings, its chat template, and the files that its tokenizers save."""
+    found = {"settings": hash_of_config(processor.to_json_string()), "chat template": hash_of(processor.chat_template)}
+    parts = {name: getattr(processor, name, None) for name in processor.get_attributes()}
     with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
+        for name, part in parts.items():
+            if isinstance(part, PreTrainedTokenizerBase):
+                part.save_pretrained(Path(folder) / name)
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return {path.relative_to(folder).as_posix(): hash_of_file(path) for path in paths}
+        return found | {path.relative_to(folder).as_posix(): hash_of_file(path) for path in paths}
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any], within: str = "") -> list[str]:

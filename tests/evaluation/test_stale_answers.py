@@ -13,10 +13,12 @@ from evaluation_cases import COLOURS, ISOLATOR, SIZES, evaluate, kept, rows, tex
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES
 from tokenizers.normalizers import Replace
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from hf_dualspeed import AutoPruner, ModeIsolator
+from hf_dualspeed.evaluation.fingerprint import differences, processor_parts
 from hf_dualspeed.publishing.results import merged_evaluations, read_results
 
 PRUNED = ("--pruner", "random", "--pruning_ratio", "0.5")
@@ -101,10 +103,10 @@ def change_settings():
 
 CHANGES = [
     (change_weights, r"checkpoint model\.safetensors changed", 8),
-    (change_template, r"processor chat_template\.jinja changed", 8),
+    (change_template, "processor chat template changed", 8),
     (change_generation, r"checkpoint generation_config\.json changed", 8),
-    (change_processor, r"processor (pre)?processor_config\.json changed", 8),
-    (change_tokenizer, r"processor tokenizer\.json changed", 8),
+    (change_processor, "processor settings changed", 8),
+    (change_tokenizer, r"processor tokenizer/tokenizer\.json changed", 8),
     (change_model_config, r"checkpoint config\.json changed", 8),
     (change_pixels, "pictures changed", 8),
     (change_prompt, "questions changed", 8),
@@ -354,3 +356,33 @@ def test_which_scores_stay(earlier, new, kept, stale):
     merged, left = merged_evaluations([entry(**earlier)], [entry(**new)])
     assert (len(merged) - 1, len(left)) == (kept, stale)
     assert merged[-1] == entry(**new)
+
+
+# --- hashes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_processor_has_the_same_parts_wherever_it_lies(name, tmp_path):
+    _, processor = FAMILIES[name].build()
+    before = processor_parts(processor)
+    assert {"settings", "chat template", "tokenizer/tokenizer.json"} <= before.keys()
+    assert processor_parts(processor) == before
+    processor.chat_template += " "
+    changed = processor_parts(processor)
+    assert [key for key in before if before[key] != changed[key]] == ["chat template"]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "said"),
+    [
+        ({"n": 3}, {"n": 3}, []),
+        ({"n": 3}, {"n": 4}, ["n was 3, is 4"]),
+        ({}, {"seed": 0}, ["seed was None, is 0"]),
+        ({"a": "sha256:1"}, {"a": "sha256:2"}, ["a changed"]),
+        ({"a": {"x.py": "sha256:1"}}, {"a": {"y.py": "sha256:1"}}, ["a x.py is gone", "a y.py is new"]),
+        ({"base": {"x": "sha256:1"}}, {}, ["base x is gone"]),
+        ({"isolator": None}, {"isolator": "sha256:1"}, ["isolator is new"]),
+    ],
+)
+def test_differences_are_named(earlier, now, said):
+    assert differences(earlier, now) == said
