@@ -42,9 +42,12 @@ def hash_of_file(path: Path) -> str:
 
 
 def hash_of_config(text: str) -> str:
-    return hash_of(
-        json.loads(text, object_hook=lambda found: {key: value for key, value in found.items() if key not in ORIGIN})
-    )
+    """A short hash of JSON text, without keys of places and versions."""
+
+    def without_origin(found: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in found.items() if key not in ORIGIN}
+
+    return hash_of(json.loads(text, object_hook=without_origin))
 
 
 def model_files(folder: Path) -> dict[str, str]:

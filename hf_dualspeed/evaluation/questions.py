@@ -85,20 +85,23 @@ def load_questions(
             sample, right = question_and_answers(row)
             if processor is not None:
                 prompt_text(processor, sample, sample_name(row))
-            media.append([_picture_hash(image, opened) for image in sample["images"]])
-            media[-1] += [_pixel_hash(open_video(clip)) for clip in sample["videos"]]
+            media.append(_media_hashes(sample, opened))
             options = given_texts(row.get("options"), "options") or None
         except (*IMAGE_ERRORS, TypeError) as error:
             columns = ", ".join(dataset.column_names)
             raise ValueError(f"Row {index} of {name!r} (columns: {columns}) cannot be evaluated: {error}") from error
         messages.append(hash_of(sample["messages"]))
         table.append(_entry(index, row, sample["messages"], right, options))
-    path = Path(name)
-    splits = path.suffix.lower() not in FILE_TYPES and not (path / "state.json").is_file()
-    label = path.resolve().name if path.exists() else name
     part = f"first {len(dataset)}" if len(dataset) < len(whole) else None
     asked = {"questions": hash_of(messages), "pictures": hash_of(media)}
-    return Questions(dataset, table, asked, label, split if splits else None, part)
+    return Questions(dataset, table, asked, *_label(name, split), part)
+
+
+def _label(name: str, split: str) -> tuple[str, str | None]:
+    """The data set's name without the folders above it, and its split, if it has splits."""
+    path = Path(name)
+    splits = path.suffix.lower() not in FILE_TYPES and not (path / "state.json").is_file()
+    return path.resolve().name if path.exists() else name, split if splits else None
 
 
 def _written(path: Path) -> list[dict[str, Any]] | None:
@@ -116,12 +119,18 @@ def _entry(index: int, row: dict, messages: list[dict], right: list[str], option
     return {"index": index, "id": name, "question": asked, "references": right, "options": options}
 
 
-def _picture_hash(image: Any, opened: set[str]) -> str:
-    """A hash of a picture's file, or of its pixels. Those that are not in `opened` yet are opened, as for a prompt.
+def _media_hashes(sample: dict[str, list], opened: set[str]) -> list[str]:
+    """Hashes of a sample's pictures and clips. Those that are not in `opened` yet are opened, as for a prompt.
 
     Raises:
         OSError, ValueError, ...: see [`open_image`].
     """
+    clips = [_pixel_hash(open_video(clip)) for clip in sample["videos"]]
+    return [_picture_hash(image, opened) for image in sample["images"]] + clips
+
+
+def _picture_hash(image: Any, opened: set[str]) -> str:
+    """A hash of a picture's file, or of its pixels."""
     source = source_of(image)
     if isinstance(source, Image.Image):
         return _pixel_hash(np.asarray(open_image(source)))
