@@ -225,24 +225,61 @@ def test_scores_of_another_state_of_the_model_leave_results_and_card(folder, cap
 
 
 def test_adapters_on_another_base_are_asked_anew(folder, asked, caplog):
-    peft = pytest.importorskip("peft")
-    model = AutoModelForImageTextToText.from_pretrained("run")
-    config = peft.LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False, r=4)
-    adapted = peft.get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = str(folder / "run")
-    adapted.save_pretrained("adapter")
+    adapter_of(str(folder / "run"))
     evaluate(checkpoint="adapter")
     shutil.copytree("run", "base")
     change_json("adapter/adapter_config.json", base_model_name_or_path=str(folder / "base"))
     asked.clear()
     evaluate(checkpoint="adapter")
     assert not asked  # another place of the same
-    shutil.copy("run/model.safetensors", "saved")
     change_weights()
     Path("run/model.safetensors").replace("base/model.safetensors")
     evaluate(checkpoint="adapter")
     assert len(asked) == 4
     assert "base model model.safetensors changed" in caplog.text
+
+
+def adapter_of(base: str, place: str = "adapter") -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False, r=4)
+    adapted = peft.get_peft_model(AutoModelForImageTextToText.from_pretrained("run"), config)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(place)
+
+
+def test_adapters_of_a_base_on_the_hub(folder, hub, asked, caplog):
+    files = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    hub.put("tester/base", files)
+    adapter_of("tester/base")
+    evaluate(checkpoint="adapter")
+    asked.clear()
+    evaluate(checkpoint="adapter")
+    assert not asked
+    hub.put("tester/base", {"config.json": files["config.json"] + b"\n"})
+    evaluate(checkpoint="adapter")
+    assert len(asked) == 4
+    assert "base model commit was 'tester/base@" in caplog.text
+
+
+def test_a_folder_with_the_configs_of_base_and_adapter_is_an_adapter(folder, asked, caplog):
+    adapter_of(str(folder / "run"))
+    evaluate(checkpoint="adapter")
+    shutil.copy("run/config.json", "adapter/config.json")
+    evaluate("--output", "both", checkpoint="adapter")
+    assert texts("full", "both/data.json") == texts("full", "adapter/evaluations/data.json")
+    change_weights()
+    asked.clear()
+    evaluate("--output", "both", checkpoint="adapter")
+    assert len(asked) == 4
+    assert "base model model.safetensors changed" in caplog.text
+
+
+def test_learned_weights_of_a_pruner(folder, asked, caplog, learned_pruner):
+    for _ in range(2):
+        AutoPruner.from_name("scored", pruning_ratio=0.5, hidden_size=SIZES["hidden_size"]).save_pretrained("run")
+        evaluate("--pruning_ratio", "0.5")
+    assert len(asked) == 3 * 4
+    assert "pruner's weights changed" in caplog.text
 
 
 def test_an_adapter_of_nothing(folder):
