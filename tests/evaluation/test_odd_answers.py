@@ -105,6 +105,7 @@ def test_scores(metric, prediction, references, expected):
         ("ff", GENES, "C"),
         ("It is Ff.", GENES, "B"),
         ("fF", GENES, None),
+        ("It is fF.", GENES, None),
         ("MW", UNITS, "B"),
         ("mw", UNITS, None),
         ("5%", ["5", "5%"], "B"),

@@ -56,6 +56,7 @@ BETWEEN = (
 # "not", with words behind it that hand it on to what follows: "I do not think it is".
 OTHER_THAN = r"\b(?:neither|nor|rather\s+than|instead\s+of|other\s+than|except|excludes?|excluding|eliminates?)\b"
 NO_BEFORE = re.compile(rf"(?:{NOT}|{OTHER_THAN})(?:\s+(?:{BETWEEN}))*[\s*\"'(\[]*$", re.IGNORECASE)
+REACH = 200  # characters in front of an option in which a denial is looked for
 # "is wrong", "is not right", "isn't", "can be ruled out", up to the end of a clause.
 NO_BEHIND = re.compile(
     r"(?<!not )(?<!n't )(?<!n’t )\b(?:wrong|incorrect|false|impossible|(?:ruled|left)\s+out|excluded|eliminated)\b"
@@ -168,25 +169,23 @@ def chosen(text, options):
 
 
 def marked(pattern, text, letters, whole=True):
-    """The options that letters name: start to (end, index). Not `whole`, only a match at the text's start counts."""
+    """The options that letters name: start to (end, indices). Not `whole`, only a match at the text's start counts."""
     matches = pattern.finditer(text) if whole else filter(None, [pattern.match(text)])
     spans = [match.span(group) for match in matches for group in range(1, pattern.groups + 1) if match[group]]
-    return {a: (b, letters.index(text[a:b].upper())) for a, b in spans if text[a:b].upper() in letters}
+    return {a: (b, {letters.index(text[a:b].upper())}) for a, b in spans if text[a:b].upper() in letters}
 
 
 def quoted(text, options):
-    """The options whose words stand in the text, but not within those of a longer one: start to (end, index)."""
+    """The options whose words stand in the text, but not within those of a longer one: start to (end, indices)."""
     for flags in (0, re.IGNORECASE):
-        spans = [
-            (*match.span(), index)
-            for index, option in enumerate(options)
-            for match in words_of(option, flags).finditer(text)
-        ]
-        longest = [
-            (a, b, i) for a, b, i in spans if not any(c <= a and b <= d and (c, d) != (a, b) for c, d, _ in spans)
-        ]
-        if longest:
-            return {a: (b, i) for a, b, i in longest}
+        spans = {}
+        for index, option in enumerate(options):
+            for match in words_of(option, flags).finditer(text):
+                spans.setdefault(match.span(), set()).add(index)
+        if spans:
+            return {
+                a: (b, spans[a, b]) for a, b in spans if not any(c <= a < b <= d for c, d in spans if (c, d) != (a, b))
+            }
     return {}
 
 
@@ -202,13 +201,14 @@ def affirmed(text, found):
     kept, group, denied, last = {}, None, False, None
     starts = sorted(found)
     for start, following in itertools.pairwise([*starts, len(text)]):
-        end, index = found[start]
+        end, places = found[start]
         joint = last is not None and LIST.fullmatch(text[last:start])
-        denied = bool(NO_BEFORE.search(text[:start])) or bool(joint and denied and "," not in text[last:start])
+        handed_on = denied and joint and "," not in text[last:start]
+        denied = bool(handed_on or NO_BEFORE.search(text[max(start - REACH, 0) : start]))
         clause = CLAUSE.split(text[end:following], maxsplit=1)[0]
         if not denied and not NO_BEHIND.search(clause):
             group = group if joint and group is not None else set()
-            group.add(index)
+            group |= places
             kept[start] = group
         else:
             group = None
