@@ -169,8 +169,7 @@ def set_aside(folder: Path, view: str, changes: list[str]) -> None:
         if path.is_file():
             path.replace(place)
     logger.warning(
-        "%s: the answers (%s) that lie here are to something else, so they are not gone on with: %s. They are kept as "
-        "%s.*",
+        "%s: %s starts anew, because what its answers depend on has changed: %s. The earlier ones are kept as %s.*",
         folder,
         view,
         "; ".join(changes[:SHOWN] + [f"{len(changes) - SHOWN} more"] * (len(changes) > SHOWN)),
