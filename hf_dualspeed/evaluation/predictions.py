@@ -151,18 +151,17 @@ def set_others_aside(folder: Path, views: list[str], source: dict[str, Any]) -> 
 def changes_of(folder: Path, view: str, identity: dict[str, Any], only: tuple[str, ...] | None = None) -> list[str]:
     """What differs, in words, between another identity and that of the answers that lie there; with `only`, of keys."""
     settings, lines, table = _files(folder, view)
-    if not settings.is_file():
-        there = lines.is_file() or table.is_file()
-        return [f"{settings.name} is missing, so nobody knows what answered"] if there else []
-    earlier = _json(settings, settings.read_text(encoding="utf-8"))
+    earlier = _identity(settings)
+    if earlier is None:
+        there = any(path.is_file() for path in (settings, lines, table))
+        return [f"{settings.name} is missing or damaged, so nobody knows what answered"] if there else []
     return differences(earlier if only is None else {key: earlier.get(key) for key in only}, identity)
 
 
 def set_aside(folder: Path, view: str, changes: list[str]) -> None:
     """Moves the answers of a view into `earlier`, and says why."""
     paths = _files(folder, view)
-    earlier = json.loads(paths[0].read_text(encoding="utf-8")) if paths[0].is_file() else {}
-    aside = _aside(folder, view, earlier)
+    aside = _aside(folder, view, _identity(paths[0]) or {})
     aside[0].parent.mkdir(exist_ok=True)
     for path, place in zip(paths, aside, strict=True):
         place.unlink(missing_ok=True)
@@ -184,6 +183,14 @@ def _files(folder: Path, view: str) -> tuple[Path, Path, Path]:
 
 def _aside(folder: Path, view: str, identity: dict[str, Any]) -> tuple[Path, Path, Path]:
     return _files(folder / EARLIER, f"{view}-{hash_of(identity).removeprefix(HASH)[:8]}")
+
+
+def _identity(settings: Path) -> dict[str, Any] | None:
+    """The identity of answers; None where its file is missing or damaged."""
+    try:
+        return dict(json.loads(settings.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _json(path: Path, text: str | bytes) -> dict[str, Any]:

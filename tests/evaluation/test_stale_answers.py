@@ -301,13 +301,17 @@ def test_other_references_are_scored_without_asking_anew(folder, asked):
     assert read_results("run")["evaluations"][0]["value"] >= 1 / 7
 
 
-def test_answers_of_nobody_knows_what_are_not_gone_on_with(folder, asked, caplog):
+@pytest.mark.parametrize("text", [None, "", "[1]", '{"n": '])
+def test_answers_of_nobody_knows_what_are_not_gone_on_with(folder, asked, caplog, text):
     evaluate()
-    Path(PLACE, "full.json").unlink()
+    if text is None:
+        Path(PLACE, "full.json").unlink()
+    else:
+        Path(PLACE, "full.json").write_text(text)
     asked.clear()
     evaluate()
     assert len(asked) == 4
-    assert "full.json is missing, so nobody knows what answered" in caplog.text
+    assert "full.json is missing or damaged, so nobody knows what answered" in caplog.text
 
 
 def test_equal_ids_are_questions_of_their_own(folder):
