@@ -76,7 +76,10 @@ def prepare(options: argparse.Namespace) -> Evaluation:
     for metric in options.metric:
         if needs_options(metric):
             check_options(questions, metric)
-        score(metric, questions.table, [""] * len(questions.table))  # raises for unusable references
+        try:  # with empty answers, for references and options that cannot be used
+            score(metric, questions.table, [""] * len(questions.table))
+        except ValueError as error:
+            raise ValueError(f"{questions.name!r} cannot be scored by {metric!r}: {error}") from error
     place = "-".join(filter(None, (questions.name, questions.split)))
     folder = output_folder(options) / re.sub(r"[^\w.-]+", "--", place)
     earlier_scores(folder)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from PIL import Image
 from rich.progress import track
 from transformers import ProcessorMixin
@@ -20,6 +21,8 @@ from ..data.loading import FILE_TYPES, load_examples
 from ..data.media import IMAGE_ERRORS, open_image, open_video, source_of
 from .fingerprint import hash_of
 from .generation import first_rows, given_texts, prompt_text, question_and_answers
+
+logger = logging.getLogger(__name__)
 
 # Columns of what is right, which are read from a JSON file itself: `load_examples` makes texts of all that they hold.
 RIGHT = ("answer", "answers", "options")
@@ -76,11 +79,10 @@ def load_questions(
             is not read. The message names the row.
     """
     whole = load_examples(name, split=split, image_folder=image_folder, image_column=image_column)
-    dataset, written = first_rows(whole, limit), _written(Path(name))
+    dataset = first_rows(whole, limit)
     table, messages, media, opened = [], [], [], set()
-    for index, row in enumerate(track(dataset, description="checking the questions", transient=True)):
-        if written is not None:
-            row = {**row, **{key: written[index].get(key) for key in RIGHT}}
+    rows = track(_rows(dataset, Path(name)), "checking the questions", len(dataset), transient=True)
+    for index, row in enumerate(rows):
         try:
             sample, right = question_and_answers(row)
             if processor is not None:
@@ -92,6 +94,8 @@ def load_questions(
             raise ValueError(f"Row {index} of {name!r} (columns: {columns}) cannot be evaluated: {error}") from error
         messages.append(hash_of(sample["messages"]))
         table.append(_entry(index, row, sample["messages"], right, options))
+    if not any(media) and image_column != []:
+        logger.warning("No question of %r has a picture: all are asked of text alone.", name)
     part = f"first {len(dataset)}" if len(dataset) < len(whole) else None
     asked = {"questions": hash_of(messages), "pictures": hash_of(media)}
     return Questions(dataset, table, asked, *_label(name, split), part)
@@ -104,13 +108,22 @@ def _label(name: str, split: str) -> tuple[str, str | None]:
     return path.resolve().name if path.exists() else name, split if splits else None
 
 
-def _written(path: Path) -> list[dict[str, Any]] | None:
-    """The rows of a JSON file as they are written; None for other data."""
-    kind = path.suffix.lower()
-    if kind not in (".json", ".jsonl"):
-        return None
+def _rows(dataset: Dataset, path: Path) -> Iterator[dict[str, Any]]:
+    """The rows, with what is right as a JSON file has it, and classes by their names."""
+    classes = {key: kind for key in RIGHT if isinstance(kind := dataset.features.get(key), ClassLabel)}
+    written = _written(path) if path.suffix.lower() in (".json", ".jsonl") else None
+    for index, row in enumerate(dataset):
+        if written is not None:
+            row |= {key: written[index].get(key) for key in RIGHT}
+        yield row | {key: kind.int2str(row[key]) for key, kind in classes.items() if row[key] is not None}
+
+
+def _written(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON file as they are written."""
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line.strip()] if kind == ".jsonl" else json.loads(text)
+    if path.suffix.lower() == ".json":
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _entry(index: int, row: dict, messages: list[dict], right: list[str], options: list[str] | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from evaluation_cases import VISUAL, evaluate, kept, rows, write_rows
 from PIL import Image
@@ -247,6 +247,19 @@ def test_a_dict_of_lists_is_read_from_every_file(folder, unloaded, kind):
     else:
         Dataset.from_list(found).to_parquet("people.parquet")
     assert load_questions(f"people.{kind}", "test").table[0]["references"] == ["red", "dark red"]
+
+
+def test_classes_are_read_by_their_names(folder, unloaded):
+    kinds = Features({"question": Value("string"), "answer": ClassLabel(names=["no", "yes"])})
+    Dataset.from_dict({"question": ["is it red ?"] * 2, "answer": [1, 0]}, features=kinds).save_to_disk("classes")
+    assert [row["references"] for row in load_questions("classes", "test").table] == [["yes"], ["no"]]
+
+
+@pytest.mark.parametrize(("column", "warned"), [(None, True), ([], False)])
+def test_questions_without_any_picture_are_pointed_out(folder, caplog, column, warned):
+    Dataset.from_dict({"question": ["is it red ?"], "image": [None], "answer": ["no"]}).save_to_disk("blind")
+    load_questions("blind", "test", image_column=column)
+    assert ("No question of 'blind' has a picture" in caplog.text) == warned
 
 
 def test_lists_in_a_csv_file_are_json_text(folder, unloaded):

@@ -62,7 +62,8 @@ def pairs(predictions, references):
                     f"`{name}`[{place}] is {value[0] if name == 'predictions' else given}: a text is missing. Fill it, "
                     "or leave the question out of all columns."
                 )
-        yield prediction, accepted
+        # A blank text among others would make no answer a right one.
+        yield prediction, [text for text in accepted if text.strip()] or accepted
 
 
 def similarity(prediction, reference, threshold):
