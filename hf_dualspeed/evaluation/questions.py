@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 from PIL import Image
-from rich.progress import track
+from rich.progress import Progress
 from transformers import ProcessorMixin
 
 from ..data.conversations import sample_name
@@ -81,19 +81,21 @@ def load_questions(
     whole = load_examples(name, split=split, image_folder=image_folder, image_column=image_column)
     dataset = first_rows(whole, limit)
     table, messages, media, opened = [], [], [], set()
-    rows = track(_rows(dataset, Path(name)), "checking the questions", len(dataset), transient=True)
-    for index, row in enumerate(rows):
-        try:
-            sample, right = question_and_answers(row)
-            if processor is not None:
-                prompt_text(processor, sample, sample_name(row))
-            media.append(_media_hashes(sample, opened))
-            options = given_texts(row.get("options"), "options") or None
-        except (*IMAGE_ERRORS, TypeError) as error:
-            columns = ", ".join(dataset.column_names)
-            raise ValueError(f"Row {index} of {name!r} (columns: {columns}) cannot be evaluated: {error}") from error
-        messages.append(hash_of(sample["messages"]))
-        table.append(_entry(index, row, sample["messages"], right, options))
+    # Not `track`: its generator would be closed, and its threads joined, whenever the error is forgotten.
+    with Progress(transient=True) as progress:
+        task = progress.add_task("checking the questions", total=len(dataset))
+        for index, row in enumerate(_rows(dataset, Path(name))):
+            try:
+                sample, right = question_and_answers(row)
+                if processor is not None:
+                    prompt_text(processor, sample, sample_name(row))
+                media.append(_media_hashes(sample, opened))
+                table.append(_entry(index, row, sample["messages"], right))
+            except (*IMAGE_ERRORS, TypeError) as error:
+                where = f"Row {index} of {name!r} (columns: {', '.join(dataset.column_names)})"
+                raise ValueError(f"{where} cannot be evaluated: {error}") from error
+            messages.append(hash_of(sample["messages"]))
+            progress.advance(task)
     if not any(media) and image_column != []:
         logger.warning("No question of %r has a picture: all are asked of text alone.", name)
     part = f"first {len(dataset)}" if len(dataset) < len(whole) else None
@@ -126,9 +128,10 @@ def _written(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def _entry(index: int, row: dict, messages: list[dict], right: list[str], options: list[str] | None) -> dict[str, Any]:
+def _entry(index: int, row: dict, messages: list[dict], right: list[str]) -> dict[str, Any]:
     asked = row.get("question") or " ".join(part["text"] for part in messages[-1]["content"] if part.get("text"))
     name = None if row.get("id") is None else str(row["id"])
+    options = given_texts(row.get("options"), "options") or None
     return {"index": index, "id": name, "question": asked, "references": right, "options": options}
 
 
