@@ -7,7 +7,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -183,14 +184,16 @@ def prompts_of(evaluation: Evaluation, view: View, model: PreTrainedModel) -> Pr
     return PrunedPrompts(model, view.pruner.to(model.device), isolator, seed=evaluation.options.seed, **settings)
 
 
-def keep(store: Predictions, table: list[dict[str, Any]], batches: Iterator[list[str]]) -> None:
+def keep(store: Predictions, table: list[dict[str, Any]], batches: Generator[list[str], None, None]) -> None:
     """Stores each batch of answers as it comes, with the seconds per answer."""
     began = time.perf_counter()
-    for texts in batches:
-        seconds = round((time.perf_counter() - began) / len(texts), 6)
-        asked = table[len(store.rows) : len(store.rows) + len(texts)]
-        store.append([{**one, "prediction": text, "seconds": seconds} for one, text in zip(asked, texts, strict=True)])
-        began = time.perf_counter()
+    with closing(batches):  # the progress bar's threads end here, whatever fails
+        for texts in batches:
+            seconds = round((time.perf_counter() - began) / len(texts), 6)
+            asked = table[len(store.rows) : len(store.rows) + len(texts)]
+            rows = [{**one, "prediction": text, "seconds": seconds} for one, text in zip(asked, texts, strict=True)]
+            store.append(rows)
+            began = time.perf_counter()
     store.finish()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def answers_in_batches(
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     start: int = 0,
     description: str = "evaluating",
-) -> Iterator[list[str]]:
+) -> Generator[list[str], None, None]:
     """Yields the answers of each batch, in the order of the rows.
 
     The arguments are those of [`answer_accuracy`], and `start` is the first row to answer.
