@@ -124,14 +124,17 @@ def find_checkpoint(
     folder = Path(name) if Path(name).is_dir() else None
     if folder is None and not is_repo_id(name):
         raise FileNotFoundError(f"`checkpoint` is {name!r}, which is neither a folder nor a Hub repo 'user/name'.")
-    # Where both are there, transformers too loads the adapter's base model.
-    found, base, base_commit = _file(name, ADAPTER_CONFIG_NAME), None, None
-    if found is not None:
-        config = json.loads(found.read_text(encoding="utf-8"))
+    found, base, base_commit = _file(name, CONFIG_NAME), None, None
+    try:
+        adapter = _file(name, ADAPTER_CONFIG_NAME)
+    except ConnectionError:  # without the Hub, it is not known that a model in the cache is no adapter
+        if found is None:
+            raise
+        adapter = None
+    if adapter is not None:  # where both are there, transformers too loads the adapter's base model
+        found, config = adapter, json.loads(adapter.read_text(encoding="utf-8"))
         base = str(config["base_model_name_or_path"])
         base_commit = None if Path(base).is_dir() else _base_commit(name, base, config.get("revision"))
-    else:
-        found = _file(name, CONFIG_NAME)
     if found is None:
         raise ValueError(f"{name!r} holds no checkpoint: neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} is there.")
     commit = None if folder is not None else found.parent.name  # the Hub's cache has a folder per commit

@@ -297,6 +297,15 @@ def test_a_checkpoint_on_the_hub(folder, hub, asked, caplog):
     assert "checkpoint commit was 'tester/run@" in caplog.text
 
 
+def test_a_cached_checkpoint_needs_no_hub(folder, hub, asked, monkeypatch):
+    hub.put("tester/run", {path.name: path.read_bytes() for path in Path("run").iterdir()})
+    evaluate(checkpoint="tester/run")
+    asked.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert evaluate("--max_new_tokens", "2", checkpoint="tester/run") == 0
+    assert len(asked) == 4
+
+
 def test_adapters_answer_on_top_of_their_base(folder):
     peft = pytest.importorskip("peft")
     model = AutoModelForImageTextToText.from_pretrained("run")
