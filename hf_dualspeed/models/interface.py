@@ -120,6 +120,7 @@ class Encoder:
         token_id (`int`, *optional*): the placeholder.
         owner (`nn.Module`, *optional*): the module that has the encoder.
         method (`str`): the encoder's name.
+        arguments (`tuple[str, ...]`): names of the encoder's arguments.
     """
 
     modality: Modality
@@ -127,6 +128,7 @@ class Encoder:
     token_id: int | None
     owner: nn.Module | None
     method: str
+    arguments: tuple[str, ...] = ()
 
     @property
     def missing(self) -> bool:
@@ -200,12 +202,14 @@ class ModelInterface:
     def _encoder(self, modality: Modality) -> Encoder:
         family, token_id = family_of(self.config, modality.name), placeholder_id(self.config, modality)
         if family.encode is not None:
-            return Encoder(modality, family, token_id, getattr(self.outer, "model", self.outer), "")
+            owner = getattr(self.outer, "model", self.outer)
+            return Encoder(modality, family, token_id, owner, "", argument_names(family.encode)[1:])
         # Some models encode videos with the image encoder.
         methods = [modality.method, *([MODALITIES[0].method] if modality.name == "video" else [])]
         found = ((self.owner_of(method), method) for method in methods)
         owner, method = next((pair for pair in found if pair[0] is not None), (None, modality.method))
-        return Encoder(modality, family, token_id, owner, method)
+        arguments = () if owner is None else argument_names(getattr(owner, method))
+        return Encoder(modality, family, token_id, owner, method, arguments)
 
     def owner_of(self, method: str) -> nn.Module | None:
         """The module that has `method`. The inner model comes first: some outer classes hide its arguments."""

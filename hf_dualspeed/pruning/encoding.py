@@ -22,7 +22,7 @@ from torch import nn
 from ..models.attention import REMEDY, capture_attention
 from ..models.containers import Container, flat_rows, part_lengths, refill
 from ..models.families import Family
-from ..models.interface import Encoder, Modality, ModelInterface, argument_names, modalities_in
+from ..models.interface import Encoder, Modality, ModelInterface, modalities_in
 from ..models.token_layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
 from ..pruners import VisualTokens
 from .instructions import instructions
@@ -271,7 +271,7 @@ def companions_of(output, family: Family) -> dict[str, list[torch.Tensor]]:
 
 def encoder_arguments(encoder: Encoder, inputs: Mapping) -> tuple[dict[str, object], set[str]]:
     """The encoder's arguments, and the names of the inputs that only the encoder reads."""
-    owner, modality, names = encoder.owner, encoder.modality, argument_names(encoder.function)
+    owner, modality, names = encoder.owner, encoder.modality, encoder.arguments
     # The forward reads these from the config, but some encoders have other defaults.
     arguments = {key: getattr(owner.config, key) for key in CONFIGURED if key in names and hasattr(owner.config, key)}
     arguments |= {key: inputs[key] for key in names if key in inputs}

@@ -105,7 +105,8 @@ OURS = {"slow_mode_ratio": 1.0, "isolator_length": 0, "distillation_weight": 0.0
 
 @cache
 def built(family: str = "llava"):
-    return FAMILIES[family].build()
+    with torch.random.fork_rng():  # the first caller must not see other random numbers than later ones
+        return FAMILIES[family].build()
 
 
 @cache
