@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from jinja2 import TemplateError
 from rich.progress import track
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -18,6 +17,7 @@ from ..data.collators import encode
 from ..data.conversations import sample_name, to_messages
 from ..data.labels import check_texts
 from ..data.media import IMAGE_ERRORS, open_image, open_video, shown
+from ..data.rendering import render
 from ..metrics import load_metric
 from ..utils.validation import check_range
 
@@ -136,9 +136,9 @@ def prompt_text(processor: ProcessorMixin, sample: dict[str, list], name: str) -
     """
     check_texts(processor, sample["messages"], name)
     try:
-        return processor.apply_chat_template(sample["messages"], tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"The chat template does not take the sample ({name}): {error}. Change either.") from error
+        return render(processor, sample["messages"], sample["tools"], add_generation_prompt=True)
+    except ValueError as error:
+        raise ValueError(f"The sample ({name}) cannot be asked: {error}") from error
 
 
 def question_and_answers(row: dict[str, Any]) -> tuple[dict[str, list], list[str]]:

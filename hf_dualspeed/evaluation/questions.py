@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from rich.progress import Progress
 from transformers import ProcessorMixin
 
 from ..data.conversations import sample_name
-from ..data.loading import FILE_TYPES, load_examples
+from ..data.files import rows_of
+from ..data.loading import FILE_TYPES, ROW_FILES, load_examples
 from ..data.media import IMAGE_ERRORS, open_image, open_video, source_of
 from .fingerprint import hash_of
 from .generation import first_rows, given_texts, prompt_text, question_and_answers
 
 logger = logging.getLogger(__name__)
 
-# Columns of what is right, which are read from a JSON file itself: `load_examples` makes texts of all that they hold.
+# Columns of what is right, which are read from the rows of a file: `load_examples` makes texts of all that they hold.
 RIGHT = ("answer", "answers", "options")
 
 
@@ -111,21 +112,12 @@ def _label(name: str, split: str) -> tuple[str, str | None]:
 
 
 def _rows(dataset: Dataset, path: Path) -> Iterator[dict[str, Any]]:
-    """The rows, with what is right as a JSON file has it, and classes by their names."""
+    """The rows, with what is right as a file has it, and classes by their names."""
     classes = {key: kind for key in RIGHT if isinstance(kind := dataset.features.get(key), ClassLabel)}
-    written = _written(path) if path.suffix.lower() in (".json", ".jsonl") else None
-    for index, row in enumerate(dataset):
-        if written is not None:
-            row |= {key: written[index].get(key) for key in RIGHT}
+    written = rows_of(path) if path.suffix.lower() in ROW_FILES else repeat({})
+    for row, raw in zip(dataset, written, strict=False):
+        row |= {key: raw[key] for key in RIGHT if key in raw}
         yield row | {key: kind.int2str(row[key]) for key, kind in classes.items() if row[key] is not None}
-
-
-def _written(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON file as they are written."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix.lower() == ".json":
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _entry(index: int, row: dict, messages: list[dict], right: list[str]) -> dict[str, Any]:

@@ -15,8 +15,18 @@ from .cards import TEMPLATES, adopt_card, given_keys, merge_card, render, split_
 
 TEMPLATE = TEMPLATES / "model_card.md.jinja"
 # What a card says only where the results do.
-OPTIONAL = ("accuracy", "adapter", "base_model", "datasets", "eval_dataset", "kept_tokens", "learning_curve")
-OPTIONAL += ("majority_accuracy", "model", "peak_memory", "progress", "pruned_in_language_model", "speedup", "steps")
+OPTIONAL = (
+    "accuracy",
+    "adapter",
+    "base_model",
+    "datasets",
+    "eval_dataset",
+    "eval_part",
+    "kept_tokens",
+    "learning_curve",
+)
+OPTIONAL += ("learning_curve", "majority_accuracy", "model", "peak_memory", "progress", "pruned_in_language_model")
+OPTIONAL += ("speedup", "steps")
 # Front matter keys and lines that PEFT adds to the Hub's card template beside adapters.
 PEFT_KEYS = {"base_model", "library_name", "pipeline_tag", "tags"}
 PEFT_LINES = ("### Framework versions", "- PEFT ", "## Training procedure")
@@ -170,7 +180,9 @@ def _name(results: dict) -> str:
 
 def _eval_results(results: dict) -> list[EvalResult] | None:
     """Results for the Hub's widget: those on a data set with a known name."""
-    measured = {**_metrics(results), "accuracy": results.get("accuracy")} if results.get("eval_dataset") else {}
+    measured = _metrics(results) if results.get("eval_dataset") else {}
+    if results.get("eval_dataset") and not results.get("eval_part"):
+        measured["accuracy"] = results.get("accuracy")
     names = {"accuracy": "Accuracy with all visual tokens"}
     rows = [
         (
@@ -185,7 +197,7 @@ def _eval_results(results: dict) -> list[EvalResult] | None:
     rows += [
         (one["dataset"], one.get("split"), one["metric"], f"{one['metric']} with {_seen(one)}", one["value"])
         for one in results.get("evaluations", [])
-        if not one.get("part")  # the Hub would show it as a score of the whole data set
+        if not one.get("part")  # as above: the Hub would show it as a score of the whole data set
     ]
     return [
         EvalResult(

@@ -27,6 +27,7 @@ OF_WEIGHTS = (
     "majority_accuracy",
     "eval_dataset",
     "eval_split",
+    "eval_part",
     "evaluation",
     "evaluations",
     "progress",
@@ -45,9 +46,8 @@ MAPPINGS = ("a list of mappings", lambda value: isinstance(value, list))
 # The parts of results.json that a card or a later run reads. {...} is a mapping, whose keys may have a "*"; [{...}] is
 # a list of mappings. Other keys may hold anything.
 SHAPE = {
-    **dict.fromkeys(
-        ("name", "base_model", "date", "license", "eval_dataset", "eval_split", "learning_curve", "kept_tokens"), WORD
-    ),
+    **dict.fromkeys(("name", "base_model", "date", "license", "learning_curve", "kept_tokens"), WORD),
+    **dict.fromkeys(("eval_dataset", "eval_split", "eval_part"), WORD),
     **dict.fromkeys(("accuracy", "majority_accuracy", "n"), NUMBER),
     "datasets": WORDS,
     "tags": WORDS,

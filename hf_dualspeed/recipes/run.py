@@ -82,6 +82,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     if trainer.is_world_process_zero():
         if test is not None and {"answer", "answers"} & set(test.column_names):
             trainer.facts |= _evaluate(recipe, trainer, train, test)
+        elif test is not None:
+            logger.warning("The accuracy is not measured: %r has no column `answer` or `answers`.", recipe.eval_dataset)
         if recipe.card_images:
             trainer.facts |= _picture(recipe, trainer, train if test is None else test)
         trainer.create_model_card()
@@ -203,9 +205,10 @@ def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
         description="accuracy with all visual tokens",
     )
     found = {"accuracy": answers["accuracy"], "n": answers["n"]}
+    if found["n"] < len(test):
+        found["eval_part"] = f"first {found['n']}"
     if recipe.dataset == recipe.eval_dataset and recipe.dataset in EASY_VQA:
-        asked = test if recipe.eval_limit is None else test.select(range(min(recipe.eval_limit, len(test))))
-        found["majority_accuracy"] = majority_accuracy(train, asked)
+        found["majority_accuracy"] = majority_accuracy(train, test.select(range(found["n"])))
     return found
 
 
