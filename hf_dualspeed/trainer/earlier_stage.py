@@ -64,12 +64,26 @@ def folder_of_fast_view(model: nn.Module) -> Path | None:
                 "trainer.dual_forward.pruner.load_weights(folder).",
                 name,
             )
-    folders.append(Path(getattr(ModelInterface(model).outer, "name_or_path", "") or ""))
-    return next((folder for folder in folders if any((folder / name).is_file() for name in FAST_VIEW)), None)
+    found = next((folder for folder in folders if holds_fast_view(folder)), None)
+    if found is not None:
+        return found
+    outer = ModelInterface(model).outer
+    commit = getattr(outer.config, "_commit_hash", None)
+    # Most models have no fast view, so it is no news if the Hub cannot be asked.
+    folder = local_folder(Origin(getattr(outer, "name_or_path", "") or "", commit), logging.INFO)
+    return folder if holds_fast_view(folder) else None
 
 
-def local_folder(origin: Origin) -> Path:
-    """The folder of an adapter; if it is from the Hub, the one in the cache, with isolator and pruner."""
+def holds_fast_view(folder: Path) -> bool:
+    """Whether a pruner or an isolator is saved in `folder`."""
+    return any((folder / name).is_file() for name in FAST_VIEW)
+
+
+def local_folder(origin: Origin, level: int = logging.WARNING) -> Path:
+    """The folder of an adapter or a model; if it is from the Hub, the one in the cache, with isolator and pruner.
+
+    What cannot be read is logged at `level`.
+    """
     folder = Path(origin.name)
     if folder.is_dir() or not is_repo_id(origin.name):
         return folder
@@ -80,9 +94,10 @@ def local_folder(origin: Origin) -> Path:
         except EntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            logger.warning(
+            logger.log(
+                level,
                 "Isolator and learned pruner of %s start anew, because %s cannot be read: %s Download the repo, and "
-                "load the adapter from the folder.",
+                "load it from the folder.",
                 source,
                 name,
                 one_line(error),

@@ -120,6 +120,26 @@ def test_adapters_from_the_hub(tmp_path, stages, hub):  # noqa: F811
     assert torch.equal(second.dual_forward.isolator.prompt, fast_view(stages / "first")[0])
 
 
+def test_a_model_from_the_hub(tmp_path, hub, caplog):  # noqa: F811
+    from huggingface_hub import HfApi
+
+    first = make(tmp_path / "first", slow_mode_ratio=0.0, max_steps=2)
+    first.train()
+    first.save_model()
+    HfApi().create_repo(f"{USER}/whole")
+    HfApi().upload_folder(repo_id=f"{USER}/whole", folder_path=tmp_path / "first")
+    model = AutoModelForImageTextToText.from_pretrained(f"{USER}/whole")
+    second = make(tmp_path / "second", model=model)
+    assert torch.equal(second.dual_forward.isolator.prompt, first.dual_forward.isolator.prompt)
+    # A plain model starts anew, without a word.
+    HfApi().delete_files(f"{USER}/whole", ["mode_isolator.safetensors", "pruner_config.json"])
+    model = AutoModelForImageTextToText.from_pretrained(f"{USER}/whole", force_download=True)
+    with caplog.at_level(logging.WARNING):
+        third = make(tmp_path / "third", model=model)
+    assert "anew" not in caplog.text
+    assert not torch.equal(third.dual_forward.isolator.prompt, first.dual_forward.isolator.prompt)
+
+
 def test_a_second_trainer_of_the_same_model_goes_on(tmp_path, stages, caplog):
     model = loaded(stages)
     make(tmp_path, model=model, **PRUNER)  # trains nothing
