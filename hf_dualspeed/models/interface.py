@@ -54,10 +54,12 @@ RAW_KEYS = tuple(key for modality in MODALITIES for key in modality.raw)
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside the wrappers of PEFT and distributed training."""
     while True:
-        if hasattr(model, "get_base_model"):
+        if "module" in model._modules:  # DDP's, FSDP's and DeepSpeed's wrappers, which pass on other names
+            model = model.module
+        elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-            model = model.module if hasattr(model, "module") else model._orig_mod
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
         else:
             return model
 
