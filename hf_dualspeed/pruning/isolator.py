@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
+from ..utils.devices import gathered
 
 
 class ModeIsolator(nn.Module):
@@ -26,6 +27,7 @@ class ModeIsolator(nn.Module):
 
     def __init__(self, length: int, hidden_size: int, std: float = 0.02):
         super().__init__()
+        self.length, self.hidden_size = length, hidden_size  # ZeRO-3 leaves the prompt no shape between passes
         self.prompt = nn.Parameter(torch.randn(length, hidden_size) * std)
 
     @classmethod
@@ -34,14 +36,10 @@ class ModeIsolator(nn.Module):
         # Width D and scale of the token embeddings, (V, D).
         weight = model.get_input_embeddings().weight
         text = model.config.get_text_config()
-        # ZeRO-3's partitioned parameters are empty here and quantized ones hold codes: take the config's initial scale.
-        known = weight.numel() and weight.is_floating_point()
-        std = weight.detach().float().std().item() if known else text.initializer_range
+        # Quantized weights hold codes: take the config's initial scale.
+        with gathered([weight]):
+            std = weight.detach().float().std().item() if weight.is_floating_point() else text.initializer_range
         return cls(length, text.hidden_size, std).to(weight.device, trained_dtype(model))
-
-    @property
-    def length(self) -> int:
-        return self.prompt.shape[0]
 
     def forward(self) -> torch.Tensor:
         """The prompt, `(l, D)`. Called as a module, because sharded training gathers parameters in module calls."""
@@ -64,9 +62,9 @@ class ModeIsolator(nn.Module):
                 f"No {ISOLATOR_WEIGHTS_NAME} in {str(folder)!r}: it was saved without a mode isolator."
             )
         prompt = load_file(path)["prompt"]
-        if prompt.shape != self.prompt.shape:
+        if prompt.shape != (self.length, self.hidden_size):
             raise ValueError(
-                f"`isolator_length` is {self.length} (width {self.prompt.shape[1]}), but {str(folder)!r} holds an "
+                f"`isolator_length` is {self.length} (width {self.hidden_size}), but {str(folder)!r} holds an "
                 f"isolator of length {prompt.shape[0]} (width {prompt.shape[1]}). "
                 f"Set isolator_length={prompt.shape[0]}, or start from a checkpoint without {ISOLATOR_WEIGHTS_NAME}."
             )
@@ -74,7 +72,7 @@ class ModeIsolator(nn.Module):
             self.prompt.copy_(prompt)
 
     def extra_repr(self) -> str:
-        return f"length={self.length}, hidden_size={self.prompt.shape[1]}"
+        return f"length={self.length}, hidden_size={self.hidden_size}"
 
 
 def trained_dtype(model: nn.Module) -> torch.dtype:

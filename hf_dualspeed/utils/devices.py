@@ -1,6 +1,9 @@
-"""Transfers between devices and the host."""
+"""Transfers between devices and the host, and of what several devices share."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -16,3 +19,13 @@ def synchronize(device: torch.device) -> None:
     """Waits until an accelerator has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+def gathered(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager:
+    """Makes parameters whole that DeepSpeed's ZeRO-3 has partitioned; all ranks enter it together."""
+    parameters = list(parameters)
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters(parameters)

@@ -33,3 +33,12 @@ def test_isolator_has_the_models_width_and_scale_and_round_trips(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No mode_isolator\.safetensors"):
         other.load_pretrained(tmp_path / "elsewhere")
     assert saved_length(tmp_path / "elsewhere") is None
+
+
+def test_isolator_knows_its_size_where_its_prompt_is_partitioned(tmp_path):
+    ModeIsolator(4, 8).save_pretrained(tmp_path)
+    isolator = ModeIsolator(3, 8)
+    isolator.prompt.data = torch.empty(0)  # as ZeRO-3 leaves it between passes
+    assert (isolator.length, isolator.extra_repr()) == (3, "length=3, hidden_size=8")
+    with pytest.raises(ValueError, match=r"`isolator_length` is 3 \(width 8\), .* length 4"):
+        isolator.load_pretrained(tmp_path)
