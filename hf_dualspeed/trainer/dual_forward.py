@@ -102,6 +102,7 @@ class PassState:
     targets: torch.Tensor | None = None
     teacher_logits: torch.Tensor | None = None
     auxiliary_loss: torch.Tensor | None = None
+    zero: torch.Tensor | None = None  # depends on parameters that the pass may not use; made early under DeepSpeed
     layers: LayerPass | None = None
     key_sizes: KeySizes | None = None
     model: weakref.ref | None = None  # a plain reference would make the model its own submodule
@@ -136,6 +137,7 @@ class DualForward(nn.Module):
         self.trained = False  # in fast passes, here or in the one whose weights it has
         self._handles: list = []
         self._adapters: dict[str, list[str]] = {}
+        self._in_order = False
         self._pass: PassState | None = None
         self.run_as_trained(nullcontext, None)
 
@@ -200,6 +202,22 @@ class DualForward(nn.Module):
             handle.remove()
         self._handles = []
 
+    def enter_last(self, model: nn.Module) -> None:
+        """Runs the hook before the forward behind DeepSpeed's, which were added later and begin a pass of ZeRO-3.
+
+        From then on ZeRO-3 gathers the fast view's parameters for the whole pass. ZeRO-1 and 2 add up the gradients of
+        all ranks in the order in which they come, so it becomes the same whatever a rank's batch holds.
+        """
+        self._in_order = True
+        self._handles[0].remove()
+        self._handles[0] = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        partitioned = [parameter for parameter in self.parameters() if hasattr(parameter, "ds_id")]
+        if partitioned:
+            from deepspeed import zero
+
+            for parameter in partitioned:
+                zero.register_external_parameter(model, parameter)
+
     def reserve_adapters(self, model: nn.Module, fast_only: set[str]) -> None:
         """Reserves PEFT adapters for the fast view if all of their trainable parameters are in `fast_only`."""
         if not hasattr(model, "peft_config"):
@@ -260,6 +278,7 @@ class DualForward(nn.Module):
         # Keep the counts, free the memory.
         state.batch = state.key_sizes = state.supervised = None
         state.targets = state.teacher_logits = state.auxiliary_loss = None
+        state.zero = None
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict):
         """The hook before the model's forward: replaces its inputs by those of the pass."""
@@ -288,6 +307,9 @@ class DualForward(nn.Module):
         # Forget what the call for the previous part left.
         self._close_layers(state)
         self._sizes_of_keys(state).set(None)
+        # ZeRO: before all else, so that backward comes to these last. Until then it holds back gradients from elsewhere.
+        if self._in_order:
+            state.zero = self._zero(model, state)
         # A slow pass that does not need the encoded tokens leaves encoding to the model's own forward.
         encoded_here = state.mode == FAST or state.distil or state.parts > 1 or state.served is not None
         inputs, encodings = self._encoded(kwargs, state) if encoded_here else (kwargs, [])
@@ -418,14 +440,8 @@ class DualForward(nn.Module):
         # A zero that connects trainable parameters outside of the logits' graph to the loss.
         if state.batch is not None:  # the last part connects to the encoder, even without an image of its own
             zero = sum((end.flatten()[:0].sum() for end in state.batch.ends), zero)
-        touched, unused = list(self._touched(model, state)), list(self._unused(model, state))
-        if self.sharded:
-            touched += unused
-        elif unused:
-            zero = Unused.apply(zero, *unused)
-        # Sums of no elements: the sum of a parameter could overflow in half precision, and inf * 0 is NaN.
-        zero = sum((p.flatten()[:0].sum() for p in touched), zero)
-        part = max(state.part, 0)
+        zero = self._zero(model, state, zero) if state.zero is None else zero + state.zero
+        state.zero, part = None, max(state.part, 0)
         output = DualSpeedOutput(zero, logits, targets, teacher, auxiliary, balance, hidden, part)
         return self._with_loss(output, state)
 
@@ -450,6 +466,16 @@ class DualForward(nn.Module):
         with self.autocast():  # the head runs outside the model's call
             return self.fused_head.cross_entropy(logits, targets, label_smoothing)
 
+    def _zero(self, model: nn.Module, state: PassState, zero: torch.Tensor | float = 0.0) -> torch.Tensor | float:
+        """`zero`, connected to the trainable parameters that this pass does not use."""
+        touched, unused = list(self._touched(model, state)), list(self._unused(state))
+        if self.sharded:
+            touched += unused
+        elif unused:
+            zero = Unused.apply(zero, *unused)
+        # Sums of no elements: the sum of a parameter could overflow in half precision, and inf * 0 is NaN.
+        return sum((p.flatten()[:0].sum() for p in touched), zero)
+
     def _touched(self, model: nn.Module, state: PassState) -> Iterator[torch.Tensor]:
         """The trainable parameters of the fast view in a slow pass.
 
@@ -461,15 +487,16 @@ class DualForward(nn.Module):
         if self._adapters and state.mode == SLOW:
             reserved = set(self._adapters[FAST]) - set(self._adapters[SLOW])
             names = tuple(f".{adapter}." for adapter in reserved)
-            yield from (p for n, p in model.named_parameters() if p.requires_grad and any(a in n for a in names))
+            reserved = (p for n, p in model.named_parameters() if p.requires_grad and any(a in n for a in names))
+            yield from (p for p in reserved if not hasattr(p, "ds_id"))
 
-    def _unused(self, model: nn.Module, state: PassState) -> Iterator[torch.Tensor]:
+    def _unused(self, state: PassState) -> Iterator[torch.Tensor]:
         """Trainable parameters that this batch does not reach."""
         if state.mode == FAST:  # a batch may have no images
             yield from self._of_fast_view()
-        # Vision parameters, if the batch has no input for some tower. FSDP's shards are not gathered here.
-        if any(not modalities & state.modalities for modalities in self._sharing):
-            yield from (p for p in visual_parameters(self.interface.outer) if not isinstance(p, DTensor))
+        # Vision parameters, if the batch has no input for some tower. Shards are not gathered here.
+        if self._in_order or any(not modalities & state.modalities for modalities in self._sharing):
+            yield from (p for p in visual_parameters(self.interface.outer) if not is_shard(p))
 
     def drop_gradients(self) -> None:
         """Sets `.grad` of all that only images and other media reach to None."""
@@ -487,6 +514,11 @@ def visual_parameters(outer: nn.Module) -> Iterator[nn.Parameter]:
     """The trainable parameters outside of the language model: those of towers and projectors."""
     language = {id(p) for part in language_parts(outer) for p in part.parameters()}
     return (p for p in outer.parameters() if p.requires_grad and id(p) not in language)
+
+
+def is_shard(parameter: nn.Parameter) -> bool:
+    """Whether this process may hold no more than a shard of the parameter: under FSDP2 or ZeRO-3."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
 class Unused(torch.autograd.Function):
