@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
@@ -16,6 +17,7 @@ from ..models.adapters import load_adapters
 from ..pruning.isolator import save_isolator, saved_length
 from ..publishing.model_card import kept_card
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.devices import gathered
 from .dual_forward import NAME
 
 
@@ -24,7 +26,7 @@ class CheckpointMixin:
 
     def _save(self, output_dir=None, state_dict=None):
         # Sharded training passes the gathered weights, which include the isolator's.
-        gathered = {k.removeprefix(f"{NAME}."): v for k, v in (state_dict or {}).items() if k.startswith(f"{NAME}.")}
+        whole = {k.removeprefix(f"{NAME}."): v for k, v in (state_dict or {}).items() if k.startswith(f"{NAME}.")}
         if state_dict is None and getattr(self.model, "peft_config", None):
             state_dict = self.model.state_dict()
         if state_dict is not None:  # PEFT selects weights by pattern and would save a learned pruner's biases
@@ -32,20 +34,24 @@ class CheckpointMixin:
         folder = output_dir or self.args.output_dir
         with interrupts_deferred(), kept_card(Path(folder)) if self.args.should_save else nullcontext():
             super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            parts = gathered or self.dual_forward.state_dict()
-            prefix = "pruner."
-            learned = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
-            self._pruner.save_pretrained(folder, learned)
-            prompt = parts.get("isolator.prompt")
-            if prompt is not None:
-                save_isolator(prompt, folder)
-            # Delete files of an earlier run with other settings.
-            for name, belongs in ((PRUNER_WEIGHTS_NAME, learned), (ISOLATOR_WEIGHTS_NAME, prompt is not None)):
-                if not belongs:
-                    (Path(folder) / name).unlink(missing_ok=True)
-            if self.state.global_step and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
-                self.write_results(folder)
+        with gathered(self.dual_forward.parameters()):  # ZeRO-3 may pass no weights
+            if self.args.should_save:
+                self._save_fast_view(folder, whole or self.dual_forward.state_dict())
+
+    def _save_fast_view(self, folder, parts: dict[str, torch.Tensor]) -> None:
+        """Saves isolator and pruner, whose weights are `parts`, and the run's results."""
+        prefix = "pruner."
+        learned = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
+        self._pruner.save_pretrained(folder, learned)
+        prompt = parts.get("isolator.prompt")
+        if prompt is not None:
+            save_isolator(prompt, folder)
+        # Delete files of an earlier run with other settings.
+        for name, belongs in ((PRUNER_WEIGHTS_NAME, learned), (ISOLATOR_WEIGHTS_NAME, prompt is not None)):
+            if not belongs:
+                (Path(folder) / name).unlink(missing_ok=True)
+        if self.state.global_step and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+            self.write_results(folder)
 
     def _save_checkpoint(self, model, trial):
         self.add_up()

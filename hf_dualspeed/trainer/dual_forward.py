@@ -307,7 +307,7 @@ class DualForward(nn.Module):
         # Forget what the call for the previous part left.
         self._close_layers(state)
         self._sizes_of_keys(state).set(None)
-        # ZeRO: before all else, so that backward comes to these last. Until then it holds back gradients from elsewhere.
+        # ZeRO: before all else, so that backward comes to these last. Until then it holds back other gradients.
         if self._in_order:
             state.zero = self._zero(model, state)
         # A slow pass that does not need the encoded tokens leaves encoding to the model's own forward.
