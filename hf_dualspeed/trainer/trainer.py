@@ -25,6 +25,7 @@ from .adaptive_schedule import AdaptiveSchedule, adaptive_schedule_of
 from .batch_splitting import can_be_split
 from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
+from .deepspeed_engine import DeepSpeedMixin
 from .dual_forward import EVALUATION, NAME, DualForward, DualSpeedOutput
 from .earlier_stage import folder_of_fast_view, holds_weights_of, take_over
 from .fused_loss import check_liger_kernel, fused_head
@@ -57,7 +58,7 @@ if find_spec("peft") is not None:  # which the Trainer has imported by now
 SMALL = 1.25
 
 
-class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, LengthGroupingMixin):
+class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvaluationMixin, LengthGroupingMixin):
     """What DualSpeed adds to a `Trainer`; put it before any subclass of [`~transformers.Trainer`].
 
     Fast steps train on the mode isolator and pruned visual tokens. Slow steps train on all visual tokens, with the
@@ -187,6 +188,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
         """
         args = self.args
         check_optimizer(self.optimizer, self.dual_forward)
+        self.check_deepspeed()
         if args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             check_ddp(args)
         if args.slow_mode_splits != 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -398,7 +400,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, PlainEvaluationMixin, Leng
                 break
             except torch.OutOfMemoryError as error:
                 # Retry with recomputation, unless that loses gradients of earlier micro-batches or other ranks wait.
-                alone = self.accelerator.num_processes == 1 and not self._micro[1]
+                alone = self.accelerator.num_processes == 1 and not (self._micro[1] or self.is_deepspeed_enabled)
                 self.selective_checkpointing.retries(error, small, alone)
             # Outside of `except`, because the error keeps the failed attempt's tensors alive.
             restore()

@@ -69,6 +69,18 @@ def test_where_memory_runs_short_fast_steps_recompute(tmp_path, short_memory, ca
     )
 
 
+def test_an_engine_of_deepspeed_does_not_run_a_failed_pass_again(tmp_path, monkeypatch):
+    trainer, _ = watched(tmp_path)
+
+    def full(*_):
+        trainer.is_deepspeed_enabled = True  # its engine may hold gradients of the failed attempt
+        raise torch.OutOfMemoryError("no room.")
+
+    monkeypatch.setattr(trainer.model.model.language_model.layers[1].mlp, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError, match="set fast_mode_checkpointing=True"):
+        trainer.train()
+
+
 def test_the_failed_pass_is_gone_before_the_next(tmp_path, monkeypatch):
     trainer, _ = watched(tmp_path)
     layer, held, alive = trainer.model.model.language_model.layers[1], [], []
