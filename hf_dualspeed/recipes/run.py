@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.checking import DataReport, check_samples, without_rows
@@ -228,7 +229,8 @@ def _whole_model(trainer: DualSpeedTrainer, recipe: RecipeArguments):
     """The trained model, with all parameters in this process."""
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return trainer.accelerator.unwrap_model(trainer.model)
-    # One process holds only shards, so the saved model is loaded.
+    # One process holds only shards, so the saved model is loaded; under ZeRO-3 it would be partitioned over all.
+    unset_hf_deepspeed_config()
     saved = AutoModelForImageTextToText.from_pretrained(
         trainer.args.output_dir, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
     )
