@@ -9,7 +9,8 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart demo chromium compare ablation cards bench bench-gpu conformance test test-min lint
+.PHONY: help quickstart demo chromium compare ablation cards bench bench-gpu conformance test test-min test-deepspeed \
+	lint
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
@@ -22,6 +23,7 @@ help:
 	@echo "make conformance check every model family and write docs/supported_models.md"
 	@echo "make test        run the tests"
 	@echo "make test-min    run them on the lowest versions that pyproject.toml allows"
+	@echo "make test-deepspeed installs DeepSpeed and tests ZeRO with two processes on a CPU (minutes)"
 	@echo "make lint        check style and formatting"
 
 $(STAMP): constraints.txt
@@ -102,6 +104,11 @@ test: $(STAMP) chromium
 
 test-min: $(MIN_STAMP) chromium
 	.venv-min/bin/python -m pytest $(WORKERS) -m "not slow and not gpu"
+
+# On a CPU it needs none of the kernels that it could compile.
+test-deepspeed: $(STAMP)
+	DS_BUILD_OPS=0 $(BIN)/pip install -c constraints.txt -e ".[deepspeed]"
+	$(BIN)/python -m pytest tests/trainer/test_deepspeed.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
