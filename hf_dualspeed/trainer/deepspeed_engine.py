@@ -61,6 +61,10 @@ class DeepSpeedMixin:
             self.mode_parameters.zero_gradients(lambda: self.dual_forward.mode)
             self.dual_forward.enter_last(self.model)
             self._needs_images = self._loses_gradients()
+            # Under ZeRO-3, transformers 5.23 also remembers renamings that it did not use, which saving would undo.
+            model = unwrap(self.model)
+            if getattr(model, "_weight_conversions", None) is not None:
+                model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]
         return prepared
 
     def training_step(self, model, inputs, num_items_in_batch=None):
