@@ -58,6 +58,10 @@ class CheckpointMixin:
         with interrupts_deferred():
             super()._save_checkpoint(model, trial)
 
+    def _save_optimizer_and_scheduler(self, output_dir):
+        with filled_states(self.optimizer) if self.is_fsdp_enabled else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_isolator(resume_from_checkpoint, self.args.isolator_length)
         if not (self._load_plain(resume_from_checkpoint) or self._load_adapters(resume_from_checkpoint)):
@@ -97,6 +101,40 @@ class CheckpointMixin:
         if self.dual_forward.isolator is not None:
             self.dual_forward.isolator.load_pretrained(folder)
         self._pruner.load_weights(folder)
+
+
+@contextmanager
+def filled_states(optimizer) -> Iterator[None]:
+    """Gives parameters that no step has updated yet, such as the isolator before the first fast step, a state of zeros.
+
+    torch cannot resume a sharded optimizer without, and does the same where it loads one. A step at a learning rate of
+    0 makes the state; it is gone afterwards, because some optimizers treat a first step in a special way.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    trained = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
+    missing = [p for p in trained if not inner.state.get(p)]
+    if missing:
+        gradients, rates = [p.grad for p in trained], [group["lr"] for group in inner.param_groups]
+        for parameter in trained:
+            parameter.grad = None
+        for parameter in missing:
+            parameter.grad = torch.zeros_like(parameter)
+        for group in inner.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+        type(inner).step(inner)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for parameter in missing:
+            for value in inner.state[parameter].values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+    try:
+        yield
+    finally:
+        for parameter in missing:
+            inner.state.pop(parameter, None)
 
 
 def check_isolator(folder: str | Path, length: int) -> None:

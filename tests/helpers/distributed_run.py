@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--by-length", action="store_true", help="group samples by lengths that the data set has")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--max-steps", type=int, default=6)
+    parser.add_argument("--slow-warmup", type=int, default=0, help="the first steps, which are slow")
     parser.add_argument("--save-steps", type=int, default=3)
     parser.add_argument("--speedup-rounds", type=int, default=0)
     parser.add_argument("--pruner", default="divprune")
@@ -136,6 +137,7 @@ def main() -> None:
         max_steps=options.max_steps,
         speedup_rounds=options.speedup_rounds,
         slow_mode_ratio=0.5,
+        slow_warmup_steps=options.slow_warmup,
         mode_schedule="adaptive" if options.adaptive else "random",
         max_slow_mode_ratio=0.9,
         pruner=options.pruner,

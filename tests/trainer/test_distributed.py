@@ -118,6 +118,22 @@ def test_fsdp2_equals_one_process_saves_and_resumes(tmp_path):
     assert_same_training(one, two, alone, resumed)
 
 
+@pytest.mark.distributed
+def test_fsdp2_resumes_from_before_the_first_fast_step(tmp_path):
+    """The optimizer has no state of the isolator yet."""
+    options = ("--batch", "1", "--images", "--slow-warmup", "2", "--save-steps", "2", "--max-steps", "6")
+    whole = run(tmp_path, *options, config=FSDP2)
+    assert whole[0]["modes"][:2] == ["slow", "slow"]
+    assert "fast" in whole[0]["modes"]
+    weights = load_file(tmp_path / "rank0.safetensors")
+    for step in (4, 6):
+        (tmp_path / f"checkpoint-{step}").rename(tmp_path / f"finished-{step}")
+    resumed = run(tmp_path, *options, "--resume", config=FSDP2)
+    assert resumed[0]["history"] == whole[0]["history"]
+    again = load_file(tmp_path / "rank0.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_one_of_two_processes_pushes_at_each_save(tmp_path, hub):  # noqa: F811
