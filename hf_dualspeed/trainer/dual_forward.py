@@ -7,7 +7,7 @@ DeepSpeed wrap. Shapes: B batch, S sequence (shortened in fast passes), M superv
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -159,6 +159,11 @@ class DualForward(nn.Module):
         """
         self.autocast, self.fused_head, self.sharded, self.loss_of = autocast, fused_head, sharded, loss_of
 
+    def tower_runs(self, inputs: Mapping) -> list[int]:
+        """How often a pass over a batch runs each tower: once for each modality."""
+        present = modalities_in(inputs)
+        return [len(modalities & present) for modalities in self._sharing]
+
     @property
     def mode(self) -> str | None:
         """The mode of the current pass, or None."""
@@ -190,7 +195,8 @@ class DualForward(nn.Module):
         self.slices_logits = self.supervised_logits_only and self.interface.slices_logits
         # Modalities that share a tower.
         tower_of = {name: id(tower) for name, tower in self.interface.towers().items()}
-        self._sharing = [{n for n, tower in tower_of.items() if tower == own} for own in set(tower_of.values())]
+        distinct = dict.fromkeys(tower_of.values())  # in one order on all ranks
+        self._sharing = [{name for name, tower in tower_of.items() if tower == own} for own in distinct]
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),

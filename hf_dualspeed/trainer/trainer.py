@@ -341,6 +341,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         mode, progress = self.mode_at(step), step / max(1, self.state.max_steps - 1)
         self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
         self._modalities = self._modalities if self._micro[1] else set()
+        self._check_ranks(inputs)
 
         # Feature cache: stored outputs of a frozen vision tower replace its forward.
         inputs, served = (inputs, None) if self.feature_cache is None else self.feature_cache.taken(inputs)
@@ -357,15 +358,30 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         # Parameters of the other mode do not move: the optimizer skips those without a gradient.
         if self.accelerator.sync_gradients:
             self.mode_parameters.drop_gradients(mode)
-            # Neither do those that no rank has used. Shards got zeros for them; DDP finds them by itself.
-            if self.dual_forward.sharded and not self._is_on_some_rank(len(self._modalities)):
+            # Neither do those that the step has not used. Shards got zeros for them; DDP finds them by itself.
+            if self.dual_forward.sharded and not self.is_deepspeed_enabled and not self._modalities:
                 self.dual_forward.drop_gradients()
         return loss
 
-    def _is_on_some_rank(self, count: int) -> bool:
-        """Whether `count` is above 0 on any rank. Call it on every rank; one where it is not waits for the others."""
-        total = self.accelerator.reduce(torch.tensor(count, device=self.args.device), reduction="sum")
-        return count > 0 or bool(total)
+    def _check_ranks(self, inputs: dict) -> None:
+        """Raises a `ValueError` on all ranks if parameters are sharded and ranks differ in the towers that they run.
+
+        Each rank holds a shard of a tower, so that those that run it would wait for the others for ever. The only wait
+        for the device that is not that of a step's own, and only where parameters are sharded.
+        """
+        zero = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if not self.is_fsdp_enabled and (zero is None or zero.zero_stage != 3):
+            return
+        own = torch.tensor(self.dual_forward.tower_runs(inputs), device=self.args.device)
+        runs = self.accelerator.gather(own[None]).tolist()
+        if any(others != runs[0] for others in runs):
+            without = [rank for rank, counts in enumerate(runs) if not any(counts)]
+            raise ValueError(
+                f"At step {self.state.global_step}, ranks differ in the kinds of media of their batches"
+                f"{f': ranks {without} have none' if without else ''}. Shards of a vision tower are gathered by all "
+                "ranks together. Leave samples without images out (or those of other kinds), sort them into batches of "
+                "their own, or use DDP or ZeRO-2."
+            )
 
     def step_in_mode(self, mode: str, model, inputs, num_items_in_batch=None, progress: float = 1.0, served=None):
         """Forward and backward of a micro-batch in `mode`, at the fraction `progress` of training.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from launching import DDP, FSDP2, assert_same_training, run
+from launching import DDP, FSDP2, assert_same_training, launched, run
 from loopback_hub import USER, hub  # noqa: F401
 from safetensors.torch import load_file
 
@@ -116,6 +116,15 @@ def test_fsdp2_equals_one_process_saves_and_resumes(tmp_path):
     (two / "checkpoint-6").rename(two / "finished")
     resumed = run(two, "--batch", "1", "--images", "--evaluate", "--resume", config=FSDP2)
     assert_same_training(one, two, alone, resumed)
+
+
+@pytest.mark.distributed
+def test_fsdp2_refuses_batches_with_and_without_images(tmp_path):
+    """The rank with an image would wait for the other's shards for ever."""
+    done = launched(tmp_path, "--batch", "1", config=FSDP2)
+    assert done.returncode
+    assert "ranks differ in the kinds of media of their batches: ranks [" in done.stderr
+    assert "use DDP or ZeRO-2" in done.stderr
 
 
 @pytest.mark.distributed
