@@ -188,13 +188,13 @@ class LengthGroupingMixin:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _check_images(self, lengths: SampleLengths) -> None:
-        """Raises a `ValueError` if the model is sharded and grouping would put samples without images together."""
+        """Raises a `ValueError` if parameters are sharded and grouping would put samples without images together."""
         without = 0 if lengths.visual is None else sum(not any(units) for units in lengths.visual)
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and 0 < without < len(lengths):
+        if self.parameters_are_sharded and 0 < without < len(lengths):
             raise ValueError(
                 f"`train_sampling_strategy` is 'group_by_length', which puts the {without} samples without an image "
-                "together, but in sharded training each micro-batch needs one, since all ranks gather the vision tower "
-                "together. Leave these samples out, or set train_sampling_strategy='random'."
+                "together, but under FSDP and ZeRO-3 each micro-batch needs one, since all ranks gather the vision "
+                "tower together. Leave these samples out, or set train_sampling_strategy='random'."
             )
 
     def _lengths_by_mode(self, lengths: SampleLengths) -> dict[str, torch.Tensor]:

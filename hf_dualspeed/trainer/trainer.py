@@ -363,14 +363,19 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
                 self.dual_forward.drop_gradients()
         return loss
 
+    @property
+    def parameters_are_sharded(self) -> bool:
+        """Whether ranks gather parameters together, under FSDP or ZeRO-3."""
+        zero = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3)
+
     def _check_ranks(self, inputs: dict) -> None:
         """Raises a `ValueError` on all ranks if parameters are sharded and ranks differ in the towers that they run.
 
         Each rank holds a shard of a tower, so that those that run it would wait for the others for ever. The only wait
         for the device that is not that of a step's own, and only where parameters are sharded.
         """
-        zero = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if not self.is_fsdp_enabled and (zero is None or zero.zero_stage != 3):
+        if not self.parameters_are_sharded:
             return
         own = torch.tensor(self.dual_forward.tower_runs(inputs), device=self.args.device)
         runs = self.accelerator.gather(own[None]).tolist()

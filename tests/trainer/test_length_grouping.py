@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -454,15 +455,24 @@ def test_samples_that_cannot_be_read_are_named_with_the_remedy(tmp_path):
         trainer.get_train_dataloader()
 
 
-@pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_samples_without_an_image_are_not_put_together_where_each_batch_needs_one(tmp_path, sharded):
-    trainer = make(tmp_path, talks(8))
-    setattr(trainer, sharded, True)
-    with pytest.raises(ValueError, match="puts the [0-9]+ samples without an image together.*'random'"):
-        trainer._get_train_sampler()
-    images = make(tmp_path, talks(8, images=1))
-    setattr(images, sharded, True)
-    assert len(images._get_train_sampler()) == 8
+@pytest.mark.parametrize(("stage", "refused"), [(None, True), (3, True), (2, False)])
+def test_samples_without_an_image_are_not_put_together_where_each_batch_needs_one(tmp_path, stage, refused):
+    def sharded(samples):
+        trainer = make(tmp_path, samples)
+        if stage is None:
+            trainer.is_fsdp_enabled = True
+        else:
+            trainer.is_deepspeed_enabled = True
+            trainer.accelerator.state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+        return trainer
+
+    trainer = sharded(talks(8))
+    if refused:
+        with pytest.raises(ValueError, match="puts the [0-9]+ samples without an image together.*'random'"):
+            trainer._get_train_sampler()
+    else:
+        assert len(trainer._get_train_sampler()) == 8
+    assert len(sharded(talks(8, images=1))._get_train_sampler()) == 8
 
 
 def test_the_ratio_at_the_end_of_training_counts(tmp_path):
