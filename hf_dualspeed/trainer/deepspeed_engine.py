@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..models.components import language_parts
-from ..models.interface import modalities_in, unwrap
+from ..models.interface import modalities_in
 from .checkpoints import check_isolator
 
 # Optimizers that change what belongs to a parameter outside of `step`, or by what all parameters have in common.
@@ -62,7 +62,7 @@ class DeepSpeedMixin:
             self.dual_forward.enter_last(self.model)
             self._needs_images = self._loses_gradients()
             # Under ZeRO-3, transformers 5.23 also remembers renamings that it did not use, which saving would undo.
-            model = unwrap(self.model)
+            model = self.dual_forward.interface.outer
             if getattr(model, "_weight_conversions", None) is not None:
                 model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]
         return prepared
@@ -86,7 +86,7 @@ class DeepSpeedMixin:
         zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
         if zero.get("stage") != 3 or offload(zero).get("device", "none") == "none":
             return False
-        outer = unwrap(self.model)
+        outer = self.dual_forward.interface.outer
         apart = [*language_parts(outer), self.dual_forward]
         others = {id(p) for part in apart for p in part.parameters()}
         visual = any(p.requires_grad and id(p) not in others for p in outer.parameters())
