@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments
 from hf_dualspeed.bench.counters import count_syncs
 from hf_dualspeed.feature_cache import cache as feature_cache
-from hf_dualspeed.feature_cache.cache import FeatureCache, fingerprint, obstacle
+from hf_dualspeed.feature_cache.cache import FeatureCache, feature_cache_of, fingerprint, obstacle
 from hf_dualspeed.feature_cache.store import MARKER, FeatureStore, last_use
 from hf_dualspeed.feature_cache.tower_outputs import assembled
 from hf_dualspeed.feature_cache.units import UNITS, WithImageUnits, units_of
@@ -585,13 +585,10 @@ def test_folders_may_lie_in_the_home(tmp_path, monkeypatch):
         assert args.vision_feature_cache == str(tmp_path / "features")
 
 
-@pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_training_is_refused(tmp_path, name):
+def test_sharded_training_is_refused(tmp_path):
     trainer, _ = cached(tmp_path)
-    trainer.args.vision_feature_cache = str(tmp_path / "cache")
-    setattr(trainer, name, True)
     with pytest.raises(ValueError, match="a sharded tower has to run in all processes.*vision_feature_cache=None"):
-        trainer._follow_arguments()
+        feature_cache_of(str(tmp_path), 1.0, trainer.model, trainer._pruner, "no", separable=False)
 
 
 def test_collators_are_wrapped_for_training_alone_and_pickled(tmp_path):

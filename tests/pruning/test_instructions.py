@@ -16,7 +16,7 @@ from hf_dualspeed.pruning.instructions import instructions
 IGNORED = -100
 
 
-class Wrapped:
+class Wrapped(torch.nn.Module):
     """As much of a model as instructions need."""
 
     class config:  # noqa: N801
@@ -27,7 +27,7 @@ def found(ids, labels=None, mask=None, lengths=(2, 2)) -> list[list[int]]:
     """The instruction's tokens of each image."""
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": None if mask is None else torch.tensor(mask)}
     inputs["labels"] = None if labels is None else torch.tensor(labels)
-    result = instructions(ModelInterface(Wrapped), inputs, 90, list(lengths))
+    result = instructions(ModelInterface(Wrapped()), inputs, 90, list(lengths))
     return [inputs["input_ids"][row][valid].tolist() for row, valid in zip(result.rows, result.valid, strict=True)]
 
 
@@ -67,7 +67,7 @@ def test_packed_samples_do_not_instruct_each_other():
         class config(Wrapped.config):  # noqa: N801
             get_text_config = staticmethod(lambda: None)
 
-    result = instructions(ModelInterface(Model), inputs, 90, [2, 2])
+    result = instructions(ModelInterface(Model()), inputs, 90, [2, 2])
     assert [inputs["input_ids"][0][valid].tolist() for valid in result.valid] == [[11], [12, 13]]
 
 
