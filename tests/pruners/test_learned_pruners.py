@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_models import FAMILIES, batch
 from torch import nn
 from torch.distributions import Gumbel
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import Watch, history, make
 
 from hf_dualspeed import AutoPruner, Pruner, VisualTokens, prune_inputs, register_pruner
@@ -188,6 +189,14 @@ def test_half_precision_weights_and_autocast_compute_in_float32(name, training):
         assert torch.equal(out.positions, expected.positions)
 
 
+class CountedOperators(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_no_wait_for_the_device_and_no_loop_over_images(name, monkeypatch):
     pruner = build(name, pruning_ratio=0.9).train()
@@ -196,9 +205,9 @@ def test_no_wait_for_the_device_and_no_loop_over_images(name, monkeypatch):
         rows = torch.arange(50) < torch.tensor([50] + [40] * (images - 1))[:, None]
         cases = [torch.randn(images, 50, 16), rows, grid(5, 10).expand(images, -1, -1)]
         lengths = [50] + [40] * (images - 1)
-        with torch.profiler.profile() as profile:
+        with CountedOperators() as counted:
             pruner(VisualTokens(cases[0], cases[1], cases[2], lengths=lengths))
-        counts[images] = sum(e.count for e in profile.key_averages() if e.key.startswith("aten::"))
+        counts[images] = counted.calls
     assert counts[16] <= counts[1] * 1.1
     # The meta device has no values: any read of one, any branch on one and any `.item()` raises there. Nor autocast.
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
