@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -201,7 +202,12 @@ def _turns(example: dict[str, Any], name: str) -> list[dict]:
     if filled(question):
         if not isinstance(question, str):
             raise _refused(name, "question", question, "it must be a text. Correct it, or leave the sample out.")
-        right = texts_of(example.get("answer")) or texts_of(example.get("answers"))
+        try:
+            right = given_texts(example.get("answer"), "answer")
+            # A blank answer is none where there are others, as in an evaluation.
+            right = [text for text in right if text.strip()] or given_texts(example.get("answers"), "answers")
+        except ValueError as error:
+            raise ValueError(f"The sample ({name}) cannot be read: {error}") from None
         # Of VQAv2's ten answers, most people's.
         answer = [{"role": "assistant", "content": text} for text, _ in Counter(right).most_common(1)]
         return [{"role": "user", "content": question}, *answer]
@@ -453,7 +459,34 @@ def sample_name(example: dict[str, Any]) -> str:
     return "without id"
 
 
-def texts_of(value: Any) -> list[str]:
-    """One or several texts as a list; takes the text from VQAv2's answer records."""
-    values = [item.get("answer") if isinstance(item, dict) else item for item in _as_list(value)]
-    return [str(item) for item in values if item is not None]
+def given_texts(value: Any, column: str) -> list[str]:
+    """One or several texts of a column as a list.
+
+    It reads a text or number, a list of them, VQAv2's records (`answer`) and SQuAD's (`text`), each as a list of dicts
+    or a dict of lists, options by letter (`{"A": ..., "B": ...}`), and all of these as JSON text; but a text in the
+    column `answer` stays one, whatever it looks like.
+
+    Raises:
+        ValueError: it holds something else, or None (NaN) among others, which would shift letters and shares.
+    """
+    if isinstance(value, str) and column != "answer" and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{column}` is {shown(value)}, which is no JSON: {error}. Write it as JSON.") from None
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if value is None:
+        return []
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, Mapping):
+        letters = list(value) == list(string.ascii_uppercase[: len(value)])
+        record = value.get("answer", value.get("text"))
+        values = list(value.values()) if letters else record if isinstance(record, (list, tuple)) else [record]
+    values = [item.get("answer", item.get("text")) if isinstance(item, Mapping) else item for item in values]
+    # NaN, which stands for nothing in tables, is the value that does not equal itself.
+    if any(not isinstance(item, (str, int, float)) or item != item for item in values):
+        raise ValueError(
+            f"`{column}` is {shown(value)}, which has something among its texts that is none. Give a text or a list of "
+            "texts, and leave out the whole row where one is missing."
+        )
+    return [str(item) for item in values]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import (
+    ClassLabel,
     Dataset,
     DatasetDict,
     Features,
@@ -28,9 +29,9 @@ from .conversations import (
     EXTRA_COLUMNS,
     SOURCES,
     _as_list,
+    given_texts,
     located_parts,
     sample_name,
-    texts_of,
     to_messages,
 )
 from .easy_vqa import DATASETS, load_easy_vqa
@@ -91,7 +92,7 @@ def load_examples(
     if isinstance(dataset, DatasetDict):
         check_choice("split", split, list(dataset))
         dataset = dataset[split]
-    dataset = undecoded(dataset)
+    dataset = _with_class_names(undecoded(dataset))
     if chosen is not None:
         dataset = _only_pictures_of(dataset, chosen)
     else:
@@ -142,6 +143,9 @@ def _samples_of(path: str, image_folder: str, chosen: Sequence[str] | None, stam
 
 def _sample_of(row: dict, name: str, image_folder: str, chosen: Sequence[str] | None) -> dict:
     sample = to_messages(row if chosen is None else _with_pictures_of(row, chosen), name)
+    answer = row.get("answer")
+    if isinstance(answer, (list, dict)) or answer != answer:  # several, or NaN: the column holds one text
+        row = {"answers": answer, **row, "answer": None}
     if sample["videos"]:
         raise ValueError(f"The sample ({name}) names videos, which are not decoded here. Pass a data set of frames.")
     return {
@@ -150,8 +154,16 @@ def _sample_of(row: dict, name: str, image_folder: str, chosen: Sequence[str] | 
         "images": [_json_path(image, image_folder, name) for image in sample["images"]],
         "tools": sample["tools"] and json.dumps(sample["tools"]),
         **{key: None if row.get(key) is None else str(row[key]) for key in EXTRA_COLUMNS},
-        **{key: None if row.get(key) is None else texts_of(row[key]) for key in LIST_COLUMNS},
+        **{key: None if row.get(key) is None else _texts_or_gap(row[key], key) for key in LIST_COLUMNS},
     }
+
+
+def _texts_or_gap(value: Any, column: str) -> list[str | None]:
+    """The texts of a column; of a value that holds something else a gap, which whoever needs the texts refuses."""
+    try:
+        return given_texts(value, column)
+    except ValueError:
+        return [None]
 
 
 def _json_path(image: Any, image_folder: str | Path, name: str) -> str:
@@ -247,6 +259,23 @@ def _undecoded(feature: Any) -> Any:
     if isinstance(feature, dict):
         return {key: _undecoded(value) for key, value in feature.items()}
     return feature
+
+
+def _with_class_names(dataset: Dataset) -> Dataset:
+    """The data set with the names of classes, which are stored as numbers, in columns that are read as texts."""
+    for column in ("question", "answer", "prompt", "completion", *LIST_COLUMNS):
+        kind = _item(dataset.features.get(column))
+        if isinstance(kind, ClassLabel):
+            names = [_names(kind, value) for value in dataset[column]]
+            text = List(Value("string")) if kind != dataset.features[column] else Value("string")
+            dataset = dataset.remove_columns(column).add_column(column, names, feature=text)
+    return dataset
+
+
+def _names(kind: ClassLabel, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_names(kind, item) for item in value]
+    return None if value is None or value < 0 else kind.int2str(value)
 
 
 def _with_paths(dataset: Dataset, image_folder: str | Path | None) -> Dataset:

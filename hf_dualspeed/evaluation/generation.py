@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import string
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.collators import encode
-from ..data.conversations import sample_name, to_messages
+from ..data.conversations import given_texts, sample_name, to_messages
 from ..data.labels import check_texts
-from ..data.media import IMAGE_ERRORS, open_image, open_video, shown
+from ..data.media import IMAGE_ERRORS, open_image, open_video
 from ..data.rendering import render
 from ..metrics import load_metric
 from ..utils.validation import check_range
@@ -177,36 +174,3 @@ def question(row: dict[str, Any]) -> tuple[dict[str, list], list[str]]:
     if not messages:
         raise ValueError(f"The sample ({sample_name(row)}) asks nothing: the assistant's message is its only one.")
     return {**sample, "messages": messages}, right
-
-
-def given_texts(value: Any, column: str) -> list[str]:
-    """One or several texts of a column as a list.
-
-    It reads a text or number, a list of them, VQAv2's records (`answer`) and SQuAD's (`text`), each as a list of dicts
-    or a dict of lists, options by letter (`{"A": ..., "B": ...}`), and all of these as JSON text; but a text in the
-    column `answer` stays one, whatever it looks like.
-
-    Raises:
-        ValueError: it holds something else, or None (NaN) among others, which would shift letters and shares.
-    """
-    if isinstance(value, str) and column != "answer" and value.lstrip().startswith(("[", "{")):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`{column}` is {shown(value)}, which is no JSON: {error}. Write it as JSON.") from None
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    if value is None:
-        return []
-    values = value if isinstance(value, (list, tuple)) else [value]
-    if isinstance(value, Mapping):
-        letters = list(value) == list(string.ascii_uppercase[: len(value)])
-        record = value.get("answer", value.get("text"))
-        values = list(value.values()) if letters else record if isinstance(record, (list, tuple)) else [record]
-    values = [item.get("answer", item.get("text")) if isinstance(item, Mapping) else item for item in values]
-    # NaN, which stands for nothing in tables, is the value that does not equal itself.
-    if any(not isinstance(item, (str, int, float)) or item != item for item in values):
-        raise ValueError(
-            f"`{column}` is {shown(value)}, which has something among its texts that is none. Give a text or a list of "
-            "texts, and leave out the whole row where one is missing."
-        )
-    return [str(item) for item in values]

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from PIL import Image
 from rich.progress import Progress
 from transformers import ProcessorMixin
 
-from ..data.conversations import sample_name
+from ..data.conversations import given_texts, sample_name
 from ..data.files import rows_of
 from ..data.loading import FILE_TYPES, ROW_FILES, load_examples
 from ..data.media import IMAGE_ERRORS, open_image, open_video, source_of
 from .fingerprint import hash_of
-from .generation import first_rows, given_texts, prompt_text, question_and_answers
+from .generation import first_rows, prompt_text, question_and_answers
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +112,10 @@ def _label(name: str, split: str) -> tuple[str, str | None]:
 
 
 def _rows(dataset: Dataset, path: Path) -> Iterator[dict[str, Any]]:
-    """The rows, with what is right as a file has it, and classes by their names."""
-    classes = {key: kind for key in RIGHT if isinstance(kind := dataset.features.get(key), ClassLabel)}
+    """The rows, with what is right as a file has it."""
     written = rows_of(path) if path.suffix.lower() in ROW_FILES else repeat({})
     for row, raw in zip(dataset, written, strict=False):
-        row |= {key: raw[key] for key in RIGHT if key in raw}
-        yield row | {key: kind.int2str(row[key]) for key, kind in classes.items() if row[key] is not None}
+        yield row | {key: raw[key] for key in RIGHT if key in raw}
 
 
 def _entry(index: int, row: dict, messages: list[dict], right: list[str]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from ..data.collators import VisionLanguageCollator
 from ..data.conversations import to_messages
 from ..data.easy_vqa import DATASETS as EASY_VQA
 from ..data.easy_vqa import majority_accuracy
-from ..data.loading import load_examples
-from ..evaluation.generation import answer_accuracy
+from ..data.loading import load_examples, undecoded
+from ..evaluation.generation import answer_accuracy, first_rows, question_and_answers
 from ..evaluation.pruned_prompts import prompts_of
 from ..evaluation.visualize import PICTURE_NAME, draw_images, first_images
 from ..models.adapters import add_lora, four_bit
@@ -63,9 +63,10 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     collator = collator_of(recipe, processor)
     train = check_data(train, recipe.dataset, collator, recipe, training_args)
     if test is not None:
-        learns = training_args.eval_strategy != "no"
+        whole, learns = len(test), training_args.eval_strategy != "no"
         first = None if learns else recipe.eval_limit
         test = check_data(test, recipe.eval_dataset, collator, recipe, training_args, learns, first)
+        check_answers(test, recipe)
     if model is None:
         model = load_weights(recipe)
     trainer = DualSpeedTrainer(
@@ -81,8 +82,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     trainer.save_model(_internal_call=True)  # pushed below, with results and card
     results = {}
     if trainer.is_world_process_zero():
-        if test is not None and {"answer", "answers"} & set(test.column_names):
-            trainer.facts |= _evaluate(recipe, trainer, train, test)
+        if test is not None and has_answers(test):
+            trainer.facts |= _evaluate(recipe, trainer, train, test, whole)
         elif test is not None:
             logger.warning("The accuracy is not measured: %r has no column `answer` or `answers`.", recipe.eval_dataset)
         if recipe.card_images:
@@ -162,6 +163,21 @@ def check_data(
     return without_rows(dataset, report.settle(collator, show=args.process_index == 0))
 
 
+def has_answers(dataset: Dataset) -> bool:
+    return bool({"answer", "answers"} & set(dataset.column_names))
+
+
+def check_answers(test: Dataset, recipe: RecipeArguments) -> None:
+    """Raises a `ValueError` where a question whose answer will be scored says nothing of what is right."""
+    if not has_answers(test) or recipe.check_data is False:
+        return
+    for index, row in enumerate(undecoded(first_rows(test, recipe.eval_limit))):
+        try:
+            question_and_answers(row)
+        except ValueError as error:
+            raise ValueError(f"Row {index} of {recipe.eval_dataset!r} cannot be scored: {error}") from error
+
+
 def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):
     """Adds the recipe's LoRA adapters and freezes the roles that it does not train."""
     prepared = model
@@ -195,7 +211,7 @@ def _facts(recipe: RecipeArguments) -> dict:
     return {"model": model, "base_model": recipe.model_name_or_path, **names}
 
 
-def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset, test: Dataset) -> dict:
+def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset, test: Dataset, whole: int) -> dict:
     answers = answer_accuracy(
         _whole_model(trainer, recipe),
         trainer.processing_class,
@@ -206,8 +222,8 @@ def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
         description="accuracy with all visual tokens",
     )
     found = {"accuracy": answers["accuracy"], "n": answers["n"]}
-    if found["n"] < len(test):
-        found["eval_part"] = f"first {found['n']}"
+    if found["n"] < whole:
+        found["eval_part"] = f"first {found['n']}" if len(test) == whole else f"readable {found['n']} of {whole}"
     if recipe.dataset == recipe.eval_dataset and recipe.dataset in EASY_VQA:
         found["majority_accuracy"] = majority_accuracy(train, test.select(range(found["n"])))
     return found

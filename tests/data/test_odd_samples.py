@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from data_cases import picture, supervised
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from tiny import QWEN_TEMPLATE, tiny_llava_processor, tiny_qwen2_5_vl_processor
@@ -23,6 +23,7 @@ from tiny import QWEN_TEMPLATE, tiny_llava_processor, tiny_qwen2_5_vl_processor
 from hf_dualspeed.data.collators import VisionLanguageCollator
 from hf_dualspeed.data.files import rows_of
 from hf_dualspeed.data.loading import load_examples
+from hf_dualspeed.evaluation.generation import question_and_answers
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -235,6 +236,22 @@ TEXTS = {
     "question and VQAv2's answers": (
         {"id": "x", "question": "q", "answers": [{"answer": "a", "answer_id": 1}, {"answer": "b"}, {"answer": "a"}]},
         A,
+    ),
+    "question and answers as a dict of lists": (
+        {"id": "x", "question": "q", "answers": {"answer": ["b", "a", "a"]}},
+        A,
+    ),
+    "question and SQuAD's answers": ({"id": "x", "question": "q", "answers": {"text": ["a"], "answer_start": [1]}}, A),
+    "question and answers as JSON text": ({"id": "x", "question": "q", "answers": '["b", "a", "a"]'}, A),
+    "question, a blank answer and answers": ({"id": "x", "question": "q", "answer": " ", "answers": ["a"]}, A),
+    "question and answer NaN": (
+        {"id": "x", "question": "q", "answer": float("nan")},
+        Refused("cannot be read: `answer` is nan.*leave out the whole row"),
+    ),
+    "question and answer bytes": ({"id": "x", "question": "q", "answer": b"a"}, Refused("`answer` is b'a'")),
+    "question and answers with None": (
+        {"id": "x", "question": "q", "answers": ["a", None]},
+        Refused(r"`answers` is \['a', None\]"),
     ),
     "question, answer and answers": ({"id": "x", "question": "q", "answer": "a", "answers": ["b", "b"]}, A),
     "question beside a conversation": (chat(USER, ANSWER, question="other", answer="other"), A),
@@ -533,3 +550,29 @@ def test_a_template_that_raises_names_the_sample():
         collator([chat(USER, ANSWER), chat(USER, ANSWER, system="S")])
     with pytest.raises(ValueError, match=r"sample 0 of the batch, id 'x'\) cannot be rendered: .*UndefinedError"):
         collator([chat({"role": "user", "content": []}, ANSWER)])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"answer": ["a", "b", "b"]}, ["a", "b", "b"]),
+        ({"answer": {"text": "a"}}, ["a"]),
+        ({"answers": {"answer": ["a", "b"], "answer_id": [1, 2]}}, ["a", "b"]),
+        ({"answers": '["a", "b"]'}, ["a", "b"]),
+        ({"answer": 7.0}, ["7.0"]),
+    ],
+)
+def test_a_recipe_scores_the_answers_that_a_file_has(tmp_path, given, expected):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"question": "q", **given}]))
+    assert question_and_answers(load_examples(str(path))[0])[1] == expected
+
+
+def test_classes_are_learned_by_their_names(tmp_path):
+    kind = ClassLabel(names=["no", "yes"])
+    features = Features({"question": Value("string"), "answer": kind, "answers": List(kind)})
+    rows = {"question": ["q", "r"], "answer": [1, None], "answers": [[], [0, 1]]}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path)
+    found = load_examples(str(tmp_path))
+    assert found["answer"][:] == ["yes", None]
+    assert found["answers"][:] == [[], ["no", "yes"]]

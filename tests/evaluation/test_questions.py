@@ -16,8 +16,9 @@ from evaluation_cases import VISUAL, evaluate, kept, rows, write_rows
 from PIL import Image
 from pyarrow import parquet
 
+from hf_dualspeed.data.conversations import given_texts
 from hf_dualspeed.evaluation import evaluate as evaluate_command
-from hf_dualspeed.evaluation.generation import given_texts, question_and_answers
+from hf_dualspeed.evaluation.generation import question_and_answers
 from hf_dualspeed.evaluation.questions import load_questions
 from hf_dualspeed.evaluation.visualize import first_images
 

@@ -354,3 +354,20 @@ def test_the_evaluation_has_its_own_column_of_pictures(own_data, tmp_path):
     (tmp_path / "test.json").write_text(json.dumps(rows), encoding="utf-8")
     results = own_data(["a.png"] * 3, eval_dataset=str(tmp_path / "test.json"), eval_image_column=["photo"])
     assert results["n"] == 1
+
+
+def test_questions_that_say_nothing_of_what_is_right_are_found_before_training(own_data, tmp_path):
+    rows = [{"question": "what colour ?", "answer": answer, "image": "a.png"} for answer in ("red", None)]
+    (tmp_path / "test.json").write_text(json.dumps(rows), encoding="utf-8")
+    test = str(tmp_path / "test.json")
+    with pytest.raises(ValueError, match="Row 1 of .*test.json' cannot be scored: .* says nothing of what is right"):
+        own_data(["a.png"], eval_dataset=test)
+    assert not (tmp_path / "run").exists()
+    assert own_data(["a.png"], eval_dataset=test, eval_limit=1)["eval_part"] == "first 1"
+
+
+def test_an_accuracy_without_the_questions_left_out_is_one_of_a_part(own_data, tmp_path):
+    rows = [{"question": "what colour ?", "answer": "red", "image": name} for name in ("a.png", "no.png")]
+    (tmp_path / "test.json").write_text(json.dumps(rows), encoding="utf-8")
+    results = own_data(["a.png"], eval_dataset=str(tmp_path / "test.json"), unreadable_images="skip")
+    assert (results["n"], results["eval_part"]) == (1, "readable 1 of 2")
