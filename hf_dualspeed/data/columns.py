@@ -19,7 +19,14 @@ WORDS = r"(?:img|image|picture|pic|photo|screenshot)s?"
 PLACE = r"(?:paths?|files?|filenames?|names?|urls?|uris?|lists?|bytes|base|b|data)"
 NAMED = re.compile(rf"(?:input|main|source|raw)?{WORDS}{PLACE}*")
 # Names of files, which may be pictures: their values tell.
-FILES = re.compile(r"(?:media|visual)?(?:files?|filenames?|filepaths?|paths?)|media|visuals?")
+FILES = re.compile(
+    r"(?:media|visual)?(?:files?|filenames?|filepaths?|paths?)|media|visuals?"
+    rf"|(?:figure|fig|frame|thumbnail|snapshot|chart|diagram|scan|view|jpe?g|png|webp)s?{PLACE}*"
+)
+# Columns that are texts, or name the sample: "007.jpg" may be an id, or an answer.
+TEXTS = ("id", "question", "answer", "answers", "options", "tools", "system")
+# What the bytes of a picture's file begin with, whatever the column's name.
+MAGIC = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL)
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".ppm")
 
 
@@ -39,7 +46,7 @@ def unread_picture(row: Mapping[str, Any], blind: bool) -> str | None:
             `image_path` beside `image` is the same picture, `image_2` is another one.
     """
     for column, value in row.items():
-        if column in READ or not filled(value):
+        if column in (*READ, *TEXTS) or not filled(value):
             continue
         named, about = kind_of_name(column)
         numbered = named and any(letter.isdigit() for letter in column)
@@ -51,7 +58,16 @@ def unread_picture(row: Mapping[str, Any], blind: bool) -> str | None:
 def _looks_unread(value: Any, named: bool, about: bool) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_looks_unread(item, named, about) for item in value)
-    return isinstance(value, Image.Image) or ((named or about) and _is_picture(value, by_name=named))
+    return _is_file(value) or ((named or about) and _is_picture(value, by_name=named))
+
+
+def _is_file(value: Any) -> bool:
+    """Whether a value shows by itself that it is a picture, decoded or encoded. A path may be a note of its source."""
+    if isinstance(value, Mapping):
+        return set(value) == {"bytes", "path"} and any(map(_is_file, value.values()))
+    if isinstance(value, str):
+        return value.startswith("data:image")
+    return isinstance(value, Image.Image) or (isinstance(value, bytes) and MAGIC.match(value) is not None)
 
 
 def _is_picture(value: Any, by_name: bool) -> bool:

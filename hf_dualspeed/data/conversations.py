@@ -66,7 +66,7 @@ def to_messages(example: dict[str, Any], name: str | None = None) -> dict[str, l
             f"A sample must be a dict, got {type(example).__name__}. Set dataset.with_format(None) to get dicts."
         )
     name = name or sample_name(example)
-    given = {"image": _pictures(example), "video": _videos(example)}
+    given = {"image": _pictures(example, name), "video": _videos(example)}
     turns = _with_system(example, _turns(example, name), name)
     written = {kind: text for kind, text in PLACEHOLDERS.items() if kind == "image" or given[kind]}
     # The picture or clip of each placeholder; None where it comes from a column.
@@ -168,12 +168,25 @@ def _add_placeholders(messages: list[dict], kind: str, items: list, plain: bool,
         )
 
 
-def _pictures(example: dict[str, Any]) -> list:
-    """The pictures of the columns `images` or `image`."""
-    for column in ("images", "image"):
-        if filled(example.get(column)):
-            return _as_list(example[column])
-    return []
+def _pictures(example: dict[str, Any], name: str) -> list:
+    """The pictures of the columns `images` or `image`. Both may be filled where `image` is one of the others."""
+    images, image = (_as_list(example.get(column)) for column in ("images", "image"))
+    if images and not all(any(_same(one, other) for other in images) for one in image):
+        why = (
+            "it is none of `images`, and one of the two columns is read. Pass image_column='images' or 'image' to "
+            "load_examples or the recipe (or both in a list, where all belong to the sample), or remove one."
+        )
+        raise _refused(name, "image", example["image"], why)
+    return images or image
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two pictures are equal; arrays compare by element."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return set(one) == set(other) and all(_same(one[key], other[key]) for key in one)
+    if hasattr(one, "ndim") and hasattr(other, "ndim"):
+        return np.array_equal(np.asarray(one), np.asarray(other))
+    return type(one) is type(other) and not hasattr(one, "ndim") and one == other
 
 
 def _videos(example: dict[str, Any]) -> list:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import (
     ClassLabel,
     Dataset,
@@ -290,10 +291,35 @@ def _with_paths(dataset: Dataset, image_folder: str | Path | None) -> Dataset:
     locate = _locator(image_folder)
     if columns:
         dataset = dataset.map(lambda row: {name: [locate(path) for path in _as_list(row[name])] for name in columns})
+    records = [name for name in ("image", "images") if _has_bare_paths(dataset, name)]
+    if records:
+        features = dataset.features
+        dataset = dataset.map(lambda row: {name: _in_folder(row[name], locate) for name in records}, features=features)
     if talks:
         features = dataset.features
         dataset = dataset.map(lambda row: {name: located_parts(row[name], locate) for name in talks}, features=features)
     return dataset
+
+
+def _has_bare_paths(dataset: Dataset, column: str) -> bool:
+    """Whether a column holds records of `bytes` and `path`, and one of them a path alone."""
+    feature = dataset.features.get(column)
+    item = _item(feature)
+    if not (isinstance(item, Image) or (isinstance(item, dict) and set(item) == {"bytes", "path"})):
+        return False
+    for chunk in dataset.data.column(column).chunks:
+        records = chunk if item == feature else chunk.flatten()
+        if pc.any(pc.and_(pc.is_null(records.field("bytes")), pc.is_valid(records.field("path")))).as_py():
+            return True
+    return False
+
+
+def _in_folder(images: Any, locate: Callable[[str], str]) -> Any:
+    """Records of pictures, one or a list, with paths that `locate` has changed where there are no bytes."""
+    if isinstance(images, list):
+        return [_in_folder(image, locate) for image in images]
+    bare = images is not None and not images["bytes"] and images["path"]
+    return {**images, "path": locate(images["path"])} if bare else images
 
 
 def _may_hold_paths(feature: Any) -> bool:

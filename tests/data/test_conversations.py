@@ -341,6 +341,12 @@ UNREAD = [
     ("left_image", "a.JPG"),
     ("file_name", "a.webp"),
     ("scan", PICTURE),
+    ("x", png()),
+    ("x", {"bytes": png(), "path": "a"}),
+    ("x", [{"bytes": png(), "path": None}]),
+    ("x", f"data:image/png;base64,{BASE64}"),
+    ("figure", "a.png"),
+    ("jpg", "a.jpg"),
 ]
 
 
@@ -359,6 +365,8 @@ def test_unread_pictures_are_named(column, value):
         {"topic": "a.png", "source": "web/a.png"},
         {"path": "books/a.txt", "file_name": "a.json", "media": "radio"},
         {"audio": {"bytes": b"1", "path": "a.wav"}},
+        {"sound": {"bytes": b"RIFF0000WAVE", "path": None}, "frame": "inertial", "blob": b"BM"},
+        {"id": "a.png", "answers": ["a.png"]},
     ],
 )
 def test_text_only_samples_pass(columns):
@@ -370,6 +378,16 @@ def test_a_path_beside_its_picture_passes_and_a_second_picture_does_not():
     assert to_messages(example | {"image_path": "a.png", "picture": "a.png"})["images"] == [PICTURE]
     with pytest.raises(ValueError, match="under 'image_2'"):
         to_messages(example | {"image_2": "b.png"})
+
+
+def test_image_beside_images_is_one_of_them():
+    other = picture(4, 4)
+    example = talk("q", "a", images=[PICTURE, other], id="x")
+    assert len(to_messages(example | {"image": PICTURE.copy()})["images"]) == 2
+    assert len(to_messages(example | {"image": None})["images"]) == 2
+    for images, image in (([PICTURE], other), (["a.png"], "b.png"), ([np.zeros((4, 4))], np.ones((4, 4)))):
+        with pytest.raises(ValueError, match="under `image`: it is none of `images`.*image_column='images'"):
+            to_messages(example | {"images": images, "image": image})
 
 
 def table(tmp_path, ending: str, columns: dict) -> str:

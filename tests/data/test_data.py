@@ -524,3 +524,14 @@ def test_samples_without_instruction_are_warned_of_where_the_pruner_goes_by_it(c
         for _ in range(2):
             MaskVisualLabels(lambda _, labelled=labelled: labelled, [7], asks)([{}])
         assert caplog.text.count("the pruner 'trim' finds no instruction") == warned
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_records_of_paths_start_from_the_image_folder(tmp_path, column):
+    (tmp_path / "here").mkdir()
+    picture().save(tmp_path / "here" / "a.png")
+    record = {"bytes": None, "path": "a.png"}
+    row = {"prompt": "q", "completion": "a", column: record if column == "image" else [record]}
+    Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    (found,) = load_examples(str(tmp_path / "rows.parquet"), image_folder=str(tmp_path / "here"))
+    assert "pixel_values" in VisionLanguageCollator(tiny_llava_processor())([found])
