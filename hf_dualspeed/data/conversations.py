@@ -317,7 +317,7 @@ def _turn(turn: Mapping[str, Any], column: str, name: str) -> dict:
     if content_key is None and not filled(turn.get("tool_calls")):
         where = next((key for key in keys if key in turn), keys[0])
         raise _refused(name, where, None, f"the turn of {role!r} has no text. Fill it, or leave the sample out.")
-    content = turn[content_key] if content_key else []
+    content = _json_parts(turn[content_key]) if content_key else []
     if not isinstance(content, (str, list, tuple, np.ndarray)):
         raise _refused(name, content_key, content, "it must be a text, or a list of parts such as {'type': 'text'}.")
     extra = {key: value for key, value in turn.items() if key not in ("role", "from", *keys) and filled(value)}
@@ -330,6 +330,20 @@ def _turn(turn: Mapping[str, Any], column: str, name: str) -> dict:
     if "tool_calls" in extra:
         extra["tool_calls"] = _tool_calls(extra["tool_calls"], name)
     return {**extra, "role": ROLES[role.lower()], "content": content}
+
+
+def _json_parts(content: Any) -> Any:
+    """Content whose parts are written as JSON text, as tables hold them, decoded; any other stays as it is."""
+    keys = {"type", "text", *SOURCES["image"], *SOURCES["video"]}
+    try:
+        parts = json.loads(content) if isinstance(content, str) and content.lstrip().startswith("[") else None
+    except json.JSONDecodeError:
+        return content
+    # Objects with other keys, such as boxes, are what a model is to answer.
+    known = isinstance(parts, list) and all(
+        isinstance(part, dict) and "type" in part and set(part) <= keys for part in parts
+    )
+    return parts if known and parts else content
 
 
 def _tool_calls(calls: Any, name: str) -> list:

@@ -154,7 +154,8 @@ def source_of(image: Any, folder: str | None = None) -> Image.Image | io.BytesIO
     if image is None or (isinstance(image, (str, bytes)) and not image):
         raise ValueError(f"it is {image!r}")
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
         image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
     if isinstance(image, np.ndarray):
         return _from_array(image)
@@ -204,7 +205,7 @@ def _from_data_url(url: str) -> io.BytesIO:
     if not header.lower().endswith(";base64"):
         return io.BytesIO(unquote_to_bytes(data))
     try:
-        return io.BytesIO(base64.b64decode(unquote(data), validate=True))
+        return io.BytesIO(base64.b64decode("".join(unquote(data).split()), validate=True))
     except ValueError as error:
         raise ValueError(f"{shown(url)} holds no base64: {error}. Encode the file's bytes again") from None
 

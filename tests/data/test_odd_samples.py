@@ -230,6 +230,21 @@ BESIDES = {
     ),
 }
 TEXTS = {
+    "parts as JSON text": (
+        chat({"role": "user", "content": '[{"type": "text", "text": "q"}]'}, ANSWER),
+        Read("a<|im_end|>", "user\nq<|im_end|>"),
+    ),
+    "parts as JSON text, with a picture of a column": (
+        chat(
+            {"role": "user", "content": ' [{"type": "image"}, {"type": "text", "text": "q"}]'}, ANSWER, image=picture()
+        ),
+        Read("a<|im_end|>", "<|image_pad|><|vision_end|>q<|im_end|>"),
+    ),
+    "an answer that is JSON": (
+        chat(USER, said("assistant", content='[{"type": "text", "bbox": [1]}]')),
+        Read('[{"type": "text", "bbox": [1]}]<|im_end|>'),
+    ),
+    "an answer that is an empty list": (chat(USER, said("assistant", content="[]")), Read("[]<|im_end|>")),
     "question and answer": ({"id": "x", "question": "q", "answer": "a"}, Read("a<|im_end|>", "user\nq<|im_end|>")),
     "question and answer, a number": ({"id": "x", "question": "q", "answer": 7}, Read("7<|im_end|>")),
     "question and answers": ({"id": "x", "question": "q", "answers": ["b", "a", "a"]}, A),
@@ -316,6 +331,8 @@ ONE_PICTURE = Read("a<|im_end|>", "<|image_pad|><|vision_end|>q")
 PICTURES = {
     "picture, base64 behind data:": (shown(f"data:image/png;base64,{BASE64}"), ONE_PICTURE),
     "picture, a tensor (C, H, W)": (shown(torch.zeros(3, 12, 20, dtype=torch.uint8)), ONE_PICTURE),
+    "picture, base64 in lines": (shown(f"data:image/png;base64,\n{BASE64[:76]}\n{BASE64[76:]}\n"), ONE_PICTURE),
+    "picture, a tensor of bfloat16": (shown(torch.zeros(3, 12, 20, dtype=torch.bfloat16)), ONE_PICTURE),
     "picture, a tensor (H, W)": (shown(torch.zeros(12, 20)), ONE_PICTURE),
     "picture, an array": (shown(np.zeros((12, 20, 3), np.uint8)), ONE_PICTURE),
     "pictures, an array (N, H, W, C)": (
