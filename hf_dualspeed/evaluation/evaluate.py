@@ -206,7 +206,7 @@ def score(metric: str, table: list[dict[str, Any]], predictions: list[str]) -> f
 
 
 def entry(evaluation: Evaluation, view: View, store: Predictions, metric: str) -> dict[str, Any]:
-    """A score as an entry of results.json, with hashes of the model and the questions that it belongs to."""
+    """A score as an entry of results.json, with hashes of the model, questions and answers that it belongs to."""
     config = view.pruner and view.pruner.config
     isolated = config and not evaluation.options.no_isolator
     found = {
@@ -224,6 +224,7 @@ def entry(evaluation: Evaluation, view: View, store: Predictions, metric: str) -
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "model_hash": hash_of(evaluation.source),
         "questions_hash": evaluation.questions.fingerprint,
+        "answers_hash": hash_of(store.identity),
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -255,7 +256,7 @@ def _merged(path: Path, earlier: list[dict[str, Any]], entries: list[dict[str, A
     merged, stale = merged_evaluations(earlier, entries)
     for one in stale:
         logger.warning(
-            "%s: the score of %s is left out: model or questions have changed since.",
+            "%s: the score of %s is left out: model, questions or settings have changed since.",
             path,
             ", ".join(one[key] for key in ("dataset", "split", "part", "view", "metric", "date") if one.get(key)),
         )

@@ -182,7 +182,7 @@ def merged_evaluations(earlier: list[dict], new: list[dict]) -> tuple[list[dict]
     """Earlier and new evaluations, without earlier ones of the same data, metric and visual tokens, and stale ones.
 
     A score of a part of the data replaces none of all of it. An earlier evaluation is stale where it is of another
-    model, or of other questions under the same name.
+    model, of other questions under the same name, or of other answers of the same view, such as longer ones.
 
     Returns:
         `tuple` of the evaluations to keep and the stale ones.
@@ -194,11 +194,13 @@ def merged_evaluations(earlier: list[dict], new: list[dict]) -> tuple[list[dict]
     data, view = ("dataset", "split", "part"), ("metric", "view")
     replaced, models = ({values(entry, *names) for entry in new} for names in ((*data, *view), ("model_hash",)))
     questions = {values(entry, *data): entry.get("questions_hash") for entry in new}
+    answers = {values(entry, *data, "view"): entry.get("answers_hash") for entry in new}
     kept, stale = [], []
     for entry in earlier:
         if values(entry, *data, *view) not in replaced:
-            asked = entry.get("questions_hash")
+            asked, answered = entry.get("questions_hash"), entry.get("answers_hash")
             same = values(entry, "model_hash") in models and questions.get(values(entry, *data), asked) == asked
+            same = same and answers.get(values(entry, *data, "view"), answered) == answered
             (kept if same else stale).append(entry)
     return kept + new, stale
 

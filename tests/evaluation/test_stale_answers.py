@@ -288,6 +288,18 @@ def test_an_adapter_of_nothing(folder):
         evaluate(checkpoint="adapter")
 
 
+def test_scores_of_longer_answers_leave_results(folder, caplog):
+    evaluate("--metric", "anls", "exact_match")
+    evaluate("--max_new_tokens", "2")
+    assert [one["metric"] for one in read_results("run")["evaluations"]] == ["exact_match"]
+    assert "the score of data.json, full, anls" in caplog.text
+    evaluate("--max_new_tokens", "2", "--limit", "2", "--metric", "anls")
+    evaluate("--max_new_tokens", "2", *PRUNED)
+    found = [(one["view"], one.get("part"), one["metric"]) for one in read_results("run")["evaluations"]]
+    whole = [("full", None, "exact_match"), ("random-0.5", None, "exact_match")]
+    assert sorted(found, key=str) == sorted([*whole, ("full", "first 2", "anls")], key=str)
+
+
 def test_other_references_are_scored_without_asking_anew(folder, asked):
     evaluate("--metric", "anls")
     table, said = rows(), texts("full")
