@@ -27,6 +27,8 @@ def compute(name: str, prediction, references, **columns) -> float:
 @pytest.mark.parametrize(
     ("metric", "prediction", "references", "expected"),
     [
+        # One letter with its accent, or two characters: the same text.
+        *((name, "cafe\u0301", ["caf\u00e9"], 1) for name in ("exact_match", "relaxed_accuracy", "anls")),
         # All ten agree: the official script compares what is written.
         ("vqa_accuracy", "", ["A"] * TEN, 0),
         ("vqa_accuracy", "A", ["A"] * TEN, 1),
@@ -242,3 +244,16 @@ def test_all_metrics_look_for_missing_texts_in_the_same_way():
     modules = [import_module(f"hf_dualspeed.metrics.{name}.{name}") for name in CLASSES]
     sources = {inspect.getsource(module.pairs).partition("        #")[0] for module in modules}
     assert len({source.removesuffix("        yield prediction, accepted\n") for source in sources}) == 1
+
+
+@pytest.mark.parametrize("text", ["All but A", "anything but A", "I would rule out A", "This rules out option A."])
+def test_an_option_that_is_ruled_out_is_not_chosen(text):
+    assert chosen(text, ["cat", "dog"]) is None
+    assert chosen(f"{text.rstrip('.')}, so B", ["cat", "dog"]) == 1
+
+
+def test_an_accent_is_one_character_or_two():
+    assert chosen("un cafe\u0301", ["th\u00e9", "caf\u00e9"]) == 1
+    assert compute("multiple_choice", "caf\u00e9", "cafe\u0301", options=[["th\u00e9", "caf\u00e9"]]) == 1
+    with pytest.raises(ValueError, match="two of its options"):
+        checked(["caf\u00e9", "cafe\u0301"])

@@ -1,5 +1,7 @@
 """ANLS: scores answers read from an image; small spelling errors get partial credit."""
 
+import unicodedata
+
 import datasets
 import evaluate
 
@@ -67,7 +69,7 @@ def pairs(predictions, references):
 
 
 def similarity(prediction, reference, threshold):
-    first, second = (" ".join(text.lower().split()) for text in (prediction, reference))
+    first, second = (" ".join(unicodedata.normalize("NFC", text).lower().split()) for text in (prediction, reference))
     share = edit_distance(first, second) / max(len(first), len(second), 1)
     return 1 - share if share < threshold else 0.0
 

@@ -1,5 +1,7 @@
 """Exact match: the share of answers that equal one of their references, except for case and white space."""
 
+import unicodedata
+
 import datasets
 import evaluate
 
@@ -52,4 +54,4 @@ def pairs(predictions, references):
 
 def normalized(text):
     """The text in lower case, with single spaces between words."""
-    return " ".join(text.lower().split())
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())

@@ -3,6 +3,7 @@
 import itertools
 import re
 import string
+import unicodedata
 
 import datasets
 import evaluate
@@ -54,7 +55,10 @@ BETWEEN = (
     r"correct|right|answer|option|choice|letter"
 )
 # "not", with words behind it that hand it on to what follows: "I do not think it is".
-OTHER_THAN = r"\b(?:neither|nor|rather\s+than|instead\s+of|other\s+than|except|excludes?|excluding|eliminates?)\b"
+OTHER_THAN = (
+    r"\b(?:neither|nor|rather\s+than|instead\s+of|other\s+than|except|excludes?|excluding|eliminates?"
+    r"|rules?\s+out|ruling\s+out|(?:all|any|anything|everything|every\s+option)\s+but)\b"
+)
 NO_BEFORE = re.compile(rf"(?:{NOT}|{OTHER_THAN})(?:\s+(?:{BETWEEN}))*[\s*\"'(\[]*$", re.IGNORECASE)
 REACH = 200  # characters in front of an option in which a denial is looked for
 # "is wrong", "is not right", "isn't", "can be ruled out", up to the end of a clause.
@@ -151,7 +155,7 @@ def chosen(text, options):
     places = same(text, options)
     if places:
         return only(places)
-    text, letters = text.translate(ASCII), LETTERS[: len(options)]
+    text, letters = unicodedata.normalize("NFC", text).translate(ASCII), LETTERS[: len(options)]
     found = {**marked(LETTER, text, letters), **marked(NAMED, text, letters)}
     leading = marked(LEADING, text, letters, whole=False)
     meant = affirmed(text, {**found, **leading})
@@ -192,7 +196,7 @@ def quoted(text, options):
 
 def words_of(option, flags):
     """A pattern of the option's words as they stand in a text."""
-    words = [re.escape(word.strip(MARKS) or word) for word in option.translate(ASCII).split()]
+    words = [re.escape(word.strip(MARKS) or word) for word in spaced(option).split()]
     between = rf"[\s{re.escape(MARKS)}]+"
     return re.compile(rf"(?<![\w+#$€£-])(?<!\d[.,]){between.join(words) or '(?!)'}(?![\w+#%°]|[.,]\d|-\w)", flags)
 
@@ -231,7 +235,7 @@ def same(text, options):
 
 
 def spaced(text):
-    return " ".join(text.translate(ASCII).split())
+    return " ".join(unicodedata.normalize("NFC", text).translate(ASCII).split())
 
 
 def trimmed(text):

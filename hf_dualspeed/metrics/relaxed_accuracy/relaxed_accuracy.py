@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 
 import datasets
 import evaluate
@@ -94,4 +95,4 @@ def number(text):
 
 
 def normalized(text):
-    return " ".join(text.translate(ASCII).lower().split())
+    return " ".join(unicodedata.normalize("NFC", text).translate(ASCII).lower().split())
