@@ -29,6 +29,8 @@ SHARE = 500
 # picture, and the text around them, may add so many tokens.
 MARGIN = 8
 SHOWN = 3
+# Formats of `datasets` whose items are dicts, in which pictures need not be decoded. In others a training would fail.
+ROW_FORMATS = (None, "numpy", "torch", "jax", "tensorflow")
 
 
 @dataclass
@@ -142,13 +144,22 @@ def check_samples(
 
     Returns:
         [`DataReport`], whose `settle` raises errors, shows warnings and returns the rows to leave out.
+
+    Raises:
+        ValueError: the data set is a stream.
     """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"{name!r}, of type {type(dataset).__name__}, has no length: a stream cannot be looked at before it is "
+            "trained on. Pass some of its samples, for example list(dataset.take(1000))."
+        )
     total = len(dataset)
     count = total if limit is None else min(limit, total)
     rank, ranks = share
     rows = [index * total // count for index in range(count)][rank::ranks]
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
-        dataset = undecoded(dataset.with_format(None))
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] in ROW_FORMATS:
+        columns = dataset.format["columns"]
+        dataset = undecoded(dataset.with_format(None)).select_columns(columns)
     if processes is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         processes = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), len(rows) // SHARE)

@@ -197,3 +197,20 @@ def test_small_data_sets_start_no_process(monkeypatch, tmp_path):
     check_samples([talk("q", "a")] * 3, collator)
     assert seen[0] == 0
     assert seen[1] in (0, 2, 3)
+
+
+@pytest.mark.parametrize("form", [{"type": "pandas"}, {"type": "torch", "columns": ["prompt"]}])
+def test_a_format_that_fails_in_training_fails_in_the_check(form):
+    rows = Dataset.from_list([{"prompt": "q", "completion": "a"}] * 2).with_format(**form)
+    collator = VisionLanguageCollator(tiny_qwen2_5_vl_processor())
+    with pytest.raises(ValueError, match="must be a dict|no conversation"):
+        collator([rows[0]])
+    assert [finding.kind for finding in check_samples(rows, collator).findings] == ["wrong", "wrong"]
+
+
+def test_a_stream_is_refused_with_the_remedy():
+    rows = Dataset.from_list([{"prompt": "q", "completion": "a"}]).to_iterable_dataset()
+    collator = VisionLanguageCollator(tiny_qwen2_5_vl_processor())
+    with pytest.raises(ValueError, match=r"'the stream', of type IterableDataset, has no length.*take\(1000\)"):
+        check_samples(rows, collator, name="the stream")
+    assert not check_samples(list(rows.take(1)), collator).findings
