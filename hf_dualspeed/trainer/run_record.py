@@ -61,8 +61,8 @@ class RunRecordMixin:
             logger.info("Speed-up over plain full-token steps: %s.", self._speedup)
         return output
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **kwargs):
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         data = self.eval_dataset[data] if isinstance(data, str) else data
         if not isinstance(data, dict):  # each of several data sets comes here on its own

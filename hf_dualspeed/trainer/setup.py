@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -16,6 +17,22 @@ from .dual_forward import DualForward
 from .training_args import Default, DualSpeedArguments
 
 logger = logging.getLogger(__name__)
+
+# Options that are followed where the trainer attaches to the model, and never again.
+AT_CONSTRUCTION = (
+    "pruner",
+    "pruner_revision",
+    "pruner_kwargs",
+    "pruning_ratio",
+    "isolator_length",
+    "position_ids",
+    "video_budget",
+    "proportional_attention",
+    "supervised_logits_only",
+    "plain_path",
+    "fast_only_parameters",
+    "slow_only_parameters",
+)
 
 
 def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, interface: ModelInterface) -> Pruner:
@@ -92,6 +109,26 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualF
             f"The optimizer lacks {', '.join(missing)}, parameters of the fast view: `optimizers` was made before "
             "them, or `create_optimizer` leaves them out. Pass optimizer_cls_and_kwargs instead, take all of "
             "trainer.model.parameters(), or set isolator_length=0 and choose a pruner that is not learned."
+        )
+
+
+def check_unchanged(args: DualSpeedArguments, attached: dict) -> None:
+    """Raises a `ValueError` if options that only a new trainer follows are not what they were when it was made."""
+    for name, before in attached.items():
+        now = getattr(args, name)
+        if now != before:
+            raise ValueError(
+                f"`{name}` was {before!r} when the trainer was made, and is {now!r} now, which it would not follow. "
+                "Set it ahead of that, or make a new trainer of the same model."
+            )
+
+
+def check_loss_func(given: Callable | None) -> None:
+    """Raises a `ValueError` for a `compute_loss_func`."""
+    if given is not None:
+        raise ValueError(
+            "`compute_loss_func` is not supported: DualSpeed computes cross-entropy and distillation at the "
+            "supervised positions itself. Leave it out; `label_smoothing_factor` works."
         )
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import copy
 from importlib.util import find_spec
 
 import torch
@@ -37,11 +38,14 @@ from .run_record import RunRecordMixin
 from .schedule import CHANGING, FAST, ModeSchedule
 from .selective_checkpointing import SelectiveCheckpointing
 from .setup import (
+    AT_CONSTRUCTION,
     check_ddp,
     check_head,
+    check_loss_func,
     check_losses,
     check_optimizer,
     check_router_loss,
+    check_unchanged,
     check_wrapper,
     resolve_pruner,
     slow_ratio,
@@ -93,11 +97,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
             args = DualSpeedTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, DualSpeedArguments):
             raise ValueError(f"`args` must be DualSpeedTrainingArguments, got {type(args).__name__}.")
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "`compute_loss_func` is not supported: DualSpeed computes cross-entropy and distillation at the "
-                "supervised positions itself. Leave it out; `label_smoothing_factor` works."
-            )
+        check_loss_func(kwargs.get("compute_loss_func"))
         check_liger_kernel(args)
         check_losses(type(self), DualSpeedMixin, (Trainer, *self.known_losses))
 
@@ -180,6 +180,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         self.dual_forward.reserve_adapters(model, self.mode_parameters.names[FAST])
 
         self.slow_mode_ratio = slow_ratio(args, interface)
+        self._attached = {name: copy(getattr(args, name)) for name in AT_CONSTRUCTION}
 
     def _follow_arguments(self) -> None:
         """Checks what needs the accelerator, and makes what follows from arguments, model and pruner.
@@ -284,6 +285,8 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
                 "`trainer.model` is no longer the model that this trainer was made for, or another DualSpeedTrainer "
                 "has been made for it since. Make a new trainer."
             )
+        check_loss_func(self.compute_loss_func)
+        check_unchanged(self.args, self._attached)
         self._add_own_callbacks()
         ratio = slow_ratio(self.args, self.dual_forward.interface)
         if ratio != self.slow_mode_ratio:  # the language model was frozen, or unfrozen
@@ -423,6 +426,14 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
                 # Retry with recomputation, unless that loses gradients of earlier micro-batches or other ranks wait.
                 alone = self.accelerator.num_processes == 1 and not (self._micro[1] or self.is_deepspeed_enabled)
                 self.selective_checkpointing.retries(error, small, alone)
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                if not type(self).compute_loss.__module__.startswith(__package__):
+                    error.add_note(
+                        f"{type(self).__name__}.compute_loss gets a DualSpeedOutput while training: `loss` is the "
+                        "whole loss, `logits` (M, V) are those of the M supervised positions, already shifted, and "
+                        "`targets` (M,) their labels. It holds no hidden states and attentions."
+                    )
+                raise
             # Outside of `except`, because the error keeps the failed attempt's tensors alive.
             restore()
             model.zero_grad()
@@ -463,7 +474,8 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         """The `loss` of the model's output, which [`loss_in_mode`] makes; the plain loss outside of training."""
         if self.dual_forward.mode in (None, EVALUATION):
             return self.plain_loss(model, inputs, return_outputs)
-        self._items = num_items_in_batch
+        if num_items_in_batch is not None:  # otherwise those of the step, which a subclass may not have passed on
+            self._items = num_items_in_batch
         # The hooks of `DualForward` run the mode: pruned view (fast), or teacher and all tokens (slow).
         outputs = model(**inputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -472,23 +484,25 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         """Cross-entropy, auxiliary losses, and in slow steps the distillation, scaled as the Trainer expects it. In
         evaluation, the mean cross-entropy."""
         mode, smoothing, items = self.dual_forward.mode, self.args.label_smoothing_factor, self._items
+        # Logged once for a batch, however often a loss calls the model.
+        logged = ModeLosses() if outputs.again else self.mode_losses
         # Both modes: cross-entropy of logits (M, V) against targets (M,) at the supervised positions.
         logits, teacher = outputs.logits, outputs.teacher_logits
         entropy = self.dual_forward.cross_entropy(logits, outputs.targets, smoothing, outputs.hidden)
         if mode == EVALUATION:
             return entropy / len(outputs.targets)
         entropy = entropy / divisor(items, logits)
-        self.mode_losses.add(f"{mode}_loss", entropy)
+        logged.add(f"{mode}_loss", entropy)
         loss = entropy + outputs.loss  # a zero that connects other parameters
 
         # Slow steps: KL(teacher || student). The pruned view teaches the full one at the same M positions.
         if teacher is not None:
             temperature, sliced = self.args.distillation_temperature, not self.dual_forward.plain
             divergence = self_distillation_loss(logits, teacher, temperature, items, sliced=sliced)
-            self.mode_losses.add("distillation_loss", divergence)
+            logged.add("distillation_loss", divergence)
             if self.adaptive_schedule is not None:
                 pruned = self.dual_forward.cross_entropy(teacher, outputs.targets, smoothing)
-                self.mode_losses.add("pruned_loss", pruned / divisor(items, logits))
+                logged.add("pruned_loss", pruned / divisor(items, logits))
             loss = loss + self.args.distillation_weight * divergence
 
         self.loss_is_scaled_for_ga = items is not None
@@ -502,7 +516,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
             if auxiliary is not None:
                 micro_batches = self.current_gradient_accumulation_steps
                 ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-                self.mode_losses.add(name, auxiliary / (micro_batches * ranks))
+                logged.add(name, auxiliary / (micro_batches * ranks))
                 loss = loss + auxiliary / (micro_batches if self.loss_is_scaled_for_ga else 1)
         return loss
 

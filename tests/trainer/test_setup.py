@@ -135,3 +135,40 @@ def test_the_collators_own_attributes_stay_visible(tmp_path):
     assert files[Trainer] <= files[DualSpeedTrainer]
     with pytest.raises(AttributeError):
         _ = trainer.data_collator.no_such_thing
+
+
+CHANGES = {
+    "pruner": "random",
+    "pruning_ratio": 0.25,
+    "pruner_kwargs": {"dropped_tokens": "discard"},
+    "isolator_length": 2,
+    "position_ids": "original",
+    "proportional_attention": False,
+    "plain_path": True,
+    "fast_only_parameters": ["*lm_head*"],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_option_that_a_trainer_can_no_longer_follow(tmp_path, name):
+    trainer = make(tmp_path, max_steps=1)
+    setattr(trainer.args, name, CHANGES[name])
+    with pytest.raises(ValueError, match=rf"`{name}` was .* when the trainer was made, and is .* make a new trainer"):
+        trainer.train()
+
+
+def test_options_that_a_trainer_follows_later(tmp_path):
+    late = make(tmp_path / "late", pruning_ratio=0.5)
+    early = make(tmp_path / "early", pruning_ratio=0.5, slow_mode_ratio=1.0)
+    late.args.slow_mode_ratio = 1.0
+    for trainer in (late, early):
+        trainer.train()
+    assert late.clock.steps == {"fast": 0, "slow": 4}
+    assert torch.equal(late.model.lm_head.weight, early.model.lm_head.weight)
+
+
+def test_a_loss_function_that_is_set_later(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()
+    with pytest.raises(ValueError, match="`compute_loss_func` is not supported"):
+        trainer.train()
