@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -35,9 +36,11 @@ class Origin:
 def remember_origins() -> None:
     """Makes PEFT remember where it reads the config of an adapter, which it forgets: see [`origin_of`].
 
-    PEFT's own `from_pretrained` and transformers' both read it by one method, which is wrapped here.
+    PEFT's own `from_pretrained` and transformers' both read it by one method, which is wrapped here, as is that which
+    merges adapters: see [`merged_origins`].
     """
     from peft.config import PeftConfigMixin
+    from peft.tuners.tuners_utils import BaseTuner
 
     read = PeftConfigMixin.from_pretrained.__func__
     if hasattr(read, "__wrapped__"):  # wrapped before
@@ -47,15 +50,32 @@ def remember_origins() -> None:
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         config = read(cls, pretrained_model_name_or_path, subfolder, **kwargs)
         of_repo = {key: kwargs.get(key) for key in ("revision", "cache_dir")}
-        config._origin = Origin(str(pretrained_model_name_or_path), **of_repo)
+        name = str(pretrained_model_name_or_path)
+        # Absolute, because the working directory may change.
+        config._origin = Origin(os.path.abspath(name) if os.path.isdir(name) else name, **of_repo)
         return config
 
+    merge = BaseTuner.merge_and_unload
+
+    @wraps(merge)
+    def merge_and_unload(self, *args, **kwargs):
+        origins = [origin_of(config) for config in self.peft_config.values()]
+        model = merge(self, *args, **kwargs)
+        model._merged_origins = [*merged_origins(model), *filter(None, origins)]
+        return model
+
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
+    BaseTuner.merge_and_unload = merge_and_unload
 
 
 def origin_of(config) -> Origin | None:
     """Where the adapter of a PEFT config was read from; None if it is new, or was read ahead of `remember_origins`."""
     return getattr(config, "_origin", None)
+
+
+def merged_origins(model: nn.Module) -> list[Origin]:
+    """Where the adapters that were merged into a model were read from, as far as known."""
+    return getattr(model, "_merged_origins", [])
 
 
 def active_adapters(model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ from .losses import supervised_cross_entropy
 from .schedule import FAST, SLOW
 
 NAME = "dualspeed"
+# Where the model inside PEFT's wrapper keeps it, which stays when adapters are merged, or made.
+LATEST = "_latest_dualspeed"
 # The plain model on all tokens, with its head at supervised positions only.
 EVALUATION = "evaluation"
 
@@ -55,6 +57,7 @@ class DualSpeedOutput(ModelOutput):
             its own weight (`router_aux_loss_coef`), if its config asks for router logits; a share of each part.
         hidden (`bool`): whether `logits` are hidden states, which the fused head has still to multiply.
         part (`int`): number of this part of the batch, from 0.
+        again (`bool`): whether the model was called for this batch before, by a loss that calls it several times.
     """
 
     loss: torch.Tensor | None = None
@@ -65,6 +68,7 @@ class DualSpeedOutput(ModelOutput):
     router_loss: torch.Tensor | None = None
     hidden: bool | None = None
     part: int | None = None
+    again: bool | None = None
 
 
 @dataclass
@@ -185,10 +189,13 @@ class DualForward(nn.Module):
         """Attaches this to `model`, in place of an earlier one."""
         self.interface = ModelInterface(model)
         check_pruner(self.interface, self.pruner)
-        earlier = getattr(model, NAME, None)
-        if isinstance(earlier, DualForward):
+        earlier = earlier_fast_view(model)
+        if earlier is not None:
             earlier.detach()
+            for module in (model, self.interface.outer):  # it may have been wrapped in PEFT since
+                module._modules.pop(NAME, None)
         model.add_module(NAME, self)
+        self.interface.outer.__dict__[LATEST] = self  # no submodule
         # Checkpoints of the model leave out these weights.
         ours = {f"{NAME}.{key}" for key in self.state_dict()}
         model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *ours}
@@ -310,6 +317,12 @@ class DualForward(nn.Module):
                 "in, and take the loss from super().compute_loss(...) or from the output."
             )
         state.model, state.modalities = weakref.ref(model), modalities_in(kwargs)
+        state.part += 1
+        if state.part >= state.parts > 1:
+            raise ValueError(
+                f"The model was called again for a batch whose {state.parts} parts it has run: a `compute_loss` of "
+                "your own calls it more than once. Set slow_mode_splits=1, or call it once."
+            )
         # Forget what the call for the previous part left.
         self._close_layers(state)
         self._sizes_of_keys(state).set(None)
@@ -336,7 +349,6 @@ class DualForward(nn.Module):
 
     def _encoded(self, inputs: dict, state: PassState) -> tuple[dict, list[VisualEncoding]]:
         """The batch, or its next part, and its encoded tokens. All parts are encoded together, before the first."""
-        state.part += 1
         if state.batch is None:
             needs = self.pruner.needs if state.mode == FAST or state.distil else frozenset()
             with self.autocast(), record_function("dualspeed.encode"):
@@ -447,14 +459,14 @@ class DualForward(nn.Module):
         if state.batch is not None:  # the last part connects to the encoder, even without an image of its own
             zero = sum((end.flatten()[:0].sum() for end in state.batch.ends), zero)
         zero = self._zero(model, state, zero) if state.zero is None else zero + state.zero
-        state.zero, part = None, max(state.part, 0)
-        output = DualSpeedOutput(zero, logits, targets, teacher, auxiliary, balance, hidden, part)
+        state.zero, again = None, state.part >= state.parts
+        output = DualSpeedOutput(zero, logits, targets, teacher, auxiliary, balance, hidden, state.part, again)
         return self._with_loss(output, state)
 
     def _with_loss(self, output: DualSpeedOutput, state: PassState) -> DualSpeedOutput:
-        """Fills in the trainer's loss, and notes whether backward comes through it."""
+        """The output with the trainer's loss, in its place as the first value; notes whether backward comes to it."""
         if self.loss_of is not None:
-            output.loss = self.loss_of(output)
+            output = replace(output, loss=self.loss_of(output))
 
         def note(gradient: torch.Tensor | None) -> None:
             state.reached |= gradient is not None
@@ -514,6 +526,12 @@ class DualForward(nn.Module):
         if self.isolator is not None:
             yield self.isolator()  # a call, because it gathers shards
         yield from (p for p in self.pruner.parameters() if p.requires_grad)
+
+
+def earlier_fast_view(model: nn.Module) -> DualForward | None:
+    """What was attached last to a model, whether or not it was wrapped in PEFT then or is now; None without any."""
+    found = vars(ModelInterface(model).outer).get(LATEST)
+    return found if isinstance(found, DualForward) else None
 
 
 def visual_parameters(outer: nn.Module) -> Iterator[nn.Parameter]:

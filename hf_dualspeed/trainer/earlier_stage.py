@@ -9,13 +9,13 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from ..hub.source import Source, is_repo_id
-from ..models.adapters import Origin, active_adapters, origin_of, seems_trained
+from ..models.adapters import Origin, active_adapters, merged_origins, origin_of, seems_trained
 from ..models.interface import ModelInterface
 from ..pruners import Pruner, PrunerConfig
 from ..pruning.isolator import ModeIsolator
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.text import one_line
-from .dual_forward import NAME, DualForward
+from .dual_forward import earlier_fast_view
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ def take_over(model: nn.Module, isolator: ModeIsolator | None, pruner: Pruner | 
 
     Returns False if there are none. Those of other shapes stay new, with a warning.
     """
-    earlier = getattr(model, NAME, None)
-    if not isinstance(earlier, DualForward) or not earlier.trained:
+    earlier = earlier_fast_view(model)
+    if earlier is None or not earlier.trained:
         return False
     for part, before in ((isolator, earlier.isolator), (pruner, earlier.pruner)):
         if part is None or before is None or not part.state_dict():
@@ -55,7 +55,7 @@ def folder_of_fast_view(model: nn.Module) -> Path | None:
         origin = origin_of(adapters[name])
         if origin is not None:
             folder = local_folder(origin)
-            folders += [folder, folder.parent] if folder.name == name else [folder]  # all but "default" have their own
+            folders += [folder, folder.parent]  # an adapter that is not "default" lies in a folder of its own
         elif seems_trained(model, name, adapters[name]):
             logger.warning(
                 "The adapter %r was trained before, but it is not known where it was read from, so that isolator and "
@@ -64,10 +64,11 @@ def folder_of_fast_view(model: nn.Module) -> Path | None:
                 "trainer.dual_forward.pruner.load_weights(folder).",
                 name,
             )
+    outer = ModelInterface(model).outer
+    folders += [local_folder(origin) for origin in reversed(merged_origins(outer))]
     found = next((folder for folder in folders if holds_fast_view(folder)), None)
     if found is not None:
         return found
-    outer = ModelInterface(model).outer
     commit = getattr(outer.config, "_commit_hash", None)
     # Most models have no fast view, so it is no news if the Hub cannot be asked.
     folder = local_folder(Origin(getattr(outer, "name_or_path", "") or "", commit), logging.INFO)
@@ -108,7 +109,10 @@ def local_folder(origin: Origin, level: int = logging.WARNING) -> Path:
 
 
 def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
-    """Whether `folder` holds the weights of a learned pruner of this type."""
+    """Whether `folder` holds the weights of a learned pruner of this type. Warns of another learned type."""
     if not pruner.state_dict() or not (folder / PRUNER_WEIGHTS_NAME).is_file():
         return False
-    return PrunerConfig.from_pretrained(folder).pruner_type == pruner.config.pruner_type
+    saved, wanted = PrunerConfig.from_pretrained(folder).pruner_type, pruner.config.pruner_type
+    if saved != wanted:
+        logger.warning("The pruner %r starts anew: what was trained and saved in %s is a %r.", wanted, folder, saved)
+    return saved == wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 import torch
@@ -57,7 +58,29 @@ def beside_another(folder):
     return model
 
 
+def merged(folder):
+    return loaded(folder).merge_and_unload()
+
+
+def merged_below_another(folder):
+    return get_peft_model(merged(folder), lora())
+
+
+def by_a_relative_path(folder):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        return PeftModel.from_pretrained(
+            AutoModelForImageTextToText.from_pretrained("base"), "first", is_trainable=True
+        )
+    finally:
+        os.chdir(before)
+
+
 WAYS = {
+    "merged": merged,
+    "merged below another": merged_below_another,
+    "relative path": by_a_relative_path,
     "PeftModel": loaded,
     "AutoModel": by_transformers,
     "load_adapter": by_adapter,
@@ -100,8 +123,10 @@ def test_an_adapter_in_a_folder_of_its_own_finds_what_lies_above(tmp_path, stage
     model = get_peft_model(AutoModelForImageTextToText.from_pretrained(stages / "base"), lora(), adapter_name="mine")
     first = run(tmp_path / "first", model, **PRUNER)
     first.save_model()
-    second = make(tmp_path / "second", model=loaded(stages, tmp_path / "first" / "mine", adapter_name="mine"), **PRUNER)
-    assert torch.equal(second.dual_forward.isolator.prompt, first.dual_forward.isolator.prompt)
+    for name in ("mine", "default"):
+        again = loaded(stages, tmp_path / "first" / "mine", adapter_name=name)
+        second = make(tmp_path / "second", model=again, **PRUNER)
+        assert torch.equal(second.dual_forward.isolator.prompt, first.dual_forward.isolator.prompt)
 
 
 def test_an_isolator_of_another_length_is_an_error(tmp_path, stages):
@@ -154,6 +179,30 @@ def test_a_second_trainer_of_the_same_model_goes_on(tmp_path, stages, caplog):
     with caplog.at_level(logging.WARNING):
         make(tmp_path, model=model, isolator_length=8, **PRUNER)
     assert "ModeIsolator starts anew: what was trained with this model is a ModeIsolator(length=4" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["merge", "wrap"])
+def test_the_same_model_goes_on_merged_or_with_new_adapters(tmp_path, stages, change):
+    base = AutoModelForImageTextToText.from_pretrained(stages / "base")
+    model = get_peft_model(base, lora()) if change == "merge" else base
+    first = run(tmp_path / "first", model, **PRUNER)
+    trained = {name: tensor.clone() for name, tensor in first.dual_forward.state_dict().items()}
+    model = model.merge_and_unload() if change == "merge" else get_peft_model(model, lora())
+    second = make(tmp_path / "second", model=model, seed=7, **PRUNER)
+    state = second.dual_forward.state_dict()
+    assert all(torch.equal(state[name], trained[name]) for name in trained)
+    assert sum("isolator" in name for name, _ in model.named_parameters()) == 1
+    second.train()
+    assert not torch.equal(second.dual_forward.isolator.prompt, trained["isolator.prompt"])
+    with pytest.raises(ValueError, match="another DualSpeedTrainer has been made for it since"):
+        first.train()
+
+
+def test_a_learned_pruner_of_another_kind_starts_anew_by_name(tmp_path, stages, caplog):
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, model=loaded(stages), **{**PRUNER, "pruner": "dynamicvit"})
+    assert "The pruner 'dynamicvit' starts anew: what was trained and saved in" in caplog.text
+    assert "'token_learner'" in caplog.text
 
 
 def test_adapters_of_unknown_origin_are_named(tmp_path, stages, monkeypatch, caplog):
