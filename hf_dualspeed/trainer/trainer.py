@@ -13,6 +13,7 @@ import torch
 from accelerate import DistributedDataParallelKwargs
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState
 
 from ..data.collators import MaskVisualLabels
 from ..feature_cache.cache import feature_cache_of
@@ -256,6 +257,10 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
                 self._move_model_to_device(self.model, self.args.device)
             self._follow_arguments()
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._run_as_trained(self.model)  # a copied model belongs to the copied trainer
+
     def _run_as_trained(self, model: nn.Module) -> None:
         """Sets the precision and the head of training, which are known once the accelerator exists."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -280,10 +285,11 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
 
     def _prepare_for_training(self, *args, **kwargs):
         """Takes in what was changed since construction, then makes the optimizer and wraps the model."""
-        if getattr(self.model, NAME, None) is not self.dual_forward:
+        adapted = hasattr(self.model, "peft_config") and NAME not in dict(self.model.named_children())
+        if adapted or getattr(self.model, NAME, None) is not self.dual_forward:
             raise ValueError(
-                "`trainer.model` is no longer the model that this trainer was made for, or another DualSpeedTrainer "
-                "has been made for it since. Make a new trainer."
+                "`trainer.model` is no longer the model that this trainer was made for, or has adapters since, or "
+                "another DualSpeedTrainer has been made for it. Make a new trainer."
             )
         check_loss_func(self.compute_loss_func)
         check_unchanged(self.args, self._attached)
@@ -301,7 +307,9 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         saved, own = self.state.stateful_callbacks, (ModeClock.__name__, AdaptiveSchedule.__name__)
         self.state.stateful_callbacks = {name: value for name, value in saved.items() if name not in own}
         super()._load_callback_state()
-        self.state.stateful_callbacks = saved
+        # Those that the checkpoint does not know, such as another schedule's, have a place in the next one.
+        exported = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
+        self.state.stateful_callbacks = {type(c).__name__: c.state() for c in exported} | saved
 
     def get_train_dataloader(self):
         if self.feature_cache is None:

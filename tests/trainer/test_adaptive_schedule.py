@@ -115,6 +115,16 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path):
     assert history(resumed, *keys) == history(unbroken, *keys)
 
 
+def test_a_run_of_another_schedule_goes_on_adaptively(tmp_path):
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "pruning_ratio": 0.5, "slow_mode_ratio": 0.5}
+    make(tmp_path, **saving).train()
+    trainer = make(tmp_path, **{**saving, **ADAPTIVE, "max_steps": 6})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert sum(trainer.clock.steps.values()) == 6
+    state = TrainerState.load_from_json(tmp_path / "checkpoint-6" / "trainer_state.json")
+    assert state.stateful_callbacks["AdaptiveSchedule"]["attributes"]["ratios"] == trainer.adaptive_schedule.ratios
+
+
 def test_a_second_training_starts_anew(tmp_path):
     trainer = make(tmp_path, max_steps=6, **ADAPTIVE)
     trainer.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -63,6 +65,23 @@ def test_another_model_put_in_place(tmp_path):
     trainer.model = llava()
     with pytest.raises(ValueError, match="`trainer.model` is no longer the model.*Make a new trainer"):
         trainer.train()
+
+
+def test_a_model_that_got_adapters_since(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.model = get_peft_model(trainer.model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="`trainer.model` .* has adapters since.*Make a new trainer"):
+        trainer.train()
+
+
+def test_a_copied_trainer_trains_the_same(tmp_path):
+    trainer = make(tmp_path, slow_mode_ratio=0.5)
+    copied = copy.deepcopy(trainer)
+    for each in (copied, trainer):
+        assert each.evaluate()["eval_loss"] > 5
+        each.train()
+    assert history(copied, "loss", "fast_loss", "slow_loss") == history(trainer, "loss", "fast_loss", "slow_loss")
+    assert torch.equal(copied.model.lm_head.weight, trainer.model.lm_head.weight)
 
 
 @pytest.mark.parametrize("removed", [None, ModeClock])
