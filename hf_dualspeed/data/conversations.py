@@ -416,6 +416,9 @@ def _part(part: Any, own: dict[str, list], name: str) -> dict:
 
 def _source(part: Mapping[str, Any], kind: str, name: str) -> Any:
     """The picture or clip that a part holds, or None."""
+    source = part.get("source")
+    if isinstance(source, Mapping):  # as Anthropic writes it
+        part = {**part, "base64": source.get("data"), "url": source.get("url")}
     key = next((key for key in SOURCES[kind] if filled(part.get(key))), None)
     if key is None:
         return None

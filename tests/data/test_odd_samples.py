@@ -328,9 +328,21 @@ def unreadable(pattern: str) -> Refused:
 
 
 ONE_PICTURE = Read("a<|im_end|>", "<|image_pad|><|vision_end|>q")
+
+
+def anthropic(**source) -> dict:
+    part = {"type": "image", "source": source}
+    return chat({"role": "user", "content": [part, {"type": "text", "text": "q"}]}, ANSWER)
+
+
 PICTURES = {
     "picture, base64 behind data:": (shown(f"data:image/png;base64,{BASE64}"), ONE_PICTURE),
     "picture, a tensor (C, H, W)": (shown(torch.zeros(3, 12, 20, dtype=torch.uint8)), ONE_PICTURE),
+    "picture, Anthropic's": (anthropic(type="base64", media_type="image/png", data=BASE64), ONE_PICTURE),
+    "picture, Anthropic's, on the web": (
+        anthropic(type="url", url="https://x.org/a.png"),
+        Refused("under `url`: it is on the web"),
+    ),
     "picture, base64 in lines": (shown(f"data:image/png;base64,\n{BASE64[:76]}\n{BASE64[76:]}\n"), ONE_PICTURE),
     "picture, a tensor of bfloat16": (shown(torch.zeros(3, 12, 20, dtype=torch.bfloat16)), ONE_PICTURE),
     "picture, a tensor (H, W)": (shown(torch.zeros(12, 20)), ONE_PICTURE),
