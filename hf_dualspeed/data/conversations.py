@@ -371,7 +371,7 @@ def _parts(content: str | list, placeholders: dict[str, str], own: dict[str, lis
     """
     if not isinstance(content, str):
         return [_part(part, own, name) for part in content]
-    _check_unicode(name, "content", content)
+    check_unicode(name, "content", content)
     pieces = re.split(f"({'|'.join(placeholders.values())})", content)
     if len(pieces) == 1:
         return [{"type": "text", "text": content}]
@@ -385,7 +385,7 @@ def _parts(content: str | list, placeholders: dict[str, str], own: dict[str, lis
     return parts
 
 
-def _check_unicode(name: str, key: str, text: str) -> None:
+def check_unicode(name: str, key: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -408,7 +408,7 @@ def _part(part: Any, own: dict[str, list], name: str) -> dict:
         if not isinstance(part.get("text"), str):
             why = "a part of type 'text' must hold a text. Fill it, or leave the part out."
             raise _refused(name, "text", part.get("text"), why)
-        _check_unicode(name, "text", part["text"])
+        check_unicode(name, "text", part["text"])
         return {"type": "text", "text": part["text"]}
     own[kind].append(_source(part, kind, name))
     return {"type": kind}

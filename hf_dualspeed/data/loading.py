@@ -30,6 +30,7 @@ from .conversations import (
     EXTRA_COLUMNS,
     SOURCES,
     _as_list,
+    check_unicode,
     given_texts,
     located_parts,
     sample_name,
@@ -37,6 +38,7 @@ from .conversations import (
 )
 from .easy_vqa import DATASETS, load_easy_vqa
 from .files import ROW_FILES, rows_of
+from .labels import texts_in
 from .media import is_web, located, shown
 
 FILE_TYPES = (*ROW_FILES, ".parquet")
@@ -149,7 +151,7 @@ def _sample_of(row: dict, name: str, image_folder: str, chosen: Sequence[str] | 
         row = {"answers": answer, **row, "answer": None}
     if sample["videos"]:
         raise ValueError(f"The sample ({name}) names videos, which are not decoded here. Pass a data set of frames.")
-    return {
+    found = {
         # As text, numbers of any size arrive as they are.
         "messages": [json.dumps(message) for message in sample["messages"]],
         "images": [_json_path(image, image_folder, name) for image in sample["images"]],
@@ -157,6 +159,9 @@ def _sample_of(row: dict, name: str, image_folder: str, chosen: Sequence[str] | 
         **{key: None if row.get(key) is None else str(row[key]) for key in EXTRA_COLUMNS},
         **{key: None if row.get(key) is None else _texts_or_gap(row[key], key) for key in LIST_COLUMNS},
     }
+    for key, text in texts_in(found):
+        check_unicode(name, key, text)
+    return found
 
 
 def _texts_or_gap(value: Any, column: str) -> list[str | None]:

@@ -605,3 +605,12 @@ def test_classes_are_learned_by_their_names(tmp_path):
     found = load_examples(str(tmp_path))
     assert found["answer"][:] == ["yes", None]
     assert found["answers"][:] == [[], ["no", "yes"]]
+
+
+@pytest.mark.parametrize("key", ["id", "question", "image", "options"])
+def test_half_of_a_surrogate_pair_in_a_column_names_the_row(tmp_path, key):
+    row = {"messages": [USER, ANSWER], key: ["x\ud83d"] if key == "options" else "x\ud83d"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match="row 0 of 'rows.json'.* is half of a surrogate pair") as error:
+        load_examples(str(tmp_path / "rows.json"))
+    assert not isinstance(error.value, UnicodeError)
