@@ -27,6 +27,18 @@ BYTE_ORDER_MARKS = {
 }
 
 
+class Written(float):
+    """A number of a JSON file, whose text is the one that stands there: 1.50, 1e3."""
+
+    def __new__(cls, text: str) -> Written:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a `.json` (a list of objects), `.jsonl` or `.csv` file, in UTF-8 or UTF-16.
 
@@ -58,7 +70,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json_rows(file: TextIO, name: str) -> Iterator[dict]:
     """The objects of a list, each decoded as soon as it is read."""
-    decoder, buffer, count = json.JSONDecoder(), file.read(CHUNK).lstrip(), 0
+    decoder, buffer, count = json.JSONDecoder(parse_float=Written), file.read(CHUNK).lstrip(), 0
     if not buffer.startswith("["):
         raise ValueError(
             f"{name!r} is not valid JSON of samples: it must hold a list of samples, each an object with its "
@@ -92,7 +104,7 @@ def _jsonl_rows(file: TextIO, name: str) -> Iterator[dict]:
     lines = (line for line in enumerate(file, 1) if line[1].strip())
     for count, (number, line) in enumerate(lines):
         try:
-            row = json.loads(line.strip())
+            row = json.loads(line.strip(), parse_float=Written)
         except json.JSONDecodeError as error:
             raise ValueError(f"Line {number} of {name!r} is not valid JSON: {error}.") from None
         yield _checked(row, name, count)

@@ -589,11 +589,13 @@ def test_a_template_that_raises_names_the_sample():
         ({"answers": {"answer": ["a", "b"], "answer_id": [1, 2]}}, ["a", "b"]),
         ({"answers": '["a", "b"]'}, ["a", "b"]),
         ({"answer": 7.0}, ["7.0"]),
+        ('{"question": "q", "answer": 1.50}', ["1.50"]),
+        ('{"question": "q", "answers": [1e3, 0.10]}', ["1e3", "0.10"]),
     ],
 )
 def test_a_recipe_scores_the_answers_that_a_file_has(tmp_path, given, expected):
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"question": "q", **given}]))
+    path.write_text(f"[{given}]" if isinstance(given, str) else json.dumps([{"question": "q", **given}]))
     assert question_and_answers(load_examples(str(path))[0])[1] == expected
 
 
