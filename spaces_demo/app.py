@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
-
+import limits  # isort: skip  # sets what gradio reads when it is imported
 import gradio as gr
 from inference import MAX_QUESTION, MAX_RATIO, InputError, check_question, pruner_names, read_image
 from overlay import write_examples
@@ -31,7 +30,7 @@ def build(slots: list[Slot], webcam: bool = False) -> gr.Blocks:
         slots (`list[Slot]`): The checkpoints.
         webcam (`bool`): Whether visitors may take a picture.
     """
-    with gr.Blocks(title="DualSpeed", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with limits.Page(title="DualSpeed", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(HEADER, elem_id="masthead")
         with gr.Tab("Ask"):
             _ask_tab(slots, webcam)
@@ -48,8 +47,8 @@ def _ask_tab(slots: list[Slot], webcam: bool) -> None:
         with gr.Column(scale=4, min_width=300):
             sources = ["upload", "clipboard", *(["webcam"] if webcam else [])]
             image = gr.Image(type="filepath", sources=sources, label="Image", height=380, buttons=[], elem_id="image")
-            # The path is passed on unread: gradio would open a bad file and fail without a reason. It has checked
-            # before that the path is an upload's.
+            # The path is passed on unread: gradio would open a bad file and fail without a reason. The page has
+            # checked before that the path is an upload's.
             image.preprocess = lambda payload: payload and payload.path
         with gr.Column(scale=6, min_width=300):
             question = gr.Textbox(
@@ -91,8 +90,7 @@ def handlers(slots: list[Slot]) -> tuple[Callable, Callable]:
             image, words = read_image(path), check_question(question)
             return cards(slots, ask(slots, image, words, pruner, min(max(float(ratio), 0.0), MAX_RATIO)), pruner)
         except InputError as error:
-            # gradio shows messages as HTML.
-            raise gr.Error(html.escape(str(error)), title="Please check", print_exception=False) from None
+            raise limits.refusal(error) from None
 
     def renew(path: str | None, question: str, pruner: str, ratio: float) -> str:
         return answer(path, question, pruner, ratio) if path and (question or "").strip() else cards(slots)

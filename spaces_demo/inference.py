@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import time
 import warnings
@@ -66,6 +67,21 @@ class Answer:
 
 
 # --- what visitors give -------------------------------------------------------------------------------------------
+
+
+def check_upload(path: object, folder: str) -> str:
+    """The resolved path of an upload.
+
+    Raises:
+        InputError: it is no regular file in `folder`, or leads out of it by a link.
+    """
+    try:
+        found = Path(os.path.realpath(path))
+        if found.is_relative_to(os.path.realpath(folder)) and found.is_file():  # a device or a pipe could wait for ever
+            return str(found)
+    except (OSError, TypeError, ValueError):  # too long, no text, with a null character
+        pass
+    raise InputError("The image is no upload of this page. Please upload it first.")
 
 
 def read_image(path: str | None) -> Image.Image:

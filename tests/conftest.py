@@ -11,7 +11,7 @@ import pytest
 from accelerate.utils import memory
 from evaluation_cases import asked, folder, made  # noqa: F401
 from loopback_hub import hub  # noqa: F401
-from space_server import server  # noqa: F401
+from space_server import server, space_process  # noqa: F401
 from tiny_runs import slots, tiny_runs  # noqa: F401
 from training import learned_pruner  # noqa: F401
 

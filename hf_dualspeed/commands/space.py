@@ -24,7 +24,8 @@ from ..publishing.results import read_results
 # The files of an installation, and those of the checkout.
 PACKAGE = Path(__file__).parent.parent
 PLACES = (PACKAGE / "space_files", PACKAGE.parent / "spaces_demo")
-FILES = ("README.md", "requirements.txt", "app.py", "inference.py", "overlay.py", "slots.py", "views.py", "style.css")
+FILES = ("README.md", "requirements.txt", "style.css")
+FILES += ("app.py", "inference.py", "limits.py", "overlay.py", "slots.py", "views.py")
 # The default run of each role, as in spaces_demo/slots.py. Its results name the repo that it was pushed to.
 RUNS = {"baseline": "runs/quickstart_full", "dualspeed": "runs/quickstart", "pruned": "runs/quickstart_pruned"}
 COMPARE = "docs/results/compare.md"

@@ -1,0 +1,84 @@
+"""The Space against visitors who send what the page would not: the raw API of a page in another process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("gradio", reason='needs gradio: pip install "hf-dualspeed[demo]"')
+
+META = {"meta": {"_type": "gradio.FileData"}}
+NO_UPLOAD = "The image is no upload of this page"
+
+
+def forms(path: object) -> list[object]:
+    """The ways to name a picture: as the page does, without `meta`, as a stream, as text."""
+    return [{"path": path, **META}, {"path": path}, {"path": path, "is_stream": True, **META}, path]
+
+
+@pytest.fixture
+def upload(space_process) -> str:
+    return space_process.upload()
+
+
+def test_an_upload_is_answered_whatever_stands_beside_its_path(space_process, upload):
+    for value in (*forms(upload)[:3], {"path": upload, "url": {"path": "http://127.0.0.1:9/x.png", **META}}):
+        assert space_process.ask(value).startswith("event: complete"), value
+
+
+def test_files_of_the_server_are_no_uploads(space_process, upload):
+    """Devices and pipes would hang the page, and pictures would come back."""
+    folder, uploads = space_process.folder, os.path.dirname(os.path.dirname(upload))
+    os.mkfifo(os.path.join(uploads, "pipe.png"))
+    os.symlink(folder / "private.png", os.path.join(uploads, "link.png"))
+    os.symlink(folder, os.path.join(uploads, "folder"))
+    inside = [os.path.join(uploads, name) for name in ("pipe.png", "link.png", "folder/private.png", "", "gone.png")]
+    outside = ["/dev/ptmx", "/dev/zero", "/dev/stdin", "/etc/passwd", "private.png", str(folder / "private.png")]
+    odd = [f"{uploads}/../{folder.name}/private.png", f"{upload}\0", "x" * 10_000, 3, ["/dev/ptmx"], {"path": upload}]
+    odd += ["http://127.0.0.1:9/x.png", "https://example.org/x.png", "file:///dev/ptmx"]
+    for path in (*inside, *outside, *odd):
+        for value in forms(path):
+            if value != {"path": upload}:
+                answer = space_process.ask(value)
+                assert answer.startswith("event: error"), value
+                assert NO_UPLOAD in answer or value == "", (value, answer)
+    assert space_process.ask({"path": upload}).startswith("event: complete")
+
+
+def test_the_page_s_own_events_are_checked_too(space_process):
+    """A check of an upload answers with the picture: it would copy a file of the server to where it can be fetched."""
+    config = space_process.http.get(str(space_process.http.base_url.join("/config"))).json()
+    own = [one["id"] for one in config["dependencies"] if one["api_name"] != "ask"]
+    assert len(own) >= 2
+    for index in own:
+        for value in forms(str(space_process.folder / "private.png")):
+            body = {"fn_index": index, "session_hash": "own", "data": [value, "what?", "grid", 0.5]}
+            assert space_process.http.post("queue/join", json=body).status_code == 200
+            with space_process.http.stream("GET", "queue/data", params={"session_hash": "own"}) as stream:
+                events = "".join(stream.iter_text())
+            assert '"success":false' in events, events
+            assert "private" not in events.replace("upload of this page", "")
+
+
+@pytest.mark.parametrize("path", ["private.png", "log.txt"])
+def test_files_of_the_server_are_not_served(space_process, path):
+    for place in (path, str(space_process.folder / path)):
+        assert space_process.http.get(f"file={place}").status_code in (403, 404)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"question": {"path": "https://example.org/x.png", **META}}, "Question may not be of type dict"),
+        ({"question": ["a"]}, "Question may not be of type list"),
+        ({"pruner": {"path": "/etc/passwd", **META}}, "Pruner may not be of type dict"),
+        ({"ratio": "0.5"}, "Tokens removed may not be of type str"),
+        ({"ratio": True}, "Tokens removed may not be of type bool"),
+        ({"question": "x" * 301}, "Please ask in at most 300"),
+    ],
+)
+def test_values_of_other_types_are_refused_by_name(space_process, upload, values, message):
+    answer = space_process.ask({"path": upload}, **values)
+    assert answer.startswith("event: error")
+    assert message in answer
