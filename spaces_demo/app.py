@@ -13,9 +13,9 @@ import gradio as gr
 from inference import MAX_QUESTION, MAX_RATIO, InputError, check_question, pruner_names, read_image
 from overlay import write_examples
 from slots import HERE, Slot, ask, chosen_names, load_slots, loaded
+from starlette.middleware import Middleware
 from views import ABOUT, HEADER, cards, comparison, learning_curves, runs_table
 
-MAX_FILE = "10mb"
 QUEUE = 20
 PRUNER, RATIO = "divprune", 0.9
 # Fonts of the visitor's system: none is fetched.
@@ -39,7 +39,8 @@ def build(slots: list[Slot], webcam: bool = False) -> gr.Blocks:
         with gr.Tab("How to read it"):
             gr.Markdown(ABOUT)
     # One answer at a time, because all visitors share the models. The queue is short enough to be served.
-    return page.queue(max_size=QUEUE, default_concurrency_limit=1)
+    # `api_open` would let programs past the queue.
+    return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
 def _ask_tab(slots: list[Slot], webcam: bool) -> None:
@@ -145,7 +146,9 @@ def launch(page: gr.Blocks, **options) -> object:
     return page.launch(
         theme=theme,
         css_paths=HERE / "style.css",
-        max_file_size=MAX_FILE,
+        max_file_size=limits.MAX_UPLOAD,
+        state_session_capacity=limits.MAX_SESSIONS,
+        app_kwargs={"middleware": [Middleware(limits.BodyLimit)]},
         ssr_mode=False,
         footer_links=[],
         **options,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Read when gradio is imported, and at each upload. By default all of a machine's pages would share one folder.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1000")
 UPLOADS = os.environ.get("GRADIO_TEMP_DIR")
 Path(UPLOADS or tempfile.gettempdir()).mkdir(parents=True, exist_ok=True)
 os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(tempfile.mkdtemp(prefix="dualspeed-uploads-", dir=UPLOADS))
@@ -17,7 +18,14 @@ os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(tempfile.mkdtemp(prefix="dualsp
 import gradio as gr  # noqa: E402
 from gradio.utils import get_upload_folder  # noqa: E402
 from inference import InputError, check_question, check_upload  # noqa: E402
+from starlette.formparsers import MultiPartException  # noqa: E402
+from starlette.responses import PlainTextResponse  # noqa: E402
 
+MAX_UPLOAD = 10 * 2**20  # bytes of an upload
+MAX_FIELDS = 16 * 2**10  # bytes of a request's other fields
+MAX_SESSIONS = 64  # sessions that are kept while they wait for nothing
+MAX_UNREAD = 8  # answers of a session that were not fetched yet
+MAX_NAME = 64  # characters of a session's name
 # The types of a part's values; of others, those of an example's place in the list. None is an empty part.
 TYPES = {gr.Textbox: (str, type(None)), gr.Dropdown: (str,), gr.Slider: (int, float)}
 
@@ -35,6 +43,56 @@ class Page(gr.Blocks):
             inputs[:] = [checked(*pair) for pair in zip(block_fn.inputs, inputs, strict=False)]
         except InputError as error:
             raise refusal(error) from None
+
+    def queue(self, *args, **options):
+        """As gradio's, with answers that nobody fetches bounded; gradio keeps any number of them in a session."""
+        super().queue(*args, **options)
+        push, inboxes = self._queue.push, self._queue.pending_messages_per_session
+        unread = self._queue.pending_event_ids_session
+
+        async def bounded_push(body, request, username):
+            session = body.session_hash
+            if session and len(session) > MAX_NAME:
+                return False, f"A session's name has at most {MAX_NAME} characters.", "error"
+            if len(unread.get(session, ())) >= MAX_UNREAD:
+                return False, f"{MAX_UNREAD} answers wait to be fetched. Fetch them first.", "queue_full"
+            running = {event.session_hash for event in self._queue.event_ids_to_events.values()}
+            idle = [name for name in inboxes if name not in running]
+            for name in {*idle[: max(0, len(idle) - MAX_SESSIONS)], *(unread.keys() - inboxes.keys())}:
+                inboxes.pop(name, None)
+                unread.pop(name, None)
+            return await push(body, request, username)
+
+        self._queue.push = bounded_push
+        return self
+
+
+class BodyLimit:
+    """Middleware that reads no request of more bytes than the page sends: an upload, or a few fields."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = MAX_FIELDS + (MAX_UPLOAD if scope["path"].rstrip("/").endswith("/upload") else 0)
+        words, read = f"The request exceeds the maximum allowed size of {limit} bytes.", 0
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > limit:
+            await PlainTextResponse(words, 413)(scope, receive, send)
+            return
+
+        async def counted():
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > limit:  # of unknown length
+                raise MultiPartException(words)  # gradio removes what it has written of the upload
+            return message
+
+        await self.app(scope, counted, send)
 
 
 def checked(part: gr.blocks.Block, value: object) -> object:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
+from tiny_runs import QUESTION
 
 pytest.importorskip("gradio", reason='needs gradio: pip install "hf-dualspeed[demo]"')
 
@@ -82,3 +86,89 @@ def test_values_of_other_types_are_refused_by_name(space_process, upload, values
     answer = space_process.ask({"path": upload}, **values)
     assert answer.startswith("event: error")
     assert message in answer
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+LARGE = 20 * 2**20
+
+
+def chunks(size: int):
+    """A body whose length is not told."""
+    yield b'{"data": ["'
+    for _ in range(size // 2**16):
+        yield b"x" * 2**16
+
+
+def test_large_requests_are_refused(space_process):
+    http = space_process.http
+    for path in ("call/ask", "queue/join", "run/ask", "component_server", "cancel", "upload"):
+        for content in (b"x" * LARGE, chunks(LARGE)):
+            with contextlib.suppress(httpx.TransportError):  # hung up while the body was sent
+                answer = http.post(path, content=content, headers={"Content-Type": "application/json"})
+                assert answer.status_code >= 400, path
+    assert http.post("call/ask", json={"data": ["x" * 20_000]}).status_code == 413
+    assert http.post("upload", files={"files": ("a.png", b"x" * 11 * 2**20)}).status_code == 413
+    many = [("files", (f"{number}.png", b"x" * 2**20)) for number in range(12)]
+    assert http.post("upload", files=many).status_code == 413
+    assert http.post("upload", files={"files": ("a.png", b"x" * 9 * 2**20)}).status_code == 200
+
+
+def test_sessions_are_bounded(space_process, upload):
+    values = [{"path": upload}, "", "grid", 0.5]  # is refused when it is asked, after the queue
+    assert space_process.call(*values, session_hash="x" * 65).status_code in (400, 422)
+    seen = [space_process.http.post("queue/join", json=body).status_code for body in joined("same", values, 12)]
+    assert seen.count(200) <= 8
+    assert 503 in seen
+
+
+def joined(session: str, values: list, times: int) -> list[dict]:
+    return [{"fn_index": 0, "session_hash": session, "data": values}] * times
+
+
+def test_300_requests_leave_the_memory_as_it_was(space_process, upload):
+    """Refused and answered, fetched and not, each in a session of its own."""
+    large = b'{"data": [{"path": "a"}, "%s", "grid", 0.5]}' % (b"x" * LARGE)
+
+    def request(number: int) -> None:
+        kind, session = number % 10, f"session {number}"
+        try:
+            if kind == 0:
+                space_process.http.post("call/ask", content=large, headers={"Content-Type": "application/json"})
+            elif kind == 1:
+                space_process.call({"path": "/dev/ptmx"}, "y" * 9000, "grid", 0.5, session_hash=session)
+            elif kind == 2:
+                space_process.ask({"path": upload})
+            elif kind == 3:
+                space_process.call({"path": upload}, QUESTION, "grid", 0.5, session_hash=session)
+            elif kind == 4:
+                space_process.http.post("upload", files={"files": ("a.png", b"x" * 2**20 + session.encode())})
+            else:
+                space_process.http.post("run/ask", json={"data": [{"path": upload}, "z" * 15_000, "grid", 0.5]})
+        except (httpx.TransportError, httpx.HTTPStatusError):
+            pass
+
+    for number in range(60):
+        request(number)
+    before = space_process.memory()
+    for number in range(60, 360):
+        request(number)
+    assert space_process.ask({"path": upload}).startswith("event: complete")
+    assert space_process.memory() - before < 50
+
+
+def test_50_at_once_are_answered_or_told_why(space_process, upload):
+    """The queue takes 20. The others are told that it is full, and the page goes on."""
+
+    def visit(number: int) -> str:
+        try:
+            return space_process.ask({"path": upload}, f"{QUESTION} {number}")
+        except httpx.HTTPStatusError as error:
+            return error.response.text
+
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(visit, range(50)))
+    answered = [answer.startswith("event: complete") for answer in answers]
+    assert sum(answered) >= 20
+    assert all(good or "Queue is full" in answer for good, answer in zip(answered, answers, strict=True))
+    assert space_process.ask({"path": upload}).startswith("event: complete")
