@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from hf_dualspeed import AutoPruner, ModeIsolator, Pruner, available_pruners, prune_inputs
 from hf_dualspeed.data.collators import encode
-from hf_dualspeed.data.media import IMAGE_ERRORS, open_image
+from hf_dualspeed.data.media import IMAGE_ERRORS, open_image, opened
 from hf_dualspeed.evaluation.visualize import View, view_of, watch_calls
 from hf_dualspeed.hub.errors import explained
 from hf_dualspeed.hub.source import is_repo_id
@@ -95,7 +95,7 @@ def read_image(path: str | None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = opened(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(too_large()) from None
     except IMAGE_ERRORS:

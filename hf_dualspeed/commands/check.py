@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from ..conformance import Batch, Check, check_model
 from ..data.collators import VisionLanguageCollator
-from ..data.media import pattern
+from ..data.media import opened, pattern
 from ..models.interface import ModelInterface
 from ..utils.constants import POSITION_IDS
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     interface.check_protocol()
     interface.position_scheme(options.position_ids)
     processor = AutoProcessor.from_pretrained(options.model)
-    images = [Image.open(path) for path in options.image] or [pattern(320, 240), pattern(240, 320)]
+    images = [opened(path) for path in options.image] or [pattern(320, 240), pattern(240, 320)]
     checks = check_model(model, batch_of(model, processor, images, options.position_ids))
     show(checks, type(model).__name__)
     return int(any(check.passed is False for check in checks))

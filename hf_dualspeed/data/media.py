@@ -38,6 +38,10 @@ UNIT_LIMIT = 1.01
 BYTE_LIMIT = 16
 # A file's name has no more characters than this, as most systems have it.
 LONGEST_NAME = 255
+# Formats that are read: pictures of pixels, whose decoders start no program. Pillow would hand PostScript to
+# Ghostscript. The last, TGA, has no mark at its start.
+RASTERS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "PCX", "SGI")
+RASTERS += ("TGA",)
 # Pillow's modes with premultiplied colours, which it converts to RGB by way of these only.
 PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 
@@ -57,8 +61,9 @@ def open_image(image: Any, folder: str | None = None) -> Image.Image:
         folder (`str`, *optional*): Folder that a relative path starts from.
 
     Raises:
-        ValueError: the picture is empty, on the web, or has values that are no brightness: see [`to_rgb`]; or it is in
-            colour with 12 bits in 16, of which Pillow reads the upper 8.
+        ValueError: the picture is empty, on the web, no regular file, of a format beside [`RASTERS`], or has values
+            that are no brightness: see [`to_rgb`]; or it is in colour with 12 bits in 16, of which Pillow reads the
+            upper 8.
         OSError, SyntaxError, EOFError, PIL.Image.DecompressionBombError: the file is missing or damaged.
         TypeError: `image` is none of these.
     """
@@ -137,10 +142,17 @@ def image_size(image: Any, folder: str | None = None) -> tuple[int, int]:
 def opened(image: Any, folder: str | None = None) -> Image.Image:
     """The image as Pillow opens it, not decoded. Arguments and errors are those of [`open_image`]."""
     given, image = image, source_of(image, folder)
+    if isinstance(image, str) and os.path.exists(image) and not os.path.isfile(image):
+        raise ValueError(f"{shown(image)} is no regular file, but a folder, a device or a pipe. Give a picture's path")
+    Image.init()  # fills `Image.OPEN`; which formats it has depends on how Pillow was built
     try:
-        image = image if isinstance(image, Image.Image) else Image.open(image)
+        if not isinstance(image, Image.Image):
+            image = Image.open(image, formats=[name for name in RASTERS if name in Image.OPEN])
     except UnidentifiedImageError:  # of bytes, it tells an address in memory
-        raise UnidentifiedImageError(f"{shown(given)} is no picture that Pillow can read") from None
+        known = ", ".join(RASTERS)
+        raise UnidentifiedImageError(f"{shown(given)} is no picture that Pillow can read as one of {known}") from None
+    if image.format not in (None, *RASTERS):  # opened elsewhere, by `datasets` for example, and not decoded yet
+        raise ValueError(f"its format, {image.format}, is not read. Convert it to PNG")
     if 0 in image.size:
         raise ValueError(f"its size is {image.size}")
     return image

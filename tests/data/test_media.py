@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 
 import numpy as np
 import pytest
 from data_cases import picture, talk
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from tiny import tiny_llava_processor
 from transformers.image_transforms import convert_to_rgb
 
@@ -225,6 +226,52 @@ def test_bytes_urls_and_paths_are_one_picture(tmp_path):
 def test_what_cannot_be_opened_says_why(image, message):
     with pytest.raises(ValueError, match=message):
         open_image(image)
+
+
+# what is not opened
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("form", ["path", "bytes", "data", "record", "PIL"])
+def test_postscript_starts_no_ghostscript(tmp_path, monkeypatch, form):
+    def started(*args, **options):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    (tmp_path / "a.png").write_bytes(POSTSCRIPT)
+    image = {
+        "path": str(tmp_path / "a.png"),
+        "bytes": POSTSCRIPT,
+        "data": f"data:image/png;base64,{base64.b64encode(POSTSCRIPT).decode()}",
+        "record": {"bytes": POSTSCRIPT, "path": "a.png"},
+        "PIL": Image.open(io.BytesIO(POSTSCRIPT)),
+    }[form]
+    for read in (open_image, image_size):
+        with pytest.raises((OSError, ValueError), match="can read as one of PNG, JPEG|its format, EPS, is not read"):
+            read(image)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "ICO", "PPM", "TGA"])
+def test_formats_of_pixels_are_read(tmp_path, form):
+    image = picture(16, 16)
+    image.save(tmp_path / "a.picture", form)
+    assert np.abs(pixels(tmp_path / "a.picture").astype(float) - np.asarray(image)).mean() < 64
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, kind):
+    path = tmp_path / "a.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/dev/ptmx")
+    elif kind == "folder":
+        path.mkdir()
+    path = "/dev/ptmx" if kind == "device" else str(path)
+    collator = VisionLanguageCollator(tiny_llava_processor())
+    with pytest.raises(ValueError, match=r"sample 0 of the batch, id 'x'.*is no regular file"):
+        collator([talk("q", "a", images=[path], id="x")])
 
 
 def test_values_are_shortened():

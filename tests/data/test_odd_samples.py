@@ -362,7 +362,7 @@ PICTURES = {
     "picture, no bytes": (shown(b""), unreadable("it is b''")),
     "picture, an empty record": (shown({"bytes": None, "path": None}), unreadable("it is None")),
     "picture, a record of no bytes": (shown({"bytes": 7, "path": None}), unreadable("'int' has no len")),
-    "picture, a folder": (shown("/"), unreadable("Is a directory")),
+    "picture, a folder": (shown("/"), unreadable("is no regular file, but a folder")),
     "picture, a name of no file": (shown("none.png"), unreadable("No such file or directory: 'none.png'")),
     "picture, None in a list": (shown(None, images=[PNG, None]), unreadable("number 2 of 2: it is None")),
     "picture, a number": (shown(7), unreadable("An image must be .*got 7 of <class 'int'>")),

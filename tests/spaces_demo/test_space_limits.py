@@ -88,6 +88,13 @@ def test_values_of_other_types_are_refused_by_name(space_process, upload, values
     assert message in answer
 
 
+def test_postscript_is_no_image(space_process):
+    answer = space_process.ask(
+        {"path": space_process.upload(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")}
+    )
+    assert "damaged, or no image" in answer
+
+
 # --- memory -------------------------------------------------------------------------------------------------------
 
 LARGE = 20 * 2**20
