@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo
 
 from ..hub.source import is_repo_id
 from ..hub.upload import published_card, push_folder
-from ..publishing.cards import merge_card, render
+from ..publishing.cards import code, merge_card, render
 from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from .config import budget
 
@@ -74,13 +74,13 @@ def pruner_card(pruner: Pruner, repo_id: str, results: dict | list[dict] | None 
         "learned": bool(pruner.state_dict()),
         "usage": usage(pruner, repo_id),
         "custom": is_custom(pruner),
-        # An unescaped heading would be taken for a section that a user wrote.
-        "rule": re.sub(r"^#", r"\\#", rule, flags=re.MULTILINE),
+        # Markdown without HTML. An unescaped heading would be taken for a section that a user wrote.
+        "rule": re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", re.sub(r"^#", r"\\#", rule, flags=re.MULTILINE)),
         "needs": pruner.needs,
         "in_language_model": pruner.in_language_model,
         "first_ratio": ratios[0],
         "budget": [(name, *(budget(count, ratio) for ratio in ratios)) for count, name in IMAGES.items()],
-        "settings": [(f"`{key}`", f"`{json.dumps(value)}`") for key, value in config.to_dict().items()],
+        "settings": [(code(key), code(json.dumps(value))) for key, value in config.to_dict().items()],
         "columns": columns,
         "results": [[row.get(column) for column in columns] for row in rows],
         "papers": [paper for paper in dict.fromkeys(papers) if paper != DUALSPEED],

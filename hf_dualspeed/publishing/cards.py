@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -33,11 +36,42 @@ class Section:
     generated: bool
 
 
+class Markdown(str):
+    """Text that is Markdown of our own making, which [`render`] leaves as it is."""
+
+
+def plain(value: object) -> object:
+    """Text as Markdown that shows it as it stands, in one line: no HTML, no link, no code. Other values unchanged."""
+    if not isinstance(value, str) or isinstance(value, Markdown):
+        return value
+    text = re.sub(r"[ \t]*[\r\n]\s*", " ", value)
+    text = re.sub(r"([\\`*\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    return re.sub(r"(www)\.", r"\1&#46;", text.replace("://", "&#58;//"), flags=re.IGNORECASE)
+
+
+def code(value: object) -> Markdown:
+    """Text, or each text of a list, as a code span in one line."""
+    if isinstance(value, list):
+        return Markdown(", ".join(map(code, value)))
+    return Markdown(f"`{' '.join(str(value).replace('`', chr(39)).split())}`")
+
+
+def quoted(value: str) -> Markdown:
+    """Text as a string of Python, within a fenced block."""
+    return Markdown(json.dumps(value, ensure_ascii=False))
+
+
+def address(value: str) -> Markdown:
+    """The address of a file beside the card, as the target of a link: never one with a scheme."""
+    return Markdown(quote(value.lstrip("/")))
+
+
 def render(template: Path, values: dict) -> str:
     """A card from a Jinja template, which may include those of [`TEMPLATES`] by name.
 
-    Beside Jinja's own filters there are `form`, Python's `format`, and `table`, a Markdown table of rows below the
-    given header.
+    Text is shown as it stands ([`plain`]), unless it is [`Markdown`]. Beside Jinja's own filters there are `form`,
+    Python's `format`; `code`, `quoted` and `address`, the functions of this module; `markdown`, which declares
+    [`Markdown`]; and `table`, a Markdown table of rows below the given header.
 
     Raises:
         jinja2.UndefinedError: the template names a value that is not there.
@@ -48,10 +82,17 @@ def render(template: Path, values: dict) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=plain,
     )
     environment.filters["form"] = format
-    environment.filters["table"] = lambda rows, *header: markdown_table(header, rows, words=True)
+    environment.filters |= {"code": code, "quoted": quoted, "address": address, "markdown": Markdown, "table": table}
     return environment.get_template(template.name).render(values)
+
+
+def table(rows: Iterable[Sequence[object]], *header: str) -> Markdown:
+    """A Markdown table of words, whose cells are [`plain`]."""
+    lines = ([plain(cell) for cell in row] for row in rows)
+    return Markdown(markdown_table([plain(name) for name in header], lines, words=True))
 
 
 def merge_card(existing: str, generated: str) -> str:

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..hub.upload import card_text, published_card
-from .cards import TEMPLATES, adopt_card, given_keys, merge_card, render, split_front_matter
+from .cards import TEMPLATES, Markdown, adopt_card, code, given_keys, merge_card, plain, render, split_front_matter
 
 TEMPLATE = TEMPLATES / "model_card.md.jinja"
 # What a card says only where the results do.
@@ -96,7 +96,9 @@ def model_card(results: dict) -> str:
     )
     settings, seen = results.get("settings", {}), results.get("visual_tokens")
     steps, seconds = results.get("steps", {}), results.get("seconds", {})
-    eval_data = f"`{results['eval_dataset']}`" if results.get("eval_dataset") else ""
+    eval_data = code(results["eval_dataset"]) if results.get("eval_dataset") else ""
+    if eval_data and "eval_split" in results:
+        eval_data = Markdown(f"{eval_data} ({plain(results['eval_split'])})")
     values = {
         "front_matter": data.to_yaml(),
         "given": " ".join(data.to_dict()),
@@ -109,7 +111,7 @@ def model_card(results: dict) -> str:
         "seconds": seconds,
         "visual_tokens": seen if seen and seen["full"] else None,
         "processes": results.get("training", {}).get("processes", 1),
-        "eval_data": f"{eval_data} ({results['eval_split']})" if eval_data and "eval_split" in results else eval_data,
+        "eval_data": eval_data,
         "metrics": [(key, f"{value:.4g}") for key, value in _metrics(results).items()],
         "evaluations": [
             (
@@ -228,14 +230,14 @@ def _metrics(results: dict) -> dict[str, float]:
     return {k: value for k, value in found.items() if not k.endswith(EVALUATION_TIMES) and math.isfinite(value)}
 
 
-def pruning_words(pruner: dict) -> str:
+def pruning_words(pruner: dict) -> Markdown:
     """A pruner's name and ratio in words, as a verb phrase; the ratio may change over training."""
     name, end, schedule = pruner["pruner_type"], pruner["pruning_ratio"], pruner.get("pruning_schedule", "constant")
     if schedule == "constant":
-        return f"`{name}` leaves of the visual tokens, {end:.4g} of them removed"
+        return Markdown(f"{code(name)} leaves of the visual tokens, {end:.4g} of them removed")
     start = pruner["initial_pruning_ratio"]
-    shares = f"at first {start:.4g} and in the end {end:.4g} of them removed ({schedule})"
-    return f"`{name}` leaves of the visual tokens, {shares}"
+    shares = f"at first {start:.4g} and in the end {end:.4g} of them removed ({plain(schedule)})"
+    return Markdown(f"{code(name)} leaves of the visual tokens, {shares}")
 
 
 def _formatted(value: float | None, form: str) -> str | None:

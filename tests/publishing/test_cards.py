@@ -190,11 +190,11 @@ def test_headings_of_templates_are_marked(folder):
     assert [line for line in headings if not line.endswith(f" {MARKER}")] == []
 
 
-def test_values_enter_a_card_as_they_are(tmp_path):
+def test_values_are_shown_as_they_are(tmp_path):
     template = tmp_path / "card.md.jinja"
     template.write_text('{{ value }}\n{{ rows | table("a", "b|c") }}\n{{ share | form(".1%") }}\n')
     values = {"value": "<b> {{ x }} \n", "rows": [("1|2", None)], "share": 0.125}
-    assert render(template, values) == "<b> {{ x }} \n\n| a | b\\|c |\n| --- | --- |\n| 1\\|2 |  |\n12.5%\n"
+    assert render(template, values) == "&lt;b&gt; {{ x }} \n| a | b\\|c |\n| --- | --- |\n| 1\\|2 |  |\n12.5%\n"
     with pytest.raises(jinja2.UndefinedError, match="'value' is undefined"):
         render(template, {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 from datasets import Dataset, DatasetInfo
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from markdown_it import MarkdownIt
 from training import DATA, make
 
 from hf_dualspeed import cli
+from hf_dualspeed.publishing.cards import split_front_matter
 from hf_dualspeed.publishing.model_card import (
     QUANTIZED,
     adopt_published_card,
@@ -166,6 +169,41 @@ def test_what_is_no_number_is_left_out():
     text = model_card({"eval_dataset": "org/test", "evaluation": evaluation, "accuracy": float("nan"), "n": 4})
     assert [r.metric_type for r in ModelCard(text).data.eval_results] == ["f1"]
     assert "| loss |" not in text
+
+
+HOSTILE = (
+    '<img src=x onerror="alert(1)"> [a](javascript:alert(1)) ![b](http://x.org/b.png) `c`\n# d\n```\n"); import os #'
+)
+
+
+def hostile(value: object) -> object:
+    """The value with each of its texts made hostile, but for those that choose a branch."""
+    if isinstance(value, dict):
+        return {key: inner if key == "of" else hostile(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [hostile(inner) for inner in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+def test_what_results_say_becomes_no_html_link_or_code():
+    names = {"dataset": "", "split": "", "metric": "", "pruner": "", "value": 0.5, "n": 3, "pruning_ratio": 0.5}
+    given = {**RESULTS, "evaluations": [names], "eval_part": "", "kept_tokens": "", "model": ""}
+    given["hub"] = {"base_model": "", "datasets": [""], "repo_id": ""}
+    for adapter in (True, False):
+        card = model_card({**hostile(given), "adapter": adapter})
+        head, body = split_front_matter(card)
+        assert head["base_model"] == HOSTILE
+        tokens = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(body)
+        inner = [child for token in tokens for child in token.children or ()]
+        html = {token.content.strip() for token in (*tokens, *inner) if token.type.startswith("html")}
+        assert all(text.startswith("<!-- ") and text.endswith(" -->") and text.count("-->") == 1 for text in html), html
+        links = {token.attrs.get("href") or token.attrs.get("src") for token in inner if token.attrs}
+        assert all(link.startswith(("https://arxiv.org/", "%3Cimg")) for link in links), links
+        (python,) = [token.content for token in tokens if token.type == "fence" and token.info == "python"]
+        called = {node.func.attr for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)}
+        assert called <= {"from_pretrained", "merge_and_unload"}
+        headings = [line for line in body.splitlines() if line.startswith("#")]
+        assert all(line.endswith("<!-- dualspeed -->") for line in headings)
 
 
 def test_a_changing_ratio_in_words():

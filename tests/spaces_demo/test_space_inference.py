@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import shutil
 import struct
@@ -351,3 +352,16 @@ def test_results_of_the_runs(slots, tmp_path, monkeypatch):
     monkeypatch.setattr(views, "COMPARE", (tmp_path / "none.json",))
     assert views.comparison() is None
     assert "brings a results.json" in views.runs_table([])
+
+
+def test_the_page_shows_no_markup_of_others(checkpoints):
+    """Of a model's name, its answers, its results, its problem, and a comparison's file."""
+    mark = '<img src=x onerror="alert(1)">'
+    checkpoint = copy.copy(checkpoints["dualspeed"])
+    checkpoint.results = {"steps": {"fast": mark, "slow": mark}}
+    slot, given = Slot("dualspeed", mark, checkpoint), Answer(mark, 0.1, 0.5, 3, 4)
+    pages = [views.cards([slot], {"dualspeed": Pair(given, mark)}, mark), views.runs_table([slot])]
+    pages.append(views.cards([Slot("dualspeed", mark, problem=mark)]))
+    for page in pages:
+        assert "&lt;img src=x onerror=" in page
+        assert "<img src=x" not in page
