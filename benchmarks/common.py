@@ -20,7 +20,8 @@ from hf_dualspeed.trainer.schedule import SLOW
 from hf_dualspeed.trainer.setup import resolve_pruner
 from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
-from hf_dualspeed.utils.text import spread, write_json
+from hf_dualspeed.utils.text import spread
+from hf_dualspeed.utils.writing import write_json
 
 
 class KeptRun:

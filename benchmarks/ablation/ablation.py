@@ -23,8 +23,9 @@ from transformers import Trainer, set_seed
 from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
 from hf_dualspeed.utils.environment import machine, versions
-from hf_dualspeed.utils.text import spread, without_paths, write_json
+from hf_dualspeed.utils.text import spread, without_paths
 from hf_dualspeed.utils.validation import Parser, check_choice, check_range
+from hf_dualspeed.utils.writing import write_json
 
 from ..common import KeptRun, pruned_prompts, ratio, stored_results, summary_of, timed_training
 from .language import Size

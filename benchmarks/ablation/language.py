@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from hf_dualspeed.data.collators import IGNORED
 from hf_dualspeed.recipes.tiny_llava import language_config, word_tokenizer
+from hf_dualspeed.utils.writing import write_file
 
 from .fashion_grid import ITEMS, NUMBERS, SIDE, Grid, Question, draw_items
 
@@ -88,12 +89,8 @@ def train_plainly(
 
 
 def save_whole(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Saves weights by way of a second file, so that an interruption leaves no partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    # safetensors refuses tied weights, which share memory.
-    save_file({name: weight.clone().contiguous() for name, weight in weights.items()}, part)
-    part.replace(path)
+    """Saves weights; safetensors refuses tied ones, which share memory, so they are copied."""
+    write_file(path, save({name: weight.clone().contiguous() for name, weight in weights.items()}))
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:

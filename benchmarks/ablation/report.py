@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from hf_dualspeed.publishing.plots import figure_of
+from hf_dualspeed.publishing.plots import figure_of, save_figure
 from hf_dualspeed.utils.text import markdown_table
 
 from ..common import cell, print_table
@@ -109,7 +109,7 @@ def plot(results: dict, path: Path) -> None:
         label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def _draw_group(axis: Axes, results: dict, group: str) -> None:

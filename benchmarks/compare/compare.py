@@ -25,8 +25,9 @@ from hf_dualspeed.recipes.run import collator_of, load_model, prepare_model
 from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
 from hf_dualspeed.utils.environment import machine, versions
-from hf_dualspeed.utils.text import without_paths, write_json
+from hf_dualspeed.utils.text import without_paths
 from hf_dualspeed.utils.validation import Parser, check_range
+from hf_dualspeed.utils.writing import write_json
 
 from ..common import KeptRun, pruned_prompts, ratio, stored_results, summary_of, timed_training
 from .report import write_card, write_report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from statistics import mean
 
@@ -12,8 +11,9 @@ from matplotlib.ticker import PercentFormatter
 
 from hf_dualspeed.publishing.cards import merge_card, render
 from hf_dualspeed.publishing.model_card import environment_rows, pruning_words, settings_rows
-from hf_dualspeed.publishing.plots import figure_of
+from hf_dualspeed.publishing.plots import figure_of, save_figure
 from hf_dualspeed.utils.text import markdown_table
+from hf_dualspeed.utils.writing import write_file
 
 from ..common import cell, print_table
 
@@ -30,7 +30,7 @@ LOOKS = {
 
 def write_report(results: dict, path: Path) -> None:
     """Writes table and plot beside the results file `path`, and prints the table."""
-    path.with_suffix(".md").write_text(f"{caption(results)}\n\n{readme_table(results)}\n", encoding="utf-8")
+    write_file(path.with_suffix(".md"), f"{caption(results)}\n\n{readme_table(results)}\n")
     plot(results, path.with_suffix(".png"))
     header, *rows = table_rows(results)
     print_table(header, rows)
@@ -38,12 +38,11 @@ def write_report(results: dict, path: Path) -> None:
 
 def write_card(results: dict, source: Path, folder: Path) -> None:
     """Writes the model card of the DualSpeed runs into `folder`, and copies results and plot there."""
-    folder.mkdir(parents=True, exist_ok=True)
     path, picture = folder / "README.md", source.with_suffix(".png")
     for file in (source, picture):
-        shutil.copy(file, folder / file.name)
+        write_file(folder / file.name, file.read_bytes())
     earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
-    path.write_text(merge_card(earlier, card(results, picture.name)), encoding="utf-8")
+    write_file(path, merge_card(earlier, card(results, picture.name)))
 
 
 def card(results: dict, picture: str) -> str:
@@ -132,7 +131,7 @@ def plot(results: dict, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _draw_variant(axis: Axes, results: dict, variant: str, colour: str, marker: str) -> None:

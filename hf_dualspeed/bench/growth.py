@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 
-from ..publishing.plots import figure_of
+from ..publishing.plots import figure_of, save_figure
 from ..utils.text import markdown_table
+from ..utils.writing import write_file
 from .options import BenchArguments
 from .plots import LINES
 from .report import check_format, expected_speedup, megabytes, print_table, quartiles, setting_line, times_of
@@ -75,7 +76,7 @@ def report(results: dict, path: Path) -> None:
     print_table(console, MEMORY_HEADER, memory_rows(results))
     console.print(exponent_line(results), highlight=False)
     plot = plot_growth(results, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(markdown(results, plot.name), encoding="utf-8")
+    write_file(path.with_suffix(".md"), markdown(results, plot.name))
 
 
 def label_of(name: str, results: dict) -> str:
@@ -180,5 +181,4 @@ def plot_growth(results: dict, path: Path) -> Path:
         f"{settings['pruning_ratio']:.0%} ({results['device']}, {results['dtype']})",
         fontsize=11,
     )
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)

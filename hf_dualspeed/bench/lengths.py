@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..data.lengths import SampleLengths
-from ..publishing.plots import figure_of
+from ..publishing.plots import figure_of, save_figure
 from ..trainer.length_grouping import MEGABATCH, ModeLengthSampler, grouped
 from ..trainer.schedule import FAST, SLOW, ModeSchedule
 from ..utils.text import markdown_table
+from ..utils.writing import write_file
 from .measure import Bench, order, surroundings
 from .options import BenchArguments
 from .plots import ARMS
@@ -194,7 +195,7 @@ def report(results: dict, path: Path) -> None:
     print_table(console, HEADER, rows(results))
     console.print(epoch_line(results), highlight=False)
     plot = plot_lengths(results, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(markdown(results, plot.name), encoding="utf-8")
+    write_file(path.with_suffix(".md"), markdown(results, plot.name))
 
 
 def labels(results: dict) -> dict[str, str]:
@@ -304,5 +305,4 @@ def plot_lengths(results: dict, path: Path) -> Path:
         f"{settings['pruning_ratio']:.0%} ({results['device']}, {results['dtype']})",
         fontsize=11,
     )
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)

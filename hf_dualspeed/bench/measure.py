@@ -8,7 +8,6 @@ noise evenly; ratios are taken within a round. Both trainers use their own optio
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
 import time
 from collections import Counter
@@ -37,6 +36,7 @@ from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.devices import synchronize
 from ..utils.environment import machine, versions
 from ..utils.text import one_line, without_paths
+from ..utils.writing import write_file, write_json
 from .counters import FLOP_COUNTING, MEMORY_COUNTING, cached_batch, count_syncs, device_waits, flops_of, peak_memory
 from .options import BenchArguments
 from .report import PARTS, STEPS, check_format, derive, markdown, print_report
@@ -50,7 +50,7 @@ PART = ".part.json"  # the runs so far, for an interrupted measurement
 
 def write(results: dict, path: Path) -> None:
     """Writes the results as JSON."""
-    path.write_text(json.dumps(without_paths(results), indent=2) + "\n", encoding="utf-8")
+    write_json(path, without_paths(results))
 
 
 def report(results: dict, path: Path) -> None:
@@ -58,7 +58,7 @@ def report(results: dict, path: Path) -> None:
     check_format(results)
     print_report(results)
     plot = plot_steps(results, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(markdown(results, plot.name), encoding="utf-8")
+    write_file(path.with_suffix(".md"), markdown(results, plot.name))
 
 
 def measure(options: BenchArguments) -> dict:

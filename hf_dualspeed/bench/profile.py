@@ -15,9 +15,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..models.components import language_parts
 from ..models.interface import unwrap
-from ..publishing.plots import figure_of
+from ..publishing.plots import figure_of, save_figure
 from ..utils.devices import synchronize
 from ..utils.text import markdown_table
+from ..utils.writing import write_file
 from .options import BenchArguments
 from .plots import PART_STYLE
 from .report import check_format, milliseconds, model_line, print_table, quartiles, setting_line
@@ -172,7 +173,7 @@ def report(results: dict, path: Path) -> None:
         print_table(console, HEADER, phase_rows(run))
         print_table(console, OPERATOR_HEADER, operator_rows(run))
     plot = plot_profile(results, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(markdown(results, plot.name), encoding="utf-8")
+    write_file(path.with_suffix(".md"), markdown(results, plot.name))
 
 
 def phase_rows(run: dict) -> list[tuple[str, ...]]:
@@ -237,5 +238,4 @@ def plot_profile(results: dict, path: Path) -> Path:
             axis.set_xlabel("milliseconds")
             axis.set_title(f"{run['shape']}, a fast step {title}", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..publishing.plots import figure_of
+from ..publishing.plots import figure_of, save_figure
 from .plots import FULL_STEP, MARK, PART_STYLE
 from .report import FAST_PARTS, PARTS, REST, STEPS, milliseconds
 
@@ -35,8 +35,7 @@ def plot_steps(results: dict, path: Path) -> Path:
         f"({results['device']}, {results['dtype']})",
         fontsize=11,
     )
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _draw_run(axis: Axes, run: dict, steps: list[str]) -> None:

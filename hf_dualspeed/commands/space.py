@@ -20,6 +20,7 @@ from ..hub.errors import explained
 from ..hub.source import is_repo_id
 from ..publishing.files import check_no_token
 from ..publishing.results import read_results
+from ..utils.writing import write_file, write_json
 
 # The files of an installation, and those of the checkout.
 PACKAGE = Path(__file__).parent.parent
@@ -162,8 +163,8 @@ def write_space(folder: Path, names: dict[str, str], compare: Path | None = None
         shutil.copy(source_folder() / name, folder / name)
     card = folder / "README.md"
     models = json.dumps(sorted(set(names.values())))  # valid YAML too
-    card.write_text(card.read_text(encoding="utf-8").replace("models: []", f"models: {models}"), encoding="utf-8")
-    (folder / CHECKPOINTS).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+    write_file(card, card.read_text(encoding="utf-8").replace("models: []", f"models: {models}"))
+    write_json(folder / CHECKPOINTS, names)
     if compare is not None:
         for path in (compare, compare.with_suffix(".png")):
             if path.is_file():

@@ -24,7 +24,8 @@ from ..publishing.model_card import read_card
 from ..publishing.push import render
 from ..publishing.results import merged_evaluations, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
-from ..utils.text import one_line, without_paths, write_json
+from ..utils.text import one_line, without_paths
+from ..utils.writing import write_json
 from .checkpoint import Checkpoint, find_checkpoint
 from .fingerprint import hash_of, processor_parts
 from .generation import answers_in_batches, prompts, question

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from datasets import Dataset, Features, List, Value
 from pyarrow import ArrowException
 from pyarrow.parquet import read_table
 
-from ..utils.text import write_json
+from ..utils.writing import write_file, write_json
 from .fingerprint import HASH, differences, hash_of
 
 logger = logging.getLogger(__name__)
@@ -113,9 +114,9 @@ class Predictions:
 
     def finish(self) -> None:
         """Writes the data set and deletes the lines."""
-        part = self._table.with_suffix(".parquet.part")
-        Dataset.from_list(self.rows, features=FEATURES).to_parquet(part)
-        part.replace(self._table)
+        buffer = BytesIO()
+        Dataset.from_list(self.rows, features=FEATURES).to_parquet(buffer)
+        write_file(self._table, buffer.getvalue())
         self._lines.unlink(missing_ok=True)
 
     def refer_to(self, table: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from ..data.conversations import to_messages
 from ..data.media import open_image
 from ..pruners import Pruner
 from ..utils.text import one_line
+from ..utils.writing import write_file
 from .generation import prompts
 from .pruned_prompts import PrunedPrompts
 
@@ -146,7 +148,9 @@ def draw_images(prepare: PrunedPrompts, processor: object, rows: Dataset, path: 
     finally:
         watch()
         model.train(training)
-    sheet(pairs).save(path)
+    buffer = BytesIO()
+    sheet(pairs).save(buffer, "PNG")
+    write_file(path, buffer.getvalue())
     return path.name
 
 

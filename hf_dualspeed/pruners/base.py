@@ -11,12 +11,13 @@ from typing import ClassVar
 
 import torch
 from huggingface_hub import CommitInfo
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ..hub.source import check_weights, save_code
 from ..utils.constants import PRUNER_WEIGHTS_NAME
 from ..utils.validation import check_finite, check_keys
+from ..utils.writing import write_file
 from .card import push_pruner
 from .config import AUTO_CLASS, PrunerConfig, budget
 from .ops import counts, nearest_kept, take, top_k, unpruned
@@ -114,7 +115,7 @@ class Pruner(nn.Module):
         weights = self.state_dict() if state_dict is None else state_dict
         if weights:
             whole = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-            save_file(whole, Path(folder) / PRUNER_WEIGHTS_NAME, metadata={"format": "pt"})
+            write_file(Path(folder) / PRUNER_WEIGHTS_NAME, save(whole, metadata={"format": "pt"}))
 
     def load_weights(self, folder: str | Path) -> None:
         """Loads a learned pruner's weights from `folder`.

@@ -17,6 +17,7 @@ from ..hub.source import is_repo_id
 from ..hub.upload import published_card, push_folder
 from ..publishing.cards import code, merge_card, render
 from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.writing import write_file
 from .config import budget
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def push_pruner(
     card = merge_card(existing or own_card, pruner_card(pruner, repo_id, results))
     with tempfile.TemporaryDirectory() as folder:
         pruner.save_pretrained(folder)
-        (Path(folder) / CARD_NAME).write_bytes(card.encode("utf-8"))
+        write_file(Path(folder) / CARD_NAME, card)
         if is_custom(pruner) and "auto_map" not in json.loads((Path(folder) / PRUNER_CONFIG_NAME).read_text("utf-8")):
             logger.warning(
                 "The code of %s lies in no module of its own and is not pushed: whoever loads it must register it.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Union, get_args, get_origin, get_typ
 from ..hub.source import Source, code_file, find_source, load_class, read_json
 from ..utils.constants import PRUNER_CONFIG_NAME
 from ..utils.validation import check_choice, check_range
+from ..utils.writing import write_json
 from .registry import available_pruners, is_fetched, keep_class, known_class, pruner_class
 
 if TYPE_CHECKING:
@@ -120,11 +120,7 @@ class PrunerConfig:
 
     def save_pretrained(self, folder: str | Path, **extra) -> None:
         """Writes `pruner_config.json`, with `extra` keys beside the settings."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / PRUNER_CONFIG_NAME).write_text(
-            json.dumps({**self.to_dict(), **extra}, indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(Path(folder) / PRUNER_CONFIG_NAME, {**self.to_dict(), **extra})
 
     @staticmethod
     def from_pretrained(name: str | Path, *, trust_remote_code: bool = False, **hub) -> PrunerConfig:

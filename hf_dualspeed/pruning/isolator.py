@@ -9,11 +9,12 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
 from ..utils.devices import gathered
+from ..utils.writing import write_file
 
 
 class ModeIsolator(nn.Module):
@@ -93,7 +94,5 @@ def saved_length(folder: str | Path) -> int | None:
 
 def save_isolator(prompt: torch.Tensor, folder: str | Path) -> None:
     """Writes a prompt `(l, D)` to `mode_isolator.safetensors` in `folder`."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(
-        {"prompt": prompt.detach().cpu().contiguous()}, Path(folder) / ISOLATOR_WEIGHTS_NAME, metadata={"format": "pt"}
-    )
+    data = save({"prompt": prompt.detach().cpu().contiguous()}, metadata={"format": "pt"})
+    write_file(Path(folder) / ISOLATOR_WEIGHTS_NAME, data)

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..hub.upload import card_text, published_card
+from ..utils.writing import write_file
 from .cards import TEMPLATES, Markdown, adopt_card, code, given_keys, merge_card, plain, render, split_front_matter
 
 TEMPLATE = TEMPLATES / "model_card.md.jinja"
@@ -47,8 +48,7 @@ def write_model_card(folder: str | Path, results: dict) -> Path:
     """
     path = Path(folder) / "README.md"
     earlier, text = read_card(path), model_card(results)
-    path.write_bytes(merge_card(without_stale(earlier, text), text).encode("utf-8"))
-    return path
+    return write_file(path, merge_card(without_stale(earlier, text), text))
 
 
 def without_stale(earlier: str, generated: str) -> str:
@@ -75,8 +75,7 @@ def adopt_published_card(
     local, published = read_card(path), published_card(repo_id, revision, token)
     adopted = adopt_card(local, "" if is_empty_form(published) else published)
     if adopted != local:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(adopted.encode("utf-8"))  # bytes keep line breaks as they are
+        write_file(path, adopted)
 
 
 def model_card(results: dict) -> str:
@@ -252,17 +251,20 @@ def _text(value: object) -> str | None:
 
 
 @contextmanager
-def kept_card(folder: Path) -> Iterator[None]:
-    """Moves README.md in `folder` aside while PEFT saves, because PEFT would replace its tags by its own.
+def kept_card(folder: Path, model: object) -> Iterator[None]:
+    """Keeps PEFT from writing into README.md in `folder` while it saves: it would replace tags by its own, in place.
 
-    It never raises because of the card's contents, so a broken card cannot keep a model from being saved.
+    It never looks at the card's contents, so a broken card cannot keep a model from being saved.
     """
+    # Earlier versions moved the card aside for as long, so a kill could leave it there.
     path, aside = folder / "README.md", folder / "_README.md.kept"
-    # After an interruption, README.md may be PEFT's empty form; the card set aside then stays the one to restore.
-    if path.is_file() and not (aside.is_file() and is_empty_form(path.read_bytes().decode(errors="replace"))):
-        path.replace(aside)
+    if aside.is_file() and (not path.is_file() or is_empty_form(path.read_bytes().decode(errors="replace"))):
+        aside.replace(path)
+    if not hasattr(model, "create_or_update_model_card"):
+        yield
+        return
+    model.create_or_update_model_card = lambda output_dir: None
     try:
         yield
     finally:
-        if aside.is_file():
-            aside.replace(path)
+        del model.create_or_update_model_card

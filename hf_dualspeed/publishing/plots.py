@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from ..utils.writing import write_file
 
 CURVE_NAME = "learning_curve.png"
 # Colours by Okabe and Ito, for colour-blind readers; markers for black and white.
@@ -30,6 +33,13 @@ def figure_of(width: float, height: float, rows: int, columns: int, sharex: bool
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, sharex=sharex, squeeze=False)
+
+
+def save_figure(figure: Figure, path: str | Path, **options) -> Path:
+    """Writes a figure as a PNG file; `options` are those of `Figure.savefig`."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", **options)
+    return write_file(path, buffer.getvalue())
 
 
 def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -> Path:
@@ -55,8 +65,7 @@ def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -
         _draw_panel(axis, log_history, keys, label)
     axes[-1].set_xlabel("optimizer step")
     figure.suptitle(title, fontsize=12)
-    figure.savefig(path)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def _draw_panel(axis: Axes, log_history: list[dict], keys: list[str], label: str) -> None:

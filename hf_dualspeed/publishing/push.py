@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from ..hub.errors import explained
 from ..hub.source import is_repo_id
 from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
+from ..utils.writing import write_file
 from .files import check_checkpoint, check_no_token, published_files
 from .model_card import adopt_published_card, read_card, write_model_card
 from .results import read_results, write_results
@@ -80,7 +80,7 @@ def renewed_texts(folder: Path, repo_id: str, revision: str | None) -> dict[str,
     results = read_results(folder)
     with tempfile.TemporaryDirectory() as aside:
         if read_card(folder / CARD_NAME):
-            shutil.copy(folder / CARD_NAME, aside)
+            write_file(Path(aside) / CARD_NAME, (folder / CARD_NAME).read_bytes())
         adopt_published_card(aside, repo_id, revision)
         if results:
             results["hub"] = {**results.get("hub", {}), "repo_id": repo_id}
@@ -94,6 +94,6 @@ def renewed_texts(folder: Path, repo_id: str, revision: str | None) -> dict[str,
 def _write_texts(folder: Path, texts: dict[str, bytes]) -> None:
     for name, data in texts.items():
         try:
-            (folder / name).write_bytes(data)
+            write_file(folder / name, data)
         except OSError as error:
             logger.warning("Pushed, but the local %s is still the earlier one: %s.", name, error)

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from ..utils.constants import RESULTS_NAME
 from ..utils.environment import machine, versions
-from ..utils.text import percent, without_paths, write_json
+from ..utils.text import percent, without_paths
+from ..utils.writing import write_json
 
 if TYPE_CHECKING:
     from ..trainer.training_args import DualSpeedTrainingArguments
@@ -173,9 +174,7 @@ def _needed(found: dict) -> Iterator[tuple[str, dict, tuple[str, ...]]]:
 
 def write_results(output_dir: str | Path, results: dict) -> Path:
     """Writes results.json; absolute paths are cut to their last part, because the file may be published."""
-    path = Path(output_dir) / RESULTS_NAME
-    write_json(path, without_paths(results))
-    return path
+    return write_json(Path(output_dir) / RESULTS_NAME, without_paths(results))
 
 
 def merged_evaluations(earlier: list[dict], new: list[dict]) -> tuple[list[dict], list[dict]]:

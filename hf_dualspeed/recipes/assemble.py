@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
+from ..utils.writing import write_file
 from .dinov2_onnx import read_vision_tower
 from .wheels import WheelFile
 
@@ -192,4 +193,4 @@ model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder")
 processor = AutoProcessor.from_pretrained("path/to/this/folder")
 ```
 """
-    ModelCard(text).save(folder / "README.md")
+    write_file(folder / "README.md", text)

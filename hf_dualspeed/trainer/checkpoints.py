@@ -32,7 +32,7 @@ class CheckpointMixin:
         if state_dict is not None:  # PEFT selects weights by pattern and would save a learned pruner's biases
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith(f"{NAME}.")}
         folder = output_dir or self.args.output_dir
-        with interrupts_deferred(), kept_card(Path(folder)) if self.args.should_save else nullcontext():
+        with interrupts_deferred(), kept_card(Path(folder), self.accelerator.unwrap_model(self.model)):
             super()._save(output_dir, state_dict)
         with gathered(self.dual_forward.parameters()):  # ZeRO-3 may pass no weights
             if self.args.should_save:

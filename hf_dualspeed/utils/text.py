@@ -1,8 +1,7 @@
-"""Formats numbers and tables as text, and writes JSON files."""
+"""Formats numbers and tables as text."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from statistics import mean, stdev
@@ -11,15 +10,6 @@ from statistics import mean, stdev
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks, at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Writes a JSON file, and creates its folder if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Write a second file and rename it: an interruption leaves the earlier file whole.
-    part = path.with_name(f"_{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def spread(values: list[float | None]) -> dict[str, float] | None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from hf_dualspeed import cli
 from hf_dualspeed.publishing.push import push
 from hf_dualspeed.publishing.results import read_results
+from hf_dualspeed.utils import writing
 
 REPO = "tester/thing"
 OTHER_TOKEN = "hf_" + 3 * "AbcDef12345"
@@ -269,14 +270,14 @@ def test_a_folder_without_results_keeps_its_card(folder, hub, capsys):
 
 
 def test_what_cannot_be_written_here_is_said_after_the_push(folder, hub, caplog, monkeypatch):
-    write = Path.write_bytes
+    write = writing.write_file
 
     def refuse(path, data):
-        if path.parent == folder:
+        if Path(path).parent == folder:
             raise PermissionError(13, "Permission denied", str(path))
         return write(path, data)
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr("hf_dualspeed.publishing.push.write_file", refuse)
     commit = push(folder, REPO)
     assert commit.oid == hub.repos[REPO].branches["main"]
     assert "Pushed, but the local README.md is still the earlier one" in caplog.text

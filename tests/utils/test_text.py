@@ -1,34 +1,16 @@
-"""Numbers and tables as text, and JSON files."""
+"""Numbers and tables as text."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
-from hf_dualspeed.utils.text import markdown_table, one_line, percent, spread, without_paths, write_json
+from hf_dualspeed.utils.text import markdown_table, one_line, percent, spread, without_paths
 
 
 def test_errors_are_one_short_line():
     assert one_line(ValueError("a\n  b\tc")) == "a b c"
     assert one_line(ValueError("x" * 400)) == "x" * 300
     assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
-
-
-def test_an_interruption_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "results.json"
-    write_json(path, {"a": 1})
-    assert path.read_text() == '{\n  "a": 1\n}\n'
-
-    def cut_off(part, text, **options):
-        part.write_bytes(text.encode()[:3])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_text", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_spread_by_hand():

@@ -1,0 +1,99 @@
+"""Files are written whole or not at all, and by one function."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+import hf_dualspeed
+from hf_dualspeed.utils.writing import write_file, write_json
+
+ROOT = Path(hf_dualspeed.__file__).parents[1]
+WRITES = {"write_text", "write_bytes", "savefig", "save_file", "to_parquet", "imwrite", "tofile", "to_csv"}
+# Where else files are written: the function itself, lines that are appended, and a cache that can be made anew.
+ELSEWHERE = {
+    "hf_dualspeed/utils/writing.py": {"open('wb')"},
+    "hf_dualspeed/evaluation/predictions.py": {"open('ab')"},
+    "hf_dualspeed/feature_cache/store.py": {"write_text", "write_bytes"},
+}
+
+
+def writes_in(source: str) -> set[str]:
+    """Calls that write to a path; what goes to a `buffer` does not."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        first = ast.unparse(node.args[0]) if node.args else ""
+        texts = [arg.value for arg in (*node.args, *(key.value for key in node.keywords)) if type(arg) is ast.Constant]
+        modes = [text for text in map(str, texts) if text.strip("rwaxbt+") == "" and {*text} & {*"wax+"}]
+        on = ast.unparse(node.func)
+        if name == "open" and modes:
+            found.add(f"open({modes[0]!r})")
+        elif on in ("json.dump", "torch.save", "pickle.dump", "yaml.dump"):
+            found.add(on)
+        elif first != "buffer" and (name in WRITES or (name == "save" and isinstance(node.func, ast.Attribute))):
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("path.write_text('x')", {"write_text"}),
+        ("open(path, 'w')", {"open('w')"}),
+        ("path.open(mode='r+b')", {"open('r+b')"}),
+        ("open(path)", set()),
+        ("json.dump(value, file)", {"json.dump"}),
+        ("Image.new(size).save(path)", {"save"}),
+        ("image.save(buffer, 'PNG')", set()),
+        ("figure.savefig(path)", {"savefig"}),
+    ],
+)
+def test_writes_are_seen(source, found):
+    assert writes_in(source) == found
+
+
+def test_no_other_place_writes_a_file():
+    paths = [path for folder in ("hf_dualspeed", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    found = {path.relative_to(ROOT).as_posix(): writes_in(path.read_text(encoding="utf-8")) for path in paths}
+    assert {name: writes for name, writes in found.items() if writes} == ELSEWHERE
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_an_interruption_leaves_the_earlier_file_whole(tmp_path, monkeypatch, fails):
+    path = write_json(tmp_path / "new" / "results.json", {"a": 1})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+
+    def disk_is_full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((os, "fsync") if fails == "fsync" else (Path, "replace")), disk_is_full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(path.parent) == ["results.json"]
+
+
+def test_line_breaks_rights_and_links_stay(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("mine")
+    path.chmod(0o640)
+    (tmp_path / "link.md").symlink_to(path)
+    write_file(tmp_path / "link.md", "one\r\ntwo\n")
+    assert path.read_bytes() == b"one\r\ntwo\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert (tmp_path / "link.md").is_symlink()
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    for path in (tmp_path, Path("/dev/null")):
+        with pytest.raises(OSError, match="is no regular file"):
+            write_file(path, "x")
+    assert not Path("/dev/null").is_file()
