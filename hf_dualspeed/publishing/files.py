@@ -112,8 +112,11 @@ def read_mapping(path: Path) -> dict:
     return values
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raises a `ValueError` unless the folder holds a config and all of its weights, in safetensors, and no links."""
+def check_checkpoint(folder: Path, links: bool = False) -> None:
+    """Raises a `ValueError` unless the folder holds a config and all of its weights, in safetensors.
+
+    With `links`, these may be links, which are never pushed.
+    """
     if not folder.is_dir():
         raise ValueError(f"`folder` is {str(folder)!r}, but there is no such folder. Name a run's output folder.")
     adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
@@ -124,7 +127,7 @@ def check_checkpoint(folder: Path) -> None:
         )
     weights = [ADAPTER_SAFE_WEIGHTS_NAME] if adapter else _weights(folder)
     for name in (ADAPTER_CONFIG_NAME if adapter else CONFIG_NAME, *weights, CARD_NAME, RESULTS_NAME):
-        if (folder / name).is_symlink():
+        if not links and (folder / name).is_symlink():
             raise ValueError(f"{str(folder / name)!r} is a link, and links are not pushed. Put the file itself there.")
     for name in weights:
         _check_weights(folder / name)

@@ -11,7 +11,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.checking import DataReport, check_samples, without_rows
 from ..data.collators import VisionLanguageCollator
@@ -26,6 +25,7 @@ from ..models.adapters import add_lora, four_bit
 from ..models.components import freeze_roles
 from ..pruners import PrunerConfig, available_pruners
 from ..publishing.results import print_results, read_results
+from ..trainer.checkpoints import last_whole_checkpoint
 from ..trainer.trainer import DualSpeedTrainer
 from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.constants import CHECKED_SAMPLES
@@ -196,7 +196,7 @@ def _checkpoint(args: DualSpeedTrainingArguments) -> str | None:
     """The checkpoint to resume from. With "last", None where there is no checkpoint yet."""
     if str(args.resume_from_checkpoint).lower() not in ("last", "true"):
         return args.resume_from_checkpoint
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    last = last_whole_checkpoint(args.output_dir)
     if last is None:
         logger.warning("There is no checkpoint in %s yet; training starts from the beginning.", args.output_dir)
     return last

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME
+from transformers.trainer import FSDP_MODEL_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..models.adapters import load_adapters
 from ..pruning.isolator import save_isolator, saved_length
+from ..publishing.files import check_checkpoint
 from ..publishing.model_card import kept_card
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.devices import gathered
+from ..utils.text import one_line
+from ..utils.writing import sync_files, sync_folder, write_file
 from .dual_forward import NAME
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = "_unfinished"  # a file in a checkpoint, from before anything else is written until all of it is
 
 
 class CheckpointMixin:
@@ -53,10 +67,64 @@ class CheckpointMixin:
         if self.state.global_step and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
             self.write_results(folder)
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint` is True, but {self.args.output_dir!r} holds no whole checkpoint. Leave "
+                    "it out to start from the beginning."
+                )
+        elif resume_from_checkpoint:
+            reason = fault_of(Path(resume_from_checkpoint))
+            if reason is not None:
+                raise ValueError(
+                    f"`resume_from_checkpoint` is {str(resume_from_checkpoint)!r}, which is no whole checkpoint: "
+                    f"{reason}. Name another one, or resume_from_checkpoint=True for the last whole one."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _init_training_state(self, max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial):
+        begun = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        if 0 < max_steps <= self.state.global_step:  # the Trainer would look at the limit only after another step
+            logger.warning(
+                "%s has trained %d of %d steps: nothing is left. Raise max_steps or num_train_epochs to go on.",
+                resume_from_checkpoint,
+                self.state.global_step,
+                max_steps,
+            )
+            return epochs, 0
+        return begun
+
     def _save_checkpoint(self, model, trial):
         self.add_up()
-        with interrupts_deferred():
-            super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            write_file(folder / UNFINISHED, "")
+            # The Trainer writes its state last. Then it pushes, and removes older checkpoints.
+            self.state.save_to_json = partial(self._finish_checkpoint, folder)
+        self.accelerator.wait_for_everyone()
+        try:
+            with interrupts_deferred():
+                super()._save_checkpoint(model, trial)
+        finally:
+            vars(self.state).pop("save_to_json", None)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # each process has written its files before the checkpoint is called whole
+
+    def _finish_checkpoint(self, folder: Path, path: str) -> None:
+        """Writes the Trainer's state, and calls the checkpoint whole once all of it is on the disk."""
+        type(self.state).save_to_json(self.state, path)
+        sync_files(folder)
+        (folder / UNFINISHED).unlink()
+        sync_folder(folder)
+        if self.args.save_total_limit:  # a whole one is not to make room for what is none
+            best = self.state.best_model_checkpoint
+            for other in map(Path, sort_checkpoints(str(folder.parent))):
+                if other not in (folder, Path(best or folder)) and fault_of(other, not self.args.save_only_model):
+                    shutil.rmtree(other, ignore_errors=True)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         with filled_states(self.optimizer) if self.is_fsdp_enabled else nullcontext():
@@ -101,6 +169,52 @@ class CheckpointMixin:
         if self.dual_forward.isolator is not None:
             self.dual_forward.isolator.load_pretrained(folder)
         self._pruner.load_weights(folder)
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The checkpoint in `folder` of the highest step that can be resumed, or None; warns of those that are skipped."""
+    for path in reversed(sort_checkpoints(str(folder))):
+        if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(path).name):
+            reason = fault_of(Path(path))
+            if reason is None:
+                return path
+            logger.warning("%s is skipped, because it is no whole checkpoint: %s.", path, reason)
+    return None
+
+
+def fault_of(folder: Path, resumable: bool = True) -> str | None:
+    """Why `folder` is no whole checkpoint, or None; with `resumable`, it also holds all that training goes on from."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if (folder / UNFINISHED).exists():
+        return "its saving was cut off"
+    try:
+        step = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    except OSError:
+        return f"{TRAINER_STATE_NAME} is missing"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return f"{TRAINER_STATE_NAME} is damaged"
+    if type(step) is not int or step < 0:
+        return f"`global_step` in {TRAINER_STATE_NAME} is {str(step)[:100]!r}, not a number of steps"
+    deepspeed = (folder / "latest").is_file()
+    sharded = deepspeed or next(folder.glob(f"{FSDP_MODEL_NAME}*"), None) is not None
+    adapters = [path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG_NAME}")]  # all named ones lie in subfolders
+    for part in [] if sharded else adapters or [folder]:
+        try:
+            check_checkpoint(part, links=True)
+        except ValueError as error:
+            return one_line(error)
+    if not resumable:
+        return None
+    names = [] if deepspeed else [SCHEDULER_NAME]
+    names += [] if sharded else [OPTIMIZER_NAME]
+    states = sorted(path.name for path in folder.glob("rng_state*.pth"))
+    for name in (*names, *(states or ["rng_state.pth"])):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if not zipfile.is_zipfile(folder / name):
+            return f"{name} is damaged"
+    return None
 
 
 @contextmanager

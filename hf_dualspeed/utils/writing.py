@@ -45,6 +45,14 @@ def write_json(path: str | Path, value: object) -> Path:
     return write_file(path, json.dumps(value, indent=2) + "\n")
 
 
+def sync_files(folder: Path) -> None:
+    """Brings all files in a folder and its subfolders to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Brings the names in a folder to the disk, where the system can."""
     if os.name == "posix":

@@ -1,0 +1,118 @@
+"""Checkpoints that are whole, and those that are not: skipped, refused, never kept in place of whole ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from training import make
+
+from hf_dualspeed.trainer.checkpoints import UNFINISHED, last_whole_checkpoint
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "speedup_rounds": 0}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of three steps with a checkpoint of each, ended within an epoch."""
+    folder = tmp_path_factory.mktemp("run")
+    make(folder, max_steps=3, **SAVING).train()
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_a_finished_run_is_trained_no_further(run, caplog):
+    for _ in range(2):
+        trainer = make(run, max_steps=3, **SAVING)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 3
+        assert sum(trainer.summary()["steps"].values()) == 3
+    assert "has trained 3 of 3 steps: nothing is left" in caplog.text
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    trainer = make(run, max_steps=2, **SAVING)  # fewer steps than it has trained
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    assert trainer.state.global_step == 3
+    trainer = make(run, max_steps=4, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
+def cut(name):
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+
+def state(value):
+    def write(folder):
+        path = folder / "trainer_state.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "global_step": value}))
+
+    return write
+
+
+DAMAGES = {
+    "saving was cut off": lambda folder: (folder / UNFINISHED).touch(),
+    "trainer_state.json is missing": lambda folder: (folder / "trainer_state.json").unlink(),
+    "trainer_state.json is damaged": cut("trainer_state.json"),
+    "`global_step` in trainer_state.json is '-5'": state(-5),
+    "`global_step` in trainer_state.json is 'x'": state("x"),
+    "optimizer.pt is missing": lambda folder: (folder / "optimizer.pt").unlink(),
+    "optimizer.pt is damaged": cut("optimizer.pt"),
+    "scheduler.pt is missing": lambda folder: (folder / "scheduler.pt").unlink(),
+    "rng_state.pth is missing": lambda folder: (folder / "rng_state.pth").unlink(),
+    "model.safetensors is missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "is no whole safetensors file": cut("model.safetensors"),
+    "neither config.json nor": lambda folder: (folder / "config.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_what_is_not_whole_is_skipped_by_name_and_refused_where_it_is_asked_for(run, said, caplog):
+    DAMAGES[said](run / "checkpoint-3")
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+    assert f"{run / 'checkpoint-3'} is skipped, because it is no whole checkpoint" in caplog.text
+    assert said in caplog.text
+    with pytest.raises(ValueError, match="no whole checkpoint") as error:
+        make(run, max_steps=4, **SAVING).train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    assert said in str(error.value)
+
+
+def test_true_takes_the_last_whole_one(run):
+    (run / "checkpoint-3" / "optimizer.pt").unlink()
+    trainer = make(run, max_steps=4, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert sum("loss" in entry for entry in trainer.state.log_history) == 4
+    for folder in run.glob("checkpoint-*"):
+        (folder / UNFINISHED).touch()
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        make(run, max_steps=4, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_leaves_the_last_whole_one(tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-2" in str(path) and "optimizer" in str(path):
+            raise OSError(28, "No space left on device")
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        make(tmp_path, save_total_limit=1, **SAVING).train()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_rotation_keeps_whole_ones_rather_than_halves(run):
+    (run / "checkpoint-1" / UNFINISHED).touch()
+    (run / "checkpoint-7").mkdir()  # the newest, and nothing in it
+    trainer = make(run, max_steps=4, save_total_limit=3, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert not list(run.glob(f"*/{UNFINISHED}"))
