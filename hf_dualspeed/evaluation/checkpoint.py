@@ -24,6 +24,7 @@ from ..hub.source import is_repo_id
 from ..pruning.isolator import ModeIsolator, saved_length
 from ..publishing.results import read_results
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
+from ..utils.validation import check_tensors
 from .fingerprint import hash_of_file, model_files
 
 # Files that a run leaves beside its model. With them, a model answers from pruned tokens as in fast steps.
@@ -81,7 +82,9 @@ class Checkpoint:
         """Loads the model, on the accelerator where there is one."""
         options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
         options |= {"revision": self.base_commit if self.base else self.commit}
-        model = AutoModelForImageTextToText.from_pretrained(self.base or self.name, **options)
+        name = self.base or self.name
+        model, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
+        check_tensors(name, info["missing_keys"])
         if self.base is not None:
             from peft import PeftModel
 

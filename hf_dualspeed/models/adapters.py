@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-from ..utils.validation import check_keys
+from ..utils.validation import check_keys, check_tensors
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -112,7 +112,7 @@ def load_adapters(model: nn.Module, folder: str | Path) -> bool:
     adapters = getattr(model, "peft_config", None)
     if not adapters or not list(Path(folder).glob("**/" + CONFIG_NAME)):
         return False
-    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     for name in adapters:
         path = Path(folder) / ("" if name == "default" else name)
@@ -121,7 +121,9 @@ def load_adapters(model: nn.Module, folder: str | Path) -> bool:
         weights = load_peft_weights(str(path), device="cpu")
         if not isinstance(model, PeftModel):  # the file has the names of a PeftModel
             weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
-        set_peft_model_state_dict(model, weights, adapter_name=name)
+        known = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
+        loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
+        check_tensors(path, known - weights.keys(), loaded.unexpected_keys)
     return True
 
 

@@ -126,7 +126,12 @@ class Pruner(nn.Module):
         """
         expected = self.state_dict()
         if expected:
-            self.load_state_dict(load_file(weights_file(folder, expected, self.config)))
+            path = weights_file(folder, expected, self.config)
+            weights = load_file(path)
+            broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+            if broken:
+                raise ValueError(f"{str(path)!r} holds NaN or infinity in {broken[0]!r}. Name an earlier checkpoint.")
+            self.load_state_dict(weights)
 
     def push_to_hub(
         self,

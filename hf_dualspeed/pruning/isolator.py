@@ -9,6 +9,7 @@ from functools import reduce
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -62,7 +63,9 @@ class ModeIsolator(nn.Module):
             raise FileNotFoundError(
                 f"No {ISOLATOR_WEIGHTS_NAME} in {str(folder)!r}: it was saved without a mode isolator."
             )
-        prompt = load_file(path)["prompt"]
+        prompt = load_prompt(path)
+        if not prompt.isfinite().all():
+            raise ValueError(f"{str(path)!r} holds an isolator with NaN or infinity. Name an earlier checkpoint.")
         if prompt.shape != (self.length, self.hidden_size):
             raise ValueError(
                 f"`isolator_length` is {self.length} (width {self.hidden_size}), but {str(folder)!r} holds an "
@@ -86,10 +89,21 @@ def trained_dtype(model: nn.Module) -> torch.dtype:
     return reduce(torch.promote_types, dtypes) if dtypes else model.dtype
 
 
+def load_prompt(path: Path) -> torch.Tensor:
+    """The prompt `(l, D)` in a file of [`save_isolator`]; a `ValueError` names a file that holds none."""
+    try:
+        prompt = load_file(path).get("prompt")
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is no whole safetensors file: {error}. Name an earlier checkpoint.") from None
+    if prompt is None or prompt.ndim != 2 or not prompt.is_floating_point():
+        raise ValueError(f"{str(path)!r} holds no isolator, `prompt` of two dimensions. Save the model again.")
+    return prompt
+
+
 def saved_length(folder: str | Path) -> int | None:
     """Length of the isolator in `folder`; None if there is none."""
     path = Path(folder) / ISOLATOR_WEIGHTS_NAME
-    return load_file(path)["prompt"].shape[0] if path.is_file() else None
+    return load_prompt(path).shape[0] if path.is_file() else None
 
 
 def save_isolator(prompt: torch.Tensor, folder: str | Path) -> None:

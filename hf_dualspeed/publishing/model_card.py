@@ -260,7 +260,7 @@ def kept_card(folder: Path, model: object) -> Iterator[None]:
     path, aside = folder / "README.md", folder / "_README.md.kept"
     if aside.is_file() and (not path.is_file() or is_empty_form(path.read_bytes().decode(errors="replace"))):
         aside.replace(path)
-    if not hasattr(model, "create_or_update_model_card"):
+    if not (path.is_file() and hasattr(model, "create_or_update_model_card")):
         yield
         return
     model.create_or_update_model_card = lambda output_dir: None

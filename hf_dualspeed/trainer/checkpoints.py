@@ -22,11 +22,12 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..models.adapters import load_adapters
 from ..pruning.isolator import save_isolator, saved_length
-from ..publishing.files import check_checkpoint
+from ..publishing.files import check_checkpoint, read_mapping
 from ..publishing.model_card import kept_card
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.devices import gathered
 from ..utils.text import one_line
+from ..utils.validation import check_tensors
 from ..utils.writing import sync_files, sync_folder, write_file
 from .dual_forward import NAME
 
@@ -132,6 +133,7 @@ class CheckpointMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_isolator(resume_from_checkpoint, self.args.isolator_length)
+        check_same_pruner(Path(resume_from_checkpoint), self._pruner.config.pruner_type)
         if not (self._load_plain(resume_from_checkpoint) or self._load_adapters(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_fast_view(resume_from_checkpoint)
@@ -153,8 +155,9 @@ class CheckpointMixin:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded or not isinstance(model, PreTrainedModel) or not (Path(folder) / CONFIG_NAME).is_file():
             return False
-        weights = type(model).from_pretrained(folder, dtype="auto").state_dict()
-        model.load_state_dict(weights, strict=False)
+        saved, info = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+        check_tensors(folder, info["missing_keys"], info["unexpected_keys"])
+        model.load_state_dict(saved.state_dict(), strict=False)
         return True
 
     def _load_adapters(self, folder) -> bool:
@@ -260,6 +263,17 @@ def check_isolator(folder: str | Path, length: int) -> None:
         raise ValueError(
             f"`isolator_length` is {length}, but the checkpoint {str(folder)!r} was trained with {saved or 0}. "
             f"Set isolator_length={saved or 0} to resume it."
+        )
+
+
+def check_same_pruner(folder: Path, pruner_type: str) -> None:
+    """Raises a `ValueError` if the checkpoint in `folder` was trained with another pruner than `pruner_type`."""
+    path = folder / PRUNER_CONFIG_NAME
+    saved = read_mapping(path).get("pruner_type") if path.is_file() else pruner_type
+    if saved != pruner_type:
+        raise ValueError(
+            f"`pruner` is {pruner_type!r}, but the checkpoint {str(folder)!r} was trained with {str(saved)[:100]!r}. "
+            f"Set pruner={str(saved)[:100]!r} to resume it."
         )
 
 

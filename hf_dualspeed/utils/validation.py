@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+from collections.abc import Iterable
+from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,6 +92,17 @@ def require(batch: dict, key: str) -> None:
             f"The data collator's batch has no `{key}`, only {sorted(batch)}. Return it, or use hf_dualspeed's "
             "VisionLanguageCollator."
         )
+
+
+def check_tensors(where: str | Path, missing: Iterable[str] = (), foreign: Iterable[str] = ()) -> None:
+    """Raises a `ValueError` that names tensors which `where` lacks, and those which the model does not know."""
+    said = []
+    for what, names in (("lacks tensors of the model", missing), ("holds others", foreign)):
+        names = sorted(map(str, names))
+        if names:
+            said.append(f"{what}: {', '.join(names[:3])}{', ...' * (len(names) > 3)} ({len(names)})")
+    if said:
+        raise ValueError(f"{str(where)!r} {' and '.join(said)}. Name a whole checkpoint of this model.")
 
 
 def check_finite(finite: bool) -> None:

@@ -464,7 +464,7 @@ def test_a_speed_up_of_other_settings_is_not_taken_over(tmp_path):
     first.train()
     first.create_model_card()
     assert "speedup" in read_results(tmp_path)
-    other = make(tmp_path, **options, speedup_rounds=0, pruner="grid")
+    other = make(tmp_path, **options, speedup_rounds=0, pruning_ratio=0.5)
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert "speedup" not in other.record()
     same = make(tmp_path, **options, speedup_rounds=0)

@@ -8,8 +8,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES
 from training import make
 
+from hf_dualspeed.evaluation.checkpoint import find_checkpoint
 from hf_dualspeed.trainer.checkpoints import UNFINISHED, last_whole_checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "speedup_rounds": 0}
@@ -116,3 +119,54 @@ def test_rotation_keeps_whole_ones_rather_than_halves(run):
     trainer.train(resume_from_checkpoint=True)
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     assert not list(run.glob(f"*/{UNFINISHED}"))
+
+
+def change(path, edit):
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def without_one(tensors):
+    del tensors[min(tensors)]
+
+
+CHANGES = {
+    r"lacks tensors of the model: .*\(1\)": ("model.safetensors", without_one),
+    r"holds others: model\.foreign": ("model.safetensors", lambda t: t.update({"model.foreign": torch.ones(2)})),
+    "an isolator with NaN": ("mode_isolator.safetensors", lambda t: t["prompt"].fill_(float("nan"))),
+    "holds no isolator": ("mode_isolator.safetensors", lambda t: t.update({"other": t.pop("prompt")})),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_tensors_that_are_missing_foreign_or_broken_are_named(run, said):
+    name, edit = CHANGES[said]
+    change(run / "checkpoint-3" / name, edit)
+    with pytest.raises(ValueError, match=said):
+        make(run, max_steps=4, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_another_pruner_is_refused(run):
+    with pytest.raises(ValueError, match=r"`pruner` is 'random', but the checkpoint .* 'divprune'.*pruner='divprune'"):
+        make(run, max_steps=4, pruner="random", **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_adapters_lack_nothing(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def adapted():
+        model = peft.get_peft_model(FAMILIES["llava"].build()[0], peft.LoraConfig(target_modules=["q_proj"]))
+        return make(tmp_path, model=model, max_steps=2, **SAVING)
+
+    adapted().train()
+    change(tmp_path / "checkpoint-1" / "adapter_model.safetensors", without_one)
+    with pytest.raises(ValueError, match=r"lacks tensors of the model: .*lora"):
+        adapted().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_model_without_half_of_its_tensors_is_not_evaluated(run):
+    find_checkpoint(str(run / "checkpoint-3")).model()
+    change(run / "checkpoint-3" / "model.safetensors", without_one)
+    with pytest.raises(ValueError, match="lacks tensors of the model"):
+        find_checkpoint(str(run / "checkpoint-3")).model()
