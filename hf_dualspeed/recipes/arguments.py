@@ -113,6 +113,9 @@ class RecipeArguments:
         for name in ("tiny_llava", "lora"):
             setattr(self, name, as_dict(name, getattr(self, name)))
         check_choice("dtype", self.dtype, DTYPES)
+        for name in ("eval_batch_size", "max_new_tokens", "eval_limit"):  # used after the training, when it is too late
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1)
         check_range("card_images", self.card_images, 0, off="Use 0 for a card without images.")
         check_choice("unreadable_images", self.unreadable_images, UNREADABLE_IMAGES)
         check_choice("long_samples", self.long_samples, LONG_SAMPLES)
