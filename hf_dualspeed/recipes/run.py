@@ -29,6 +29,7 @@ from ..trainer.checkpoints import last_whole_checkpoint
 from ..trainer.trainer import DualSpeedTrainer
 from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.constants import CHECKED_SAMPLES
+from ..utils.text import one_line
 from ..utils.validation import check_keys
 from .arguments import RecipeArguments
 from .tiny_llava import build_tiny_llava
@@ -83,7 +84,17 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     results = {}
     if trainer.is_world_process_zero():
         if test is not None and has_answers(test):
-            trainer.facts |= _evaluate(recipe, trainer, train, test, whole)
+            try:
+                trainer.facts |= _evaluate(recipe, trainer, train, test, whole)
+            except Exception as error:  # must not cost the card and the push of what is trained and saved
+                logger.warning(
+                    "The accuracy is not measured: %s: %s. The model is saved. Measure it with: dualspeed evaluate %s "
+                    "--dataset %s",
+                    type(error).__name__,
+                    one_line(error),
+                    training_args.output_dir,
+                    recipe.eval_dataset,
+                )
         elif test is not None:
             logger.warning("The accuracy is not measured: %r has no column `answer` or `answers`.", recipe.eval_dataset)
         if recipe.card_images:

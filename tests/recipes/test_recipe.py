@@ -263,6 +263,19 @@ def test_a_picture_that_cannot_be_drawn_ends_no_training(run, monkeypatch, caplo
     assert "No picture of kept tokens: broken image" in caplog.text
 
 
+def test_an_evaluation_that_fails_costs_neither_card_nor_results(run, tmp_path, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("hf_dualspeed.recipes.run.answer_accuracy", broken)
+    results = run()
+    assert "accuracy" not in results
+    assert (tmp_path / "run" / "README.md").is_file()
+    folder = tmp_path / "run"
+    assert "RuntimeError: out of memory. The model is saved" in caplog.text
+    assert f"dualspeed evaluate {folder} --dataset easy-vqa" in caplog.text
+
+
 def test_a_run_resumes_from_its_last_checkpoint(run, tmp_path):
     run("--save_steps", "2", "--resume_from_checkpoint", "last")
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
