@@ -202,10 +202,13 @@ def check_weights(path: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 def check_numbers(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises a `ValueError` if one of the tensors read from `path` holds NaN."""
+    """Raises a `ValueError` if one of the tensors read from `path` holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if tensor.isnan().any():
-            raise ValueError(f"{name!r} in {str(path)!r} holds NaN: the training that wrote it diverged.")
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name!r} in {str(path)!r} holds NaN or infinity: the training that wrote it diverged. Use an earlier "
+                "checkpoint."
+            )
 
 
 def save_code(part: object, kind: str, folder: Path) -> dict:

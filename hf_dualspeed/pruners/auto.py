@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..hub.source import check_numbers
 from ..utils.constants import PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from .base import Pruner, planned_weights, weights_file
 from .config import load_config
@@ -56,5 +55,4 @@ class AutoPruner:
         path = weights_file(source.name if source.local else source.fetch(PRUNER_WEIGHTS_NAME).parent, expected, config)
         pruner = cls(config)
         pruner.load_weights(path.parent)
-        check_numbers(path, pruner.state_dict())
         return pruner

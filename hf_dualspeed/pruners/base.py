@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ..hub.source import check_weights, save_code
+from ..hub.source import check_numbers, check_weights, save_code
 from ..utils.constants import PRUNER_WEIGHTS_NAME
 from ..utils.validation import check_finite, check_keys
 from ..utils.writing import write_file
@@ -128,9 +128,7 @@ class Pruner(nn.Module):
         if expected:
             path = weights_file(folder, expected, self.config)
             weights = load_file(path)
-            broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-            if broken:
-                raise ValueError(f"{str(path)!r} holds NaN or infinity in {broken[0]!r}. Name an earlier checkpoint.")
+            check_numbers(path, weights)
             self.load_state_dict(weights)
 
     def push_to_hub(
