@@ -69,7 +69,7 @@ def open_image(image: Any, folder: str | None = None) -> Image.Image:
     """
     image = opened(image, folder)
     # Pillow's decoders name what they read: "RGB;16B".
-    deep = image.mode.startswith("RGB") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    deep = image.mode.startswith("RGB") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", None) or ())
     if deep and 0 < max(high for _, high in image.convert("RGB").getextrema()) <= TWELVE_OF_SIXTEEN:
         raise ValueError("its 16-bit channels hold 12 bits or less, so it would come out black. Save it with 8 bits")
     return to_rgb(ImageOps.exif_transpose(image))
