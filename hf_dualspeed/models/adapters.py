@@ -12,11 +12,9 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 
 from ..utils.validation import check_keys, check_tensors
-
-CONFIG_NAME = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -110,13 +108,13 @@ def load_adapters(model: nn.Module, folder: str | Path) -> bool:
         ValueError: the checkpoint lacks one of the model's adapters.
     """
     adapters = getattr(model, "peft_config", None)
-    if not adapters or not list(Path(folder).glob("**/" + CONFIG_NAME)):
+    if not adapters or not list(Path(folder).glob("**/" + ADAPTER_CONFIG_NAME)):
         return False
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     for name in adapters:
         path = Path(folder) / ("" if name == "default" else name)
-        if not (path / CONFIG_NAME).is_file():
+        if not (path / ADAPTER_CONFIG_NAME).is_file():
             raise ValueError(f"The checkpoint {str(folder)!r} holds no adapter {name!r}. Remove it from the model.")
         weights = load_peft_weights(str(path), device="cpu")
         if not isinstance(model, PeftModel):  # the file has the names of a PeftModel

@@ -17,7 +17,7 @@ from ..data.collators import VisionLanguageCollator
 from ..data.conversations import to_messages
 from ..data.easy_vqa import DATASETS as EASY_VQA
 from ..data.easy_vqa import majority_accuracy
-from ..data.loading import load_examples, undecoded
+from ..data.loading import load_examples
 from ..evaluation.generation import answer_accuracy, first_rows, question_and_answers
 from ..evaluation.pruned_prompts import prompts_of
 from ..evaluation.visualize import PICTURE_NAME, draw_images, first_images
@@ -83,20 +83,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     trainer.save_model(_internal_call=True)  # pushed below, with results and card
     results = {}
     if trainer.is_world_process_zero():
-        if test is not None and has_answers(test):
-            try:
-                trainer.facts |= _evaluate(recipe, trainer, train, test, whole)
-            except Exception as error:  # must not cost the card and the push of what is trained and saved
-                logger.warning(
-                    "The accuracy is not measured: %s: %s. The model is saved. Measure it with: dualspeed evaluate %s "
-                    "--dataset %s",
-                    type(error).__name__,
-                    one_line(error),
-                    training_args.output_dir,
-                    recipe.eval_dataset,
-                )
-        elif test is not None:
-            logger.warning("The accuracy is not measured: %r has no column `answer` or `answers`.", recipe.eval_dataset)
+        if test is not None:
+            trainer.facts |= _accuracy(recipe, trainer, train, test, whole)
         if recipe.card_images:
             trainer.facts |= _picture(recipe, trainer, train if test is None else test)
         trainer.create_model_card()
@@ -182,7 +170,7 @@ def check_answers(test: Dataset, recipe: RecipeArguments) -> None:
     """Raises a `ValueError` where a question whose answer will be scored says nothing of what is right."""
     if not has_answers(test) or recipe.check_data is False:
         return
-    for index, row in enumerate(undecoded(first_rows(test, recipe.eval_limit))):
+    for index, row in enumerate(first_rows(test, recipe.eval_limit)):
         try:
             question_and_answers(row)
         except ValueError as error:
@@ -222,6 +210,25 @@ def _facts(recipe: RecipeArguments) -> dict:
     return {"model": model, "base_model": recipe.model_name_or_path, **names}
 
 
+def _accuracy(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset, test: Dataset, whole: int) -> dict:
+    """The accuracy; nothing but a warning if it cannot be measured."""
+    if not has_answers(test):
+        logger.warning("The accuracy is not measured: %r has no column `answer` or `answers`.", recipe.eval_dataset)
+        return {}
+    try:
+        return _evaluate(recipe, trainer, train, test, whole)
+    except Exception as error:  # must not cost the card and the push of what is trained and saved
+        logger.warning(
+            "The accuracy is not measured: %s: %s. The model is saved. Measure it with: dualspeed evaluate %s "
+            "--dataset %s",
+            type(error).__name__,
+            one_line(error),
+            trainer.args.output_dir,
+            recipe.eval_dataset,
+        )
+        return {}
+
+
 def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset, test: Dataset, whole: int) -> dict:
     answers = answer_accuracy(
         _whole_model(trainer, recipe),
@@ -243,7 +250,7 @@ def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
 def _picture(recipe: RecipeArguments, trainer: DualSpeedTrainer, data: Dataset) -> dict:
     """Draws the kept tokens of the data's first different images."""
     dual_forward = trainer.dual_forward
-    if dual_forward.pruner.in_language_model or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if dual_forward.pruner.in_language_model or trainer.is_sharded:
         return {}
     model = trainer.accelerator.unwrap_model(trainer.model)
     prepare = prompts_of(dual_forward, model)
@@ -254,7 +261,7 @@ def _picture(recipe: RecipeArguments, trainer: DualSpeedTrainer, data: Dataset) 
 
 def _whole_model(trainer: DualSpeedTrainer, recipe: RecipeArguments):
     """The trained model, with all parameters in this process."""
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if not trainer.is_sharded:
         return trainer.accelerator.unwrap_model(trainer.model)
     # One process holds only shards, so the saved model is loaded; under ZeRO-3 it would be partitioned over all.
     unset_hf_deepspeed_config()

@@ -152,8 +152,7 @@ class CheckpointMixin:
         loads nothing. `from_pretrained` knows both.
         """
         model = self.accelerator.unwrap_model(self.model)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded or not isinstance(model, PreTrainedModel) or not (Path(folder) / CONFIG_NAME).is_file():
+        if self.is_sharded or not isinstance(model, PreTrainedModel) or not (Path(folder) / CONFIG_NAME).is_file():
             return False
         saved, info = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
         check_tensors(folder, info["missing_keys"], info["unexpected_keys"])
@@ -162,12 +161,11 @@ class CheckpointMixin:
 
     def _load_adapters(self, folder) -> bool:
         """Loads the PEFT adapters of a checkpoint; False for whole models, FSDP and DeepSpeed."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return not sharded and load_adapters(self.accelerator.unwrap_model(self.model), folder)
+        return not self.is_sharded and load_adapters(self.accelerator.unwrap_model(self.model), folder)
 
     def _load_fast_view(self, folder) -> None:
         # Sharded checkpoints hold isolator and pruner among the model's own weights.
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_sharded:
             return
         if self.dual_forward.isolator is not None:
             self.dual_forward.isolator.load_pretrained(folder)

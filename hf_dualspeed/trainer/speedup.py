@@ -114,7 +114,7 @@ def not_measurable(trainer, batches: list[dict], steps: int, rounds: int) -> str
             f"{steps} optimizer steps are too few for speedup_rounds={rounds}, which takes "
             f"{STEPS_PER_ROUND} for each round"
         )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.get_tp_size() > 1:
+    if trainer.is_sharded or trainer.get_tp_size() > 1:
         return "the model is sharded, so that a plain pass cannot be run beside the training"
     if trainer.model_wrapped is not trainer.model and trainer.args.torch_compile and trainer.args.world_size > 1:
         return "a compiled model of several processes has no pass without exchanging gradients"

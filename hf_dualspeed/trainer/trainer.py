@@ -191,9 +191,9 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         args = self.args
         check_optimizer(self.optimizer, self.dual_forward)
         self.check_deepspeed()
-        if args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if args.world_size > 1 and not self.is_sharded:
             check_ddp(args)
-        if args.slow_mode_splits != 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if args.slow_mode_splits != 1 and self.is_sharded:
             raise ValueError(
                 f"`slow_mode_splits` is {args.slow_mode_splits!r}, but sharded training runs each batch in one piece. "
                 "Set slow_mode_splits=1, or use DDP."
@@ -204,7 +204,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
             wrap_existing_layers(self.accelerator.state.fsdp_plugin, interface)
 
         # Passes run in the precision of training. Labels of visual tokens are masked in the collator.
-        self._run_as_trained(self.model)
+        self._run_as_trained()
         asks = "text" in self._pruner.needs or self._pruner.in_language_model
         visual, name = interface.visual_token_ids, self._pruner.config.pruner_type
         self.data_collator = MaskVisualLabels(self.given_collator, visual, asks=name if asks else None)
@@ -215,14 +215,13 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         self.adaptive_schedule = adaptive_schedule_of(
             args, self.slow_mode_ratio, self._pruner, self.mode_losses, self._reduced
         )
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1
         self.feature_cache = feature_cache_of(
             args.vision_feature_cache,
             args.vision_feature_cache_gib,
             self.model,
             self._pruner,
             self.accelerator.mixed_precision,
-            separable=not sharded and not args.torch_compile,
+            separable=not (self.is_sharded or self.get_tp_size() > 1 or args.torch_compile),
         )
         self._add_own_callbacks()
 
@@ -259,12 +258,11 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._run_as_trained(self.model)  # a copied model belongs to the copied trainer
+        self._run_as_trained()  # a copied model belongs to the copied trainer
 
-    def _run_as_trained(self, model: nn.Module) -> None:
+    def _run_as_trained(self) -> None:
         """Sets the precision and the head of training, which are known once the accelerator exists."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        sharded = sharded or getattr(model, "is_distributed_loading_by_transformers", False)
+        sharded = self.is_sharded or getattr(self.model, "is_distributed_loading_by_transformers", False)
         reasons = {
             "this trainer reads more off the logits than the loss": self.reads_logits,
             "the model is sharded": sharded or self.get_tp_size() > 1,
@@ -298,7 +296,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         if ratio != self.slow_mode_ratio:  # the language model was frozen, or unfrozen
             self.slow_mode_ratio, self._schedule = ratio, None
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which put parameters of their own in place
+        if not self.is_sharded:  # which puts parameters of its own in place
             check_optimizer(self.optimizer, self.dual_forward)
         return prepared
 
@@ -373,6 +371,11 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
             if self.dual_forward.sharded and not self.is_deepspeed_enabled and not self._modalities:
                 self.dual_forward.drop_gradients()
         return loss
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed, of any stage, runs the model."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def parameters_are_sharded(self) -> bool:
