@@ -231,7 +231,6 @@ class Case:
         ours: options of ours alone.
         family: the tiny model, of `tiny_models`.
         model: makes the model from the common one.
-        fault: what is wrong in ours, until it is mended.
         rtol: relative tolerance of numbers; a hundredth of it is the absolute one.
         slow: whether it takes seconds.
     """
@@ -246,7 +245,6 @@ class Case:
     ours: dict = field(default_factory=dict)
     family: str = "llava"
     model: Callable = lambda model: model
-    fault: str = ""
     rtol: float = 1e-4
     slow: bool = False
 

@@ -1587,10 +1587,7 @@ cases(
 
 
 def marked(case: Case):
-    marks = [pytest.mark.slow] * case.slow
-    if case.fault:
-        marks.append(pytest.mark.xfail(strict=True, reason=case.fault))
-    return pytest.param(case, id=case.name, marks=marks)
+    return pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.slow)
 
 
 @pytest.mark.parametrize("case", map(marked, CASES))
@@ -1613,7 +1610,7 @@ PARAMETERS = re.compile(r"optimizer\.pt|/trained|dualspeed\.|params:|total_param
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES if not (c.fault or c.refused or c.raises)])
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES if not (c.refused or c.raises)])
 def test_side_by_side_in_other_settings(case, setting, tmp_path):
     ours, tolerance = SETTINGS[setting]
     case = replace(case, ours=ours, rtol=case.rtol * tolerance)
