@@ -132,8 +132,10 @@ def test_the_pruned_evaluation_asks_with_fewer_tokens(session):
 
 def test_only_training_is_timed(results):
     for run in results["runs"]:
-        assert 0 < run["seconds"]["fast"] + run["seconds"]["slow"] < run["seconds"]["total"]
-        assert run["steps_per_second"] == pytest.approx(4 / run["seconds"]["total"], rel=0.01)
+        # Seconds are kept to the millisecond, and four steps of a tiny model take a few dozen.
+        seconds = run["seconds"]
+        assert 0 < seconds["fast"] + seconds["slow"] <= seconds["total"] + 0.002
+        assert 4 / run["steps_per_second"] == pytest.approx(seconds["total"], abs=0.001)
         assert run["losses"]["train_loss"] > 0
 
 
