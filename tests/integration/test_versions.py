@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -38,3 +39,16 @@ def test_what_we_do_not_declare_is_the_same_in_both():
     declared = {requirement.name for requirement in DECLARED}
     undeclared = LOWEST.keys() - declared
     assert {name: LOWEST[name] for name in undeclared} == {name: NEWEST[name] for name in NEWEST.keys() - declared}
+
+
+def test_workflows_citation_and_project_name_the_same_versions():
+    read = {
+        path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in ROOT.glob(".github/workflows/*.yml")
+    }
+    tested = read["tests.yml"]["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert PROJECT["requires-python"] == f">={tested[0]}"
+    said = [
+        c.rpartition(" ")[2] for c in PROJECT["classifiers"] if c.startswith("Programming Language :: Python :: 3.")
+    ]
+    assert tested == said
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == PROJECT["version"]
