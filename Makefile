@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(THREADS)
 
 .PHONY: help quickstart demo chromium compare ablation cards bench bench-gpu conformance test test-min test-deepspeed \
-	lint
+	lint docs
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-min    run them on the lowest versions that pyproject.toml allows"
 	@echo "make test-deepspeed installs DeepSpeed and tests ZeRO with two processes on a CPU (minutes)"
 	@echo "make lint        check style and formatting"
+	@echo "make docs        build the documentation as a site, into site/"
 
 $(STAMP): constraints.txt
 $(MIN_STAMP): constraints-min.txt
@@ -113,3 +114,8 @@ test-deepspeed: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open site/index.html. With search: $(BIN)/python -m http.server -d site"

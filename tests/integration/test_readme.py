@@ -226,3 +226,9 @@ def test_links_lead_somewhere(page):
 
 def test_readme_links_every_page():
     assert [page for page in PAGES[1:] if f"]({page})" not in text_of("README.md")] == []
+
+
+def test_the_site_has_every_page():
+    """`make docs` builds it, and fails where a link leads nowhere."""
+    said = re.findall(r": ([\w/]+\.md)$", text_of("mkdocs.yml"), re.MULTILINE)
+    assert sorted(name for name in said if "/" not in name) == sorted(["index.md", *(page[5:] for page in DOCS)])
