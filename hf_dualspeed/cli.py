@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module:function in `commands`
     "push": ("push:push_command", "publish a finished run on the Hub"),
     "card": ("push:card_command", "write a run's model card anew"),
     "evaluate": ("evaluate:main", "answer a data set's questions and score the answers"),
+    "merge": ("merge:main", "merge trained adapters into their base model"),
     "check": ("check:main", "check whether a model works with DualSpeed"),
     "assemble": ("assemble:main", "join two small pretrained models to a LLaVA"),
     "demo": ("space:demo_command", "ask models side by side in the browser"),

@@ -64,7 +64,11 @@ class Checkpoint:
         return found if self.base is None else {**found, "base model": _contents(self.base, self.base_commit)}
 
     def processor(self) -> ProcessorMixin:
-        """Loads the processor. Raises a `ValueError` where it has no chat template."""
+        """Loads the processor, that of the base model where an adapter has none.
+
+        Raises:
+            ValueError: there is none, or it has no chat template.
+        """
         name, revision = self.name, self.commit
         if self.base is not None and _file(name, PROCESSOR_NAME, revision) is None:
             name, revision = self.base, self.base_commit
@@ -116,9 +120,11 @@ class Checkpoint:
 
 
 def find_checkpoint(
-    name: str, dtype: str = "auto", trust_remote_code: bool = False, pruned: bool = False
+    name: str, dtype: str = "auto", trust_remote_code: bool = False, pruned: bool = False, base: str | None = None
 ) -> Checkpoint:
     """Checks a checkpoint without loading it. With `pruned`, finds the files that a run left beside it.
+
+    `base` takes the place of the base model that an adapter names.
 
     Raises:
         ValueError: the checkpoint is no vision-language model.
@@ -127,7 +133,7 @@ def find_checkpoint(
     folder = Path(name) if Path(name).is_dir() else None
     if folder is None and not is_repo_id(name):
         raise FileNotFoundError(f"`checkpoint` is {name!r}, which is neither a folder nor a Hub repo 'user/name'.")
-    found, base, base_commit = _file(name, CONFIG_NAME), None, None
+    found, given, base, base_commit = _file(name, CONFIG_NAME), base, None, None
     try:
         adapter = _file(name, ADAPTER_CONFIG_NAME)
     except ConnectionError:  # without the Hub, it is not known that a model in the cache is no adapter
@@ -136,8 +142,10 @@ def find_checkpoint(
         adapter = None
     if adapter is not None:  # where both are there, transformers too loads the adapter's base model
         found, config = adapter, json.loads(adapter.read_text(encoding="utf-8"))
-        base = str(config["base_model_name_or_path"])
-        base_commit = None if Path(base).is_dir() else _base_commit(name, base, config.get("revision"))
+        base = given or str(config.get("base_model_name_or_path"))
+        base_commit = (
+            None if Path(base).is_dir() else _base_commit(name, base, None if given else config.get("revision"))
+        )
     if found is None:
         raise ValueError(f"{name!r} holds no checkpoint: neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} is there.")
     commit = None if folder is not None else found.parent.name  # the Hub's cache has a folder per commit

@@ -1,0 +1,104 @@
+"""Merges adapters into their base model: an ordinary checkpoint with processor, isolator, pruner, results and card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.core_model_loading import WeightTransform
+
+from ..publishing.model_card import read_card, write_model_card
+from ..publishing.results import OF_WEIGHTS, is_hub_id, read_results, write_results
+from ..utils.constants import CARD_NAME, RESULTS_NAME
+from ..utils.validation import check_tensors
+from ..utils.writing import sync_files, write_file
+from .checkpoint import BESIDE, Checkpoint, find_checkpoint
+
+# The pictures of a run's card.
+PICTURES = {"learning_curve": "learning_curve.png", "kept_tokens": "kept_tokens.png"}
+
+
+def merge(
+    name: str, output: str | Path, base: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> Checkpoint:
+    """Merges the adapter `name` into its base model on the CPU, and saves the result as the folder `output`.
+
+    A base model that is stored in 4 or 8 bits is unpacked first, because merging into few bits would round the adapter
+    away. The evaluations of the adapter are left out of the results, as the merged weights have not been evaluated.
+
+    Args:
+        name (`str`): A folder or Hub repo with an adapter, such as that of a run.
+        output (`str` or `Path`): The new folder. It appears once it is whole.
+        base (`str`, *optional*): The base model, in place of the one that the adapter names.
+        dtype (`str`): Type of the merged weights, or "auto" for that of the base model.
+        trust_remote_code (`bool`): Run the base model's own code.
+
+    Raises:
+        ValueError: `name` holds no adapter, `output` is not empty, a weight would not be finite, or the base lacks one.
+        OSError: there is no such adapter or base model, or the Hub refuses, fails or cannot be reached.
+    """
+    from peft import PeftModel
+
+    output = Path(output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ValueError(f"`output` is {str(output)!r}, which is not empty. Name a new folder, or delete this one.")
+    found = find_checkpoint(name, dtype, trust_remote_code, pruned=True, base=base)
+    if found.base is None:
+        raise ValueError(f"{name!r} holds no adapter but a whole model, so there is nothing to merge.")
+
+    options = {"revision": found.base_commit, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    model, info = AutoModelForImageTextToText.from_pretrained(found.base, output_loading_info=True, **options)
+    check_tensors(found.base, info["missing_keys"])
+    if getattr(model, "is_quantized", False):
+        model = unpacked(model, None if dtype == "auto" else getattr(torch, dtype))
+    model = PeftModel.from_pretrained(model, name, revision=found.commit).merge_and_unload(safe_merge=True)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"_{output.name}.", suffix=".part", dir=output.parent) as aside:
+        folder = Path(aside) / output.name
+        model.save_pretrained(folder)
+        found.processor().save_pretrained(folder)
+        _write_record(found, folder)
+        sync_files(folder)
+        folder.replace(output)
+    return found
+
+
+def unpacked(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A quantized model with the weights that its bits stand for, ready to be saved."""
+    model = model.dequantize(dtype)
+    # transformers 5.23 would undo, when it saves the model, what it did to load packed weights, and cannot.
+    model._weight_conversions = [one for one in getattr(model, "_weight_conversions", None) or [] if reversible(one)]
+    return model
+
+
+def reversible(conversion: WeightTransform) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _write_record(found: Checkpoint, folder: Path) -> None:
+    """Isolator, pruner, results and card of the adapter's run, as those of a whole model."""
+    beside = found.beside or folder
+    results = {key: value for key, value in read_results(beside).items() if key not in OF_WEIGHTS}
+    for key in PICTURES:
+        if not (beside / PICTURES[key]).is_file():
+            results.pop(key, None)
+    for file in (*BESIDE, *PICTURES.values()):
+        if file != RESULTS_NAME and (beside / file).is_file():
+            shutil.copyfile(beside / file, folder / file)
+    results |= {"name": folder.name, "adapter": False, "processor": True, "base_model": Path(found.base).name}
+    on_hub = {"datasets": results["hub"]["datasets"]} if results.get("hub", {}).get("datasets") else {}
+    if is_hub_id(found.base):
+        results["base_model"] = on_hub["base_model"] = found.base
+    write_results(folder, {**results, "hub": on_hub})
+    # What a person wrote into the adapter's card holds for the merged model too.
+    if card := read_card(beside / CARD_NAME):
+        write_file(folder / CARD_NAME, card)
+    write_model_card(folder, read_results(folder))
