@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module:function in `commands`
     "evaluate": ("evaluate:main", "answer a data set's questions and score the answers"),
     "merge": ("merge:main", "merge trained adapters into their base model"),
     "check": ("check:main", "check whether a model works with DualSpeed"),
+    "convert": ("convert:main", "bring data into a file that training reads"),
     "assemble": ("assemble:main", "join two small pretrained models to a LLaVA"),
     "demo": ("space:demo_command", "ask models side by side in the browser"),
     "space": ("space:space_command", "publish the demo as a Space on the Hub"),

@@ -50,6 +50,14 @@ class RecipeArguments:
     eval_image_column: list[str] | None = field(
         default=None, metadata={"help": "The same for eval_dataset. Unset: as image_column."}
     )
+    max_pixels: int | None = field(
+        default=None,
+        metadata={"help": "Most pixels of a picture, where the processor has such a limit, as that of Qwen-VL."},
+    )
+    processor_options: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Options of the image processor in place of its own (JSON), such as {"size": {...}}.'},
+    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "Longest sequence in tokens, visual ones included. Unset: no limit."},
@@ -110,8 +118,15 @@ class RecipeArguments:
     )
 
     def __post_init__(self):
-        for name in ("tiny_llava", "lora"):
+        for name in ("tiny_llava", "lora", "processor_options"):
             setattr(self, name, as_dict(name, getattr(self, name)))
+        if self.max_pixels is not None:
+            check_range("max_pixels", self.max_pixels, 1)
+            if "max_pixels" in (self.processor_options or {}):
+                raise ValueError("`max_pixels` is set twice, in `processor_options` too. Set it once.")
+            self.processor_options = {**(self.processor_options or {}), "max_pixels": self.max_pixels}
+        if self.processor_options and self.tiny_llava is not None:
+            raise ValueError("`processor_options` are for a loaded model. Set the image_size of `tiny_llava` instead.")
         check_choice("dtype", self.dtype, DTYPES)
         for name in ("eval_batch_size", "max_new_tokens", "eval_limit"):  # used after the training, when it is too late
             if getattr(self, name) is not None:

@@ -122,8 +122,15 @@ def load_weights(recipe: RecipeArguments) -> PreTrainedModel:
 
 
 def load_processor(recipe: RecipeArguments) -> ProcessorMixin:
+    """The model's processor with the recipe's options; one that its image processor does not know is an error."""
     # Without torchvision, transformers uses its PIL image processors.
-    return AutoProcessor.from_pretrained(recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code)
+    options = recipe.processor_options or {}
+    processor = AutoProcessor.from_pretrained(
+        recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code, **options
+    )
+    if options:  # which transformers drops without a word where they are unknown
+        check_keys("processor_options", options, sorted(processor.image_processor.valid_kwargs.__annotations__))
+    return processor
 
 
 def collator_of(recipe: RecipeArguments, processor: ProcessorMixin) -> VisionLanguageCollator:

@@ -387,3 +387,28 @@ def test_an_accuracy_without_the_questions_left_out_is_one_of_a_part(own_data, t
     (tmp_path / "test.json").write_text(json.dumps(rows), encoding="utf-8")
     results = own_data(["a.png"], eval_dataset=str(tmp_path / "test.json"), unreadable_images="skip")
     assert (results["n"], results["eval_part"]) == (1, "readable 1 of 2")
+
+
+def test_options_of_the_processor(recipe, tmp_path):
+    from hf_dualspeed.recipes.run import load_processor
+
+    _, processor = build_tiny_llava(["one two"], **TINY)
+    processor.save_pretrained(tmp_path / "model")
+    options = {"model_name_or_path": str(tmp_path / "model"), "processor_options": {"size": {"shortest_edge": 8}}}
+    loaded = load_processor(parse_recipe(["--config", recipe(**options)])[0])
+    assert loaded.image_processor.size.shortest_edge == 8
+    loaded.save_pretrained(tmp_path / "saved")
+    assert AutoProcessor.from_pretrained(tmp_path / "saved").image_processor.size.shortest_edge == 8
+    for wrong, message in (
+        ({"sise": 8}, "unknown key 'sise'. Did you mean 'size'"),
+        ({"max_pixels": 99}, "'max_pixels'"),
+    ):
+        options["processor_options"] = wrong
+        with pytest.raises(ValueError, match=message):
+            load_processor(parse_recipe(["--config", recipe(**options)])[0])
+    known = parse_recipe(["--config", recipe(), "--max_pixels", "100352"])[0]
+    assert known.processor_options == {"max_pixels": 100352}
+    with pytest.raises(ValueError, match="set twice"):
+        parse_recipe(["--config", recipe(processor_options={"max_pixels": 9}), "--max_pixels", "100352"])
+    with pytest.raises(ValueError, match="`max_pixels` must be"):
+        parse_recipe(["--config", recipe(), "--max_pixels", "0"])
