@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .utils.quiet import quiet
 
 if TYPE_CHECKING:
+    from .models.components import freeze_roles as freeze_roles
     from .pruners.auto import AutoPruner as AutoPruner
     from .pruners.base import Pruner as Pruner
     from .pruners.config import PrunerConfig as PrunerConfig
@@ -40,6 +41,7 @@ _MODULES = {
     "PrunerConfig": "pruners",
     "VisualTokens": "pruners",
     "available_pruners": "pruners",
+    "freeze_roles": "models.components",
     "prune_inputs": "pruning.api",
     "prune_visual_tokens": "pruning.api",
     "register_pruner": "pruners",
@@ -59,6 +61,7 @@ __all__ = [
     "PrunerConfig",
     "VisualTokens",
     "available_pruners",
+    "freeze_roles",
     "prune_inputs",
     "prune_visual_tokens",
     "register_pruner",
