@@ -37,9 +37,9 @@ def freeze_roles(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model, without a PEFT wrapper.
-        train_vision_tower (`bool`, *optional*, defaults to `False`): whether to leave the vision tower as it is.
-        train_projector (`bool`, *optional*, defaults to `True`): whether to leave the projector, and parameters without a role, as they are.
-        train_language_model (`bool`, *optional*, defaults to `True`): whether to leave the language model, with its head, as it is.
+        train_vision_tower (`bool`): whether to leave the vision tower as it is.
+        train_projector (`bool`): whether to leave the projector, and parameters without a role, as they are.
+        train_language_model (`bool`): whether to leave the language model, with its head, as it is.
 
     Raises:
         ValueError: a role is to be frozen, but the model has no module for one of the roles.
