@@ -6,12 +6,12 @@ import argparse
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from ..hub.errors import explained
 from ..hub.source import is_repo_id
-from ..hub.upload import card_text
+from ..hub.upload import card_text, push_files
 from ..metrics import CLASSES, metric_folder
 from ..publishing.cards import merge_card
 from ..utils.constants import CARD_NAME
@@ -43,7 +43,8 @@ def push_metric(name: str, repo_id: str, private: bool | None = None, commit_mes
     """Pushes a metric's module, card and widget. Sections of the card that a person wrote stay.
 
     Raises:
-        ValueError: there is no such metric, or `repo_id` is no "user/name" with a name that Python can import.
+        ValueError: there is no such metric, `repo_id` is no "user/name" with a name that Python can import, or the card
+            on the Hub holds a token or key.
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
     # evaluate imports a module with the Space's name.
@@ -51,15 +52,9 @@ def push_metric(name: str, repo_id: str, private: bool | None = None, commit_mes
         raise ValueError(
             f"`repo` must be a Space 'user/name' whose name is one of Python's, without hyphens, got {repo_id!r}."
         )
-    api = HfApi()
-    with explained("push to", f"the Space {repo_id!r}"):
-        api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(file, text.encode("utf-8")) for file, text in space_files(name, repo_id).items()],
-            repo_type="space",
-            commit_message=commit_message or f"Upload the metric {name}",
-        )
+    contents = {file: text.encode("utf-8") for file, text in space_files(name, repo_id).items()}
+    message = commit_message or f"Upload the metric {name}"
+    return push_files(contents, repo_id, message, space=True, private=private)
 
 
 def space_files(name: str, repo_id: str) -> dict[str, str]:
@@ -76,7 +71,8 @@ def space_files(name: str, repo_id: str) -> dict[str, str]:
 
 def _published(repo_id: str) -> str:
     try:
-        path = hf_hub_download(repo_id, CARD_NAME, repo_type="space", force_download=True)
+        with explained("push to", f"the Space {repo_id!r}"):
+            path = hf_hub_download(repo_id, CARD_NAME, repo_type="space", force_download=True)
     except (EntryNotFoundError, RepositoryNotFoundError):
         return ""
     return card_text(Path(path), f"{CARD_NAME} of the Space {repo_id!r}")

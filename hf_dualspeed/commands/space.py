@@ -8,19 +8,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import shutil
 import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
-from ..hub.errors import explained
 from ..hub.source import is_repo_id
-from ..publishing.files import check_no_token
+from ..hub.upload import push_files
 from ..publishing.results import read_results
-from ..utils.writing import write_file, write_json
+from ..utils.writing import copy_file, write_file, write_json
 
 # The files of an installation, and those of the checkout.
 PACKAGE = Path(__file__).parent.parent
@@ -140,32 +136,27 @@ def push_space(repo_id: str, names: dict[str, str], private: bool | None = None,
         compare (`Path`, *optional*): a table in Markdown, shown with the plot beside it.
 
     Raises:
-        ValueError: `repo_id` is no "user/name", or a token stands in a file.
+        ValueError: `repo_id` is no "user/name", or a token or key stands in a file.
+        OSError: the table or its plot is a link.
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
     if not is_repo_id(repo_id):
         raise ValueError(f"`push` must be a Space 'user/name', got {repo_id!r}.")
-    api = HfApi()
-    with tempfile.TemporaryDirectory() as aside:
-        folder = Path(aside)
-        write_space(folder, names, compare)
-        check_no_token(folder, {path.name: path for path in folder.iterdir()})
-        with explained("push to", f"the Space {repo_id!r}"):
-            url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-            message = "Upload the DualSpeed demo"
-            api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, commit_message=message)
-    return str(url)
+    with tempfile.TemporaryDirectory() as folder:
+        write_space(Path(folder), names, compare)
+        contents = {path.name: path for path in Path(folder).iterdir()}
+        return str(push_files(contents, repo_id, "Upload the DualSpeed demo", space=True, private=private).repo_url)
 
 
 def write_space(folder: Path, names: dict[str, str], compare: Path | None = None) -> None:
     """Writes all files of the Space into an empty folder."""
     for name in FILES:
-        shutil.copy(source_folder() / name, folder / name)
+        write_file(folder / name, (source_folder() / name).read_bytes())
     card = folder / "README.md"
     models = json.dumps(sorted(set(names.values())))  # valid YAML too
     write_file(card, card.read_text(encoding="utf-8").replace("models: []", f"models: {models}"))
     write_json(folder / CHECKPOINTS, names)
     if compare is not None:
         for path in (compare, compare.with_suffix(".png")):
-            if path.is_file():
-                shutil.copy(path, folder / f"compare{path.suffix}")
+            if path.exists():
+                copy_file(path, folder / f"compare{path.suffix}")

@@ -1,15 +1,17 @@
-"""Uploads folders and cards to the Hub."""
+"""Pushes files to the Hub: the one place from which anything is uploaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..utils.constants import CARD_NAME
 from .errors import explained
-from .source import Source, is_repo_id
+from .secrets import check_no_secret
+from .source import Source
 
 
 def card_text(path: Path, what: str) -> str:
@@ -31,35 +33,55 @@ def published_card(repo_id: str, revision: str | None, token: str | bool | None)
         return ""
 
 
-def push_folder(
-    folder: Path,
+def push_files(
+    contents: Mapping[str, Path | bytes],
     repo_id: str,
+    commit_message: str,
     *,
+    space: bool = False,
+    create: bool = True,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
-    commit_message: str,
-    delete: list[str] | None = None,
+    stale: Callable[[str], bool] | None = None,
+    folder: str | Path = "",
 ) -> CommitInfo:
-    """Pushes a folder's files in one commit; creates repo and branch if needed.
+    """Pushes files in one commit, once it is sure that none is a link or holds a secret.
 
-    A failed push changes no files, neither in the folder nor in the repo, and can be repeated.
+    A failed push changes nothing in the repo and can be repeated.
+
+    Args:
+        contents (`Mapping[str, Path or bytes]`): names in the repo, with files or their bytes.
+        repo_id (`str`): "user/name".
+        commit_message (`str`): what the repo's history says.
+        space (`bool`, *optional*): whether the repo is a Space of gradio, not a model.
+        create (`bool`, *optional*): whether to make the repo, `private` or not, and the branch where they are missing.
+        private, token, revision: those of [`~huggingface_hub.HfApi.create_commit`] and `create_repo`.
+        stale (`Callable`, *optional*): says by its name whether a file of the repo is to go if it is not in `contents`.
+        folder (`str` or `Path`, *optional*): where the bytes belong, for messages.
 
     Raises:
-        ValueError: `repo_id` is not "user/name".
+        ValueError: a file holds a token or key, or is a link.
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
-    if not is_repo_id(repo_id):
-        raise ValueError(f"`repo_id` must be a Hub repo 'user/name', got {repo_id!r}.")
-    api = HfApi(token=token)
-    with explained("push to", f"the Hub repo {repo_id!r}"):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+    for path in contents.values():
+        if isinstance(path, Path) and (path.is_symlink() or not path.is_file()):
+            raise ValueError(f"{str(path)!r} is a link or no file, and is not pushed. Put the file itself there.")
+    check_no_secret(contents, [token], folder)
+    api, kind = HfApi(token=token), "space" if space else "model"
+    with explained("push to", f"the Space {repo_id!r}" if space else f"the Hub repo {repo_id!r}"):
+        if create:
+            sdk = "gradio" if space else None
+            api.create_repo(repo_id, repo_type=kind, space_sdk=sdk, private=private, exist_ok=True)
+        if create and revision is not None:
+            api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
+        there = api.list_repo_files(repo_id, repo_type=kind, revision=revision) if stale else ()
+        gone = sorted(name for name in there if name not in contents and stale(name))
+        additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        return api.create_commit(
+            repo_id,
+            [*additions, *map(CommitOperationDelete, gone)],
+            repo_type=kind,
             revision=revision,
             commit_message=commit_message,
-            delete_patterns=delete,
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import CommitInfo
 
 from ..hub.source import is_repo_id
-from ..hub.upload import published_card, push_folder
+from ..hub.upload import published_card, push_files
 from ..publishing.cards import code, merge_card, render
 from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.writing import write_file
@@ -55,9 +55,9 @@ def push_pruner(
                 "The code of %s lies in no module of its own and is not pushed: whoever loads it must register it.",
                 type(pruner).__name__,
             )
-        stale = None if (Path(folder) / PRUNER_WEIGHTS_NAME).is_file() else [PRUNER_WEIGHTS_NAME]
+        contents = {path.name: path for path in Path(folder).iterdir()}
         message = commit_message or f"Upload pruner {pruner.config.pruner_type}"
-        return push_folder(Path(folder), repo_id, commit_message=message, delete=stale, **hub)
+        return push_files(contents, repo_id, message, stale=lambda name: name == PRUNER_WEIGHTS_NAME, **hub)
 
 
 def pruner_card(pruner: Pruner, repo_id: str, results: dict | list[dict] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Selects the files of a run's folder that may be published: whole checkpoints, known file names, no tokens."""
+"""Selects the files of a run's folder that may be published: whole checkpoints, known file names, no links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
-from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import (
@@ -21,7 +20,7 @@ from transformers.utils import (
 )
 
 from ..hub.source import CODE_NAME, REFERENCE
-from ..utils.constants import CARD_NAME, RESULTS_NAME
+from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
 
 # Files that transformers, tokenizers, PEFT and this library write into a model's folder. Any other file may be private.
 TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "merges.txt")
@@ -32,26 +31,42 @@ CONFIGS += ("video_preprocessor_config.json", "audio_tokenizer_config.json", "pr
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 ADAPTER = (ADAPTER_CONFIG_NAME, *WEIGHTS)
 RECORD = (CARD_NAME, RESULTS_NAME, "learning_curve.png", "LICENSE*")
+# Optional files of the fast view; a run without them deletes those of an earlier run.
+PARTS = (ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME)
 TOP = (*CONFIGS, *TOKENIZERS, *ADAPTER, *RECORD)
 TEMPLATES = "additional_chat_templates"
+# What else a checkpoint needs to be resumed from, and the subfolders of FSDP and DeepSpeed.
+STATE = ("trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+STATE += ("pytorch_model_fsdp*.bin", "latest")
+SHARDS = {"pytorch_model_fsdp_*": ("*.distcp", ".metadata"), "optimizer_*": ("*.distcp", ".metadata")}
+SHARDS |= {"global_step*": ("*_states.pt",)}
 IMAGE = re.compile(r"[^\s()\[\]<>\"'=]+\.(?:png|jpe?g|gif|webp|svg)\b", re.IGNORECASE)
-ANY_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
 
-def published_files(folder: Path, card: str) -> list[str]:
+def published_files(folder: Path, card: str = "", resumable: bool = False) -> list[str]:
     """The files to push, relative to `folder`: known names, code that a config names, and images in the card.
 
-    Links and hidden files are left out. Of subfolders, only chat templates and further PEFT adapters are taken.
+    Links and hidden files are left out. Of subfolders, only chat templates and further PEFT adapters are taken; with
+    `resumable`, also what training goes on from.
     """
-    names = _named(folder, TOP)
+    names = _named(folder, (*TOP, *STATE) if resumable else TOP)
     images = {unquote(match).removeprefix("./") for match in IMAGE.findall(card)}
     extra = code_files(folder, [name for name in names if name.endswith("config.json")]) | images
     names += sorted(name for name in extra if "/" not in name and is_plain(folder / name) and name not in names)
     for part in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
-        patterns = ("*.jinja",) if part.name == TEMPLATES else ADAPTER if is_plain(part / ADAPTER_CONFIG_NAME) else ()
         if not part.name.startswith(("checkpoint-", "last-", ".")):
-            names += [f"{part.name}/{name}" for name in _named(part, patterns)]
+            names += [f"{part.name}/{name}" for name in _named(part, _patterns(part, resumable))]
     return names
+
+
+def _patterns(part: Path, resumable: bool) -> tuple[str, ...]:
+    """What is published of a subfolder."""
+    if part.name == TEMPLATES:
+        return ("*.jinja",)
+    if is_plain(part / ADAPTER_CONFIG_NAME):
+        return ADAPTER
+    shards = [patterns for name, patterns in SHARDS.items() if fnmatchcase(part.name, name)]
+    return shards[0] if resumable and shards else ()
 
 
 def left_out(folder: Path, files: list[str]) -> list[str]:
@@ -69,8 +84,9 @@ def is_plain(path: Path) -> bool:
 
 
 def _named(folder: Path, patterns: tuple[str, ...]) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if is_plain(path) and not path.name.startswith("."))
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    """The plain files in a folder whose names match; a hidden one needs a pattern of a hidden one."""
+    names = sorted(path.name for path in folder.iterdir() if is_plain(path))
+    return [name for name in names if any(fnmatchcase(name, p) and (name[0] != "." or p[0] == ".") for p in patterns)]
 
 
 def code_files(folder: Path, configs: list[str]) -> set[str]:
@@ -161,21 +177,3 @@ def _check_weights(path: Path) -> None:
             pass
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is no whole safetensors file: {error}. Save the model again.") from None
-
-
-def check_no_token(folder: Path, contents: dict[str, Path | bytes]) -> None:
-    """Raises a `ValueError` if a file or text to be published contains a Hub token."""
-    own = get_token()
-    for name, content in contents.items():
-        if name.endswith(".safetensors"):
-            continue
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        if own and own.encode() in data:
-            whose = "your Hub token"
-        elif ANY_TOKEN.search(data):
-            whose = "what looks like a Hub token"
-        else:
-            continue
-        raise ValueError(
-            f"{str(folder / name)!r} holds {whose} and is not pushed. Take it out, and make that token invalid."
-        )

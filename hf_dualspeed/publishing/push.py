@@ -6,13 +6,13 @@ import logging
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo
 
-from ..hub.errors import explained
 from ..hub.source import is_repo_id
-from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
+from ..hub.upload import push_files
+from ..utils.constants import CARD_NAME, RESULTS_NAME
 from ..utils.writing import write_file
-from .files import check_checkpoint, check_no_token, published_files
+from .files import PARTS, check_checkpoint, published_files
 from .model_card import adopt_published_card, read_card, write_model_card
 from .results import read_results, write_results
 
@@ -44,7 +44,7 @@ def push(
     Hand-written parts of the card on the Hub are kept.
 
     Raises:
-        ValueError: `folder` holds no whole checkpoint, broken results or a Hub token, or `repo_id` is not "user/name".
+        ValueError: `folder` holds no whole checkpoint, broken results, or a token or key, or `repo_id` is none.
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
     if not is_repo_id(repo_id):
@@ -54,23 +54,10 @@ def push(
     files = published_files(folder, texts.get(CARD_NAME, b"").decode("utf-8"))
     # The card comes from `texts`, which leaves out PEFT's empty form.
     contents: dict[str, Path | bytes] = {name: folder / name for name in files if name != CARD_NAME} | texts
-    check_no_token(folder, contents)
-    api = HfApi()
-    with explained("push to", f"the Hub repo {repo_id!r}"):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # Remove the isolator or learned pruner of an earlier run if this run has none.
-        stale = {PRUNER_WEIGHTS_NAME, ISOLATOR_WEIGHTS_NAME}.intersection(
-            api.list_repo_files(repo_id, revision=revision)
-        ) - set(files)
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, content) for name, content in contents.items()]
-            + [CommitOperationDelete(name) for name in sorted(stale)],
-            revision=revision,
-            commit_message=commit_message or "Upload a model trained with DualSpeed",
-        )
+    message = commit_message or "Upload a model trained with DualSpeed"
+    commit = push_files(
+        contents, repo_id, message, private=private, revision=revision, stale=PARTS.__contains__, folder=folder
+    )
     _write_texts(folder, texts)
     return commit
 

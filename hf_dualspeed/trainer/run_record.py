@@ -5,28 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
+import tempfile
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, run_as_future
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainerState
-from transformers.trainer_utils import HubStrategy
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
 
 from ..hub.errors import explained
-from ..publishing.model_card import adopt_published_card, write_model_card
+from ..hub.secrets import check_no_secret
+from ..hub.upload import push_files
+from ..publishing.files import PARTS, RECORD, left_out, published_files
+from ..publishing.model_card import adopt_published_card, read_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_results, run_record, write_results
-from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME
 from ..utils.environment import peak_memory, reset_peak_memory
 from ..utils.text import one_line, without_paths
+from ..utils.writing import copy_file
 from .speedup import SpeedupMeter
 
 logger = logging.getLogger(__name__)
-
-# Optional files of the fast view; a run without them deletes those of an earlier run.
-PARTS = (ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME)
 
 
 class RunRecordMixin:
@@ -49,6 +51,7 @@ class RunRecordMixin:
         self._earlier: dict = {}
         self._speedup: dict | None = None
         self._peak: dict | None = None
+        self._failed_pushes: dict[str, str] = {}  # errors of those in the background, by their messages
         # The data set of each metric, by step and name.
         self._evaluated_on: dict[tuple[int, str], str | None] = {}
 
@@ -176,8 +179,19 @@ class RunRecordMixin:
         repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with explained("push to", f"the Hub repo {repo_id!r}"):
             super().init_hf_repo(token, private)
-        if self.args.push_to_hub and self.is_world_process_zero():  # a broken card raises at the start
+        if self.args.push_to_hub and self.is_world_process_zero():  # what would break each push raises at the start
             self._adopt_card(token=token)
+            self._check_parts(token)
+
+    def _check_parts(self, token: str | None) -> None:
+        """Raises a `ValueError` if card, config or processor hold a token or key."""
+        with tempfile.TemporaryDirectory() as aside:
+            for part in (self.processing_class, getattr(self.model, "config", None)):
+                if hasattr(part, "save_pretrained"):
+                    part.save_pretrained(aside)
+            contents = {path.name: path.read_bytes() for path in Path(aside).rglob("*") if path.is_file()}
+            card = Path(self.args.output_dir) / CARD_NAME
+            check_no_secret(contents | {str(card): read_card(card).encode()}, [token, self.args.hub_token])
 
     def push_to_hub(
         self,
@@ -188,20 +202,33 @@ class RunRecordMixin:
         private: bool | None = None,
         **kwargs,
     ):
-        """[`~transformers.Trainer.push_to_hub`] with results and card. Text that a person wrote on the Hub stays.
+        """[`~transformers.Trainer.push_to_hub`] with results and card, but of files that `dualspeed push` allows alone.
+
+        Text that a person wrote on the Hub stays.
 
         Raises:
             HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached; the message says what to do.
-            ValueError: the card here, or the one on the Hub, cannot be read.
+            ValueError: the card here, or the one on the Hub, cannot be read, or a file holds a token or key.
         """
         self._pushing = {"revision": revision, "token": token}
         try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            if self.hub_model_id is None:
+                self.init_hf_repo(token=token, private=private)
+            self.save_model(_internal_call=True)
+            if not self.is_world_process_zero():
+                return None
             self._finish_current_push()  # it may hold an older card
+            tags = as_list(kwargs.pop("tags", None)) + as_list(getattr(self.model, "model_tags", None))
             with explained("push to", f"the Hub repo {self._repo_id()!r}"):
-                pushed = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
-                if blocking and self.is_world_process_zero():
-                    self._delete_stale_parts(revision, token)
-            return pushed
+                self.create_model_card(**kwargs, **({"tags": list(dict.fromkeys(tags))} if tags else {}))
+            contents = self._contents()
+            others = left_out(Path(self.args.output_dir), list(contents))
+            others = ", ".join(ascii(name) for name in others if not is_of_trainer(name))
+            if others:
+                logger.warning("Not pushed: %s. Add what belongs there by `hf upload`.", others)
+            push = self._push if blocking else self._push_aside
+            return push(contents, commit_message or "End of training", revision=revision, token=token)
         except (HfHubHTTPError, ConnectionError) as error:
             error.args = (f"The push to the Hub failed ({one_line(error)}). {self._push_later()}",)
             raise
@@ -213,45 +240,72 @@ class RunRecordMixin:
         revision, token = revision or self.args.hub_revision, token or self.args.hub_token
         adopt_published_card(self.args.output_dir, self.hub_model_id, revision, token)
 
-    def _delete_stale_parts(self, revision: str | None, token: str | None) -> None:
-        """Deletes an earlier run's isolator and learned pruner from the repo, if this run has none."""
-        api, revision = HfApi(token=token or self.args.hub_token), revision or self.args.hub_revision
-        stale = [name for name in PARTS if not (Path(self.args.output_dir) / name).is_file()]
-        stale = [name for name in stale if api.file_exists(self.hub_model_id, name, revision=revision)]
-        if stale:
-            message = "Delete parts of an earlier run"
-            api.delete_files(self.hub_model_id, stale, revision=revision, commit_message=message)
+    def _contents(self) -> dict[str, Path]:
+        """What is published of the output folder, by its names in the repo."""
+        folder = Path(self.args.output_dir)
+        return {name: folder / name for name in published_files(folder, read_card(folder / CARD_NAME))}
+
+    def _push(self, contents, message, folder="", revision=None, token=None) -> CommitInfo:
+        """Pushes files in one commit; those of an earlier checkpoint leave `folder` of the repo."""
+        return push_files(
+            contents,
+            self.hub_model_id,
+            message,
+            create=False,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            stale=lambda name: name.startswith(folder) if folder else name in PARTS,
+        )
+
+    def _push_aside(self, contents, message, **options) -> Future:
+        """Pushes files in a thread, after those before them; a failure is said at once, and at the end of training."""
+
+        def push():
+            try:
+                return self._push(contents, message, **options)
+            except Exception as error:
+                self._failed_pushes[message] = one_line(error)
+                logger.warning("The push %r failed (%s). %s", message, one_line(error), self._push_later())
+                raise
+
+        return run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        self._report_failed_pushes()
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-            if (self.args.hub_always_push or not busy) and not self._prepare_push(Path(checkpoint_folder)):
-                return
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _prepare_push(self, checkpoint: Path) -> bool:
-        """Updates output folder and card to the checkpoint; False, with a warning, if a card prevents it."""
-        copy_parts(checkpoint, Path(self.args.output_dir))
+        args, checkpoint = self.args, Path(checkpoint_folder)
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        unit = "step" if args.save_strategy == SaveStrategy.STEPS else "epoch"
+        reached = self.state.global_step if unit == "step" else int(self.state.epoch)
+        message = f"Training in progress, {unit} {reached}"
         try:
+            links = ", ".join(str(path) for path in checkpoint.rglob("*") if path.is_symlink())
+            if links:
+                logger.warning("Not pushed, because they are links: %s. Put the files themselves there.", links)
+            copy_published(checkpoint, Path(args.output_dir))
             self._adopt_card()
             self.create_model_card()
-        except (OSError, ValueError) as error:  # must not end the training
+            jobs = [self._push_aside(self._contents(), message)]
+            if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+                last = args.hub_strategy == HubStrategy.CHECKPOINT
+                place = f"{'last-checkpoint' if last else checkpoint.name}/"
+                names = published_files(checkpoint, resumable=True)
+                contents = {f"{place}{name}": checkpoint / name for name in names}
+                jobs.append(self._push_aside(contents, f"{message}, checkpoint", folder=place))
+        except Exception as error:  # must not end the training
             logger.warning("%s is not pushed: %s %s", checkpoint.name, one_line(error), self._push_later())
-            return False
-        return True
+            return
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else ()), *jobs])
 
     def _finish_current_push(self):
         super()._finish_current_push()
-        self._report_failed_pushes()
-
-    def _report_failed_pushes(self) -> None:
-        """Warns about failed background pushes, whose errors the Trainer ignores."""
-        pushing = getattr(self, "push_in_progress", None)
-        for job in list(pushing.jobs) if pushing is not None else ():
-            if job.done() and not job.cancelled() and job.exception() is not None:
-                pushing.jobs.remove(job)
-                logger.warning("A push to the Hub failed (%s). %s", one_line(job.exception()), self._push_later())
+        if self._failed_pushes:
+            failed = ", ".join(f"{message!r} ({error})" for message, error in self._failed_pushes.items())
+            self._failed_pushes.clear()
+            logger.warning("Pushes to the Hub failed: %s. %s", failed, self._push_later())
 
     def _push_later(self) -> str:
         return (
@@ -289,14 +343,27 @@ def is_known(value: object) -> bool:
     return value is not None and (not isinstance(value, float) or math.isfinite(value))
 
 
-def copy_parts(checkpoint: Path, folder: Path) -> None:
-    """Copies files that the Trainer does not know by name: isolator, pruner, code and further adapters."""
-    if (checkpoint / PRUNER_CONFIG_NAME).is_file():  # a sharded checkpoint holds them in its weights instead
+def is_of_trainer(name: str) -> bool:
+    """Whether the Trainer itself writes a file or folder of this name, which is of no use to others."""
+    return name.startswith((f"{PREFIX_CHECKPOINT_DIR}-", "runs/", "training_args.bin", "trainer_state.json", "_"))
+
+
+def copy_published(checkpoint: Path, folder: Path) -> None:
+    """Copies what is published of a checkpoint, but for card and results, into the run's folder; follows no links.
+
+    Raises:
+        OSError: the disk is full, or the checkpoint, or a subfolder of the run's, is a link.
+    """
+    if checkpoint.is_symlink():
+        raise OSError(f"{str(checkpoint)!r} is a link, and links are not pushed.")
+    names = published_files(checkpoint)
+    if PRUNER_CONFIG_NAME in names:  # a sharded checkpoint holds the parts in its weights instead
         for name in PARTS:
-            if not (checkpoint / name).is_file():
+            if name not in names:
                 (folder / name).unlink(missing_ok=True)
-    for path in checkpoint.iterdir():
-        if path.name in (*PARTS, PRUNER_CONFIG_NAME) or path.suffix == ".py":
-            shutil.copy(path, folder)
-        elif (path / ADAPTER_CONFIG_NAME).is_file():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+    for name in names:
+        parent = (folder / name).parent
+        if parent != folder and parent.is_symlink():
+            raise OSError(f"{str(parent)!r} is a link, and links are not followed. Put the folder itself there.")
+        if name not in RECORD:
+            copy_file(checkpoint / name, folder / name)

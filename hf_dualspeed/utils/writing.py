@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_file(path: str | Path, data: bytes | str) -> Path:
@@ -19,25 +22,46 @@ def write_file(path: str | Path, data: bytes | str) -> Path:
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    there = path.exists()
-    if there and not path.is_file():
+    if path.exists() and not path.is_file():
         raise OSError(f"{str(path)!r} is no regular file. Name another one.")
-    if there and not os.access(path, os.W_OK):
+    if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"{str(path)!r} is protected from writing. Name another file, or allow writing to it.")
+    with _aside(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+    return path
+
+
+def copy_file(source: str | Path, path: str | Path) -> Path:
+    """Copies a file in the same way, and follows no link: one at `path` is replaced by the copy.
+
+    Raises:
+        OSError: the disk is full, or `source` is a link or no regular file.
+    """
+    source, path = Path(source), Path(path)
+    if source.is_symlink() or not source.is_file():
+        raise OSError(f"{str(source)!r} is a link or no regular file, and is not copied. Put the file itself there.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as read, _aside(path) as file:
+        shutil.copyfileobj(read, file, 2**22)
+    return path
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place and its access rights once the body is done and all is on the disk."""
     part = path.with_name(f"_{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        if there:
+        if path.is_file() and not path.is_symlink():
             shutil.copymode(path, part)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-    return path
 
 
 def write_json(path: str | Path, value: object) -> Path:
