@@ -23,14 +23,15 @@ def check_no_secret(
     Args:
         contents (`Mapping[str, Path or bytes]`): names in the repo, with files or their bytes.
         tokens (`Iterable[str]`, *optional*): tokens of the Hub that are in use, beside that of `hf auth login`.
-        folder (`str` or `Path`, *optional*): where the bytes belong, for the message.
+        folder (`str` or `Path`, *optional*): where they come from, for the message.
     """
     own = {token.encode() for token in (get_token(), *tokens) if isinstance(token, str) and len(token) > 3}
     for name, content in contents.items():
         kind = kind_of_secret(content if isinstance(content, bytes) else text_in(content), own)
         if kind is not None:
-            place = str(Path(folder, name) if isinstance(content, bytes) else content)
-            raise ValueError(f"{place!r} holds {kind} and is not pushed. Take it out, and make it invalid.")
+            raise ValueError(
+                f"{str(Path(folder, name))!r} holds {kind} and is not pushed. Take it out, and make it invalid."
+            )
 
 
 def text_in(path: Path) -> bytes:

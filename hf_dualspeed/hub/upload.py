@@ -58,7 +58,7 @@ def push_files(
         create (`bool`, *optional*): whether to make the repo, `private` or not, and the branch where they are missing.
         private, token, revision: those of [`~huggingface_hub.HfApi.create_commit`] and `create_repo`.
         stale (`Callable`, *optional*): says by its name whether a file of the repo is to go if it is not in `contents`.
-        folder (`str` or `Path`, *optional*): where the bytes belong, for messages.
+        folder (`str` or `Path`, *optional*): where they come from, for messages.
 
     Raises:
         ValueError: a file holds a token or key, or is a link.

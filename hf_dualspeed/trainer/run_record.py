@@ -189,9 +189,11 @@ class RunRecordMixin:
             for part in (self.processing_class, getattr(self.model, "config", None)):
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(aside)
-            contents = {path.name: path.read_bytes() for path in Path(aside).rglob("*") if path.is_file()}
-            card = Path(self.args.output_dir) / CARD_NAME
-            check_no_secret(contents | {str(card): read_card(card).encode()}, [token, self.args.hub_token])
+            files = [path for path in Path(aside).rglob("*") if path.is_file()]
+            contents = {path.relative_to(aside).as_posix(): path.read_bytes() for path in files}
+            folder = Path(self.args.output_dir)
+            contents[CARD_NAME] = read_card(folder / CARD_NAME).encode()
+            check_no_secret(contents, [token, self.args.hub_token], folder)
 
     def push_to_hub(
         self,
@@ -255,14 +257,15 @@ class RunRecordMixin:
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
             stale=lambda name: name.startswith(folder) if folder else name in PARTS,
+            folder="" if folder else self.args.output_dir,
         )
 
-    def _push_aside(self, contents, message, **options) -> Future:
+    def _push_aside(self, contents, message, folder="", **options) -> Future:
         """Pushes files in a thread, after those before them; a failure is said at once, and at the end of training."""
 
         def push():
             try:
-                return self._push(contents, message, **options)
+                return self._push(contents, message, folder, **options)
             except Exception as error:
                 self._failed_pushes[message] = one_line(error)
                 logger.warning("The push %r failed (%s). %s", message, one_line(error), self._push_later())
@@ -288,16 +291,20 @@ class RunRecordMixin:
             copy_published(checkpoint, Path(args.output_dir))
             self._adopt_card()
             self.create_model_card()
-            jobs = [self._push_aside(self._contents(), message)]
+            pushes = {"": self._contents()}
             if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = args.hub_strategy == HubStrategy.CHECKPOINT
                 place = f"{'last-checkpoint' if last else checkpoint.name}/"
                 names = published_files(checkpoint, resumable=True)
-                contents = {f"{place}{name}": checkpoint / name for name in names}
-                jobs.append(self._push_aside(contents, f"{message}, checkpoint", folder=place))
+                pushes[place] = {f"{place}{name}": checkpoint / name for name in names}
         except Exception as error:  # must not end the training
+            self._failed_pushes[message] = one_line(error)
             logger.warning("%s is not pushed: %s %s", checkpoint.name, one_line(error), self._push_later())
             return
+        jobs = [
+            self._push_aside(contents, f"{message}, checkpoint" if place else message, place)
+            for place, contents in pushes.items()
+        ]
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else ()), *jobs])
 
     def _finish_current_push(self):

@@ -63,9 +63,12 @@ class Watch(TrainerCallback):
         self.moved.append({n: not torch.equal(after[n], self._before[n]) for n in self.names})
 
 
-def make(tmp_path, family="llava", cls=DualSpeedTrainer, model=None, callbacks=None, data=None, **options):
+def make(
+    tmp_path, family="llava", cls=DualSpeedTrainer, model=None, callbacks=None, data=None, processor=None, **options
+):
     family = FAMILIES[family]
-    built, processor = family.build()
+    built, its_processor = family.build()
+    processor = processor or its_processor
     options = {
         **QUIET,
         "output_dir": str(tmp_path),
