@@ -5,19 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
 import pytest
 
 import hf_dualspeed
-from hf_dualspeed.utils.writing import write_file, write_json
+from hf_dualspeed.utils.writing import copy_file, write_file, write_json
 
 ROOT = Path(hf_dualspeed.__file__).parents[1]
 WRITES = {"write_text", "write_bytes", "savefig", "save_file", "to_parquet", "imwrite", "tofile", "to_csv"}
 # Where else files are written: the function itself, lines that are appended, and a cache that can be made anew.
 ELSEWHERE = {
-    "hf_dualspeed/utils/writing.py": {"open('wb')"},
+    "hf_dualspeed/utils/writing.py": {"open('wb')", "shutil.copyfileobj"},
     "hf_dualspeed/evaluation/predictions.py": {"open('ab')"},
     "hf_dualspeed/feature_cache/store.py": {"write_text", "write_bytes"},
 }
@@ -36,7 +37,9 @@ def writes_in(source: str) -> set[str]:
         on = ast.unparse(node.func)
         if name == "open" and modes:
             found.add(f"open({modes[0]!r})")
-        elif on in ("json.dump", "torch.save", "pickle.dump", "yaml.dump"):
+        elif on in ("json.dump", "torch.save", "pickle.dump", "yaml.dump") or re.match(
+            r"shutil\.(copy(?!mode)|move)", on
+        ):
             found.add(on)
         elif first != "buffer" and (name in WRITES or (name == "save" and isinstance(node.func, ast.Attribute))):
             found.add(name)
@@ -54,6 +57,9 @@ def writes_in(source: str) -> set[str]:
         ("Image.new(size).save(path)", {"save"}),
         ("image.save(buffer, 'PNG')", set()),
         ("figure.savefig(path)", {"savefig"}),
+        ("shutil.copy(path, folder)", {"shutil.copy"}),
+        ("shutil.copytree(path, folder)", {"shutil.copytree"}),
+        ("shutil.copymode(path, other)", set()),
     ],
 )
 def test_writes_are_seen(source, found):
@@ -97,3 +103,28 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
         with pytest.raises(OSError, match="is no regular file"):
             write_file(path, "x")
     assert not Path("/dev/null").is_file()
+
+
+def test_a_copy_is_whole_and_follows_no_link(tmp_path, monkeypatch):
+    source, target = tmp_path / "a", tmp_path / "new" / "b"
+    source.write_bytes(b"x" * 10_000_000)
+    assert copy_file(source, target).read_bytes() == source.read_bytes()
+    (tmp_path / "link").symlink_to(source)
+    for path in (tmp_path / "link", tmp_path, tmp_path / "gone", Path("/dev/zero")):
+        with pytest.raises(OSError, match="is a link or no regular file"):
+            copy_file(path, target)
+    # A link in the way is replaced, and the file behind it stays.
+    (tmp_path / "short").write_text("short")
+    copy_file(tmp_path / "short", tmp_path / "link")
+    assert (tmp_path / "link").read_text() == "short"
+    assert not (tmp_path / "link").is_symlink()
+    assert source.stat().st_size == 10_000_000
+
+    def disk_is_full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_is_full)
+    with pytest.raises(OSError, match="No space left"):
+        copy_file(tmp_path / "short", target)
+    assert target.stat().st_size == 10_000_000
+    assert os.listdir(target.parent) == ["b"]
