@@ -10,17 +10,18 @@ import pytest
 import hf_dualspeed
 
 ROOT = Path(hf_dualspeed.__file__).parents[1]
-RUN = ("eval", "exec", "compile", "os.system", "os.popen", "runpy.", "subprocess.", "pty.", "ctypes.")
-UNPICKLE = (
+DANGERS = ("eval", "exec", "compile", "os.system", "os.popen", "torch.load", "yaml.unsafe_load", "yaml.full_load")
+MODULES = (
+    "runpy.",
+    "subprocess.",
+    "pty.",
+    "ctypes.",
     "pickle.",
-    "cPickle.",
     "dill.",
     "cloudpickle.",
     "joblib.",
     "marshal.",
     "shelve.",
-    "torch.load",
-    "read_pickle",
 )
 LOADERS = ("SafeLoader", "BaseLoader", "CSafeLoader")
 # pip, which gets the packages that an assembled model is made of.
@@ -33,18 +34,11 @@ def dangers_in(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
-        name, options = ast.unparse(node.func), {key.arg: ast.unparse(key.value) for key in node.keywords}
-        loader = [ast.unparse(value) for value in (*node.args[1:], *(key.value for key in node.keywords))]
-        if name in RUN or name.startswith(tuple(part for part in RUN + UNPICKLE if part.endswith("."))):
-            found.add(name)
-        elif name in UNPICKLE or name.rpartition(".")[2] == "read_pickle":
-            found.add(name)
-        elif name in ("yaml.load", "yaml.load_all") and not any(part.endswith(LOADERS) for part in loader):
-            found.add(name)
-        elif name in ("yaml.unsafe_load", "yaml.full_load") or "True" in (
-            options.get("trust_remote_code"),
-            options.get("allow_pickle"),
-        ):
+        name, given = ast.unparse(node.func), [ast.unparse(value) for value in node.args]
+        options = [f"{key.arg}={ast.unparse(key.value)}" for key in node.keywords]
+        loads = name in ("yaml.load", "yaml.load_all") and not any(part.endswith(LOADERS) for part in given + options)
+        trusts = {"trust_remote_code=True", "allow_pickle=True"}.intersection(options)
+        if name in DANGERS or name.startswith(MODULES) or name.endswith(".read_pickle") or loads or trusts:
             found.add(name)
     return found
 
