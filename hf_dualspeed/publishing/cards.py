@@ -45,8 +45,10 @@ def plain(value: object) -> object:
     if not isinstance(value, str) or isinstance(value, Markdown):
         return value
     text = re.sub(r"[ \t]*[\r\n]\s*", " ", value)
-    text = re.sub(r"([\\`*\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
-    return re.sub(r"(www)\.", r"\1&#46;", text.replace("://", "&#58;//"), flags=re.IGNORECASE)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*~\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+    text = re.sub(r"(www)\.", r"\1&#46;", text.replace("://", "&#58;//"), flags=re.IGNORECASE)
+    return re.sub(r"(?<=\S)@(?=\S)", "&#64;", text)  # no address of mail
 
 
 def code(value: object) -> Markdown:

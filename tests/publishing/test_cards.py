@@ -6,7 +6,7 @@ import jinja2
 import pytest
 import yaml
 
-from hf_dualspeed.publishing.cards import MARKER, adopt_card, merge_card, render, sections, split_front_matter
+from hf_dualspeed.publishing.cards import MARKER, adopt_card, merge_card, plain, render, sections, split_front_matter
 
 ROOT = Path(__file__).parents[2]
 HEADINGS = ("# name", "## How to use it", "## Results", "## Citation")
@@ -202,3 +202,7 @@ def test_values_are_shown_as_they_are(tmp_path):
 def test_the_marker_is_no_visible_text():
     assert MARKER.startswith("<!--")
     assert MARKER.endswith("-->")
+
+
+def test_emphasis_and_addresses_of_mail_are_shown_as_they_stand():
+    assert plain("_a_ my_run ~~b~~ me@there.org @ me") == r"\_a\_ my_run \~\~b\~\~ me&#64;there.org @ me"

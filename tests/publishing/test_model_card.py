@@ -173,6 +173,7 @@ def test_what_is_no_number_is_left_out():
 HOSTILE = (
     '<img src=x onerror="alert(1)"> [a](javascript:alert(1)) ![b](http://x.org/b.png) `c`\n# d\n```\n"); import os #'
 )
+HOSTILE += " _e_ ~~f~~ g@h.org"
 
 
 def hostile(value: object) -> object:
@@ -194,6 +195,7 @@ def test_what_results_say_becomes_no_html_link_or_code():
         assert head["base_model"] == HOSTILE
         tokens = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(body)
         inner = [child for token in tokens for child in token.children or ()]
+        assert not {"em_open", "s_open", "strong_open"} & {token.type for token in inner}
         html = {token.content.strip() for token in (*tokens, *inner) if token.type.startswith("html")}
         assert all(text.startswith("<!-- ") and text.endswith(" -->") and text.count("-->") == 1 for text in html), html
         links = {token.attrs.get("href") or token.attrs.get("src") for token in inner if token.attrs}
