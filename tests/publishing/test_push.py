@@ -334,6 +334,9 @@ def test_a_trainer_over_trl_pushes(tmp_path, hub):  # noqa: F811
 
 def test_a_recipe_pushes_its_results(tmp_path, hub, secret):  # noqa: F811
     pytest.importorskip("easy_vqa")
+    (tmp_path / "run/private").mkdir(parents=True)
+    for name in (".env", "notes.md", "private/id_rsa"):
+        (tmp_path / "run" / name).write_text("private")
     words = ["train", "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", REPO]
     words += ["--hub_token", secret, "--tiny_llava", json.dumps(TINY), "--dataset", "easy-vqa", "--max_steps", "2"]
     words += [
@@ -352,6 +355,7 @@ def test_a_recipe_pushes_its_results(tmp_path, hub, secret):  # noqa: F811
     assert cli.main(words) == 0
     files = hub.files(REPO)
     assert files.keys() >= PLAIN
+    assert not [name for name, data in files.items() if data == b"private" or name == "training_args.bin"]
     card = ModelCard(files["README.md"].decode())
     # A score of 4 questions is in the text, and no score of the data set.
     accuracy = json.loads(files["results.json"])["accuracy"]
