@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +13,7 @@ from ..publishing.model_card import read_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, is_hub_id, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
 from ..utils.validation import check_tensors
-from ..utils.writing import sync_files, write_file
+from ..utils.writing import copy_file, sync_files, write_file
 from .checkpoint import BESIDE, Checkpoint, find_checkpoint
 
 # The pictures of a run's card.
@@ -92,7 +91,7 @@ def _write_record(found: Checkpoint, folder: Path) -> None:
             results.pop(key, None)
     for file in (*BESIDE, *PICTURES.values()):
         if file != RESULTS_NAME and (beside / file).is_file():
-            shutil.copyfile(beside / file, folder / file)
+            copy_file((beside / file).resolve(), folder / file)  # a link in the cache of the Hub
     results |= {"name": folder.name, "adapter": False, "processor": True, "base_model": Path(found.base).name}
     on_hub = {"datasets": results["hub"]["datasets"]} if results.get("hub", {}).get("datasets") else {}
     if is_hub_id(found.base):

@@ -116,3 +116,14 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         merge(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_on_the_hub(trained, tmp_path, hub):
+    hub.user = "user"
+    place, trainer = trained
+    push(place / "run", "user/adapter")
+    merge("user/adapter", tmp_path / "merged", base=str(place / "base"))
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, processor), logits(trainer.model, processor), rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "merged" / "mode_isolator.safetensors").is_file()
