@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, Trainer
 
 from ..models.adapters import check_adapter
 from ..pruners import Pruner
-from .checkpoints import interrupts_deferred
 from .dual_forward import DualSpeedOutput
 from .trainer import DualSpeedMixin
 from .training_args import DualSpeedArguments
@@ -46,7 +45,14 @@ class AttachLast(Trainer):
         super().__init__(model=model, args=args, **kwargs)
 
 
-class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
+class CardlessCheckpoints:
+    """Skips SFTTrainer's writing of a card beside each checkpoint: ours would keep the first one's figures."""
+
+    def _save_checkpoint(self, model, trial):
+        super(SFTTrainer, self)._save_checkpoint(model, trial)
+
+
+class DualSpeedSFTTrainer(DualSpeedMixin, CardlessCheckpoints, SFTTrainer, AttachLast):
     """[`~trl.SFTTrainer`] with fast and slow steps; see [`DualSpeedMixin`].
 
     Data sets, TRL's collator, `peft_config` and models given by name work as in SFTTrainer, except that visual tokens
@@ -154,12 +160,6 @@ class DualSpeedSFTTrainer(DualSpeedMixin, SFTTrainer, AttachLast):
         super().log(logs, start_time)
 
     # --- saving ---------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model, trial):
-        # Skip SFTTrainer's method, which writes a card beside each checkpoint: ours would keep the first one's figures.
-        self.add_up()
-        with interrupts_deferred():
-            super(SFTTrainer, self)._save_checkpoint(model, trial)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Writes results.json and README.md from the measurements; `model_name` is not used."""

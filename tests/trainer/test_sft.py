@@ -20,6 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 import hf_dualspeed
 from hf_dualspeed import DualSpeedSFTConfig, DualSpeedSFTTrainer, DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.models.interface import unwrap
+from hf_dualspeed.trainer.checkpoints import UNFINISHED
 from hf_dualspeed.trainer.length_grouping import ModeLengthSampler
 from hf_dualspeed.trainer.training_args import DualSpeedArguments
 
@@ -290,6 +291,19 @@ def test_resumes_where_it_stopped(tmp_path):
     expected = dict(whole.model.named_parameters())
     for name, parameter in again.model.named_parameters():
         torch.testing.assert_close(parameter, expected[name])
+
+
+def test_a_checkpoint_is_marked_while_it_is_written(tmp_path, monkeypatch):
+    """As those of DualSpeedTrainer are, so that resuming after a kill skips half of one; and no card lies in it."""
+    trainer, seen = make(tmp_path, messages(), save_strategy="steps", save_steps=2, max_steps=2), []
+    save = trainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(
+        trainer, "_save_optimizer_and_scheduler", lambda to: seen.append(Path(to, UNFINISHED).is_file()) or save(to)
+    )
+    trainer.train()
+    assert seen == [True]
+    assert not (tmp_path / "checkpoint-2" / UNFINISHED).exists()
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_saved_model_and_card(tmp_path):
