@@ -144,14 +144,25 @@ def push_space(repo_id: str, names: dict[str, str], private: bool | None = None,
         raise ValueError(f"`push` must be a Space 'user/name', got {repo_id!r}.")
     with tempfile.TemporaryDirectory() as folder:
         write_space(Path(folder), names, compare)
-        contents = {path.name: path for path in Path(folder).iterdir()}
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        contents = {path.relative_to(folder).as_posix(): path for path in files}
         return str(push_files(contents, repo_id, "Upload the DualSpeed demo", space=True, private=private).repo_url)
 
 
+def library_files() -> list[Path]:
+    """The library's files, relative to its folder: code, templates and cards of metrics, without the Space's files."""
+    paths = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file()]
+    kinds = (".py", ".jinja", ".md", ".json", ".typed")
+    hidden = ("__pycache__", "space_files")
+    return sorted(path for path in paths if path.suffix in kinds and not set(hidden) & set(path.parts))
+
+
 def write_space(folder: Path, names: dict[str, str], compare: Path | None = None) -> None:
-    """Writes all files of the Space into an empty folder."""
+    """Writes all files of the Space into an empty folder, the library's own source too: PyPI need not have it."""
     for name in FILES:
         write_file(folder / name, (source_folder() / name).read_bytes())
+    for path in library_files():
+        write_file(folder / PACKAGE.name / path, (PACKAGE / path).read_bytes())
     card = folder / "README.md"
     models = json.dumps(sorted(set(names.values())))  # valid YAML too
     write_file(card, card.read_text(encoding="utf-8").replace("models: []", f"models: {models}"))

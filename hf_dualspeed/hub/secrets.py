@@ -103,7 +103,8 @@ LOOKS = {
     "a package registry's token": [_starting("npm_", "[A-Za-z0-9]{36}"), _starting("pypi-AgEI", r"[\w-]{50,}")],
     "a private key": [
         re.compile(rb"----[ -]{,2}BEGIN (?:[A-Z0-9]+ ){,3}PRIVATE KEY"),
-        re.compile(rb"b3BlbnNzaC1rZXktdjE"),  # how OpenSSH's begin inside
+        # How OpenSSH's begin inside; the brackets keep this line, which a Space brings along, from looking like one.
+        re.compile(rb"b3BlbnNzaC1rZXkt[d]jE"),
         re.compile(rb"PuTTY-User-Key-File-\d"),
     ],
 }

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "accelerate", "hf-dualspeed")
+from .. import __version__
+
+PACKAGES = ("torch", "transformers", "accelerate")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    found = {name.replace("-", "_"): version(name) for name in PACKAGES}
-    return {**found, "python": platform.python_version()}
+    found = {name: version(name) for name in PACKAGES}
+    # On a Space, the library's source lies beside the app and is not installed.
+    return {**found, "hf_dualspeed": __version__, "python": platform.python_version()}
 
 
 def machine() -> dict[str, str | int | None]:

@@ -103,16 +103,19 @@ class Space:
 
 
 @contextlib.contextmanager
-def started(runs: dict[str, str], folder: Path) -> Iterator[Space]:
-    """A page around the runs, whose working folder holds a picture, `private.png`."""
+def started(
+    runs: dict[str, str], folder: Path, app: Path | None = None, python: str = sys.executable
+) -> Iterator[Space]:
+    """A page around the runs, whose working folder holds a picture, `private.png`; by default, the checkout's."""
     drawn_shape("circle", COLOURS["red"]).save(folder / "private.png")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     names = {f"DEMO_{role.upper()}": run for role, run in runs.items()}
     offline = {"HF_HUB_OFFLINE": "1", "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1"}
-    environment = {**os.environ, **names, **offline, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(Path(space.__file__).with_name("app.py"))]
+    environment = {**os.environ, **names, **offline, "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = str(ROOT) if app is None else ""
+    command = [python, str(app or Path(space.__file__).with_name("app.py"))]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:

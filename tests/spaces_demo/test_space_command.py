@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tomllib
 import types
+import venv
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import slots
 import yaml
 from loopback_hub import TOKEN
 from packaging.requirements import Requirement
+from space_server import started
 
 from hf_dualspeed import cli
 from hf_dualspeed.commands import space
@@ -33,6 +36,11 @@ def pushed(hub) -> dict[str, bytes]:
     return hub.files(f"spaces/{REPO}")
 
 
+def own(files: dict[str, bytes]) -> set[str]:
+    """The Space's files beside the library's source."""
+    return {name for name in files if not name.startswith("hf_dualspeed/")}
+
+
 # --- the folder ---------------------------------------------------------------------------------------------------
 
 
@@ -41,14 +49,14 @@ def test_the_folder_is_a_space():
     assert (head["sdk"], head["app_file"], head["license"]) == ("gradio", "app.py", "apache-2.0")
     assert len(head["short_description"]) <= 60  # the Hub refuses more
     assert body.strip().startswith("# ")
+    # What the library and adapters need, in the versions that CI tests: the library itself travels with the Space.
     lines = (SPACE / "requirements.txt").read_text(encoding="utf-8").split()
-    needed = {requirement.name: requirement.specifier for requirement in map(Requirement, lines)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert needed.keys() == {"hf-dualspeed", "gradio"}
-    assert project["version"] in needed["hf-dualspeed"]
-    assert f"gradio{needed['gradio']}" in project["optional-dependencies"]["demo"]
-    assert head["sdk_version"] in needed["gradio"]
-    assert f"gradio=={head['sdk_version']}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    extras = project["optional-dependencies"]
+    asked = [Requirement(one).name for one in (*project["dependencies"], *extras["peft"], *extras["demo"])]
+    assert [line.partition("==")[0] for line in lines] == asked
+    assert set(lines) <= set((ROOT / "constraints.txt").read_text(encoding="utf-8").split())
+    assert f"gradio=={head['sdk_version']}" in lines
 
 
 def test_all_its_files_are_installed_and_pushed():
@@ -78,7 +86,10 @@ def test_a_space_is_pushed_with_the_models_it_loads(hub, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "spaces/tester/demo" in out
     files = pushed(hub)
-    assert files.keys() == {*space.FILES, "checkpoints.json", "compare.md", "compare.png"}
+    assert own(files) == {*space.FILES, "checkpoints.json", "compare.md", "compare.png"}
+    source = {name for name in files if name.startswith("hf_dualspeed/")}
+    assert source == {f"hf_dualspeed/{path}" for path in map(str, space.library_files())}
+    assert {"hf_dualspeed/__init__.py", "hf_dualspeed/publishing/templates/model_card.md.jinja"} <= source
     assert json.loads(files["checkpoints.json"]) == {"baseline": "user/full", "dualspeed": "user/fast"}
     head = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert head["models"] == ["user/fast", "user/full"]
@@ -101,7 +112,7 @@ def test_runs_that_were_pushed_are_found(hub, tmp_path, capsys):
 def test_a_space_can_be_pushed_again_and_without_models(hub, capsys):
     assert cli.main(["space", "--push", REPO, "--dualspeed", "user/one"]) == 0
     assert cli.main(["space", "--push", REPO]) == 0
-    assert pushed(hub).keys() == {*space.FILES, "checkpoints.json"}
+    assert own(pushed(hub)) == {*space.FILES, "checkpoints.json"}
     assert json.loads(pushed(hub)["checkpoints.json"]) == {}
     assert "The Space has no model yet" in capsys.readouterr().err
 
@@ -132,6 +143,42 @@ def test_a_token_is_never_pushed(hub, tmp_path, capsys):
     assert cli.main(["space", "--push", REPO, "--compare", "compare.md"]) == 2
     assert "holds your Hub token and is not pushed" in capsys.readouterr().err
     assert not hub.repos
+
+
+# --- what is pushed runs ------------------------------------------------------------------------------------------
+
+
+def pushed_space(folder):
+    """A Space as it is pushed, whose library says from where it is loaded."""
+    folder.mkdir()
+    space.write_space(folder, {})
+    with (folder / "hf_dualspeed" / "__init__.py").open("a") as file:
+        file.write('print("library:", __file__, flush=True)\n')
+    return folder / "app.py"
+
+
+def answers(tiny_runs, tmp_path, python=sys.executable):
+    """Whether the pushed Space answers, from the library that it brings along."""
+    app = pushed_space(tmp_path / "pushed")
+    (tmp_path / "work").mkdir()
+    with started(tiny_runs, tmp_path / "work", app, python) as page:
+        said = page.ask({"path": page.upload(), "meta": {"_type": "gradio.FileData"}})
+    assert "event: complete" in said
+    assert f"library: {tmp_path / 'pushed' / 'hf_dualspeed' / '__init__.py'}" in (tmp_path / "work/log.txt").read_text()
+
+
+def test_a_pushed_space_runs_on_its_own_library(tiny_runs, tmp_path):
+    pytest.importorskip("gradio")
+    answers(tiny_runs, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_pushed_space_runs_in_a_fresh_environment(tiny_runs, tmp_path):
+    """With nothing installed but its requirements."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", "-r", str(SPACE / "requirements.txt")], check=True)
+    answers(tiny_runs, tmp_path, python)
 
 
 # --- running ------------------------------------------------------------------------------------------------------
