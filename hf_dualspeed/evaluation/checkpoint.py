@@ -22,6 +22,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
 from ..hub.errors import explained
 from ..hub.source import is_repo_id
 from ..pruning.isolator import ModeIsolator, saved_length
+from ..publishing.files import check_finished
 from ..publishing.results import read_results
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
 from ..utils.validation import check_tensors
@@ -133,6 +134,8 @@ def find_checkpoint(
     folder = Path(name) if Path(name).is_dir() else None
     if folder is None and not is_repo_id(name):
         raise FileNotFoundError(f"`checkpoint` is {name!r}, which is neither a folder nor a Hub repo 'user/name'.")
+    if folder is not None:
+        check_finished(folder)
     found, given, base, base_commit = _file(name, CONFIG_NAME), base, None, None
     try:
         adapter = _file(name, ADAPTER_CONFIG_NAME)

@@ -20,7 +20,14 @@ from transformers.utils import (
 )
 
 from ..hub.source import CODE_NAME, REFERENCE
-from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
+from ..utils.constants import (
+    CARD_NAME,
+    ISOLATOR_WEIGHTS_NAME,
+    PRUNER_WEIGHTS_NAME,
+    RESULTS_NAME,
+    SAVING_NAME,
+    UNFINISHED_NAME,
+)
 
 # Files that transformers, tokenizers, PEFT and this library write into a model's folder. Any other file may be private.
 TOKENIZERS = ("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "merges.txt")
@@ -54,7 +61,7 @@ def published_files(folder: Path, card: str = "", resumable: bool = False) -> li
     extra = code_files(folder, [name for name in names if name.endswith("config.json")]) | images
     names += sorted(name for name in extra if "/" not in name and is_plain(folder / name) and name not in names)
     for part in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
-        if not part.name.startswith(("checkpoint-", "last-", ".")):
+        if not part.name.startswith(("checkpoint-", "last-", ".", "_")):
             names += [f"{part.name}/{name}" for name in _named(part, _patterns(part, resumable))]
     return names
 
@@ -135,6 +142,7 @@ def check_checkpoint(folder: Path, links: bool = False) -> None:
     """
     if not folder.is_dir():
         raise ValueError(f"`folder` is {str(folder)!r}, but there is no such folder. Name a run's output folder.")
+    check_finished(folder)
     adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     if not adapter and not (folder / CONFIG_NAME).is_file():
         raise ValueError(
@@ -147,6 +155,16 @@ def check_checkpoint(folder: Path, links: bool = False) -> None:
             raise ValueError(f"{str(folder / name)!r} is a link, and links are not pushed. Put the file itself there.")
     for name in weights:
         _check_weights(folder / name)
+
+
+def check_finished(folder: Path) -> None:
+    """Raises a `ValueError` if a save into the folder was cut off while files took their places."""
+    if (folder / UNFINISHED_NAME).exists():
+        rest = f"Its other files are in {SAVING_NAME}. " if (folder / SAVING_NAME).is_dir() else ""
+        raise ValueError(
+            f"{str(folder)!r} holds no whole checkpoint: its saving was cut off. {rest}Resume the run and save again, "
+            "or name another checkpoint of it."
+        )
 
 
 def _weights(folder: Path) -> list[str]:

@@ -17,27 +17,32 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 from transformers.trainer import FSDP_MODEL_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..models.adapters import load_adapters
 from ..pruning.isolator import save_isolator, saved_length
 from ..publishing.files import check_checkpoint, read_mapping
 from ..publishing.model_card import kept_card
-from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, SAVING_NAME
+from ..utils.constants import UNFINISHED_NAME as UNFINISHED
 from ..utils.devices import gathered
 from ..utils.text import one_line
 from ..utils.validation import check_tensors
-from ..utils.writing import sync_files, sync_folder, write_file
+from ..utils.writing import sync_files, sync_folder, take_place, write_file
 from .dual_forward import NAME
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED = "_unfinished"  # a file in a checkpoint, from before anything else is written until all of it is
+# Weights of an earlier run that a save without such files makes stale: those of the fast view, and of a whole model.
+FAST_VIEW = "|".join(map(re.escape, (ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME)))
+WHOLE_MODEL = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
 
 class CheckpointMixin:
     """Ordinary checkpoints with isolator and pruner in separate files, from which a run resumes exactly."""
+
+    _marked: Path | None = None  # the checkpoint that is being written, and is marked as unfinished as long
 
     def _save(self, output_dir=None, state_dict=None):
         # Sharded training passes the gathered weights, which include the isolator's.
@@ -46,15 +51,37 @@ class CheckpointMixin:
             state_dict = self.model.state_dict()
         if state_dict is not None:  # PEFT selects weights by pattern and would save a learned pruner's biases
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith(f"{NAME}.")}
-        folder = output_dir or self.args.output_dir
-        with interrupts_deferred(), kept_card(Path(folder), self.accelerator.unwrap_model(self.model)):
-            super()._save(output_dir, state_dict)
-        with gathered(self.dual_forward.parameters()):  # ZeRO-3 may pass no weights
+        folder = Path(output_dir or self.args.output_dir)
+        model, saves = self.accelerator.unwrap_model(self.model), self.args.should_save
+        with interrupts_deferred(), kept_card(folder, model), self._place_of(folder) as place:
+            super()._save(str(place), state_dict)
+            with gathered(self.dual_forward.parameters()):  # ZeRO-3 may pass no weights
+                if saves:
+                    self._save_fast_view(place, whole or self.dual_forward.state_dict())
+        if saves and self.state.global_step and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            self.write_results(folder)
+
+    @contextmanager
+    def _place_of(self, folder: Path) -> Iterator[Path]:
+        """Where to write what belongs into `folder`. Only when all is written, it replaces what lies there."""
+        if folder == self._marked:
+            yield folder
+            return
+        aside = folder / SAVING_NAME
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        try:
+            yield aside
             if self.args.should_save:
-                self._save_fast_view(folder, whole or self.dual_forward.state_dict())
+                whole = (aside / CONFIG_NAME).is_file()
+                take_place(aside, folder, f"{FAST_VIEW}|{WHOLE_MODEL}" if whole else FAST_VIEW)
+        except BaseException:
+            if not (folder / UNFINISHED).exists():  # otherwise some of it has taken its place
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
 
     def _save_fast_view(self, folder, parts: dict[str, torch.Tensor]) -> None:
-        """Saves isolator and pruner, whose weights are `parts`, and the run's results."""
+        """Saves isolator and pruner, whose weights are `parts`."""
         prefix = "pruner."
         learned = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
         self._pruner.save_pretrained(folder, learned)
@@ -65,8 +92,6 @@ class CheckpointMixin:
         for name, belongs in ((PRUNER_WEIGHTS_NAME, learned), (ISOLATOR_WEIGHTS_NAME, prompt is not None)):
             if not belongs:
                 (Path(folder) / name).unlink(missing_ok=True)
-        if self.state.global_step and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
-            self.write_results(folder)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
@@ -94,6 +119,12 @@ class CheckpointMixin:
                 self.state.global_step,
                 max_steps,
             )
+            # The run may have been killed between its last save and the deletion of older ones.
+            own, last = Path(self.args.output_dir), Path(resume_from_checkpoint)
+            if self.args.should_save and last.parent == own:
+                self._remove_broken(last)
+                if Path(sort_checkpoints(str(own))[-1]) == last:
+                    rotate_checkpoints(str(own), self.args.save_total_limit, self.state.best_model_checkpoint)
             return epochs, 0
         return begun
 
@@ -105,10 +136,12 @@ class CheckpointMixin:
             # The Trainer writes its state last. Then it pushes, and removes older checkpoints.
             self.state.save_to_json = partial(self._finish_checkpoint, folder)
         self.accelerator.wait_for_everyone()
+        self._marked = folder
         try:
             with interrupts_deferred():
                 super()._save_checkpoint(model, trial)
         finally:
+            self._marked = None
             vars(self.state).pop("save_to_json", None)
 
     def _save_rng_state(self, output_dir):
@@ -121,11 +154,14 @@ class CheckpointMixin:
         sync_files(folder)
         (folder / UNFINISHED).unlink()
         sync_folder(folder)
-        if self.args.save_total_limit:  # a whole one is not to make room for what is none
-            best = self.state.best_model_checkpoint
-            for other in map(Path, sort_checkpoints(str(folder.parent))):
-                if other not in (folder, Path(best or folder)) and fault_of(other, not self.args.save_only_model):
-                    shutil.rmtree(other, ignore_errors=True)
+        self._remove_broken(folder)
+
+    def _remove_broken(self, folder: Path) -> None:
+        """Where checkpoints are limited, deletes those beside `folder` that are not whole and would take up room."""
+        best = self.state.best_model_checkpoint
+        for other in map(Path, sort_checkpoints(str(folder.parent)) if self.args.save_total_limit else ()):
+            if other not in (folder, Path(best or folder)) and fault_of(other, not self.args.save_only_model):
+                shutil.rmtree(other, ignore_errors=True)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         with filled_states(self.optimizer) if self.is_fsdp_enabled else nullcontext():

@@ -18,3 +18,7 @@ UNREADABLE_IMAGES = ("raise", "skip")
 LONG_SAMPLES = ("truncate", "raise", "skip")
 # Of a larger data set, so many samples are looked at before training, evenly spread.
 CHECKED_SAMPLES = 10_000
+
+# While files take their places, a folder holds the first, and the second holds those that are still to come.
+UNFINISHED_NAME = "_unfinished"
+SAVING_NAME = "_saving"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from .constants import UNFINISHED_NAME
 
 
 def write_file(path: str | Path, data: bytes | str) -> Path:
@@ -67,6 +70,32 @@ def _aside(path: Path) -> Iterator[BinaryIO]:
 def write_json(path: str | Path, value: object) -> Path:
     """Writes a JSON file by [`write_file`]."""
     return write_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def take_place(aside: Path, folder: Path, stale: str) -> None:
+    """Moves all files of a folder into another, where they replace those of their names, and deletes the first.
+
+    Files beside them whose name matches `stale` and that have no successor are deleted. `UNFINISHED_NAME` lies there
+    from the first change to the last.
+
+    Args:
+        aside (`Path`): A folder on the same disk.
+        folder (`Path`): The folder whose files are replaced.
+        stale (`str`): A regular expression of a whole name.
+    """
+    names = [path.relative_to(aside) for path in sorted(aside.rglob("*")) if path.is_file()]
+    sync_files(aside)
+    write_file(folder / UNFINISHED_NAME, "")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (aside / name).replace(folder / name)
+    for path in folder.iterdir():
+        if re.fullmatch(stale, path.name) and Path(path.name) not in names:
+            path.unlink()
+    for part in {folder / name.parent for name in names}:
+        sync_folder(part)
+    (folder / UNFINISHED_NAME).unlink()
+    shutil.rmtree(aside)
 
 
 def sync_files(folder: Path) -> None:

@@ -29,6 +29,7 @@ class Operations:
 
     def __init__(self, folder: Path, last: int):
         self.folder, self.last, self.seen = str(folder), last, []
+        shutil._use_fd_functions = False  # by descriptors, deletions would not name their folder
         sys.addaudithook(self.audit)
         save = torch.save
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from tiny_models import FAMILIES
 from training import make
 
 from hf_dualspeed.evaluation.checkpoint import find_checkpoint
+from hf_dualspeed.publishing.files import check_checkpoint
 from hf_dualspeed.trainer.checkpoints import UNFINISHED, last_whole_checkpoint
+from hf_dualspeed.utils.constants import SAVING_NAME
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "speedup_rounds": 0}
 
@@ -110,6 +113,56 @@ def test_a_full_disk_leaves_the_last_whole_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         make(tmp_path, save_total_limit=1, **SAVING).train()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("moved", [None, 0, 5], ids=["full disk", "first move", "later move"])
+def test_a_save_into_the_output_folder_replaces_a_whole_model_by_a_whole_one(run, monkeypatch, moved):
+    trainer = make(run, max_steps=3, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    stale = run / "model-00001-of-00002.safetensors"
+    for path in (stale, run / "model.safetensors.index.json", run / "pruner.safetensors", run / "model.txt"):
+        path.write_text("{}")
+    before = load_file(run / "model.safetensors")
+    later = make(run, max_steps=4, **SAVING)
+    later.train(resume_from_checkpoint=True)
+    save, replace, moves = torch.save, Path.replace, []
+
+    def full(value, path, *args, **kwargs):
+        if moved is None:
+            raise OSError(28, "No space left on device")
+        save(value, path, *args, **kwargs)
+
+    def interrupted(path, target):
+        if path.parent.name == SAVING_NAME and path.suffix != ".part":
+            moves.append(path)
+            if len(moves) - 1 == moved:
+                raise OSError(5, "Input/output error")
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(OSError, match="No space left|Input/output"):
+            later.save_model()
+    if moved is None:  # the earlier model stands as it was
+        assert all(torch.equal(value, before[key]) for key, value in load_file(run / "model.safetensors").items())
+        assert stale.exists()
+        assert not (run / SAVING_NAME).exists()
+        find_checkpoint(str(run)).model()
+    else:
+        for refuses in (find_checkpoint, lambda folder: check_checkpoint(Path(folder))):
+            with pytest.raises(ValueError, match=f"its saving was cut off. Its other files are in {SAVING_NAME}"):
+                refuses(str(run))
+    again = make(run, max_steps=4, **SAVING)
+    again.train(resume_from_checkpoint=True)
+    again.save_model()
+    weights, names = load_file(run / "model.safetensors"), {path.name for path in run.iterdir()}
+    expected = load_file(run / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(value, expected[key]) for key, value in weights.items())
+    assert any(not torch.equal(value, before[key]) for key, value in weights.items())
+    assert {"model.txt", "mode_isolator.safetensors", "results.json", "training_args.bin"} <= names
+    assert not names & {stale.name, "model.safetensors.index.json", "pruner.safetensors", UNFINISHED, SAVING_NAME}
 
 
 def test_rotation_keeps_whole_ones_rather_than_halves(run):
