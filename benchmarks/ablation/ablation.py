@@ -6,11 +6,10 @@ All variants with one seed start from the same weights and see the same batches 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import shlex
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean
@@ -28,6 +27,7 @@ from hf_dualspeed.utils.validation import Parser, check_choice, check_range
 from hf_dualspeed.utils.writing import write_json
 
 from ..common import KeptRun, pruned_prompts, ratio, stored_results, summary_of, timed_training
+from ..workers import worker_pool
 from .language import Size
 from .plan import BASELINE, FORMAT, GROUPS, REFERENCE, TIMED, Variant
 from .report import write_report
@@ -148,9 +148,7 @@ def _executed(runs: list[Run], jobs: int) -> Iterable[tuple[Run, dict]]:
     if jobs == 1 or not runs:
         yield from ((run, execute(run)) for run in runs)
         return
-    # Spawned, because PyTorch's threads and a device's context do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _begin_process, (runs[0].settings.threads,)) as pool:
+    with worker_pool(jobs, _begin_process, runs[0].settings.threads) as pool:
         futures = {pool.submit(execute, run): run for run in runs}
         try:
             for future in as_completed(futures):
