@@ -79,11 +79,15 @@ class Predictions:
         changes = changes_of(self.folder, self.view, self.identity)
         if changes:
             set_aside(self.folder, self.view, changes)
-        aside = _aside(self.folder, self.view, self.identity)
-        if not self._settings.is_file() and aside[0].is_file():
-            for path, home in zip(aside, (self._settings, self._lines, self._table), strict=True):
+        settings, *answers = _aside(self.folder, self.view, self.identity)
+        there = self._lines.is_file() or self._table.is_file()
+        if not there and _identity(settings) == self.identity:
+            # What answered is known before the answers come, and as long as they are here.
+            write_json(self._settings, self.identity)
+            for path, home in zip(answers, (self._lines, self._table), strict=True):
                 if path.is_file():
                     path.replace(home)
+            settings.unlink()
             logger.warning("%s: the answers (%s) of these settings are taken up again.", self.folder, self.view)
 
     def _read(self) -> list[dict[str, Any]]:
@@ -164,8 +168,11 @@ def set_aside(folder: Path, view: str, changes: list[str]) -> None:
     paths = _files(folder, view)
     aside = _aside(folder, view, _identity(paths[0]) or {})
     aside[0].parent.mkdir(exist_ok=True)
-    for path, place in zip(paths, aside, strict=True):
-        place.unlink(missing_ok=True)
+    if any(path.is_file() for path in paths[1:]):
+        for place in aside[1:]:
+            place.unlink(missing_ok=True)
+    # What answered stays until all answers are away: a kill in between takes none, and the next call goes on here.
+    for path, place in list(zip(paths, aside, strict=True))[::-1]:
         if path.is_file():
             path.replace(place)
     logger.warning(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,39 @@ def test_damaged_answers_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"full\.jsonl' is damaged: .* Begin anew with --overwrite"):
         Predictions(tmp_path, "full", {"a": 1}, batch_size=1)
     assert Predictions(tmp_path, "full", {"a": 1}, batch_size=1, overwrite=True).rows == []
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("kill", [0, 1, 2, 3])
+def test_a_kill_while_answers_move_away_or_back_takes_none(tmp_path, monkeypatch, kill, finished):
+    first, second, replace, moves = {"a": 1}, {"a": 2}, Path.replace, []
+    monkeypatch.setattr("hf_dualspeed.evaluation.predictions.FEATURES", None)
+
+    def killed(path, target):
+        moves.append(path)
+        if len(moves) - 1 == kill:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    def opened(identity):
+        """Opens the answers, is killed once on the way, and opens them again."""
+        moves.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", killed)
+            with suppress(KeyboardInterrupt):
+                Predictions(tmp_path, "full", identity, batch_size=1)
+        return Predictions(tmp_path, "full", identity, batch_size=1)
+
+    store = Predictions(tmp_path, "full", first, batch_size=1)
+    for index in (0, 1):
+        store.append([{"index": index, "prediction": "red"}])
+    if finished:
+        store.finish()
+    other = opened(second)
+    assert other.rows == []
+    other.append([{"index": 0, "prediction": "blue"}])
+    for identity, predictions in ((first, ["red", "red"]), (second, ["blue"]), (first, ["red", "red"])):
+        assert [row["prediction"] for row in opened(identity).rows] == predictions
 
 
 def test_answers_that_two_evaluations_wrote_at_once_are_damaged(tmp_path):
