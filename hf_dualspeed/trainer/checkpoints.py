@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 FAST_VIEW = "|".join(map(re.escape, (ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME)))
 WHOLE_MODEL = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
+# Files of sharded training of which each rank writes one: start, rank, end.
+RANKED = re.compile(r"((?:\w+_)?zero_pp_rank_|\w+_rank)(\d+)(_mp_rank_00_(?:model|optim)_states\.pt|\.bin)")
+
 
 class CheckpointMixin:
     """Ordinary checkpoints with isolator and pruner in separate files, from which a run resumes exactly."""
@@ -241,16 +244,61 @@ def fault_of(folder: Path, resumable: bool = True) -> str | None:
             check_checkpoint(part, links=True)
         except ValueError as error:
             return one_line(error)
-    if not resumable:
-        return None
+    states = sorted(path.name for path in folder.glob("rng_state*.pth"))
+    ranks = {int(re.sub(r"\D", "", name) or 0) for name in states}
+    fault = fault_of_shards(folder, ranks) if sharded else None
+    if fault or not resumable:
+        return fault
+    if sharded and not deepspeed and next(folder.glob(f"{Path(OPTIMIZER_NAME).stem}*"), None) is None:
+        return "the optimizer is missing"
     names = [] if deepspeed else [SCHEDULER_NAME]
     names += [] if sharded else [OPTIMIZER_NAME]
-    states = sorted(path.name for path in folder.glob("rng_state*.pth"))
     for name in (*names, *(states or ["rng_state.pth"])):
         if not (folder / name).is_file():
             return f"{name} is missing"
         if not zipfile.is_zipfile(folder / name):
             return f"{name} is damaged"
+    return None
+
+
+def fault_of_shards(folder: Path, ranks: set[int]) -> str | None:
+    """Which file of FSDP or DeepSpeed is missing or cut off, as far as names and ends of files tell; or None.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        ranks (`set[int]`): The processes that have saved their random state.
+    """
+    places = [path for name in (FSDP_MODEL_NAME, Path(OPTIMIZER_NAME).stem) for path in folder.glob(f"{name}*")]
+    if (folder / "latest").is_file():
+        places = [folder / (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()[:100]]
+        if all(path.name.startswith("layer_") for path in places[0].glob("*_model_states.pt")):  # those are experts
+            return f"there are no weights in {places[0].name}"
+    files = [path for path in places if path.is_file()]
+    for part in filter(Path.is_dir, places):
+        files += part.glob("*.pt")
+        if part.name.startswith((FSDP_MODEL_NAME, Path(OPTIMIZER_NAME).stem)):
+            index = part / ".metadata"
+            if not index.is_file():
+                return f"{part.name}/{index.name} is missing"
+            # It is a pickle, which is not loaded: the names of its files stand in it as they are.
+            names = {match.decode() for match in re.findall(rb"__\d+_\d+\.distcp", index.read_bytes())}
+            files += [part / name for name in names]
+    # Kinds of files of which each rank writes one. Under tensor parallelism, several ranks share a number.
+    found = list(filter(None, (RANKED.fullmatch(path.name) for path in files)))
+    alone = not any("mp_rank_01" in path.name for path in files)
+    for start, end in {(match[1], match[3]) for match in found}:
+        there = {int(match[2]) for match in found if (match[1], match[3]) == (start, end)}
+        missing = (ranks if ranks and alone else set(range(max(there)))) - there
+        if missing:
+            return f"{start}{min(missing)}{end} is missing"
+    for path in sorted(files):
+        if not path.is_file():
+            return f"{path.relative_to(folder)} is missing"
+        with path.open("rb") as file:
+            begins, size = file.read(2), file.seek(0, 2)
+            file.seek(max(0, size - 22))  # the end of a zip file, as `torch.save` writes it
+            if not size or (begins == b"PK" and not file.read().startswith(b"PK\x05\x06")):
+                return f"{path.relative_to(folder)} is damaged"
     return None
 
 

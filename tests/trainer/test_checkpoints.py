@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
+from torch.distributed.checkpoint import save
 from training import make
 
 from hf_dualspeed.evaluation.checkpoint import find_checkpoint
@@ -223,3 +224,60 @@ def test_a_model_without_half_of_its_tensors_is_not_evaluated(run):
     change(run / "checkpoint-3" / "model.safetensors", without_one)
     with pytest.raises(ValueError, match="lacks tensors of the model"):
         find_checkpoint(str(run / "checkpoint-3")).model()
+
+
+def dcp(folder, names):
+    save({name: torch.ones(300 * number) for number, name in enumerate(names, 1)}, checkpoint_id=folder, no_dist=True)
+
+
+def sharded(run, kind):
+    """Two ranks' checkpoint as FSDP or DeepSpeed writes it, in place of the last one."""
+    folder = run / "checkpoint-3"
+    for name in ("model.safetensors", "config.json", "optimizer.pt", "rng_state.pth"):
+        (folder / name).unlink()
+    names = ["rng_state_0.pth", "rng_state_1.pth"]
+    if kind == "fsdp":
+        for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+            dcp(folder / part, ["a", "b"])
+    elif kind == "full":
+        names += ["pytorch_model_fsdp.bin", "optimizer.bin"]
+    elif kind == "local":
+        names += [f"{part}_rank{rank}.bin" for part in ("pytorch_model_fsdp_0", "optimizer_0") for rank in (0, 1)]
+    else:
+        (folder / "latest").write_text("global_step3")
+        (folder / "global_step3").mkdir()
+        names += [f"global_step3/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+        names += ["global_step3/mp_rank_00_model_states.pt", "global_step3/layer_0_expert_0_mp_rank_00_model_states.pt"]
+    for name in names:
+        torch.save({"x": torch.ones(300)}, folder / name)
+    assert last_whole_checkpoint(run) == str(folder)
+    return folder
+
+
+SHARDS = {
+    "pytorch_model_fsdp_0/.metadata": "fsdp",
+    "pytorch_model_fsdp_0/__0_0.distcp": "fsdp",
+    "optimizer_0/__0_0.distcp": "fsdp",
+    "pytorch_model_fsdp.bin": "full",
+    "optimizer.bin": "full",
+    "optimizer_0_rank1.bin": "local",
+    "global_step3/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt": "deepspeed",
+    "global_step3/mp_rank_00_model_states.pt": "deepspeed",
+}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_shards_that_are_missing_or_cut_off_are_named(run, name, caplog):
+    folder = sharded(run, SHARDS[name])
+    if not name.endswith(".metadata"):
+        cut(name)(folder)
+        assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+        assert f"{name} is damaged" in caplog.text
+    if name != "pytorch_model_fsdp.bin":  # without, nothing tells that it was sharded
+        (folder / name).unlink()
+        assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+        said = {
+            "optimizer.bin": "the optimizer",
+            "global_step3/mp_rank_00_model_states.pt": "no weights in global_step3",
+        }
+        assert said.get(name, Path(name).name) in caplog.text
