@@ -50,7 +50,7 @@ PHASES = {
     "final save": (DualSpeedTrainer, "save_model"),
     "card": (DualSpeedTrainer, "create_model_card"),
 }
-CHOSEN = ("save", "rotation", "push", "final push", "final save", "card", "evaluation")
+CHOSEN = ("save", "rotation", "final save", "evaluation", "card", "push", "final push")
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 SAFETENSORS = "model.safetensors"
 # What a person, or an earlier run, has left in the output folder.
