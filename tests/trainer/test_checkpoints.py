@@ -175,6 +175,18 @@ def test_rotation_keeps_whole_ones_rather_than_halves(run):
     assert not list(run.glob(f"*/{UNFINISHED}"))
 
 
+def test_a_run_resumed_at_its_end_keeps_no_more_checkpoints_than_it_may(run, tmp_path):
+    def left(folder, steps, checkpoint):
+        make(folder, max_steps=steps, save_total_limit=1, **SAVING).train(resume_from_checkpoint=checkpoint)
+        return sorted(path.name for path in run.glob("checkpoint-*"))
+
+    every = ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert left(tmp_path / "another", 3, str(run / "checkpoint-3")) == every
+    assert left(run, 2, str(run / "checkpoint-2")) == every  # there are later ones
+    (run / "checkpoint-2" / UNFINISHED).touch()
+    assert left(run, 3, True) == ["checkpoint-3"]
+
+
 def change(path, edit):
     tensors = load_file(path)
     edit(tensors)
