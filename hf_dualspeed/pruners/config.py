@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
-import types
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..hub.source import Source, code_file, find_source, load_class, read_json
 from ..utils.constants import PRUNER_CONFIG_NAME
-from ..utils.validation import check_choice, check_range
+from ..utils.validation import check_choice, check_fields, check_range, fits, hints_of
 from ..utils.writing import write_json
 from .registry import available_pruners, is_fetched, keep_class, known_class, pruner_class
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUTO_CLASS = "AutoPruner"  # the key of a pruner's code in `auto_map`
-LARGEST_INTEGER = 2**31 - 1
 SCHEDULES = ("constant", "linear", "cosine")
 MERGE, DISCARD = "merge", "discard"
 
@@ -55,12 +52,9 @@ class PrunerConfig:
     dropped_tokens: str = MERGE
 
     def __post_init__(self):
+        check_fields(self)
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
         check_choice("pruning_schedule", self.pruning_schedule, SCHEDULES)
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if setting.type in ("int", int) and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ValueError(f"`{setting.name}` must be a whole number, got {value!r}.")
         check_choice("dropped_tokens", self.dropped_tokens, (MERGE, DISCARD))
         if self.merges and self.dropped_tokens != MERGE:
             raise ValueError(
@@ -108,9 +102,9 @@ class PrunerConfig:
         unknown = sorted(set(values) - known - {"pruner_type", "auto_map"})
         if unknown:
             logger.warning("%s does not know %s of %s: ignored.", cls.__name__, ", ".join(unknown), where)
-        hints = get_type_hints(cls)
+        hints = hints_of(cls)
         for key in sorted(known & values.keys()):
-            if not fits(values[key], hints[key]):
+            if not fits(values[key], hints.get(key, Any)):
                 kind = getattr(hints[key], "__name__", str(hints[key]))
                 raise ValueError(f"`{key}` in {where} must be of type {kind}, got {str(values[key])[:100]!r}.")
         try:
@@ -126,20 +120,6 @@ class PrunerConfig:
     def from_pretrained(name: str | Path, *, trust_remote_code: bool = False, **hub) -> PrunerConfig:
         """Reads the config of any pruner from a folder or Hub repo; see [`AutoPruner.from_pretrained`]."""
         return load_config(name, trust_remote_code, hub)[1]
-
-
-def fits(value: object, hint: object) -> bool:
-    """Whether a value from JSON has a setting's type; floats must be finite, integers fit 32 bits."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, option) for option in inner)
-    if hint is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    if hint is int:
-        return type(value) is int and abs(value) <= LARGEST_INTEGER
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value)
-    return isinstance(value, hint) if hint in (str, bool, list, dict, type(None)) else True
 
 
 def load_config(name: str | Path, trust_remote_code: bool, hub: dict) -> tuple[Source, PrunerConfig]:

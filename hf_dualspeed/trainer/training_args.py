@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
+from accelerate.utils import ParallelismConfig
 from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
-from ..utils.validation import as_count, as_dict, check_choice, check_range
+from ..utils.validation import as_count, as_dict, check_choice, check_fields, check_range
 
 MODE_SCHEDULES = ("random", "periodic", "growing", "shrinking", "adaptive")
 
 FUSED_HEAD_LOSSES = ("auto", "on", "off")
+
+# Options that allow more types than their annotations say, which are for a command-line parser.
+WIDER = {
+    "slow_mode_splits": str | int,
+    "fused_head_loss": str | bool,
+    "accelerator_config": dict | str | AcceleratorConfig | None,
+    "parallelism_config": ParallelismConfig | None,
+    "resume_from_checkpoint": str | bool | None,
+    "fsdp": str | list | bool | None,
+    "debug": str | list[DebugOption] | None,
+}
+
+# Ranges of the numbers of `TrainingArguments` and `SFTConfig`, most of which are taken in silence there.
+COUNT, SHARE, SEED = {"low": 1}, {"low": 0, "high": 1, "right_open": True}, {"low": 0, "high": 2**32 - 1}
+ABOVE_0, NOT_BELOW_0 = {"low": 0, "left_open": True}, {"low": 0}
+RANGES = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), COUNT),
+    **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
+    **dict.fromkeys(("save_total_limit", "max_length", "dataset_num_proc", "ddp_timeout"), COUNT),
+    **dict.fromkeys(("save_steps", "logging_steps", "eval_steps", "num_train_epochs", "neftune_noise_alpha"), ABOVE_0),
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "eval_delay", "adam_epsilon"), NOT_BELOW_0),
+    **dict.fromkeys(("dataloader_num_workers", "ddp_bucket_cap_mb", "router_aux_loss_coef"), NOT_BELOW_0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), SHARE),
+    **dict.fromkeys(("seed", "data_seed"), SEED),
+    "max_grad_norm": {"low": 0, "off": "Use 0 not to clip gradients."},
+}
 
 
 class Default(float):
@@ -196,6 +224,7 @@ class DualSpeedArguments:
         Raises:
             ValueError: one is outside its range; the message names it, its value and the remedy.
         """
+        check_fields(self, [option.name for option in fields(DualSpeedArguments)], WIDER)
         self.pruner_kwargs = as_dict("pruner_kwargs", self.pruner_kwargs)
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
         check_range("slow_mode_ratio", self.slow_mode_ratio, 0, 1, off="Use 0.0 for fast steps only.")
@@ -206,11 +235,9 @@ class DualSpeedArguments:
         check_range("distillation_temperature", self.distillation_temperature, 0, left_open=True, off="1.0 is usual.")
         off = "Use vision_feature_cache=None to train without the cache."
         if self.vision_feature_cache is not None:
-            if not isinstance(self.vision_feature_cache, (str, os.PathLike)):
-                raise ValueError(f"`vision_feature_cache` must be a folder, got {self.vision_feature_cache!r}. {off}")
             self.vision_feature_cache = os.path.expanduser(self.vision_feature_cache)
         gib = self.vision_feature_cache_gib
-        check_range("vision_feature_cache_gib", gib, 0, math.inf, left_open=True, right_open=True, off=off)
+        check_range("vision_feature_cache_gib", gib, 0, left_open=True, off=off)
         check_range("speedup_rounds", self.speedup_rounds, 0, off="Use 0 not to measure the speed-up.")
         if self.slow_mode_splits != "auto":
             self.slow_mode_splits = as_count("slow_mode_splits", self.slow_mode_splits, "or 'auto'")
@@ -226,7 +253,9 @@ class DualSpeedArguments:
         check_choice("fused_head_loss", self.fused_head_loss, FUSED_HEAD_LOSSES)
 
     def __post_init__(self):
+        check_fields(self, wider=WIDER)
         self.check_options()
+        self._check_ranges()
         # Without an accelerator, torch warns about pinned memory in every data loader.
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
@@ -236,6 +265,14 @@ class DualSpeedArguments:
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
 
+    def _check_ranges(self) -> None:
+        """Checks the numbers of the arguments behind this class, which its own `__post_init__` may take in silence."""
+        for name, allowed in RANGES.items():
+            if getattr(self, name, None) is not None:
+                check_range(name, getattr(self, name), **allowed)
+        if self.max_steps != -1:
+            check_range("max_steps", self.max_steps, 1, off="Use -1 to train for num_train_epochs.")
+
     def _check_adaptive_schedule(self) -> None:
         adaptive = "mode_schedule='adaptive'"
         for name in ("min_slow_mode_ratio", "max_slow_mode_ratio"):
@@ -244,7 +281,9 @@ class DualSpeedArguments:
             check_range(
                 "min_pruning_ratio", self.min_pruning_ratio, 0, 1, right_open=True, off="Use None to leave it alone."
             )
-        if self.mode_schedule != "adaptive":
+        check_order(self, "min_slow_mode_ratio", "max_slow_mode_ratio")
+        if self.mode_schedule != "adaptive":  # which the trainer compares with the pruner's own
+            check_order(self, "min_pruning_ratio", "pruning_ratio")
             return
         low, start, high = self.min_slow_mode_ratio, self.slow_mode_ratio, self.max_slow_mode_ratio
         if not low <= start <= high:
@@ -271,6 +310,13 @@ class DualSpeedArguments:
         copied = memo[id(self)] = object.__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+
+def check_order(options: object, low: str, high: str) -> None:
+    """Raises a `ValueError` where the option `low` is set above the option `high`."""
+    least, most = getattr(options, low), getattr(options, high)
+    if least is not None and least > most:
+        raise ValueError(f"`{low}` is {least}, more than `{high}`, which is {most}. Set it to {most} or less.")
 
 
 @dataclass

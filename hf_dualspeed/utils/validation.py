@@ -4,16 +4,161 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import json
-from collections.abc import Iterable
+import math
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from functools import cache, wraps
 from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+Function = TypeVar("Function", bound=Callable)
+
+SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+LARGEST_INTEGER = 2**32 - 1
+# How errors name a type; others are named as in Python.
+NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    dict: "a mapping",
+    list: "a list",
+    tuple: "a list",
+    type(None): "None",
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises a `ValueError` for a wrong word."""
+    """An argument parser that raises a `ValueError` for a wrong word, in place of printing its usage and leaving."""
 
     def error(self, message: str) -> None:
-        raise ValueError(message)
+        raise ValueError(f"{message}. `{self.prog} --help` lists the options.")
+
+
+def checked(function: Function) -> Function:
+    """Decorator: calls with a value that its parameter's annotation does not allow raise a `ValueError` naming both.
+
+    Scalars of NumPy become Python's numbers. What Python itself refuses, such as an unknown argument, stays a
+    `TypeError`.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # raises it from the right place
+        hints = hints_of(function)
+        for name, value in bound.arguments.items():
+            if name in hints and signature.parameters[name].kind not in SEVERAL:
+                bound.arguments[name] = as_type(name, value, hints[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def check_fields(options: Any, names: Iterable[str] | None = None, wider: Mapping[str, Any] | None = None) -> None:
+    """Brings the fields of a dataclass into their annotated types.
+
+    Args:
+        options: The instance; frozen ones too.
+        names (`Iterable[str]`, *optional*): The fields to look at; default: all that `__init__` takes.
+        wider (`Mapping`, *optional*): Types of fields that allow more than their annotation says.
+
+    Raises:
+        ValueError: a field holds another type; the message names it, its value and what is allowed.
+    """
+    hints = {**hints_of(type(options)), **(wider or {})}
+    for name in [field.name for field in fields(options) if field.init] if names is None else names:
+        value = getattr(options, name)
+        typed = as_type(name, value, hints.get(name, Any))
+        if typed is not value:
+            object.__setattr__(options, name, typed)
+
+
+@cache
+def hints_of(annotated: Callable) -> dict[str, Any]:
+    try:
+        return get_type_hints(annotated)
+    except NameError:  # an annotation names what is known in the function alone that defines it
+        return {}
+
+
+def as_type(name: str, value: Any, hint: Any) -> Any:
+    """A value of an annotated type; NumPy's scalars become Python's, and a path becomes a text where one is wanted.
+
+    Raises:
+        ValueError: the value is of another type; the message names argument, value and what is allowed.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, os.PathLike) and not fits(value, hint) and fits("", hint):
+        value = os.fspath(value)
+    if not fits(value, hint):
+        given = f"a {type(value).__name__}" if "token" in name.split("_") else shortened(value)
+        large = type(value) is int and fits(0, hint)
+        allowed = f"at most {LARGEST_INTEGER:,}" if large else words_of(hint)
+        raise ValueError(f"`{name}` must be {allowed}, got {given}.")
+    return value
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type. Floats must be finite, integers fit 32 bits; True is no number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, option) for option in inner)
+    if origin is Literal:
+        return value in inner
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
+    kind = origin or hint
+    if kind is None or not isinstance(kind, type):  # `Any`, and what is no type
+        return hint is not None or value is None
+    if issubclass(kind, Enum):
+        return isinstance(value, kind) or value in [one.value for one in kind]
+    if kind is tuple and inner[1:] == (...,):  # any number of items: a list does as well
+        kind, inner = (list, tuple), inner[:1]
+    if not isinstance(value, kind) or (isinstance(value, (str, bytes)) and kind in (Sequence, Iterable)):
+        return False
+    if isinstance(value, (list, tuple)) and inner:
+        each = inner if kind is tuple else inner[:1] * len(value)
+        return len(each) == len(value) and all(map(fits, value, each))
+    return True
+
+
+def words_of(hint: Any) -> str:
+    """An annotated type in words, such as "a whole number or None"."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(words_of, inner)))
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    kind = origin or hint
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(repr(one.value) for one in kind)}"
+    if isinstance(kind, type) and issubclass(kind, Sequence) and inner:
+        return f"{NAMES.get(kind, 'a list')}, each item {words_of(inner[0])}"
+    return NAMES.get(kind) or f"of type {getattr(kind, '__name__', kind)}"
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, at most 100 characters."""
+    try:
+        written = repr(value)
+    except Exception:  # too deep, or of a class whose own `__repr__` fails
+        written = f"a {type(value).__name__}"
+    return written if len(written) <= 100 else f"{written[:97]}..."
 
 
 def check_range(
@@ -27,14 +172,15 @@ def check_range(
     off: str = "",
 ) -> None:
     """Raises a `ValueError` naming argument, value, range and remedy unless `value` lies in the range."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if high is None:
+        high, right_open = math.inf, True
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     above = number and (value > low if left_open else value >= low)
-    below = number and (high is None or (value < high if right_open else value <= high))
+    below = number and (value < high if right_open else value <= high)
     if above and below:
         return
-    upper = "inf)" if high is None else f"{high}{')' if right_open else ']'}"
-    allowed = f"{'(' if left_open else '['}{low}, {upper}"
-    raise ValueError(f"`{name}` must be in {allowed}, got {value!r}. {off}".strip())
+    allowed = f"{'(' if left_open else '['}{low}, {high}{')' if right_open else ']'}"
+    raise ValueError(f"`{name}` must be in {allowed}, got {shortened(value)}. {off}".strip())
 
 
 def as_count(name: str, value: int | str, otherwise: str = "") -> int:
@@ -48,7 +194,7 @@ def as_count(name: str, value: int | str, otherwise: str = "") -> int:
     except ValueError:
         count = None
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1 {otherwise}, got {value!r}.")
+        raise ValueError(f"`{name}` must be a whole number of at least 1 {otherwise}, got {shortened(value)}.")
     return count
 
 
@@ -56,7 +202,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) ->
     """Raises a `ValueError` that lists the choices and the nearest one unless `value` is among them."""
     if value not in choices:
         raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.{nearest(value, choices)}"
+            f"`{name}` must be one of {', '.join(map(repr, choices))}, got {shortened(value)}.{nearest(value, choices)}"
         )
 
 
@@ -79,9 +225,9 @@ def as_dict(name: str, value: dict | str | None) -> dict | None:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"`{name}` must be a JSON mapping, got {value!r}: {error}.") from None
+            raise ValueError(f"`{name}` must be a JSON mapping, got {shortened(value)}: {error}.") from None
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f'`{name}` must be a mapping, got {value!r}. Write it like {{"key": 1}}.')
+        raise ValueError(f'`{name}` must be a mapping, got {shortened(value)}. Write it like {{"key": 1}}.')
     return value
 
 
