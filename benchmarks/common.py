@@ -20,7 +20,7 @@ from hf_dualspeed.trainer.schedule import SLOW
 from hf_dualspeed.trainer.setup import resolve_pruner
 from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
-from hf_dualspeed.utils.text import spread
+from hf_dualspeed.utils.text import parse_json, spread
 from hf_dualspeed.utils.writing import write_json
 
 
@@ -91,7 +91,15 @@ def stored_results(option: str, path: Path) -> dict:
     """The results file, or a `FileNotFoundError` that names the option."""
     if not path.is_file():
         raise FileNotFoundError(f"`{option}` is {str(path)!r}, but there is no such file to render.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"`{option}` is {str(path)!r}, which is not valid JSON: {error}. Restore or measure it."
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"`{option}` is {str(path)!r}, which must hold a JSON mapping, got a {type(found).__name__}.")
+    return found
 
 
 def print_table(header: tuple[str, ...] | list[str], rows: list, title: str | None = None) -> None:

@@ -52,8 +52,8 @@ def call(command: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit code. An error of the user is one line on stderr, and the code 2."""
     try:
         return command() or 0
-    # transformers reports a model it cannot find as an OSError.
-    except (ValueError, OSError, ImportError) as error:
+    # transformers reports a model it cannot find as an OSError. What nests too deeply is a file of the user's.
+    except (ValueError, OSError, ImportError, RecursionError) as error:
         if os.environ.get("DUALSPEED_DEBUG") == "1":
             raise
         _print_error(error)

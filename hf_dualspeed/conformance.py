@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..utils.validation import checked
 from .models.components import language_parts
 from .models.interface import ModelInterface
 from .pruners import AutoPruner, Pruner, budget
@@ -67,6 +68,7 @@ class Check:
     detail: str = ""
 
 
+@checked
 def check_model(model: nn.Module, batch: Batch) -> list[Check]:
     """Runs all checks in evaluation mode. Restores the model's mode."""
     training = model.training

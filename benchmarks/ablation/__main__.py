@@ -1,8 +1,7 @@
 import sys
+from importlib import import_module
 
 from hf_dualspeed.cli import call
 
-from .ablation import main
-
 if __name__ == "__main__":  # spawned processes import this module, too
-    sys.exit(call(lambda: main(sys.argv[1:])))
+    sys.exit(call(lambda: import_module("benchmarks.ablation.ablation").main(sys.argv[1:])))

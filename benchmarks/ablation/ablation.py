@@ -23,7 +23,7 @@ from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
 from hf_dualspeed.utils.environment import machine, versions
 from hf_dualspeed.utils.text import spread, without_paths
-from hf_dualspeed.utils.validation import Parser, check_choice, check_range
+from hf_dualspeed.utils.validation import Parser, check_choice, check_range, surprises_named
 from hf_dualspeed.utils.writing import write_json
 
 from ..common import KeptRun, pruned_prompts, ratio, stored_results, summary_of, timed_training
@@ -96,7 +96,8 @@ def main(argv: list[str]) -> None:
     if not options.render_only:
         _check(options)
         ablate(options, path, shlex.join([*COMMAND.split(), *without_paths(argv)]))
-    write_report(stored_results("output", path), path)
+    with surprises_named(f"`output` {options.output!r} holds no results of `{COMMAND}`"):
+        write_report(stored_results("output", path), path)
 
 
 def ablate(options: argparse.Namespace, path: Path, command: str) -> None:

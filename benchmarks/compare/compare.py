@@ -26,7 +26,7 @@ from hf_dualspeed.trainer.trainer import DualSpeedTrainer
 from hf_dualspeed.trainer.training_args import DualSpeedTrainingArguments
 from hf_dualspeed.utils.environment import machine, versions
 from hf_dualspeed.utils.text import without_paths
-from hf_dualspeed.utils.validation import Parser, check_range
+from hf_dualspeed.utils.validation import Parser, check_range, surprises_named
 from hf_dualspeed.utils.writing import write_json
 
 from ..common import KeptRun, pruned_prompts, ratio, stored_results, summary_of, timed_training
@@ -109,7 +109,8 @@ def main(argv: list[str]) -> None:
         command = shlex.join([*COMMAND.split(), *without_paths(without_token(argv))])
         write_json(path, compare(words, options.seeds, command))
     results = stored_results("results", path)
-    write_report(results, path)
+    with surprises_named(f"`results` {options.results!r} holds no results of `{COMMAND}`"):
+        write_report(results, path)
     if options.card is not None:
         write_card(results, path, Path(options.card))
 
@@ -150,7 +151,7 @@ def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
 def without_token(words: list[str]) -> list[str]:
     """The words of a command line without the Hub's token, because they are published."""
     flag, hidden = "--hub_token", "<HUB_TOKEN>"
-    kept = [hidden if before == flag else word for before, word in zip(["", *words[:-1]], words, strict=True)]
+    kept = [hidden if before == flag else word for before, word in zip(["", *words], words, strict=False)]
     return [f"{flag}={hidden}" if word.startswith(f"{flag}=") else word for word in kept]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,11 +9,12 @@ from rich.console import Console
 
 from ..recipes.assemble import LANGUAGE, VISION, build_llava, given_file, origin, write_card
 from ..recipes.wheels import default_cache, fetch
+from ..utils.validation import Parser
 
 
 def main(argv: list[str]) -> None:
     """Runs `dualspeed assemble` on the given words."""
-    parser = argparse.ArgumentParser(prog="dualspeed assemble", description=__doc__.partition(": ")[2])
+    parser = Parser(prog="dualspeed assemble", description=__doc__.partition(": ")[2])
     parser.add_argument("output_dir", help="Folder to write; it must be empty or not exist yet.")
     for source in (VISION, LANGUAGE):
         names = [f"--{source.option}", f"--{source.option.replace('_', '-')}"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 
 from ..bench.measure import PART, write
 from ..bench.options import parse_arguments
-from ..utils.text import without_paths
+from ..utils.text import parse_json, without_paths
+from ..utils.validation import surprises_named
 
 
 def main(argv: list[str]) -> None:
@@ -27,10 +27,11 @@ def main(argv: list[str]) -> None:
             raise FileNotFoundError(
                 f"`output` is {options.output!r}, but there is no such file to render. Measure first."
             )
-        results = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        results = without_paths(kind.measure(options))
-        write(results, path)
-        path.with_suffix(PART).unlink(missing_ok=True)
+        with surprises_named(f"`output` {options.output!r} holds no results of `dualspeed bench`"):
+            kind.report(parse_json(path.read_bytes()), path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = without_paths(kind.measure(options))
+    write(results, path)
+    path.with_suffix(PART).unlink(missing_ok=True)
     kind.report(results, path)

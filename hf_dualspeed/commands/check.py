@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,8 +14,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from ..conformance import Batch, Check, check_model
 from ..data.collators import VisionLanguageCollator
 from ..data.media import opened, pattern
+from ..hub.source import is_repo_id
 from ..models.interface import ModelInterface
 from ..utils.constants import POSITION_IDS
+from ..utils.validation import Parser
 
 QUESTIONS = ("What is this?", "What is the difference between the two?", "What is the capital of France?")
 ANSWER = "I cannot tell."
@@ -24,6 +27,8 @@ WORDS = {True: "[green]yes[/]", False: "[red]no[/]", None: "n/a"}
 def main(argv: list[str]) -> int:
     """Prints the outcome of each check. Returns 1 where one failed."""
     options = parse(argv)
+    if not Path(options.model).is_dir() and not is_repo_id(options.model):
+        raise FileNotFoundError(f"`model` is {options.model!r}, which is neither a folder nor a Hub repo 'user/name'.")
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
     interface = ModelInterface(model)
     interface.check_protocol()
@@ -36,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dualspeed check", description=__doc__)
+    parser = Parser(prog="dualspeed check", description=__doc__)
     parser.add_argument("model", help="a Hub id or a folder with model and processor")
     parser.add_argument("--image", nargs="+", default=[], help="image files; without any, patterns are drawn")
     parser.add_argument("--position_ids", choices=POSITION_IDS[1:], default="original")

@@ -11,7 +11,7 @@ from rich.table import Table
 from ..evaluation.evaluate import Evaluation, evaluate, prepare, record
 from ..metrics import CLASSES
 from ..recipes.arguments import DTYPES
-from ..utils.validation import check_range
+from ..utils.validation import Parser, check_range
 
 INTERRUPTED = 130
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    words = argparse.ArgumentParser(
+    words = Parser(
         prog="dualspeed evaluate",
         description=__doc__,
         epilog="Rerun an interrupted command to resume. docs/evaluation.md has examples.",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-
 from rich.console import Console
 from rich.table import Table
 
 from ..pruners import available_pruners
 from ..pruners.registry import kind_of, pruner_class
+from ..utils.validation import Parser
 
 
 def main(argv: list[str]) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="dualspeed pruners", description="Lists the registered pruners.")
+    parser = Parser(prog="dualspeed pruners", description="Lists the registered pruners.")
     parser.parse_args(argv)
     table = Table("pruner", "needs", "kind", "what it does")
     for name in available_pruners():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from ..publishing.model_card import read_card
 from ..publishing.push import push, render
 from ..publishing.results import read_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
+from ..utils.validation import Parser
 
 
 def push_command(argv: list[str]) -> None:
@@ -21,7 +21,7 @@ def push_command(argv: list[str]) -> None:
     Args:
         argv (`list[str]`): The words after `dualspeed push`.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dualspeed push",
         description="Publishes the folder of a finished run on the Hub: model, isolator, pruner, results and card.",
         epilog="The token is that of `hf auth login` or of the environment variable HF_TOKEN.",
@@ -49,7 +49,7 @@ def card_command(argv: list[str]) -> None:
     Args:
         argv (`list[str]`): The words after `dualspeed card`.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dualspeed card",
         description=f"Writes README.md anew from {RESULTS_NAME}; sections that a person wrote there stay.",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ..hub.upload import card_text, push_files
 from ..metrics import CLASSES, metric_folder
 from ..publishing.cards import merge_card
 from ..utils.constants import CARD_NAME
+from ..utils.validation import Parser
 
 HERE = "path/to/this/folder"
 APP = """import evaluate
@@ -25,7 +25,7 @@ launch_gradio_widget(evaluate.load("{repo_id}"))
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dualspeed push-metric",
         description=__doc__,
         epilog="The token is that of `hf auth login` or of the environment variable HF_TOKEN.",

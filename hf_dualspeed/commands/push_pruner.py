@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from ..pruners import AutoPruner, Pruner, available_pruners, pruner_class
 from ..pruners.card import TAGS, push_pruner, usage
 from ..publishing.cards import split_front_matter
 from ..utils.constants import CARD_NAME
-from ..utils.validation import check_keys
+from ..utils.text import parse_json
+from ..utils.validation import Parser, check_keys
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dualspeed push-pruner",
         description=__doc__,
         epilog="The token is that of `hf auth login` or of the environment variable HF_TOKEN.",
@@ -85,8 +85,8 @@ def read_results(path: str | None) -> dict | list | None:
     if path is None:
         return None
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(Path(path).read_bytes())
+    except ValueError as error:
         raise ValueError(f"`--results` {path!r} is no JSON file: {error}.") from None
 
 

@@ -5,9 +5,9 @@ Its files are a separate app: `spaces_demo/` in the repository, `hf_dualspeed/sp
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
+import socket
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ from pathlib import Path
 from ..hub.source import is_repo_id
 from ..hub.upload import push_files
 from ..publishing.results import read_results
+from ..utils.validation import Parser, check_range
 from ..utils.writing import copy_file, write_file, write_json
 
 # The files of an installation, and those of the checkout.
@@ -38,7 +39,7 @@ def demo_command(argv: list[str]) -> None:
     Raises:
         ImportError: gradio is not installed.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dualspeed demo", description="Asks up to three checkpoints the same question, in the browser."
     )
     for key, run in RUNS.items():
@@ -46,11 +47,26 @@ def demo_command(argv: list[str]) -> None:
     parser.add_argument("--webcam", action="store_true", help="let visitors use their webcam")
     parser.add_argument("--port", type=int, help="the port (default: 7860, or the next that is free)")
     options = parser.parse_args(argv)
+    if options.port is not None:
+        check_port(options.port)
     if find_spec("gradio") is None:
         raise ImportError('The demo needs gradio. Run `pip install "hf-dualspeed[demo]"`.')
     sys.path.insert(0, str(source_folder()))  # app.py imports its parts by plain names, as on a Space
     names = {key: getattr(options, key) for key in RUNS}
     importlib.import_module("app").main(names, options.webcam, options.port)
+
+
+def check_port(port: int) -> None:
+    """Raises a `ValueError` unless this machine can serve at `port`."""
+    check_range("port", port, 1, 65535, off="Leave it out for 7860, or the next that is free.")
+    with socket.socket() as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            place.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(
+                f"`port` {port} cannot be used: {error.strerror}. Choose another, or leave it out."
+            ) from None
 
 
 def space_command(argv: list[str]) -> None:
@@ -59,7 +75,7 @@ def space_command(argv: list[str]) -> None:
     Args:
         argv (`list[str]`): The words after `dualspeed space`.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dualspeed space",
         description="Publishes the demo as a Space on the Hub, with published checkpoints.",
         epilog="The token is that of `hf auth login` or of the environment variable HF_TOKEN.",

@@ -14,6 +14,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Subset
 
 from ..utils.constants import CHECKED_SAMPLES
+from ..utils.validation import checked
 from .collators import IGNORED, REMEDIES, SampleError, VisionLanguageCollator
 from .conversations import sample_name, to_messages
 from .labels import check_texts
@@ -116,6 +117,7 @@ class DataReport:
         return f"{self.name!r}: {len(findings):,} of {of} samples {what}:{''.join(lines)}{more}"
 
 
+@checked
 def check_samples(
     dataset: Any,
     collator: VisionLanguageCollator,

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from ..utils.constants import LONG_SAMPLES, UNREADABLE_IMAGES
-from ..utils.validation import check_choice, check_range, require
+from ..utils.validation import check_choice, check_range, checked, require
 from .conversations import sample_name, to_messages
 from .labels import check_texts, place, recorded
 from .media import IMAGE_ERRORS, open_image, open_video
@@ -105,6 +105,7 @@ class VisionLanguageCollator:
         image_folder (`str`, *optional*): Folder that relative image paths start from.
     """
 
+    @checked
     def __init__(
         self,
         processor: ProcessorMixin,

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 from datasets import Dataset, Features, Image, List, Value
 
-from ..utils.validation import check_choice
+from ..utils.validation import check_choice, checked
 
 SPLITS = ("train", "test")
 # Data set name -> subset of questions.
@@ -21,6 +21,7 @@ FEATURES = Features(
 )
 
 
+@checked
 def load_easy_vqa(split: str = "train", questions: str = "open") -> Dataset:
     """Loads easy-VQA as conversations; images stay paths until a row is read.
 

@@ -24,7 +24,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from ..utils.validation import check_choice, nearest
+from ..utils.validation import check_choice, checked, nearest
 from .columns import READ, filled, suspects
 from .conversations import (
     EXTRA_COLUMNS,
@@ -54,6 +54,7 @@ FEATURES = Features(
 SOURCE_FILES = sorted(Path(__file__).parent.glob("*.py"))
 
 
+@checked
 def load_examples(
     path_or_name: str,
     split: str = "train",

@@ -25,7 +25,7 @@ from ..pruning.isolator import ModeIsolator, saved_length
 from ..publishing.files import check_finished
 from ..publishing.results import read_results
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
-from ..utils.validation import check_tensors
+from ..utils.validation import check_tensors, checked
 from .fingerprint import hash_of_file, model_files
 
 # Files that a run leaves beside its model. With them, a model answers from pruned tokens as in fast steps.
@@ -120,6 +120,7 @@ class Checkpoint:
         return {key: known[key] for key in ("position_ids", "video_budget", "proportional_attention") if key in known}
 
 
+@checked
 def find_checkpoint(
     name: str, dtype: str = "auto", trust_remote_code: bool = False, pruned: bool = False, base: str | None = None
 ) -> Checkpoint:

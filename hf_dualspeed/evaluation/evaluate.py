@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 import time
@@ -24,7 +23,7 @@ from ..publishing.model_card import read_card
 from ..publishing.push import render
 from ..publishing.results import merged_evaluations, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
-from ..utils.text import one_line, without_paths
+from ..utils.text import one_line, parse_json, without_paths
 from ..utils.writing import write_json
 from .checkpoint import Checkpoint, find_checkpoint
 from .fingerprint import hash_of, processor_parts
@@ -234,7 +233,7 @@ def earlier_scores(folder: Path) -> list[dict[str, Any]]:
     """The scores beside the answers. Raises a `ValueError` where their file is damaged."""
     path = folder / SUMMARY
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["evaluations"] if path.is_file() else []
+        found = parse_json(path.read_bytes())["evaluations"] if path.is_file() else []
         return [dict(one) for one in found]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{str(path)!r} holds no scores: {one_line(error)}. Remove it.") from None

@@ -16,11 +16,12 @@ from ..data.labels import check_texts
 from ..data.media import IMAGE_ERRORS, open_image, open_video
 from ..data.rendering import render
 from ..metrics import load_metric
-from ..utils.validation import check_range
+from ..utils.validation import check_range, checked
 
 CONVERSATIONS = ("messages", "prompt", "conversations")
 
 
+@checked
 def answer_accuracy(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -47,6 +48,8 @@ def answer_accuracy(
     Returns:
         `dict` with `accuracy` (`float`), `n` (`int`) and `predictions` (`list[str]`, in the order of the rows).
     """
+    check_range("batch_size", batch_size, 1)
+    check_range("max_new_tokens", max_new_tokens, 1)
     dataset = first_rows(dataset, limit)
     expected = [question_and_answers(row)[1] for row in dataset]
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "prepare": prepare}

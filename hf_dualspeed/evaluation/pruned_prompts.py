@@ -14,6 +14,7 @@ from ..pruning.api import prune_inputs
 from ..pruning.isolator import ModeIsolator
 from ..trainer.dual_forward import DualForward
 from ..utils.constants import PRUNER_CONFIG_NAME
+from ..utils.validation import checked
 
 
 @dataclass
@@ -57,6 +58,7 @@ class PrunedPrompts:
         )
 
 
+@checked
 def prompts_of(dual_forward: DualForward, model: PreTrainedModel, seed: int = 0) -> PrunedPrompts:
     """Prunes prompts as a training's fast steps do."""
     return PrunedPrompts(

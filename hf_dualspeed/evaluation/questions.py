@@ -20,6 +20,7 @@ from ..data.conversations import given_texts, sample_name
 from ..data.files import rows_of
 from ..data.loading import FILE_TYPES, ROW_FILES, load_examples
 from ..data.media import IMAGE_ERRORS, open_image, open_video, source_of
+from ..utils.validation import checked
 from .fingerprint import hash_of
 from .generation import first_rows, prompt_text, question_and_answers
 
@@ -57,6 +58,7 @@ class Questions:
         return hash_of([self.asked, right])
 
 
+@checked
 def load_questions(
     name: str,
     split: str,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 
 from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.text import parse_json
 from ..utils.validation import nearest
 from .errors import explained
 
@@ -159,16 +159,12 @@ def read_json(path: Path, source: Source) -> dict:
     """
     problem = "a JSON object"
     try:
-        values = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(path.read_bytes().decode("utf-8"))
+    except ValueError as error:
         values, problem = None, f"a JSON object: {error}"
     if not isinstance(values, dict):
         raise ValueError(f"{path.name} of {source} is not {problem}. Save it with `save_pretrained`.")
     return values
-
-
-def _refuse_constant(word: str):
-    raise ValueError(f"{word} is no JSON number")
 
 
 def check_weights(path: Path, expected: dict[str, torch.Tensor]) -> None:

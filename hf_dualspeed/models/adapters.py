@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 
-from ..utils.validation import check_keys, check_tensors
+from ..utils.validation import as_type, check_keys, check_range, check_tensors, checked, hints_of
 
 
 @dataclass(frozen=True)
@@ -125,17 +126,38 @@ def load_adapters(model: nn.Module, folder: str | Path) -> bool:
     return True
 
 
-def add_lora(model: nn.Module, options: dict):
-    """Adds the LoRA adapters of a recipe to the model. A quantized base is prepared first."""
+def lora_config(options: dict):
+    """The `peft.LoraConfig` of a recipe's adapters.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: an option is unknown, or of another type than PEFT takes.
+    """
     try:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import LoraConfig
     except ImportError as error:
         raise ImportError("`lora` needs PEFT. Run `pip install hf-dualspeed[peft]`.") from error
     check_keys("lora", options, [field.name for field in fields(LoraConfig) if field.init])
+    hints = hints_of(LoraConfig)
+    for key, value in options.items():
+        as_type(f"lora.{key}", value, hints.get(key, Any))
+    for key in {"r", "lora_alpha"} & options.keys():
+        check_range(f"lora.{key}", options[key], 1)
+    if "lora_dropout" in options:
+        check_range("lora.lora_dropout", options["lora_dropout"], 0, 1, right_open=True)
+    return LoraConfig(**options)
+
+
+@checked
+def add_lora(model: nn.Module, options: dict):
+    """Adds the LoRA adapters of a recipe to the model. A quantized base is prepared first."""
+    config = lora_config(options)
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
     if getattr(model, "is_quantized", False):
         # The training arguments decide on activation checkpointing.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, LoraConfig(**options))
+    return get_peft_model(model, config)
 
 
 def four_bit(dtype: str, lora: dict) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..utils.constants import PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.validation import checked
 from .base import Pruner, planned_weights, weights_file
 from .config import load_config
 from .registry import pruner_class
@@ -17,6 +18,7 @@ class AutoPruner:
         raise TypeError("AutoPruner is not instantiated: use AutoPruner.from_name or AutoPruner.from_pretrained.")
 
     @staticmethod
+    @checked
     def from_name(name: str, **settings) -> Pruner:
         """`AutoPruner.from_name("divprune", pruning_ratio=0.9)`.
 
@@ -28,6 +30,7 @@ class AutoPruner:
         return cls(cls.config_class(**settings))
 
     @staticmethod
+    @checked
     def from_pretrained(name: str | Path, *, trust_remote_code: bool = False, **hub) -> Pruner:
         """Loads a pruner from a folder or a Hub repo: `AutoPruner.from_pretrained("user/name", revision="v1")`.
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..hub.source import check_numbers, check_weights, save_code
 from ..utils.constants import PRUNER_WEIGHTS_NAME
-from ..utils.validation import check_finite, check_keys
+from ..utils.validation import check_finite, check_keys, checked
 from ..utils.writing import write_file
 from .card import push_pruner
 from .config import AUTO_CLASS, PrunerConfig, budget
@@ -39,6 +39,7 @@ class Pruner(nn.Module):
     merges: ClassVar[bool] = False  # by a rule of its own
     in_language_model: ClassVar[bool] = False
 
+    @checked
     def __init__(self, config: PrunerConfig):
         super().__init__()
         self.config = config

@@ -17,6 +17,7 @@ from ..hub.source import is_repo_id
 from ..hub.upload import published_card, push_files
 from ..publishing.cards import code, merge_card, render
 from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.validation import checked
 from ..utils.writing import write_file
 from .config import budget
 
@@ -60,6 +61,7 @@ def push_pruner(
         return push_files(contents, repo_id, message, stale=lambda name: name == PRUNER_WEIGHTS_NAME, **hub)
 
 
+@checked
 def pruner_card(pruner: Pruner, repo_id: str, results: dict | list[dict] | None = None) -> str:
     """The README.md of a published pruner: rule, use, budget, needs, settings, results, licence and citation."""
     config, rule, rows = pruner.config, inspect.cleandoc(type(pruner).__doc__ or ""), result_rows(results)

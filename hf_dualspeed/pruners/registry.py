@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from ..utils.validation import check_choice
+from ..utils.validation import check_choice, checked
 from .tokens import NEEDS
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _REGISTRY: dict[str, type[Pruner]] = {}
 
 
+@checked
 def register_pruner(name: str) -> Callable[[type[Pruner]], type[Pruner]]:
     """Class decorator that registers a pruner under `name` for configs, arguments and the command line.
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..models.interface import ModelInterface
 from ..pruners import Pruner
 from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
-from ..utils.validation import check_choice
+from ..utils.validation import check_choice, checked
 from .decoder import LayerPass
 from .encoding import encode
 from .inputs import check_inputs, check_pruner, shorten_inputs
@@ -19,6 +19,7 @@ from .isolator import ModeIsolator
 from .proportional_attention import watch_calls, with_sizes
 
 
+@checked
 def prune_inputs(
     model: nn.Module,
     inputs: Mapping,
@@ -69,6 +70,7 @@ def prune_inputs(
     return short.inputs if plain else with_sizes(interface, model, short.inputs, short.log_sizes)
 
 
+@checked
 @contextmanager
 def prune_visual_tokens(
     model: nn.Module,

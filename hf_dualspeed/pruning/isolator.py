@@ -15,6 +15,7 @@ from torch import nn
 
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
 from ..utils.devices import gathered
+from ..utils.validation import check_range, checked
 from ..utils.writing import write_file
 
 
@@ -27,12 +28,17 @@ class ModeIsolator(nn.Module):
         std (`float`): scale of the initial values; the scale of the token embeddings keeps the prompt in their range.
     """
 
+    @checked
     def __init__(self, length: int, hidden_size: int, std: float = 0.02):
+        check_range("length", length, 0, off="Use 0 for no tokens.")
+        check_range("hidden_size", hidden_size, 1)
+        check_range("std", std, 0)
         super().__init__()
         self.length, self.hidden_size = length, hidden_size  # ZeRO-3 leaves the prompt no shape between passes
         self.prompt = nn.Parameter(torch.randn(length, hidden_size) * std)
 
     @classmethod
+    @checked
     def for_model(cls, model: nn.Module, length: int) -> ModeIsolator:
         """An isolator of the model's width and trained dtype, at the scale of its token embeddings."""
         # Width D and scale of the token embeddings, (V, D).
@@ -47,10 +53,12 @@ class ModeIsolator(nn.Module):
         """The prompt, `(l, D)`. Called as a module, because sharded training gathers parameters in module calls."""
         return self.prompt
 
+    @checked
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `mode_isolator.safetensors`."""
         save_isolator(self.prompt, folder)
 
+    @checked
     def load_pretrained(self, folder: str | Path) -> None:
         """Fills the prompt in place from `folder`.
 

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..hub.upload import card_text, published_card
+from ..utils.validation import checked
 from ..utils.writing import write_file
 from .cards import TEMPLATES, Markdown, adopt_card, code, given_keys, merge_card, plain, render, split_front_matter
 
@@ -36,6 +37,7 @@ QUANTIZED = "The following `bitsandbytes` quantization config was used during tr
 EVALUATION_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
 
+@checked
 def write_model_card(folder: str | Path, results: dict) -> Path:
     """Writes the model card of a training run, or renews it and keeps the sections that a person wrote.
 
@@ -78,6 +80,7 @@ def adopt_published_card(
         write_file(path, adopted)
 
 
+@checked
 def model_card(results: dict) -> str:
     """The text of a run's card; values missing from `results` are left out."""
     hub, adapter = results.get("hub", {}), results.get("adapter", False)

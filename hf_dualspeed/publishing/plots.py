@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..utils.validation import checked
 from ..utils.writing import write_file
 
 CURVE_NAME = "learning_curve.png"
@@ -42,6 +43,7 @@ def save_figure(figure: Figure, path: str | Path, **options) -> Path:
     return write_file(path, buffer.getvalue())
 
 
+@checked
 def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -> Path:
     """Plots the losses of fast and slow steps, and below them other logged values of the modes.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -15,7 +14,8 @@ from rich.table import Table
 
 from ..utils.constants import RESULTS_NAME
 from ..utils.environment import machine, versions
-from ..utils.text import percent, without_paths
+from ..utils.text import finite, parse_json, percent, without_paths
+from ..utils.validation import checked, fits
 from ..utils.writing import write_json
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ STORAGE = ("arrow", "audiofolder", "csv", "generator", "imagefolder", "json", "p
 # Kinds of values: how an error names one, and whether a value is one. Null passes for a word or a number.
 WORD = ("a word", lambda value: value is None or isinstance(value, str))
 WORD_OR_LIST = ("a word", lambda value: value is None or isinstance(value, (str, list)))
-NUMBER = ("a number", lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)))
+NUMBER = ("a number", lambda value: fits(value, float | None))
 WORDS = ("a list of words", lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value))
 MAPPING = ("a mapping", lambda value: isinstance(value, dict))
 MAPPINGS = ("a list of mappings", lambda value: isinstance(value, list))
@@ -73,6 +73,8 @@ SHAPE = {
     "speedup": {"*": NUMBER},
     "hub": {"repo_id": WORD, "base_model": WORD, "datasets": WORDS},
 }
+# A card shows each of them.
+MOST_EVALUATIONS = 1000
 # Keys that each part needs if it is there at all.
 NEEDED = {
     "progress": ("step", "of"),
@@ -118,6 +120,7 @@ def is_hub_id(name: str | None) -> bool:
     return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
+@checked
 def read_results(folder: str | Path) -> dict:
     """The contents of results.json in `folder`; {} if there is none.
 
@@ -129,8 +132,8 @@ def read_results(folder: str | Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}. Restore it, or train again.") from None
     if not isinstance(found, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON mapping, got a {type(found).__name__}.")
@@ -138,6 +141,8 @@ def read_results(folder: str | Path) -> dict:
         f"`{place}{key}` is missing" for place, part, keys in _needed(found) for key in keys if part.get(key) is None
     )
     wrong = _misfit(found, SHAPE) or next(missing, "")
+    if not wrong and len(found.get("evaluations", [])) > MOST_EVALUATIONS:
+        wrong = f"`evaluations` has {len(found['evaluations']):,} entries, more than {MOST_EVALUATIONS:,}"
     if wrong:
         raise ValueError(f"{str(path)!r} holds no results of a run: {wrong}. Restore it, or train again.")
     return found
@@ -145,8 +150,8 @@ def read_results(folder: str | Path) -> dict:
 
 def _misfit(value: object, shape: tuple | dict | list, place: str = "") -> str:
     """The first part of `value` that does not fit a part of `SHAPE`, in words; "" if all of it fits."""
-    kind, fits = MAPPING if isinstance(shape, dict) else MAPPINGS if isinstance(shape, list) else shape
-    if not fits(value):
+    kind, fitting = MAPPING if isinstance(shape, dict) else MAPPINGS if isinstance(shape, list) else shape
+    if not fitting(value):
         return f"`{place}` must be {kind}, got {str(value)[:100]!r}"
     parts = []
     if isinstance(shape, dict):
@@ -172,11 +177,16 @@ def _needed(found: dict) -> Iterator[tuple[str, dict, tuple[str, ...]]]:
         yield f"evaluations[{number}].", entry, ("dataset", "metric", "view", "value", "n")
 
 
+@checked
 def write_results(output_dir: str | Path, results: dict) -> Path:
-    """Writes results.json; absolute paths are cut to their last part, because the file may be published."""
-    return write_json(Path(output_dir) / RESULTS_NAME, without_paths(results))
+    """Writes results.json; absolute paths are cut to their last part, because the file may be published.
+
+    A number that is NaN or infinite, as of a training that diverged, is written as null.
+    """
+    return write_json(Path(output_dir) / RESULTS_NAME, finite(without_paths(results)))
 
 
+@checked
 def merged_evaluations(earlier: list[dict], new: list[dict]) -> tuple[list[dict], list[dict]]:
     """Earlier and new evaluations, without earlier ones of the same data, metric and visual tokens, and stale ones.
 

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
 
+from ..models.adapters import lora_config
 from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.constants import CHECKED_SAMPLES, LONG_SAMPLES, UNREADABLE_IMAGES
-from ..utils.validation import as_dict, check_choice, check_range, nearest
+from ..utils.text import one_line
+from ..utils.validation import (
+    as_dict,
+    check_choice,
+    check_fields,
+    check_range,
+    checked,
+    hints_of,
+    nearest,
+    shortened,
+    words_of,
+)
 
+NULL = "tag:yaml.org,2002:null"
 DTYPES = ("float32", "bfloat16", "auto")
 
 
@@ -118,8 +133,14 @@ class RecipeArguments:
     )
 
     def __post_init__(self):
+        check_fields(self)
+        for name, value in vars(self).items():
+            if value == "":
+                raise ValueError(f"`{name}` is an empty text. Write a value, or leave it out.")
         for name in ("tiny_llava", "lora", "processor_options"):
             setattr(self, name, as_dict(name, getattr(self, name)))
+        if self.lora is not None and find_spec("peft") is not None:
+            lora_config(self.lora)
         if self.max_pixels is not None:
             check_range("max_pixels", self.max_pixels, 1)
             if "max_pixels" in (self.processor_options or {}):
@@ -128,7 +149,12 @@ class RecipeArguments:
         if self.processor_options and self.tiny_llava is not None:
             raise ValueError("`processor_options` are for a loaded model. Set the image_size of `tiny_llava` instead.")
         check_choice("dtype", self.dtype, DTYPES)
-        for name in ("eval_batch_size", "max_new_tokens", "eval_limit"):  # used after the training, when it is too late
+        for name in (
+            "eval_batch_size",
+            "max_new_tokens",
+            "eval_limit",
+            "max_length",
+        ):  # used after the training, when it is too late
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 1)
         check_range("card_images", self.card_images, 0, off="Use 0 for a card without images.")
@@ -178,20 +204,25 @@ class RecipeParser(HfArgumentParser):
 
     def set_defaults_from_yaml(self, path: str) -> None:
         """Makes the file's values the defaults, converted as on the command line."""
+        types = {name: hint for kind in self.dataclass_types for name, hint in hints_of(kind).items()}
         defaults = {}
-        for key, value in _read_yaml(path).items():
+        for key, value in read_recipe(path).items():
             if key not in self.keys:
                 raise ValueError(f"{path}: unknown key `{key}`.{nearest(key, self.keys)}")
             # The command line cannot express an empty list.
             defaults[key] = [] if value == [] else self._convert(path, key, value)
+            allowed = {get_origin(option) or option for option in (types[key], *get_args(types[key]))}
+            if type(value) is not str and type(value) not in allowed:
+                raise ValueError(f"{path}: `{key}` must be {words_of(types[key])}, got {shortened(value)}.")
         self.set_defaults(**defaults)
 
-    def _convert(self, path: str, key: str, value: str | list[str]):
-        words = [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]
+    def _convert(self, path: str, key: str, value: str | list[str] | dict):
+        said = json.dumps(value) if isinstance(value, dict) else value
+        words = [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={said}"]
         try:
             return getattr(self.parse_args(words), key)
         except ValueError as error:
-            raise ValueError(f"{path}: `{key}` is {value!r}: {error}") from None
+            raise ValueError(f"{path}: `{key}` is {shortened(value)}: {error}") from None
 
     def check_flags(self, unknown: list[str]) -> None:
         """Raises a `ValueError` for an unknown word, with the nearest flag."""
@@ -200,6 +231,7 @@ class RecipeParser(HfArgumentParser):
             raise ValueError(f"Unknown argument `{flag}`.{nearest(flag, [f'--{key}' for key in self.keys])}")
 
 
+@checked
 def parse_recipe(argv: list[str], prog: str | None = None) -> tuple[RecipeArguments, DualSpeedTrainingArguments]:
     """Reads the command line and the YAML file of its `--config`. The command line overrides the file.
 
@@ -226,22 +258,69 @@ def parse_recipe(argv: list[str], prog: str | None = None) -> tuple[RecipeArgume
     return recipe_args, training_args
 
 
-def _read_yaml(path: str) -> dict[str, str | list[str]]:
-    """The file's keys, each with its words on a command line, without nulls."""
+class RecipeLoader(yaml.SafeLoader):
+    """Reads YAML whose scalars are kept as written, because YAML 1.1 reads `2e-5` as a text and `no` as False.
+
+    Keys that stand twice, anchors that are used and tags are refused.
+    """
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        place = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"{place} refers to an anchor, '*{event.anchor}'. Write its value there.")
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"{place} has the tag {event.tag!r}. Write the value without a tag.")
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {line} has a key that is no text. Write `key: value`.")
+            if key.value in seen:
+                raise ValueError(f"`{key.value}` stands in lines {seen[key.value]} and {line}. Remove one of them.")
+            seen[key.value] = line
+        return node
+
+
+def read_recipe(path: str) -> dict[str, str | list[str] | dict]:
+    """The keys of a recipe, without nulls. Texts and lists of texts are as written; mappings have YAML's types.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML file of `key: value` lines; the message names file and line.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"`config` is {path!r}, but there is no such file.")
-    text = Path(path).read_text(encoding="utf-8")
+    loader = None
     try:
-        # YAML 1.1 reads `2e-5` as a string and `no` as a boolean, so scalars are kept as written.
-        typed, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
+        loader = RecipeLoader(Path(path).read_bytes())
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            held = {"sequence": "a list", "scalar": "a text"}.get(getattr(node, "id", None), "None")
+            raise ValueError(f"must hold `key: value` lines, but holds {held}")
+        return {key.value: _value(key.value, value, loader) for key, value in node.value if value.tag != NULL}
+    except RecursionError:
+        raise ValueError(f"{path}: is nested too deeply. Write `key: value` lines.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(typed, dict):
-        raise ValueError(f"{path}: must hold `key: value` lines, but holds a {type(typed).__name__}.")
-    # `zip`, because typed keys need not be strings.
-    pairs = zip(typed.values(), written.items(), strict=True)
-    return {
-        key: json.dumps(value, default=str) if isinstance(value, dict) else words
-        for value, (key, words) in pairs
-        if value is not None
-    }
+        raise ValueError(f"{path}: not valid YAML: {one_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _value(key: str, node: yaml.Node, loader: RecipeLoader) -> str | list[str] | dict:
+    """The value of a key: a text, a list of texts, or a mapping."""
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_document(node)
+    for item in node.value:
+        if not isinstance(item, yaml.ScalarNode) or item.tag == NULL:
+            raise ValueError(f"`{key}` must be a list of texts, got something else in line {item.start_mark.line + 1}.")
+    return [item.value for item in node.value]

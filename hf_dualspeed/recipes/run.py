@@ -30,13 +30,14 @@ from ..trainer.trainer import DualSpeedTrainer
 from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.constants import CHECKED_SAMPLES
 from ..utils.text import one_line
-from ..utils.validation import check_keys
+from ..utils.validation import check_keys, checked
 from .arguments import RecipeArguments
 from .tiny_llava import build_tiny_llava
 
 logger = logging.getLogger(__name__)
 
 
+@checked
 def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArguments) -> dict:
     """Trains a model and writes it, its results, its learning curve and its model card to the output folder.
 

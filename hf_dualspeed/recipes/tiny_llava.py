@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ..utils.validation import check_range
+from ..utils.validation import check_range, checked
 
 UNK, PAD, BOS, EOS, IMAGE = SPECIAL_TOKENS = ("<unk>", "<pad>", "<s>", "</s>", "<image>")
 CHAT_TEMPLATE = (
@@ -34,6 +34,7 @@ CHAT_TEMPLATE = (
 )
 
 
+@checked
 def build_tiny_llava(
     texts: Iterable[str],
     *,

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from ..utils.validation import check_range, checked
+
 # Wide enough that the launch of kernels does not matter.
 VOCABULARY_SLICE = 16384
 # Number of row slices, fixed, so that the host's work does not depend on M.
 ROW_SLICES = 16
 
 
+@checked
 def self_distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
@@ -35,6 +38,7 @@ def self_distillation_loss(
     Raises:
         ValueError: the shapes differ, so the two views do not supervise the same tokens.
     """
+    check_range("temperature", temperature, 0, left_open=True, off="1.0 is usual.")
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"`student_logits` {tuple(student_logits.shape)} and `teacher_logits` {tuple(teacher_logits.shape)} "

@@ -6,7 +6,7 @@ import logging
 import random
 from dataclasses import dataclass
 
-from ..utils.validation import check_choice, check_range
+from ..utils.validation import check_choice, check_fields, check_range
 from .training_args import MODE_SCHEDULES
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,10 @@ class ModeSchedule:
     total_steps: int | None = None
 
     def __post_init__(self):
+        check_fields(self)
+        check_range("warmup_steps", self.warmup_steps, 0, off="Use 0 for no slow warm-up.")
+        if self.total_steps is not None:
+            check_range("total_steps", self.total_steps, 0)
         check_range("ratio", self.ratio, 0, 1, off="Use 0.0 for fast steps only.")
         check_choice("kind", self.kind, MODE_SCHEDULES)
         check_range("tail_ratio", self.tail_ratio, 0, 1, off="Use 0.0 for no slow tail.")

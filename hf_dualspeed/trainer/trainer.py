@@ -23,6 +23,7 @@ from ..models.interface import ModelInterface, argument_names
 from ..pruners import Pruner, available_pruners
 from ..pruning.isolator import ModeIsolator
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
+from ..utils.validation import checked
 from .adaptive_schedule import AdaptiveSchedule, adaptive_schedule_of
 from .batch_splitting import can_be_split
 from .callbacks import ModeClock, ModeLosses
@@ -84,6 +85,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
     # Classes behind this one whose `compute_loss` it knows how to replace.
     known_losses: tuple[type, ...] = ()
 
+    @checked
     def __init__(
         self,
         model=None,

@@ -34,7 +34,9 @@ WIDER = {
 COUNT, SHARE, SEED = {"low": 1}, {"low": 0, "high": 1, "right_open": True}, {"low": 0, "high": 2**32 - 1}
 ABOVE_0, NOT_BELOW_0 = {"low": 0, "left_open": True}, {"low": 0}
 RANGES = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), COUNT),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), COUNT
+    ),
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
     **dict.fromkeys(("save_total_limit", "max_length", "dataset_num_proc", "ddp_timeout"), COUNT),
     **dict.fromkeys(("save_steps", "logging_steps", "eval_steps", "num_train_epochs", "neftune_noise_alpha"), ABOVE_0),

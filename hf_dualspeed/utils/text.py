@@ -2,9 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from statistics import mean, stdev
+
+# Results, configs and tables are far flatter.
+DEEPEST = 100
+
+
+def parse_json(text: str | bytes) -> object:
+    """The value of a JSON text that can be walked through.
+
+    Raises:
+        ValueError: it is no JSON, holds NaN or Infinity, or is nested more than 100 deep.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level, depth = [value], 0
+    while level:
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        level, depth = [item for items in inner for item in items], depth + 1
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+    return value
+
+
+def _refuse_constant(word: str):
+    raise ValueError(f"{word} is no JSON number")
+
+
+def finite(value: object) -> object:
+    """The value with None in place of each number that is NaN or infinite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def one_line(error: BaseException) -> str:

@@ -10,7 +10,8 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from enum import Enum
 from functools import cache, wraps
@@ -115,7 +116,7 @@ def fits(value: Any, hint: Any) -> bool:
     """Whether a value is of an annotated type. Floats must be finite, integers fit 32 bits; True is no number."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(fits(value, option) for option in inner)
+        return any(fits(value, option) for option in alternatives(hint))
     if origin is Literal:
         return value in inner
     if hint is float:
@@ -123,8 +124,8 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
     kind = origin or hint
-    if kind is None or not isinstance(kind, type):  # `Any`, and what is no type
-        return hint is not None or value is None
+    if hint is Any or not isinstance(kind, type):
+        return True
     if issubclass(kind, Enum):
         return isinstance(value, kind) or value in [one.value for one in kind]
     if kind is tuple and inner[1:] == (...,):  # any number of items: a list does as well
@@ -137,11 +138,18 @@ def fits(value: Any, hint: Any) -> bool:
     return True
 
 
+def alternatives(union: Any) -> list[Any]:
+    """The types of a union; beside an enumeration, no text but its values is allowed."""
+    inner = get_args(union)
+    listed = any(isinstance(option, type) and issubclass(option, Enum) for option in inner)
+    return [option for option in inner if not (listed and option is str)]
+
+
 def words_of(hint: Any) -> str:
     """An annotated type in words, such as "a whole number or None"."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(words_of, inner)))
+        return " or ".join(dict.fromkeys(map(words_of, alternatives(hint))))
     if origin is Literal:
         return " or ".join(map(repr, inner))
     kind = origin or hint
@@ -238,6 +246,16 @@ def require(batch: dict, key: str) -> None:
             f"The data collator's batch has no `{key}`, only {sorted(batch)}. Return it, or use hf_dualspeed's "
             "VisionLanguageCollator."
         )
+
+
+@contextmanager
+def surprises_named(what: str) -> Iterator[None]:
+    """Around code that walks through a file's contents: what is not as expected there becomes a `ValueError`."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {shortened(error.args[0] if error.args else '')}"
+        raise ValueError(f"{what}: {reason}. Restore it, or measure again.") from error
 
 
 def check_tensors(where: str | Path, missing: Iterable[str] = (), foreign: Iterable[str] = ()) -> None:
