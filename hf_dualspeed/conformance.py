@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..utils.validation import checked
 from .models.components import language_parts
 from .models.interface import ModelInterface
 from .pruners import AutoPruner, Pruner, budget
@@ -22,6 +21,7 @@ from .pruning.isolator import ModeIsolator
 from .pruning.proportional_attention import key_sizes_of
 from .trainer.dual_forward import DualForward
 from .trainer.schedule import FAST, SLOW
+from .utils.validation import checked
 
 RATIO = 0.75
 ISOLATOR = 3

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..utils.text import loads
 from ..utils.validation import check_choice
 from .columns import filled, unread_picture
 from .media import DOWNLOAD, is_web, shown
@@ -289,14 +290,14 @@ def _conversation(value: Any, column: str, name: str) -> list[dict]:
 def _decoded(item: Any) -> Any:
     """A turn or tool that is JSON text, decoded."""
     try:
-        return json.loads(item) if isinstance(item, str) and item.startswith("{") else item
+        return loads(item) if isinstance(item, str) and item.startswith("{") else item
     except json.JSONDecodeError:
         return item
 
 
 def _json_list(name: str, column: str, text: str, wanted: str) -> list:
     try:
-        value = json.loads(text)
+        value = loads(text)
     except json.JSONDecodeError as error:
         raise _refused(name, column, text, f"it is no JSON ({error}). Give {wanted}, or that as JSON text.") from None
     if not isinstance(value, list):
@@ -336,7 +337,7 @@ def _json_parts(content: Any) -> Any:
     """Content whose parts are written as JSON text, as tables hold them, decoded; any other stays as it is."""
     keys = {"type", "text", *SOURCES["image"], *SOURCES["video"]}
     try:
-        parts = json.loads(content) if isinstance(content, str) and content.lstrip().startswith("[") else None
+        parts = loads(content) if isinstance(content, str) and content.lstrip().startswith("[") else None
     except json.JSONDecodeError:
         return content
     # Objects with other keys, such as boxes, are what a model is to answer.
@@ -357,7 +358,7 @@ def _tool_calls(calls: Any, name: str) -> list:
         function = call.get("function", call)
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             try:
-                function["arguments"] = json.loads(function["arguments"])
+                function["arguments"] = loads(function["arguments"])
             except json.JSONDecodeError as error:
                 why = f"it is no JSON ({error}). Give the arguments as a dict, or as JSON text."
                 raise _refused(name, "arguments", function["arguments"], why) from None
@@ -438,7 +439,7 @@ def located_parts(conversation: Any, locate: Callable[[str], str]) -> Any:
     """A copy of a conversation in which `locate` has changed the paths that content parts hold."""
     if isinstance(conversation, str):
         try:
-            turns = json.loads(conversation)
+            turns = loads(conversation)
         except json.JSONDecodeError:
             return conversation
         return json.dumps(located_parts(turns, locate)) if isinstance(turns, list) else conversation
@@ -501,7 +502,7 @@ def given_texts(value: Any, column: str) -> list[str]:
     """
     if isinstance(value, str) and column != "answer" and value.lstrip().startswith(("[", "{")):
         try:
-            value = json.loads(value)
+            value = loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"`{column}` is {shown(value)}, which is no JSON: {error}. Write it as JSON.") from None
     value = value.tolist() if isinstance(value, np.ndarray) else value

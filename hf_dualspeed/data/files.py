@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..utils.text import loads
 from .media import shown
 
 ROW_FILES = (".json", ".jsonl", ".csv")
@@ -61,6 +62,8 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with open(path, encoding=encoding, newline="") as file:
             yield from read(file, path.name)
+    except RecursionError:
+        raise ValueError(f"{str(path)!r} is nested too deeply. It must hold samples.") from None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{str(path)!r} is not in UTF-8: it holds the byte {error.object[error.start]:#04x}. Save it as UTF-8, for "
@@ -104,7 +107,7 @@ def _jsonl_rows(file: TextIO, name: str) -> Iterator[dict]:
     lines = (line for line in enumerate(file, 1) if line[1].strip())
     for count, (number, line) in enumerate(lines):
         try:
-            row = json.loads(line.strip(), parse_float=Written)
+            row = loads(line.strip(), parse_float=Written)
         except json.JSONDecodeError as error:
             raise ValueError(f"Line {number} of {name!r} is not valid JSON: {error}.") from None
         yield _checked(row, name, count)
@@ -141,7 +144,7 @@ def _cell(column: str, text: str, name: str, index: int) -> Any:
     if column not in LISTS or not text.startswith("["):
         return text
     try:
-        return json.loads(text)
+        return loads(text)
     except json.JSONDecodeError as error:
         if column == "image":
             return text

@@ -12,7 +12,7 @@ from torch import nn
 from ..models.components import language_parts
 from ..models.interface import ModelInterface
 from ..pruners import AutoPruner, Pruner, available_pruners, pruner_class
-from ..utils.validation import check_keys
+from ..utils.validation import check_keys, shortened
 from .dual_forward import DualForward
 from .training_args import Default, DualSpeedArguments
 
@@ -61,6 +61,10 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, interface: M
 
 def check_wrapper(model: nn.Module) -> None:
     """Raises a `ValueError` for a model in a wrapper that passes in two modes cannot go through."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model` must be a module, got {shortened(model)}. Load it by AutoModelForImageTextToText.from_pretrained."
+        )
     if isinstance(model, nn.DataParallel):
         raise ValueError(
             "`model` is an nn.DataParallel, which DualSpeed does not support. Pass the model inside it "

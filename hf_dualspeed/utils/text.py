@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from statistics import mean, stdev
+from typing import Any
 
 # Results, configs and tables are far flatter.
 DEEPEST = 100
@@ -18,10 +19,7 @@ def parse_json(text: str | bytes) -> object:
     Raises:
         ValueError: it is no JSON, holds NaN or Infinity, or is nested more than 100 deep.
     """
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    value = loads(text, parse_constant=_refuse_constant)
     level, depth = [value], 0
     while level:
         inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
@@ -29,6 +27,14 @@ def parse_json(text: str | bytes) -> object:
         if depth > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} deep")
     return value
+
+
+def loads(text: str | bytes, **options) -> Any:
+    """`json.loads`, whose error of a text that is nested too deeply is a `JSONDecodeError` as well."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
 
 
 def _refuse_constant(word: str):

@@ -11,7 +11,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from enum import Enum
 from functools import cache, wraps
@@ -88,10 +88,14 @@ def check_fields(options: Any, names: Iterable[str] | None = None, wider: Mappin
 
 @cache
 def hints_of(annotated: Callable) -> dict[str, Any]:
-    try:
-        return get_type_hints(annotated)
-    except NameError:  # an annotation names what is known in the function alone that defines it
-        return {}
+    """The annotations of a function, or of a class and its bases, without those that only type checkers can read."""
+    hints = {}
+    for owner in reversed(getattr(annotated, "__mro__", (annotated,))):
+        scope = vars(sys.modules.get(owner.__module__, types))
+        for name, hint in inspect.get_annotations(owner).items():
+            with suppress(NameError):
+                hints[name] = get_type_hints(type("", (), {"__annotations__": {name: hint}}), scope)[name]
+    return hints
 
 
 def as_type(name: str, value: Any, hint: Any) -> Any:
