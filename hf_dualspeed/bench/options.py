@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from ..pruners import available_pruners, pruner_class
-from ..utils.validation import Parser, as_count, check_choice, check_range, nearest
+from ..utils.validation import Parser, as_count, check_choice, check_fields, check_range, nearest
 from .shapes import HEAD, SHAPES, Shape
 
 SCALES = ("small", "full")
@@ -92,6 +92,7 @@ class BenchArguments:
     render_only: bool = False
 
     def __post_init__(self):
+        check_fields(self, wider={"slow_splits": str | int | None})
         self._fill()
         for name, low in {"batch": 1, "layers": 1, "text_tokens": 4, "rounds": 2, "steps": 2}.items():
             if getattr(self, name) is not None:

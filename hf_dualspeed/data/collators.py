@@ -383,6 +383,7 @@ class MaskVisualLabels:
     _warned = False
     _warned_of_instructions = False
 
+    @checked
     def __init__(
         self, collator: Callable[[list], dict[str, Any]], visual_token_ids: list[int], asks: str | None = None
     ):

@@ -13,8 +13,8 @@ from ..pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, prune
 from ..pruning.api import prune_inputs
 from ..pruning.isolator import ModeIsolator
 from ..trainer.dual_forward import DualForward
-from ..utils.constants import PRUNER_CONFIG_NAME
-from ..utils.validation import checked
+from ..utils.constants import POSITION_IDS, PRUNER_CONFIG_NAME, VIDEO_BUDGETS
+from ..utils.validation import check_choice, check_fields, checked
 
 
 @dataclass
@@ -41,6 +41,11 @@ class PrunedPrompts:
     proportional_attention: bool = True
     seed: int = 0
     batch: int = 0
+
+    def __post_init__(self):
+        check_fields(self)
+        check_choice("position_ids", self.position_ids, POSITION_IDS)
+        check_choice("video_budget", self.video_budget, VIDEO_BUDGETS)
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # A CPU generator uses only the lower 32 bits of a seed.

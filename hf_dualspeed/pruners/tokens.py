@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..utils.validation import check_fields
+
 NEEDS = frozenset({"grid", "attention", "keys", "text"})
 
 
@@ -41,6 +43,7 @@ class VisualTokens:
     defer_checks: bool = False
 
     def __post_init__(self):
+        check_fields(self)
         if self.features.dim() != 3:
             raise ValueError(f"`features` must be of shape (B, N, D), got {tuple(self.features.shape)}.")
         batch, count, _ = self.features.shape

@@ -68,7 +68,7 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
         whole, learns = len(test), training_args.eval_strategy != "no"
         first = None if learns else recipe.eval_limit
         test = check_data(test, recipe.eval_dataset, collator, recipe, training_args, learns, first)
-        check_answers(test, recipe)
+        check_answers(test, recipe, learns)
     if model is None:
         model = load_weights(recipe)
     trainer = DualSpeedTrainer(
@@ -174,9 +174,21 @@ def has_answers(dataset: Dataset) -> bool:
     return bool({"answer", "answers"} & set(dataset.column_names))
 
 
-def check_answers(test: Dataset, recipe: RecipeArguments) -> None:
-    """Raises a `ValueError` where a question whose answer will be scored says nothing of what is right."""
-    if not has_answers(test) or recipe.check_data is False:
+def check_answers(test: Dataset, recipe: RecipeArguments, learns: bool) -> None:
+    """Raises a `ValueError` where a question whose answer will be scored says nothing of what is right.
+
+    Where nothing can be scored, data with `learns` serve the loss alone, which is warned of.
+    """
+    if not has_answers(test):
+        lacking = f"{recipe.eval_dataset!r} has no column `answer` or `answers`, only {test.column_names}"
+        if not learns:
+            raise ValueError(
+                f"`eval_dataset` {lacking}: no accuracy can be measured on it. Rename the column of answers, leave "
+                "`eval_dataset` out, or set `eval_strategy` to measure the loss on it."
+            )
+        logger.warning("The accuracy is not measured: %s.", lacking)
+        return
+    if recipe.check_data is False:
         return
     for index, row in enumerate(first_rows(test, recipe.eval_limit)):
         try:
@@ -221,8 +233,7 @@ def _facts(recipe: RecipeArguments) -> dict:
 def _accuracy(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset, test: Dataset, whole: int) -> dict:
     """The accuracy; nothing but a warning if it cannot be measured."""
     if not has_answers(test):
-        logger.warning("The accuracy is not measured: %r has no column `answer` or `answers`.", recipe.eval_dataset)
-        return {}
+        return {}  # said before training
     try:
         return _evaluate(recipe, trainer, train, test, whole)
     except Exception as error:  # must not cost the card and the push of what is trained and saved

@@ -382,6 +382,20 @@ def test_questions_that_say_nothing_of_what_is_right_are_found_before_training(o
     assert own_data(["a.png"], eval_dataset=test, eval_limit=1)["eval_part"] == "first 1"
 
 
+def test_an_evaluation_without_answers_is_refused_before_training_unless_it_measures_the_loss(
+    own_data, tmp_path, caplog
+):
+    talk = [{"role": "user", "content": "what colour ?"}, {"role": "assistant", "content": "red"}]
+    (tmp_path / "test.json").write_text(json.dumps([{"messages": talk, "images": []}]), encoding="utf-8")
+    test = str(tmp_path / "test.json")
+    with pytest.raises(ValueError, match=r"`eval_dataset` .*test.json' has no column `answer` or `answers`, only \["):
+        own_data(["a.png"], eval_dataset=test, check_data=False)
+    assert not (tmp_path / "run").exists()
+    results = own_data(["a.png"] * 3, eval_dataset=test, eval_strategy="steps", eval_steps=3)
+    assert results["evaluation"]["eval_loss"] > 0
+    assert "The accuracy is not measured" in caplog.text
+
+
 def test_an_accuracy_without_the_questions_left_out_is_one_of_a_part(own_data, tmp_path):
     rows = [{"question": "what colour ?", "answer": "red", "image": name} for name in ("a.png", "no.png")]
     (tmp_path / "test.json").write_text(json.dumps(rows), encoding="utf-8")
