@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_dualspeed.utils.text import markdown_table, one_line, percent, spread, without_paths
+from hf_dualspeed.utils.text import finite, markdown_table, one_line, parse_json, percent, spread, without_paths
 
 
 def test_errors_are_one_short_line():
@@ -32,3 +32,22 @@ def test_tables():
 
 def test_shares():
     assert (percent(0.1255), percent(None)) == ("12.6%", None)
+
+
+def test_json_is_read_strictly():
+    assert parse_json(b'{"a": [1, 2.5, null]}') == {"a": [1, 2.5, None]}
+    assert parse_json("[" * 99 + "]" * 99)
+    for text, said in (
+        ("NaN", "NaN is no JSON number"),
+        ('{"a": [-Infinity]}', "-Infinity is no JSON number"),
+        ("[" * 101 + "]" * 101, "nested more than 100 deep"),
+        ('{"a": ' * 50_000, "nested too deeply"),
+        ("", "Expecting value"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            parse_json(text)
+
+
+def test_numbers_that_json_lacks_become_null():
+    found = {"a": [1.5, float("nan"), (float("inf"), "x")], "b": -float("inf")}
+    assert finite(found) == {"a": [1.5, None, [None, "x"]], "b": None}
