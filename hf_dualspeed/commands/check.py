@@ -17,7 +17,7 @@ from ..data.media import opened, pattern
 from ..hub.source import is_repo_id
 from ..models.interface import ModelInterface
 from ..utils.constants import POSITION_IDS
-from ..utils.validation import Parser
+from ..utils.validation import Parser, loading
 
 QUESTIONS = ("What is this?", "What is the difference between the two?", "What is the capital of France?")
 ANSWER = "I cannot tell."
@@ -29,12 +29,13 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     if not Path(options.model).is_dir() and not is_repo_id(options.model):
         raise FileNotFoundError(f"`model` is {options.model!r}, which is neither a folder nor a Hub repo 'user/name'.")
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
+    images = [opened(path) for path in options.image] or [pattern(320, 240), pattern(240, 320)]
+    with loading(options.model):
+        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(options.model)
     interface = ModelInterface(model)
     interface.check_protocol()
     interface.position_scheme(options.position_ids)
-    processor = AutoProcessor.from_pretrained(options.model)
-    images = [opened(path) for path in options.image] or [pattern(320, 240), pattern(240, 320)]
     checks = check_model(model, batch_of(model, processor, images, options.position_ids))
     show(checks, type(model).__name__)
     return int(any(check.passed is False for check in checks))

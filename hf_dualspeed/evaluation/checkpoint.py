@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from ..pruning.isolator import ModeIsolator, saved_length
 from ..publishing.files import check_finished
 from ..publishing.results import read_results
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
-from ..utils.validation import check_tensors, checked
+from ..utils.text import parse_json
+from ..utils.validation import check_tensors, checked, loading, surprises_named
 from .fingerprint import hash_of_file, model_files
 
 # Files that a run leaves beside its model. With them, a model answers from pruned tokens as in fast steps.
@@ -73,7 +73,8 @@ class Checkpoint:
         name, revision = self.name, self.commit
         if self.base is not None and _file(name, PROCESSOR_NAME, revision) is None:
             name, revision = self.base, self.base_commit
-        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=self.trust_remote_code)
+        with loading(name):
+            processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=self.trust_remote_code)
         if not isinstance(processor, ProcessorMixin):
             kind = type(processor).__name__
             raise ValueError(
@@ -88,12 +89,14 @@ class Checkpoint:
         options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
         options |= {"revision": self.base_commit if self.base else self.commit}
         name = self.base or self.name
-        model, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
+        with loading(name):
+            model, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
         check_tensors(name, info["missing_keys"])
         if self.base is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, self.name, revision=self.commit)
+            with loading(self.name):
+                model = PeftModel.from_pretrained(model, self.name, revision=self.commit)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         return model.to(device).eval()
 
@@ -145,11 +148,12 @@ def find_checkpoint(
             raise
         adapter = None
     if adapter is not None:  # where both are there, transformers too loads the adapter's base model
-        found, config = adapter, json.loads(adapter.read_text(encoding="utf-8"))
-        base = given or str(config.get("base_model_name_or_path"))
-        base_commit = (
-            None if Path(base).is_dir() else _base_commit(name, base, None if given else config.get("revision"))
-        )
+        with surprises_named(f"{ADAPTER_CONFIG_NAME} of {name!r} is none of an adapter"):
+            config = parse_json(adapter.read_bytes())
+            base = given or str(config["base_model_name_or_path"])
+            revision = None if given else config.get("revision")
+        found = adapter
+        base_commit = None if Path(base).is_dir() else _base_commit(name, base, revision)
     if found is None:
         raise ValueError(f"{name!r} holds no checkpoint: neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} is there.")
     commit = None if folder is not None else found.parent.name  # the Hub's cache has a folder per commit
@@ -176,7 +180,8 @@ def _contents(name: str, commit: str | None) -> dict[str, str]:
 
 
 def _check_kind(name: str, model: str, revision: str | None, trust_remote_code: bool) -> None:
-    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    with loading(model):
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not known and "AutoModelForImageTextToText" not in (getattr(config, "auto_map", None) or {}):
         raise ValueError(

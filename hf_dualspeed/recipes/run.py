@@ -30,7 +30,7 @@ from ..trainer.trainer import DualSpeedTrainer
 from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.constants import CHECKED_SAMPLES
 from ..utils.text import one_line
-from ..utils.validation import check_keys, checked
+from ..utils.validation import check_keys, checked, loading
 from .arguments import RecipeArguments
 from .tiny_llava import build_tiny_llava
 
@@ -113,22 +113,22 @@ def load_model(recipe: RecipeArguments, train: Dataset, seed: int) -> tuple[PreT
 
 
 def load_weights(recipe: RecipeArguments) -> PreTrainedModel:
-    return AutoModelForImageTextToText.from_pretrained(
-        recipe.model_name_or_path,
-        dtype=recipe.dtype,
-        attn_implementation=recipe.attn_implementation,
-        trust_remote_code=recipe.trust_remote_code,
-        **(four_bit(recipe.dtype, recipe.lora) if recipe.load_in_4bit else {}),
-    )
+    with loading(recipe.model_name_or_path):
+        return AutoModelForImageTextToText.from_pretrained(
+            recipe.model_name_or_path,
+            dtype=recipe.dtype,
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+            **(four_bit(recipe.dtype, recipe.lora) if recipe.load_in_4bit else {}),
+        )
 
 
 def load_processor(recipe: RecipeArguments) -> ProcessorMixin:
     """The model's processor with the recipe's options; one that its image processor does not know is an error."""
     # Without torchvision, transformers uses its PIL image processors.
-    options = recipe.processor_options or {}
-    processor = AutoProcessor.from_pretrained(
-        recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code, **options
-    )
+    name, options = recipe.model_name_or_path, recipe.processor_options or {}
+    with loading(name):
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=recipe.trust_remote_code, **options)
     if options:  # which transformers drops without a word where they are unknown
         check_keys("processor_options", options, sorted(processor.image_processor.valid_kwargs.__annotations__))
     return processor

@@ -20,6 +20,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import numpy as np
 
+from .text import one_line
+
 Function = TypeVar("Function", bound=Callable)
 
 SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -250,6 +252,20 @@ def require(batch: dict, key: str) -> None:
             f"The data collator's batch has no `{key}`, only {sorted(batch)}. Return it, or use hf_dualspeed's "
             "VisionLanguageCollator."
         )
+
+
+@contextmanager
+def loading(name: str | Path) -> Iterator[None]:
+    """Around the loading of a model or processor: errors of any kind become a `ValueError` with its name."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(name) in str(error):
+            raise
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"{str(name)!r} cannot be loaded: {said}. Restore its files, or name another one.") from error
 
 
 @contextmanager

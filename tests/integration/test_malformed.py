@@ -459,7 +459,22 @@ def checkpoints() -> list[tuple]:
     """Contents of a checkpoint's trainer_state.json."""
     texts = ("", "{", "[]", "3", "{}", '{"global_step": null}', '{"global_step": "3"}', '{"global_step": -5}')
     texts += ('{"global_step": 2.5}', '{"global_step": true}', '{"global_step": [3]}', "[" * 5000)
-    return [("checkpoint", text, r"trainer_state\.json") for text in texts]
+    rows = [("checkpoint", text, r"trainer_state\.json") for text in texts]
+    llava = '{"model_type": "llava"'
+    files = [
+        *({"config.json": text} for text in ("", "{", "[]", "3", "{}", "[" * 5000, "NaN", b"\xff\xfe")),
+        *({"config.json": f'{{"model_type": {kind}}}'} for kind in ('"llavva"', '"llama"', "3", "null", "[3]")),
+        *({"config.json": f'{{"model_type": "llava", "text_config": {part}}}'} for part in ("3", '"x"', "[]")),
+        *({"adapter_config.json": text} for text in ("", "{", "[]", "{}", "[" * 5000)),
+        {"adapter_config.json": '{"base_model_name_or_path": 3}'},
+        {"adapter_config.json": '{"base_model_name_or_path": "/nope"}'},
+        {"config.json": llava + "}", "tokenizer.json": "{"},
+        {"config.json": llava + "}", "tokenizer.json": "[]", "tokenizer_config.json": "3"},
+        {"config.json": llava + "}", "processor_config.json": "["},
+        {"config.json": llava + "}", "preprocessor_config.json": "[]"},
+        {},
+    ]
+    return rows + [("checkpoint folder", contents, r"'run'|\brun\b") for contents in files]
 
 
 class Bare(nn.Module):
@@ -635,6 +650,13 @@ def checkpoint(text: str, capsys) -> str | None:
     return fault_of(Path())
 
 
+def checkpoint_folder(contents: dict, capsys) -> object:
+    Path("run").mkdir()
+    for name, text in contents.items():
+        written(f"run/{name}", text)
+    return find_checkpoint("run").processor()
+
+
 REFUSE = {
     "recipe file": lambda text, capsys: parse_recipe(["--config", written("recipe.yaml", text)]),
     "recipe value": lambda line, capsys: parse_recipe(["--config", written("recipe.yaml", f"{BASE}{line}\n")]),
@@ -653,6 +675,7 @@ REFUSE = {
     "results file": lambda text, capsys: read_results(Path(written("results.json", text)).parent),
     "data file": data_file,
     "checkpoint": checkpoint,
+    "checkpoint folder": checkpoint_folder,
     "call": lambda given, capsys: given[0](**given[1]),
 }
 TABLE = [
@@ -684,7 +707,7 @@ def test_malformed_input_is_refused_by_name(row, tmp_path, monkeypatch, capsys):
     try:
         error = REFUSE[kind](given, capsys)
         assert isinstance(error, str), f"accepted: {str(given)[:200]}"
-    except (ValueError, FileNotFoundError) as found:
+    except (ValueError, OSError) as found:
         error = str(found)
     assert re.search(said, error, re.DOTALL), error
     assert "Traceback" not in error
