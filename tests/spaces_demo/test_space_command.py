@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import tomllib
@@ -206,3 +207,14 @@ def test_the_demo_hands_its_words_to_the_page(monkeypatch):
     assert cli.main(["demo", "--dualspeed", "user/fast", "--webcam", "--port", "8000"]) == 0
     assert seen == [({"baseline": None, "dualspeed": "user/fast", "pruned": None}, True, 8000)]
     assert sys.path[0] == str(SPACE)
+
+
+def test_a_port_in_use_is_named_before_anything_is_loaded(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.main(["demo", "--port", str(port)]) == 2
+    line = capsys.readouterr().err
+    assert f"`port` {port} cannot be used: Address already in use. Choose another" in line
+    assert line.count("\n") == 1
