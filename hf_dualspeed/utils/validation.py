@@ -161,8 +161,8 @@ def words_of(hint: Any) -> str:
     kind = origin or hint
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(repr(one.value) for one in kind)}"
-    if isinstance(kind, type) and issubclass(kind, Sequence) and inner:
-        return f"{NAMES.get(kind, 'a list')}, each item {words_of(inner[0])}"
+    if kind in (list, tuple, Sequence, Iterable) and inner:
+        return f"a list, each item {words_of(inner[0])}"
     return NAMES.get(kind) or f"of type {getattr(kind, '__name__', kind)}"
 
 
