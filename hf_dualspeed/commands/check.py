@@ -32,10 +32,11 @@ def main(argv: list[str]) -> int:
     images = [opened(path) for path in options.image] or [pattern(320, 240), pattern(240, 320)]
     with loading(options.model):
         model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(options.model)
     interface = ModelInterface(model)
     interface.check_protocol()
     interface.position_scheme(options.position_ids)
+    with loading(options.model):
+        processor = AutoProcessor.from_pretrained(options.model)
     checks = check_model(model, batch_of(model, processor, images, options.position_ids))
     show(checks, type(model).__name__)
     return int(any(check.passed is False for check in checks))

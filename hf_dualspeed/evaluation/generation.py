@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.progress import track
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.collators import encode
@@ -23,7 +24,7 @@ CONVERSATIONS = ("messages", "prompt", "conversations")
 
 @checked
 def answer_accuracy(
-    model: PreTrainedModel,
+    model: nn.Module,
     processor: ProcessorMixin,
     dataset: Dataset,
     *,
@@ -36,7 +37,7 @@ def answer_accuracy(
     """The share of rows whose generated answer equals an expected one, apart from case and white space.
 
     Args:
-        model (`PreTrainedModel`): Generates on its own device; its training mode is restored.
+        model (`nn.Module`): Generates on its own device; its training mode is restored.
         processor (`ProcessorMixin`): The model's processor, with a chat template.
         dataset (`datasets.Dataset`): Questions and expected answers, as [`question_and_answers`] reads them.
         batch_size (`int`, *optional*, defaults to 64): Questions per batch.

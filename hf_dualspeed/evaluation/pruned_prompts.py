@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from ..pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
 from ..pruning.api import prune_inputs
@@ -22,7 +22,7 @@ class PrunedPrompts:
     """Prunes batches of prompts. It is a `prepare` of [`answer_accuracy`].
 
     Args:
-        model (`PreTrainedModel`): The model that generates.
+        model (`nn.Module`): The model that generates, PEFT-wrapped or not.
         pruner ([`Pruner`]): A pruner in front of the language model.
         isolator ([`ModeIsolator`], *optional*): Learned tokens in front of each image's kept tokens.
         position_ids (`str`, *optional*, defaults to `"auto"`): As in [`prune_inputs`].
@@ -33,7 +33,7 @@ class PrunedPrompts:
             evaluation prunes like an uninterrupted one.
     """
 
-    model: PreTrainedModel
+    model: nn.Module
     pruner: Pruner
     isolator: ModeIsolator | None = None
     position_ids: str = "auto"
@@ -64,7 +64,7 @@ class PrunedPrompts:
 
 
 @checked
-def prompts_of(dual_forward: DualForward, model: PreTrainedModel, seed: int = 0) -> PrunedPrompts:
+def prompts_of(dual_forward: DualForward, model: nn.Module, seed: int = 0) -> PrunedPrompts:
     """Prunes prompts as a training's fast steps do."""
     return PrunedPrompts(
         model,

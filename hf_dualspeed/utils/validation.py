@@ -169,7 +169,7 @@ def words_of(hint: Any) -> str:
 def shortened(value: Any) -> str:
     """A value as Python writes it, at most 100 characters."""
     try:
-        written = repr(value)
+        written = " ".join(repr(value).split("\n"))
     except Exception:  # too deep, or of a class whose own `__repr__` fails
         written = f"a {type(value).__name__}"
     return written if len(written) <= 100 else f"{written[:97]}..."

@@ -526,7 +526,7 @@ def calls() -> list[tuple]:
         (VisualTokens, {"features": torch.zeros(2, 3)}, "`features` must be of shape"),
         (VisualTokens, {"features": torch.zeros(1, 2, 3), "lengths": 2}, "`lengths` must be a list"),
         (VisualTokens, {"features": torch.zeros(1, 2, 3), "valid": [[True]]}, "`valid` must be of type Tensor"),
-        (PrunedPrompts, {"model": None, "pruner": pruner}, "`model` must be of type PreTrainedModel"),
+        (PrunedPrompts, {"model": None, "pruner": pruner}, "`model` must be of type Module"),
         (MaskVisualLabels, {"collator": None, "visual_token_ids": [3]}, "`collator` must be of type Callable"),
         (MaskVisualLabels, {"collator": list, "visual_token_ids": 3}, "`visual_token_ids` must be a list"),
         (self_distillation_loss, {"student_logits": [[0.0]], "teacher_logits": logits}, "`student_logits` must be"),
