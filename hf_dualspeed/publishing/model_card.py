@@ -28,7 +28,7 @@ OPTIONAL = (
     "learning_curve",
 )
 OPTIONAL += ("learning_curve", "majority_accuracy", "model", "peak_memory", "progress", "pruned_in_language_model")
-OPTIONAL += ("speedup", "steps")
+OPTIONAL += ("data_wait", "speedup", "steps")
 # Front matter keys and lines that PEFT adds to the Hub's card template beside adapters.
 PEFT_KEYS = {"base_model", "library_name", "pipeline_tag", "tags"}
 PEFT_LINES = ("### Framework versions", "- PEFT ", "## Training procedure")

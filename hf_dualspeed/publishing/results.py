@@ -49,7 +49,7 @@ MAPPINGS = ("a list of mappings", lambda value: isinstance(value, list))
 SHAPE = {
     **dict.fromkeys(("name", "base_model", "date", "license", "learning_curve", "kept_tokens"), WORD),
     **dict.fromkeys(("eval_dataset", "eval_split", "eval_part"), WORD),
-    **dict.fromkeys(("accuracy", "majority_accuracy", "n"), NUMBER),
+    **dict.fromkeys(("accuracy", "majority_accuracy", "n", "data_wait"), NUMBER),
     "datasets": WORDS,
     "tags": WORDS,
     "language": WORD_OR_LIST,
@@ -223,6 +223,7 @@ def print_results(results: dict, output_dir: str | Path) -> None:
         "training time": f"{seconds['total']:.1f} s",
         "fast steps": f"{steps['fast']} in {seconds['fast']:.1f} s",
         "slow steps": f"{steps['slow']} in {seconds['slow']:.1f} s",
+        "time of steps spent waiting for data": percent(results.get("data_wait")),
         "written to": str(output_dir),
     }
     table = Table(show_header=False)

@@ -2,14 +2,111 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .schedule import FAST, SLOW
+
+logger = logging.getLogger(__name__)
+
+# The share of waiting that is worth a hint, and the steps before which it is not given.
+WAITS_MUCH, HINT_AFTER = 0.1, 50
+
+
+class DataWait:
+    """The share of their time that steps wait for their batches, measured without waiting for the device.
+
+    A step lasts from where it asks for its batches to the end of the optimizer step; evaluation and saving are none of
+    it. On a CUDA device, both times are those of its stream, between events: it waits from the end of all work that it
+    was given until the batch has come and been copied to it. A batch for which the host waits while the device is still
+    at work costs nothing. On other devices, the times are the host's.
+
+    Args:
+        waited (`float`), seconds (`float`): of an earlier part of the run.
+    """
+
+    def __init__(self, waited: float = 0.0, seconds: float = 0.0):
+        self.sums = {"waited": waited, "seconds": seconds}
+        self.device = torch.device("cpu")
+        self.steps = 0  # since training began here
+        self._spans: list[tuple[str, Any, Any]] = []  # whose end the device may not have reached
+        self._begun = None
+        self._logged = dict(self.sums)
+        self._hinted = False
+
+    def batches(self, batches: Iterator) -> Iterator:
+        """The batches, which the next step is to run on. The time until each is there counts as waiting."""
+        self._begun, ended = self._mark(), object()
+        while True:
+            begun, batch = self._mark(), next(batches, ended)
+            self._spans.append(("waited", begun, self._mark()))
+            if batch is ended:
+                return
+            yield batch
+
+    def end_step(self) -> None:
+        """Ends the step that the last batches were for."""
+        if self._begun is not None:  # a `get_batch_samples` in front of ours may not call it
+            self._spans.append(("seconds", self._begun, self._mark()))
+            self._begun = None
+            self.steps += 1
+            self._settle()
+
+    def shares(self) -> tuple[float, float]:
+        """The share of waiting since the last log, and that of the whole run; 0 before the first step."""
+        self._settle()
+        since = {name: value - self._logged[name] for name, value in self.sums.items()}
+        return share_of(since), share_of(self.sums)
+
+    def logged(self) -> None:
+        """Begins the time up to the next log."""
+        self._logged = dict(self.sums)
+
+    def hint(self, recent: float, whole: float, workers: int) -> None:
+        """Says once what to do where steps wait long, since the last log and in the whole run, after its start."""
+        if self._hinted or self.steps < HINT_AFTER or min(recent, whole) <= WAITS_MUCH:
+            return
+        self._hinted = True
+        more = f"more than the {workers} of now" if workers else "4, for example, in place of 0"
+        logger.warning(
+            "Steps wait for their batches %.0f%% of the time (`data_wait`). In this order: set dataloader_num_workers "
+            "to %s; let the collator decode large JPEGs at a reduced size (jpeg_draft=True); use smaller images, or a "
+            "smaller size or `max_pixels` of the processor. vision_feature_cache saves the encoder's time, but not "
+            "this one: images are still read and processed.",
+            100 * whole,
+            more,
+        )
+
+    def _mark(self) -> Any:
+        """A point in time: an event on the device's stream, or the host's seconds."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _settle(self) -> None:
+        """Adds up the spans whose end is past."""
+        while self._spans:
+            name, begun, ended = self._spans[0]
+            if isinstance(ended, float):
+                taken = ended - begun
+            elif ended.query():
+                taken = begun.elapsed_time(ended) / 1000
+            else:
+                return
+            self._spans.pop(0)
+            self.sums[name] += taken
+
+
+def share_of(sums: dict[str, float]) -> float:
+    return min(1.0, sums["waited"] / sums["seconds"]) if sums["seconds"] > 0 else 0.0
 
 
 class ModeClock(TrainerCallback, ExportableState):
@@ -18,7 +115,8 @@ class ModeClock(TrainerCallback, ExportableState):
     A step is timed from its first micro-batch to the end of the optimizer step. Data loading, evaluation and saving
     count in `total_seconds` only. `visual_tokens` are those of the fast steps of this process, before and after
     pruning; the checkpoint holds `all_visual_tokens`, the sum over all processes, which the trainer sets. `fast_tokens`
-    are the tokens of the largest batch of a fast step, padding included.
+    are the tokens of the largest batch of a fast step, padding included. `data` times how long steps wait for their
+    batches; `data_wait` is that share in the process that waits longest, which the trainer sets.
     """
 
     def __init__(self, mode: str | None = None):
@@ -34,6 +132,8 @@ class ModeClock(TrainerCallback, ExportableState):
         self.visual_tokens = dict(values.get("visual_tokens", {"full": 0, "kept": 0}))
         self.all_visual_tokens = dict(self.visual_tokens)
         self.fast_tokens = values.get("fast_tokens", 0)
+        self.data = DataWait(**values.get("data_times", {}))
+        self.data_wait: float | None = None
         self._seen: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -42,6 +142,7 @@ class ModeClock(TrainerCallback, ExportableState):
         self._restore(saved["attributes"] if saved else {})
         if not state.is_world_process_zero:  # one process continues from the sum
             self.visual_tokens = {"full": 0, "kept": 0}
+        self.data.device = args.device
         self._seen = time.perf_counter()
         self._logged = (dict(self.steps), self._seen)
 
@@ -56,6 +157,7 @@ class ModeClock(TrainerCallback, ExportableState):
             )
         self.steps[self._mode] += 1
         self.seconds[self._mode] += time.perf_counter() - self._begun
+        self.data.end_step()
         self.pass_time()
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -92,6 +194,7 @@ class ModeClock(TrainerCallback, ExportableState):
         self.pass_time()
         values = {"steps": self.steps, "seconds": self.seconds, "total_seconds": self.total_seconds}
         values |= {"visual_tokens": self.all_visual_tokens, "fast_tokens": self.fast_tokens}
+        values |= {"data_times": dict(self.data.sums)}
         return {"args": {}, "attributes": values}
 
 

@@ -73,7 +73,7 @@ class RunRecordMixin:
         return metrics
 
     def add_up(self) -> None:
-        """Sums the visual tokens of all processes, and takes the largest peak memory. Call it in all of them."""
+        """Sums the visual tokens of all processes, and takes the largest peak memory and wait for data. Call it in all of them."""
         clock, peak = self.clock, peak_memory(self.args.device)
         clock.set_total(**clock.visual_tokens)
         if self.accelerator.num_processes > 1:
@@ -84,6 +84,7 @@ class RunRecordMixin:
             held = torch.tensor([peak["bytes"] if peak else 0], device=self.args.device)
             peak = peak and {**peak, "bytes": self.accelerator.gather(held).max().item()}
         self._peak = peak
+        self.longest_data_wait()
 
     def record(self, folder: str | Path | None = None) -> dict:
         """The record of the run so far, for results.json in `folder` and the model card.
@@ -105,6 +106,7 @@ class RunRecordMixin:
         results |= run_record(self.args, self.summary(), self.clock.total_seconds)
         results |= {"progress": progress(self.state)}
         results |= {"visual_tokens": self.clock.all_visual_tokens if self.clock.all_visual_tokens["full"] else None}
+        results |= {"data_wait": None if self.clock.data_wait is None else round(self.clock.data_wait, 4)}
         results |= {"peak_memory": larger(self._peak, self._earlier.get("peak_memory"))}
         same = as_stored(results["settings"]) == self._earlier.get("settings")
         results |= {"speedup": self._speedup or (self._earlier.get("speedup") if same else None)}

@@ -322,6 +322,9 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         finally:
             self.data_collator = collator
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(self.clock.data.batches(epoch_iterator), num_batches, device)
+
     # --- modes ----------------------------------------------------------------------------------------------------
 
     def mode_at(self, step: int) -> str:
@@ -538,9 +541,23 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
     def log(self, logs, start_time=None):
         if "loss" in logs:  # a training log, written on every rank at the same step
             logs.update(self.mode_losses.pop(self.accelerator, self.clock.window(), self.loss_shares))
+            # Read after the losses, for which the host has waited.
+            recent, whole = self.longest_data_wait()
+            logs["data_wait"] = round(recent, 4)
+            self.clock.data.logged()
+            self.clock.data.hint(recent, whole, self.args.dataloader_num_workers)
             logs.update(self.adaptive_schedule.window() if self.adaptive_schedule is not None else {})
             logs.update(self.feature_cache.window() if self.feature_cache is not None else {})
         super().log(logs, start_time)
+
+    def longest_data_wait(self) -> tuple[float, float]:
+        """The shares of [`DataWait.shares`] in the processes that wait longest. Call it in all of them."""
+        shares = self.clock.data.shares()
+        if self.accelerator.num_processes > 1:
+            every = self.accelerator.gather(torch.tensor([shares], device=self.args.device))
+            shares = tuple(every.amax(0).tolist())
+        self.clock.data_wait = shares[1]
+        return shares
 
     def _reduced(self, shares: torch.Tensor) -> torch.Tensor:
         """Losses of the step over all ranks."""

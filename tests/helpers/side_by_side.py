@@ -39,6 +39,7 @@ ADDED_KEYS = {
     "fast_steps": "steps are logged by mode",
     "slow_steps": "steps are logged by mode",
     "steps_per_second": "a training log has the speed since the last one",
+    "data_wait": "a training log has the share of time that steps waited for their batches",
     "ModeClock": "the checkpoint holds steps and seconds by mode",
 }
 ADDED_FILES = {

@@ -1,0 +1,115 @@
+"""How long steps wait for their batches: in the log, the record and the card, on a clock that the tests set."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+from training import history, make
+
+from hf_dualspeed.publishing.model_card import model_card
+from hf_dualspeed.publishing.results import read_results
+from hf_dualspeed.trainer import callbacks
+from hf_dualspeed.trainer.callbacks import HINT_AFTER, DataWait, ModeClock
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The host's seconds, which only the tests move."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    return now
+
+
+def steps(data, clock, count, wait, work, micro_batches=1):
+    """Steps of so many micro-batches, each of which arrives after `wait` seconds and takes `work` more."""
+
+    def loader():
+        while True:
+            clock.seconds += wait
+            yield "batch"
+
+    for _ in range(count):
+        arriving = data.batches(loader())
+        batches = [next(arriving) for _ in range(micro_batches)]
+        clock.seconds += work * len(batches)
+        data.end_step()
+        clock.seconds += 100  # an evaluation, which is none of it
+
+
+def test_waits_for_all_micro_batches_over_the_time_of_steps(clock):
+    data = DataWait()
+    assert data.shares() == (0, 0)
+    steps(data, clock, 3, wait=1, work=3, micro_batches=2)
+    assert data.shares() == pytest.approx((0.25, 0.25))
+    data.logged()
+    steps(data, clock, 3, wait=1, work=1, micro_batches=2)
+    assert data.shares() == pytest.approx((0.5, 12 / 36))  # since the log, and of all steps
+    assert data.sums == pytest.approx({"waited": 12, "seconds": 36})
+
+
+def test_a_resumed_run_goes_on_with_the_sums(clock):
+    clock_before = ModeClock("fast")
+    clock_before.data = DataWait(waited=2.0, seconds=4.0)
+    saved = clock_before.state()
+    resumed = ModeClock()
+    state = SimpleNamespace(
+        stateful_callbacks={"ModeClock": saved}, global_step=1, is_world_process_zero=True, max_steps=2
+    )
+    resumed.on_train_begin(SimpleNamespace(device="cpu"), state, None)
+    assert resumed.data.shares() == (0, 0.5)
+
+
+@pytest.mark.parametrize(("before", "wait", "hinted"), [(HINT_AFTER, 1, True), (HINT_AFTER, 0.05, False), (9, 1, False)])
+def test_one_hint_names_the_remedies_in_their_order(clock, caplog, before, wait, hinted):
+    data = DataWait()
+    steps(data, clock, before, wait=wait, work=1)
+    with caplog.at_level(logging.WARNING):
+        data.hint(*data.shares(), 0)
+        data.hint(*data.shares(), 0)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == hinted
+    if hinted:
+        order = [said[0].index(name) for name in ("dataloader_num_workers", "jpeg_draft", "max_pixels")]
+        assert "50%" in said[0] and order == sorted(order)
+
+
+def test_a_slow_start_alone_is_no_reason_for_a_hint(clock, caplog):
+    data = DataWait()
+    steps(data, clock, 1, wait=1000, work=1)
+    data.logged()
+    steps(data, clock, HINT_AFTER, wait=0, work=1)
+    data.hint(*data.shares(), 2)
+    assert not caplog.records
+
+
+def test_events_of_the_device_are_read_when_they_are_past():
+    class Event:
+        past = False
+
+        def query(self):
+            return self.past
+
+        def elapsed_time(self, end):
+            return 250.0
+
+    data, begun, ended = DataWait(), Event(), Event()
+    data._spans = [("waited", begun, ended), ("seconds", begun, ended)]
+    assert data.shares() == (0, 0)
+    ended.past = True
+    assert data.shares() == (1, 1) and data.sums == {"waited": 0.25, "seconds": 0.25}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_logs_record_and_card_tell_the_share(tmp_path, accumulation):
+    trainer = make(tmp_path, gradient_accumulation_steps=accumulation, max_steps=3)
+    trainer.train()
+    logged = [share for (share,) in history(trainer, "data_wait")]
+    assert len(logged) == 3 and all(0 < share < 1 for share in logged)
+    trainer.create_model_card()
+    share = read_results(tmp_path)["data_wait"]
+    assert min(logged) <= share <= max(logged)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert f"Steps waited {share:.1%} of their time for their batches." in text
+    results = read_results(tmp_path)
+    results["training"]["processes"] = 2
+    assert "for their batches, in the process that waited longest." in model_card(results)
