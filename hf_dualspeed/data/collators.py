@@ -20,7 +20,8 @@ from ..utils.constants import LONG_SAMPLES, UNREADABLE_IMAGES
 from ..utils.validation import check_choice, check_range, checked, require
 from .conversations import sample_name, to_messages
 from .labels import check_texts, place, recorded
-from .media import IMAGE_ERRORS, open_image, open_video
+from .media import IMAGE_ERRORS, open_video
+from .pictures import Pictures, ProcessedOnce, draft_edge
 from .rendering import ignored_keys, rendered
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,12 @@ class VisionLanguageCollator:
             logged and counted in `skipped` (per data loader worker); a batch without any other is one blank picture,
             of which nothing is learned.
         image_folder (`str`, *optional*): Folder that relative image paths start from.
+        image_cache_mib (`float`, *optional*, defaults to 64): The most MiB of decoded pictures that each data loader
+            worker keeps for later batches. Within a batch, each picture is read, decoded and processed once, whatever
+            this says.
+        jpeg_draft (`bool`, *optional*, defaults to `False`): Decode large JPEGs at a half, a quarter or an eighth of
+            their size, as long as they stay twice as large as the processor makes them. It is faster and changes
+            pixels a little. Only for processors that bring all pictures to one size.
     """
 
     @checked
@@ -114,6 +121,8 @@ class VisionLanguageCollator:
         long_samples: str = "truncate",
         unreadable_images: str = "raise",
         image_folder: str | None = None,
+        image_cache_mib: float = 64,
+        jpeg_draft: bool = False,
     ):
         check_choice("unreadable_images", unreadable_images, UNREADABLE_IMAGES)
         check_choice("long_samples", long_samples, LONG_SAMPLES)
@@ -133,6 +142,14 @@ class VisionLanguageCollator:
         self.long_samples = long_samples
         self.unreadable_images = unreadable_images
         self.image_folder = image_folder
+        check_range("image_cache_mib", image_cache_mib, 0, off="Use 0 to keep no pictures beyond a batch.")
+        edge = draft_edge(processor) if jpeg_draft else None
+        if jpeg_draft and edge is None:
+            raise ValueError(
+                f"`jpeg_draft` is True, but {type(processor).__name__} makes of a picture what its own size asks for, "
+                "so that a smaller one would have other tokens. Leave it out."
+            )
+        self.pictures, self.processed_once = Pictures(image_cache_mib, edge), ProcessedOnce()
         self.skipped = self.unsupervised = self.seen = 0
         self._warned: set[str] = set()
         self._ends = tuple(processor.tokenizer.get_added_vocab())
@@ -150,6 +167,7 @@ class VisionLanguageCollator:
                 earlier turns, the processor hides where the text went, `max_length` would cut into an image, or all
                 of the first samples have nothing to learn. The message names the sample.
         """
+        self.pictures.begin_batch()
         read = [
             self._read(example, f"sample {index} of the batch, {sample_name(example)}")
             for index, example in enumerate(examples)
@@ -166,6 +184,7 @@ class VisionLanguageCollator:
 
     def collated(self, example: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
         """The batch of one sample, which errors call `name`; it is not counted among the unsupervised ones."""
+        self.pictures.begin_batch()
         sample = self._read(example, name)
         return self._batch([] if sample is None else [sample])[1]
 
@@ -275,6 +294,7 @@ class VisionLanguageCollator:
 
     def _encode(self, processor: ProcessorMixin, samples: list[dict]) -> dict:
         images, videos = ([sample[kind] for sample in samples] for kind in ("images", "videos"))
+        processor = self.processed_once.around(processor, images)
         return encode(processor, [sample["text"] for sample in samples], images, videos)
 
     def _add_token_types(self, batch: dict, supervised: torch.Tensor) -> None:
@@ -300,7 +320,7 @@ class VisionLanguageCollator:
         images: list[Image.Image] = []
         videos: list[np.ndarray] = []
         try:
-            images += (open_image(image, self.image_folder) for image in sample["images"])
+            images += (self.pictures.open(image, self.image_folder) for image in sample["images"])
             videos += (open_video(video, self.image_folder) for video in sample["videos"])
         except (TypeError, *IMAGE_ERRORS) as error:
             kind, number = ("videos", len(videos)) if len(images) == len(sample["images"]) else ("images", len(images))

@@ -52,13 +52,15 @@ def shown(value: Any, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[: limit - 43]}...{text[-40:]}"
 
 
-def open_image(image: Any, folder: str | None = None) -> Image.Image:
+def open_image(image: Any, folder: str | None = None, draft: int | None = None) -> Image.Image:
     """Reads a picture as an upright RGB image of 8 bits, with white in place of transparency.
 
     Args:
         image: A PIL image, a path, a `data:` URL, the bytes of a file, a `{"bytes", "path"}` record of `datasets`, or
             an array `(H, W)` or `(H, W, C)`, or a tensor `(H, W)` or `(C, H, W)`, with 1, 3 or 4 channels.
         folder (`str`, *optional*): Folder that a relative path starts from.
+        draft (`int`, *optional*): Decode a JPEG at a half, a quarter or an eighth of its size as long as no side falls
+            below this one, in pixels.
 
     Raises:
         ValueError: the picture is empty, on the web, no regular file, of a format beside [`RASTERS`], or has values
@@ -68,6 +70,9 @@ def open_image(image: Any, folder: str | None = None) -> Image.Image:
         TypeError: `image` is none of these.
     """
     image = opened(image, folder)
+    if draft is not None and image.format in ("JPEG", "MPO"):
+        shrunk = max(1, min(image.size) // draft)
+        image.draft(None, (image.width // shrunk, image.height // shrunk))
     # Pillow's decoders name what they read: "RGB;16B".
     deep = image.mode.startswith("RGB") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", None) or ())
     if deep and 0 < max(high for _, high in image.convert("RGB").getextrema()) <= TWELVE_OF_SIXTEEN:

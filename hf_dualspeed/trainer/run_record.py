@@ -73,7 +73,10 @@ class RunRecordMixin:
         return metrics
 
     def add_up(self) -> None:
-        """Sums the visual tokens of all processes, and takes the largest peak memory and wait for data. Call it in all of them."""
+        """Sums the visual tokens of all processes, and takes the largest peak memory and share of waiting.
+
+        Call it in all of them.
+        """
         clock, peak = self.clock, peak_memory(self.args.device)
         clock.set_total(**clock.visual_tokens)
         if self.accelerator.num_processes > 1:

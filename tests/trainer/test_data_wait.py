@@ -59,7 +59,9 @@ def test_a_resumed_run_goes_on_with_the_sums(clock):
     assert resumed.data.shares() == (0, 0.5)
 
 
-@pytest.mark.parametrize(("before", "wait", "hinted"), [(HINT_AFTER, 1, True), (HINT_AFTER, 0.05, False), (9, 1, False)])
+@pytest.mark.parametrize(
+    ("before", "wait", "hinted"), [(HINT_AFTER, 1, True), (HINT_AFTER, 0.05, False), (9, 1, False)]
+)
 def test_one_hint_names_the_remedies_in_their_order(clock, caplog, before, wait, hinted):
     data = DataWait()
     steps(data, clock, before, wait=wait, work=1)
@@ -70,7 +72,8 @@ def test_one_hint_names_the_remedies_in_their_order(clock, caplog, before, wait,
     assert len(said) == hinted
     if hinted:
         order = [said[0].index(name) for name in ("dataloader_num_workers", "jpeg_draft", "max_pixels")]
-        assert "50%" in said[0] and order == sorted(order)
+        assert "50%" in said[0]
+        assert order == sorted(order)
 
 
 def test_a_slow_start_alone_is_no_reason_for_a_hint(clock, caplog):
@@ -96,7 +99,8 @@ def test_events_of_the_device_are_read_when_they_are_past():
     data._spans = [("waited", begun, ended), ("seconds", begun, ended)]
     assert data.shares() == (0, 0)
     ended.past = True
-    assert data.shares() == (1, 1) and data.sums == {"waited": 0.25, "seconds": 0.25}
+    assert data.shares() == (1, 1)
+    assert data.sums == {"waited": 0.25, "seconds": 0.25}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -104,7 +108,8 @@ def test_logs_record_and_card_tell_the_share(tmp_path, accumulation):
     trainer = make(tmp_path, gradient_accumulation_steps=accumulation, max_steps=3)
     trainer.train()
     logged = [share for (share,) in history(trainer, "data_wait")]
-    assert len(logged) == 3 and all(0 < share < 1 for share in logged)
+    assert len(logged) == 3
+    assert all(0 < share < 1 for share in logged)
     trainer.create_model_card()
     share = read_results(tmp_path)["data_wait"]
     assert min(logged) <= share <= max(logged)
