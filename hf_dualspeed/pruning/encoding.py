@@ -26,6 +26,7 @@ from ..models.interface import Encoder, Modality, ModelInterface, modalities_in
 from ..models.token_layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
 from ..pruners import VisualTokens
 from .instructions import instructions
+from .repeats import Repeats
 from .shortening import check_count
 
 # Inputs of pruners that are captured from the vision tower's attention while it runs.
@@ -103,6 +104,20 @@ class VisualEncoding:
         beside = {name: [rows.detach() for rows in levels] for name, levels in self.companions.items()}
         return replace(self, features=self.features.detach(), companions=beside)
 
+    def repeated(self, places: list[int]) -> VisualEncoding:
+        """The encoding with unit `places[i]` of this one in place i."""
+
+        def again(rows: torch.Tensor) -> torch.Tensor:
+            units = rows.split(self.lengths)
+            return torch.cat([units[place] for place in places])
+
+        companions = {name: [again(level) for level in levels] for name, levels in self.companions.items()}
+        found = replace(self, features=again(self.features), companions=companions)
+        for name in ("lengths", "grids", "attention", "keys"):
+            values = getattr(self, name)
+            setattr(found, name, None if values is None else [values[place] for place in places])
+        return replace(found, output=found.with_features(found.features, found.companions, found.lengths))
+
     def padded(self, rows: torch.Tensor) -> torch.Tensor:
         """Pads `(T, D)` to `(U, N, D)`."""
         # Units of equal length need no padding.
@@ -144,6 +159,7 @@ def encode(
     video_budget: str = "clip",
     served: Callable[[nn.Module], AbstractContextManager] | None = None,
     graphs: bool = False,
+    repeats: Repeats | None = None,
 ) -> list[VisualEncoding]:
     """Encodes each modality whose raw inputs are in `inputs`; an empty list for a text-only batch.
 
@@ -154,16 +170,20 @@ def encode(
         video_budget (`str`): whether a unit is a whole "clip" or a "frame".
         served (`Callable`, *optional*): images are encoded inside the context `served(tower)`.
         graphs (`bool`): whether a frozen tower builds a graph, as in the model's own `forward`.
+        repeats (`Repeats`, *optional*): images that are the same, of which each is encoded once where that can be told.
     """
     # Modalities in the batch, except those that `forward` encodes itself.
     present = modalities_in(inputs)
     encoders = [e for name, e in interface.encoders.items() if name in present and not e.family.whole]
-    return [
-        encode_modality(
-            interface, inputs, e, needs, video_budget, served if e.modality.name == "image" else None, graphs
-        )
-        for e in encoders
-    ]
+    encodings = []
+    for e in encoders:
+        is_image = e.modality.name == "image"
+        cached, once = (served, repeats) if is_image else (None, None)
+        # A cache sees repeats by itself. Some families mix the images of a sample, or project them in `forward`.
+        if cached is not None or e.family.runs or e.family.project is not None or e.family.layered:
+            once = None
+        encodings.append(encode_modality(interface, inputs, e, needs, video_budget, cached, graphs, once))
+    return encodings
 
 
 def encode_modality(
@@ -174,8 +194,12 @@ def encode_modality(
     video_budget: str,
     served: Callable[[nn.Module], AbstractContextManager] | None = None,
     graphs: bool = False,
+    repeats: Repeats | None = None,
 ) -> VisualEncoding:
     """Encodes one modality; see [`encode`]."""
+    # Images that come again are left out, and their tokens put in their places at the end.
+    whole = inputs
+    inputs = inputs if repeats is None else repeats.distinct(inputs)
     outer, modality, owner = interface.outer, encoder.modality, encoder.owner
     family, token_id = encoder.family, encoder.token_id
     if encoder.missing:
@@ -205,9 +229,11 @@ def encode_modality(
         rows, parts = rows[kept], masked_parts(parts, kept)
         consumed.add(family.row_mask)
     # Units that are pruned on their own: whole images and clips, or single frames.
-    whole = video_budget == "clip" or modality.name != "video"
-    lengths = [sum(unit) for unit in parts] if whole else [n for unit in parts for n in unit]
+    clipwise = video_budget == "clip" or modality.name != "video"
+    lengths = [sum(unit) for unit in parts] if clipwise else [n for unit in parts for n in unit]
     lengths = [n for n in lengths if n]  # the unit of a sample without images may be empty
+    if repeats is not None and len(lengths) != len(repeats.first):  # units are no images, so all are encoded
+        return encode_modality(interface, whole, encoder, needs, video_budget, served, graphs)
     check_count(token_id, sum(lengths), len(rows))
     encoding = VisualEncoding(modality.name, token_id, output, family, rows, lengths, consumed)
     encoding.companions = companions
@@ -223,8 +249,10 @@ def encode_modality(
             encoding.attention = place(capture.received(), absent=float("-inf"))  # tokens without a patch rank last
         if "keys" in needs:
             encoding.keys = place(capture.keys(), absent=0.0)
+    if repeats is not None:
+        encoding = encoding.repeated(repeats.places)
     if "text" in needs:
-        found = instructions(interface, inputs, token_id, lengths)
+        found = instructions(interface, whole, token_id, encoding.lengths)
         encoding.text, encoding.text_valid = found.embedded(outer, inputs["input_ids"])
     return encoding
 

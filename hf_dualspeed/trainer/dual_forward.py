@@ -27,6 +27,7 @@ from ..pruning.encoding import VisualEncoding, encode
 from ..pruning.inputs import check_inputs, check_pruner, shorten_inputs, whole_inputs
 from ..pruning.isolator import ModeIsolator
 from ..pruning.proportional_attention import KeySizes, key_sizes_of
+from ..pruning.repeats import Repeats
 from .batch_splitting import BatchParts
 from .fused_loss import FusedHead
 from .losses import supervised_cross_entropy
@@ -82,6 +83,7 @@ class PassState:
         parts (`int`): number of parts of the batch; each call runs one.
         progress (`float`): fraction of the training that is done, for a pruning ratio that changes.
         served (`Callable`, *optional*): images are encoded inside `served(tower)`.
+        repeats (`Repeats`, *optional*): images that are the same, which are encoded once.
         tokens (`int`): tokens of the language model's last call, padding included.
         visual_tokens (`tuple[int, int]`): of a fast pass, before and after pruning; counted without waiting for the
             device.
@@ -94,6 +96,7 @@ class PassState:
     parts: int = 1
     progress: float = 1.0
     served: Callable[[nn.Module], AbstractContextManager] | None = None
+    repeats: Repeats | None = None
     tokens: int = 0
     visual_tokens: tuple[int, int] = (0, 0)
     reached: bool = False
@@ -262,6 +265,7 @@ class DualForward(nn.Module):
         parts: int = 1,
         progress: float = 1.0,
         served: Callable[[nn.Module], AbstractContextManager] | None = None,
+        repeats: Repeats | None = None,
     ) -> Iterator[PassState]:
         """Calls of the model inside run in `mode`; yields the [`PassState`], whose fields the arguments are.
 
@@ -272,7 +276,7 @@ class DualForward(nn.Module):
                 "This trainer's pruner and isolator are no longer on its model: another DualSpeedTrainer has been made "
                 "for it since. Go on with that one, or make a new trainer."
             )
-        self._pass = PassState(mode, distil and mode == SLOW, generator, parts, progress, served)
+        self._pass = PassState(mode, distil and mode == SLOW, generator, parts, progress, served, repeats)
         try:
             yield self._pass
         finally:
@@ -330,7 +334,8 @@ class DualForward(nn.Module):
         if self._in_order:
             state.zero = self._zero(model, state)
         # A slow pass that does not need the encoded tokens leaves encoding to the model's own forward.
-        encoded_here = state.mode == FAST or state.distil or state.parts > 1 or state.served is not None
+        once = state.served is not None or state.repeats is not None
+        encoded_here = state.mode == FAST or state.distil or state.parts > 1 or once
         inputs, encodings = self._encoded(kwargs, state) if encoded_here else (kwargs, [])
 
         self._activate(model, FAST)
@@ -352,7 +357,8 @@ class DualForward(nn.Module):
         if state.batch is None:
             needs = self.pruner.needs if state.mode == FAST or state.distil else frozenset()
             with self.autocast(), record_function("dualspeed.encode"):
-                encodings = encode(self.interface, inputs, needs, self.video_budget, state.served, self.plain)
+                told = (state.served, self.plain, state.repeats)
+                encodings = encode(self.interface, inputs, needs, self.video_budget, *told)
             # In parts: each call takes the next part of the encoded batch.
             if state.parts == 1:
                 return inputs, encodings

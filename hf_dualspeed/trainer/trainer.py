@@ -12,16 +12,18 @@ from importlib.util import find_spec
 import torch
 from accelerate import DistributedDataParallelKwargs
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from ..data.collators import MaskVisualLabels
-from ..feature_cache.cache import feature_cache_of
+from ..feature_cache.cache import dropout_rates, feature_cache_of, image_tower
 from ..feature_cache.units import WithImageUnits
 from ..models.adapters import check_adapter, remember_origins
 from ..models.interface import ModelInterface, argument_names
 from ..pruners import Pruner, available_pruners
 from ..pruning.isolator import ModeIsolator
+from ..pruning.repeats import REPEATS, WithRepeats
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
 from ..utils.validation import checked
 from .adaptive_schedule import AdaptiveSchedule, adaptive_schedule_of
@@ -312,15 +314,28 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         self.state.stateful_callbacks = {type(c).__name__: c.state() for c in exported} | saved
 
     def get_train_dataloader(self):
-        if self.feature_cache is None:
+        if self.feature_cache is None and not self.encodes_once:
             return super().get_train_dataloader()
-        # The Trainer takes `data_collator` for all loaders. Training looks its images up in the cache, evaluation not.
-        collator = self.data_collator
-        self.data_collator = WithImageUnits(collator, self.feature_cache)
+        # The Trainer takes `data_collator` for all loaders. Training looks its images up in the cache, or for those
+        # that come again; evaluation does not.
+        collator, cache = self.data_collator, self.feature_cache
+        self.data_collator = WithRepeats(collator) if cache is None else WithImageUnits(collator, cache)
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
+
+    @property
+    def encodes_once(self) -> bool:
+        """Whether images that a batch holds several times may share an encoding: not one that is random or compiled,
+        nor one that depends on the batch."""
+        tower = image_tower(self.dual_forward.interface.outer)
+        if tower is None or self.args.plain_path or self.args.torch_compile or self.is_sharded:
+            return False
+        parts = list(tower.modules())
+        return not any(rate > 0 for part in parts for rate in dropout_rates(part)) and not any(
+            isinstance(part, _BatchNorm) for part in parts
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         return super().get_batch_samples(self.clock.data.batches(epoch_iterator), num_batches, device)
@@ -359,13 +374,17 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
 
         # Feature cache: stored outputs of a frozen vision tower replace its forward.
         inputs, served = (inputs, None) if self.feature_cache is None else self.feature_cache.taken(inputs)
+        # Images that the batch holds several times are encoded once.
+        repeats = inputs.get(REPEATS)
+        if repeats is not None:
+            inputs = {key: value for key, value in inputs.items() if key != REPEATS}
         # Keep some micro-batches to measure the speed-up after training.
         if self.is_in_train:
             micro_batches = self.current_gradient_accumulation_steps
             self.speedup_meter.observe(inputs, step, self.state.max_steps, self._micro[1], micro_batches)
 
         # Encode, prune, forward, loss and backward.
-        loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served)
+        loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served, repeats)
         self.clock.count(mode, done.tokens, *done.visual_tokens)
         self._modalities |= done.modalities
 
@@ -407,10 +426,13 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
                 "their own, or use DDP or ZeRO-2."
             )
 
-    def step_in_mode(self, mode: str, model, inputs, num_items_in_batch=None, progress: float = 1.0, served=None):
+    def step_in_mode(
+        self, mode: str, model, inputs, num_items_in_batch=None, progress: float = 1.0, served=None, repeats=None
+    ):
         """Forward and backward of a micro-batch in `mode`, at the fraction `progress` of training.
 
-        Images are encoded inside `served(tower)` if given. Returns the loss and the counts of [`DualForward.in_mode`].
+        Images are encoded inside `served(tower)` if given, and those that are the same by `repeats` once. Returns the
+        loss and the counts of [`DualForward.in_mode`].
         """
         # Fast: one pass. Slow: in parts, if a batch sized for fast steps may be too large with all tokens.
         parts, small = (1, True) if mode == FAST else self._slow_parts(model, inputs, num_items_in_batch)
@@ -428,6 +450,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
                         parts=parts,
                         progress=progress,
                         served=served,
+                        repeats=repeats,
                     ) as done,
                 ):
                     losses = []
