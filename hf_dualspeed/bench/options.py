@@ -19,7 +19,10 @@ KINDS = {
     "growth": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
     "profile": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
     "lengths": {"shape": ["llava-1.5"], "checkpointing": ["off"], "text_tokens": 1024, "rounds": 2, "steps": 24},
+    "loader": STEPS,
 }
+# The shapes whose loader is measured.
+LOADED = ("llava-1.5", "llava-next")
 
 
 def defaults(option: str) -> str:
@@ -54,8 +57,9 @@ HELP = {
     "growth": "Measure llava-1.5 of 144 to 9216 visual tokens instead, one sample per batch.",
     "profile": "Profile fast steps instead: where their time goes.",
     "lengths": "Measure batches at random against batches of like length instead, with texts of drawn lengths.",
+    "loader": "Measure a data loader worker on JPEGs of 1 to 12 megapixels instead: samples per second.",
     "steps": "Steps of --lengths, with each kind of batches. Unset: 24.",
-    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth|_profile|_lengths].json.",
+    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth|_profile|_lengths|_loader].json.",
     "render_only": "Render the JSON of an earlier run anew.",
 }
 
@@ -87,6 +91,7 @@ class BenchArguments:
     growth: bool = False
     profile: bool = False
     lengths: bool = False
+    loader: bool = False
     steps: int | None = None
     output: str | None = None
     render_only: bool = False
@@ -147,6 +152,11 @@ class BenchArguments:
             )
         if self.lengths and (self.shape != ["llava-1.5"] or self.model):
             raise ValueError("`lengths` is measured on llava-1.5. Leave --shape and --model out.")
+        if self.loader and (self.model or not set(self.shape) <= set(LOADED)):
+            raise ValueError(
+                f"`loader` is measured with the processors of {' and '.join(LOADED)}. Leave --model and other --shape "
+                "out."
+            )
         if self.model is not None and (self._given or self.hidden_size or self.layers or self.scale == "full"):
             raise ValueError(
                 f"`model` is {self.model!r}, which brings its own sizes. Leave --shape, --scale, --hidden-size and "
@@ -203,7 +213,7 @@ def check_multiple(name: str, value: int, step: int) -> None:
 
 DESCRIPTION = """Times fast and slow training steps against plain ones, in random weights. On two CPU cores, very
 roughly: a round of llava-1.5 takes half a minute and one of llava-next two minutes, with each setting of checkpointing;
-one of --growth two minutes, one of --lengths a minute and a half."""
+one of --growth two minutes, one of --lengths a minute and a half, one of --loader a minute."""
 
 
 def parse_arguments(argv: list[str]) -> BenchArguments:

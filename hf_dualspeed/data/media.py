@@ -69,7 +69,7 @@ def open_image(image: Any, folder: str | None = None, draft: int | None = None) 
         OSError, SyntaxError, EOFError, PIL.Image.DecompressionBombError: the file is missing or damaged.
         TypeError: `image` is none of these.
     """
-    image = opened(image, folder)
+    given, image = image, opened(image, folder)
     if draft is not None and image.format in ("JPEG", "MPO"):
         shrunk = max(1, min(image.size) // draft)
         image.draft(None, (image.width // shrunk, image.height // shrunk))
@@ -77,7 +77,14 @@ def open_image(image: Any, folder: str | None = None, draft: int | None = None) 
     deep = image.mode.startswith("RGB") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", None) or ())
     if deep and 0 < max(high for _, high in image.convert("RGB").getextrema()) <= TWELVE_OF_SIXTEEN:
         raise ValueError("its 16-bit channels hold 12 bits or less, so it would come out black. Save it with 8 bits")
-    return to_rgb(ImageOps.exif_transpose(image))
+    if image is given:
+        return to_rgb(ImageOps.exif_transpose(image))
+    # A picture that was opened here is turned in place and, if it is RGB already, not copied.
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        image.load()
+        return image
+    return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
