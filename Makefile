@@ -79,6 +79,7 @@ bench: $(STAMP)
 	$(BIN)/dualspeed bench --profile
 	$(BIN)/dualspeed bench --growth
 	$(BIN)/dualspeed bench --lengths
+	$(BIN)/dualspeed bench --loader
 
 # LLaVA-NeXT without activation checkpointing fits in no larger batch.
 GPU ?= h100

@@ -1,5 +1,8 @@
 """`dualspeed bench --loader`: what one data loader worker makes of JPEGs, from the file to the batch, on one core.
 
+Times are processor time: a worker has one thread, its files are in memory, and other work on the machine counts for
+nothing.
+
 The pictures are one photograph, the portrait of Grace Hopper that matplotlib brings, enlarged to each size, with grain
 of its own on each, so that a file has about as many bytes for a pixel as one from a camera.
 """
@@ -7,6 +10,7 @@ of its own on each, so that a file has about as many bytes for a pixel as one fr
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -64,8 +68,9 @@ TEMPLATE = (
 
 def measure(options: BenchArguments) -> dict:
     """Times all ways with each shape's processor and each size of pictures, on one thread as in a worker."""
-    threads, runs = torch.get_num_threads(), []
+    threads, runs, parallel = torch.get_num_threads(), [], os.environ.get("TOKENIZERS_PARALLELISM")
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         with tempfile.TemporaryDirectory() as folder, Progress(transient=True) as progress:
             task = progress.add_task("batches", total=len(options.shape) * len(MEGAPIXELS))
@@ -78,6 +83,9 @@ def measure(options: BenchArguments) -> dict:
                     file.unlink()
     finally:
         torch.set_num_threads(threads)
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if parallel is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = parallel
     return {
         "benchmark": KIND,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
@@ -170,10 +178,10 @@ def timed(shape: str, megapixels: int, files: list[Path], rounds: int) -> dict:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-1, rounds):
         for name, run in order(list(ways.items()), number):
-            begun = time.perf_counter()
+            begun = time.process_time()
             run()
             if number >= 0:
-                seconds[name].append((time.perf_counter() - begun) / len(files))
+                seconds[name].append((time.process_time() - begun) / len(files))
     with Image.open(files[0]) as picture:
         width, height = picture.size
     found = {
@@ -224,9 +232,9 @@ def said(results: dict) -> str:
     host, settings = results["machine"], results["settings"]
     versions = results["versions"]
     return (
-        f"Samples per second of one worker, that is of one core of {host['cpu']}; batches of {settings['batch']}, each "
-        f"sample with one picture; torch {versions['torch']}, transformers {versions['transformers']} with its PIL "
-        f"processors; medians of {results['rounds']} interleaved rounds."
+        f"Samples per second of processor time of one worker, that is of one core of {host['cpu']}; batches of "
+        f"{settings['batch']}, each sample with one picture; torch {versions['torch']}, transformers "
+        f"{versions['transformers']} with its PIL processors; medians of {results['rounds']} interleaved rounds."
     )
 
 
@@ -261,10 +269,11 @@ def markdown(results: dict, plot: str) -> str:
         "# From JPEG files to batches",
         f"The pictures are one photograph, which matplotlib brings, enlarged to each size, with grain of its own on "
         f"each (sigma {settings['grain']:g}), saved with quality {settings['quality']}. Processors have the sizes of "
-        "the real ones; the tokenizer is one of letters, and texts are short. `reading` opens and decodes the files, "
-        "which the system keeps in memory; `a batch` adds all that the collator does; with "
+        "the real ones; the tokenizer is one of letters, and texts are short. `reading` opens and decodes the files; "
+        "`a batch` adds all that the collator does; with "
         f"{settings['questions']} questions about each picture, a batch of as many samples reads and processes each "
-        "picture once, and `gain` compares the two. `draft` decodes at a reduced size.",
+        "picture once, and `gain` compares the two. `draft` decodes at a reduced size; where that rounds the picture's "
+        "proportions, the processor's crop may lie a pixel off. Times are processor time, without waiting for a disk.",
         readme_table(results),
         f"![Samples per second of one worker]({plot})",
         f"Measured {results['date']} UTC with `dualspeed bench --loader`.",

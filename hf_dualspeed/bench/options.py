@@ -19,7 +19,7 @@ KINDS = {
     "growth": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
     "profile": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
     "lengths": {"shape": ["llava-1.5"], "checkpointing": ["off"], "text_tokens": 1024, "rounds": 2, "steps": 24},
-    "loader": STEPS,
+    "loader": {**STEPS, "rounds": 3},
 }
 # The shapes whose loader is measured.
 LOADED = ("llava-1.5", "llava-next")

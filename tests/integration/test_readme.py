@@ -18,6 +18,7 @@ from benchmarks.compare import report as compare_report
 from hf_dualspeed import cli
 from hf_dualspeed.bench import growth as bench_growth
 from hf_dualspeed.bench import lengths as bench_lengths
+from hf_dualspeed.bench import loader as bench_loader
 from hf_dualspeed.bench import profile as bench_profile
 from hf_dualspeed.bench import report as bench_report
 from hf_dualspeed.pruners import pruner_class
@@ -122,6 +123,7 @@ TABLES = {
     "bench_h100_llava_next_off": bench_report.readme_table,
     "bench_growth": bench_growth.readme_table,
     "bench_lengths": bench_lengths.readme_table,
+    "bench_loader": bench_loader.readme_table,
     "bench_profile": bench_profile.readme_table,
     "ablation": ablation_report.readme_table,
     "ablation_longer": ablation_report.readme_table,
