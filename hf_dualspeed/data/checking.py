@@ -18,6 +18,7 @@ from ..utils.validation import checked
 from .collators import IGNORED, REMEDIES, SampleError, VisionLanguageCollator
 from .conversations import sample_name, to_messages
 from .labels import check_texts
+from .lengths import visual_name
 from .loading import undecoded
 from .media import image_size
 from .rendering import rendered
@@ -59,6 +60,8 @@ class DataReport:
         checked (`int`): The samples that were looked at.
         longest (`int`): The most tokens of one of them, visual ones included; estimated where far below `max_length`.
         findings (`list[Finding]`): In the order of the rows.
+        counted (`dict[int, tuple[int, list[int]]]`): By row, about how many tokens it has, and the visual ones of each
+            picture; without rows about which the processor says nothing ahead of time.
     """
 
     name: str
@@ -66,13 +69,15 @@ class DataReport:
     checked: int = 0
     longest: int = 0
     findings: list[Finding] = field(default_factory=list)
+    counted: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, reports: list[DataReport]) -> DataReport:
         """The report of all processes, which looked at a share each."""
         findings = sorted((finding for report in reports for finding in report.findings), key=lambda f: f.index)
         checked, longest = sum(report.checked for report in reports), max(report.longest for report in reports)
-        return cls(reports[0].name, reports[0].total, checked, longest, findings)
+        counted = {row: count for report in reports for row, count in report.counted.items()}
+        return cls(reports[0].name, reports[0].total, checked, longest, findings, counted)
 
     def of(self, *kinds: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.kind in kinds]
@@ -173,12 +178,39 @@ def check_samples(
         worker_init_fn=_one_thread,
     )
     report = DataReport(name, total)
+    numbers = iter(rows)
     for found in track(loader, description=f"Checking {name}", transient=True, disable=rank > 0):
-        for length, finding in found:
+        for length, finding, visual in found:
             report.checked += 1
             report.longest = max(report.longest, length)
             report.findings += finding
+            row = next(numbers)
+            if visual is not None and all(visual):
+                report.counted[row] = (length, visual)
     return report
+
+
+def with_lengths(
+    dataset: datasets.Dataset, report: DataReport, left_out: list[int], column: str, longest: int | None
+) -> datasets.Dataset:
+    """The data set with the lengths that the look at it found, so that they are not counted once more to group by them.
+
+    As it is, if it has such columns, or some rows were not looked at or not counted.
+
+    Args:
+        left_out (`list[int]`): Rows that will be left out, so that their length does not matter.
+        column (`str`): The column of all tokens; that of visual ones goes with it.
+        longest (`int`, *optional*): What is longer is cut to so many tokens.
+    """
+    names = (column, visual_name(column))
+    counted = dict.fromkeys(left_out, (0, [])) | report.counted
+    if set(names) & set(dataset.column_names) or len(counted) < len(dataset):
+        return dataset
+    counts = [counted[row] for row in range(len(dataset))]
+    lengths = [min(length, longest or length) for length, _ in counts]
+    numbers = datasets.List(datasets.Value("int32"))
+    dataset = dataset.add_column(names[0], lengths, feature=datasets.Value("int32"))
+    return dataset.add_column(names[1], [visual for _, visual in counts], feature=numbers)
 
 
 def without_rows(dataset: Any, rows: Iterable[int]) -> Any:
@@ -196,7 +228,8 @@ def _one_thread(worker: int) -> None:
 
 
 class SampleChecker:
-    """Looks at rows of a data set: the length of each in tokens, and a list with a [`Finding`], or an empty one."""
+    """Looks at rows of a data set: the length of each in tokens, a list with a [`Finding`], or an empty one, and the
+    visual tokens of each picture, or None where the processor does not tell."""
 
     def __init__(self, dataset: Any, collator: VisionLanguageCollator, name: str, learns: bool = True):
         self.dataset, self.name, self.learns = dataset, name, learns
@@ -211,26 +244,27 @@ class SampleChecker:
         # By how many tokens for each part estimates were too small, of samples without pictures and with them.
         self.extra: dict[bool, float] = {}
 
-    def __call__(self, rows: list[int]) -> list[tuple[int, list[Finding]]]:
+    def __call__(self, rows: list[int]) -> list[tuple[int, list[Finding], list[int] | None]]:
         return [self.check(index) for index in rows]
 
-    def check(self, index: int) -> tuple[int, list[Finding]]:
+    def check(self, index: int) -> tuple[int, list[Finding], list[int] | None]:
         name = f"row {index} of {self.name!r}"
         try:
             example = self.dataset[index]
             name = f"{name}, {sample_name(example)}"
             estimate = self._estimate(example, name)
-            if estimate is not None and self._is_short(*estimate):
-                return estimate[0], []
+            estimated, visual = estimate or (0, None)
+            parts = len(visual or ()) + 1
+            if estimate is not None and self._is_short(estimated, parts):
+                return estimated, [], visual
             length, found = self._collated(index, example, name)
             if estimate is not None:
-                estimated, parts = estimate
                 self.extra[parts > 1] = max((length - estimated) / parts, self.extra.get(parts > 1, 0))
-            return length, found
+            return length, found, visual
         # Whatever a sample raises here, it would raise in training.
         except Exception as error:
             message = str(error) if name in str(error) else f"{name}: {type(error).__name__}: {error}"
-            return 0, [Finding(index, getattr(error, "kind", "wrong"), message)]
+            return 0, [Finding(index, getattr(error, "kind", "wrong"), message)], None
 
     def _is_short(self, length: int, parts: int) -> bool:
         """Whether a sample of an estimated length is certainly no longer than `max_length`.
@@ -242,8 +276,8 @@ class SampleChecker:
             return False
         return self.max_length is None or length + parts * (self.extra[parts > 1] + MARGIN) <= self.max_length
 
-    def _estimate(self, example: Any, name: str) -> tuple[int, int] | None:
-        """About how many tokens a sample has, and its number of pictures plus 1; None where there is a doubt."""
+    def _estimate(self, example: Any, name: str) -> tuple[int, list[int] | None] | None:
+        """About how many tokens a sample has, and the visual ones of each picture; None where there is a doubt."""
         processor = self.whole.processor
         try:
             sample = to_messages(example, name)
@@ -252,13 +286,13 @@ class SampleChecker:
             sizes = [image_size(image, self.whole.image_folder) for image in sample["images"]]
             if sizes and not hasattr(processor, "_get_num_multimodal_tokens") and self.max_length is not None:
                 return None
-            visual = sum(map(self._visual_tokens, sizes))
+            visual = list(map(self._visual_tokens, sizes))
         except Exception:
             return None
         taught = not self.learns or any(start < end for start, end in spans)
         if not taught or sample["videos"]:
             return None
-        return len(processor.tokenizer(text)["input_ids"]) + visual, len(sizes) + 1
+        return len(processor.tokenizer(text)["input_ids"]) + sum(visual), visual
 
     def _visual_tokens(self, size: tuple[int, int]) -> int:
         """Visual tokens of a picture of `size` (height, width), as the processor tells; 0 where it does not."""

@@ -91,6 +91,20 @@ class RecipeArguments:
             "samples out."
         },
     )
+    image_cache_mib: float = field(
+        default=64.0,
+        metadata={
+            "help": "MiB of decoded pictures that each data loader worker keeps for later batches. Within a batch, a "
+            "picture is read once in any case."
+        },
+    )
+    jpeg_draft: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode large JPEGs at a reduced size, which is faster and changes pixels a little. For processors "
+            "that bring all pictures to one size."
+        },
+    )
     check_data: bool | None = field(
         default=None,
         metadata={
@@ -158,6 +172,7 @@ class RecipeArguments:
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 1)
         check_range("card_images", self.card_images, 0, off="Use 0 for a card without images.")
+        check_range("image_cache_mib", self.image_cache_mib, 0, off="Use 0 to keep no pictures beyond a batch.")
         check_choice("unreadable_images", self.unreadable_images, UNREADABLE_IMAGES)
         check_choice("long_samples", self.long_samples, LONG_SAMPLES)
         if self.long_samples != "truncate" and self.max_length is None:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..data.checking import DataReport, check_samples, without_rows
+from ..data.checking import DataReport, check_samples, with_lengths, without_rows
 from ..data.collators import VisionLanguageCollator
 from ..data.conversations import to_messages
 from ..data.easy_vqa import DATASETS as EASY_VQA
@@ -141,6 +141,8 @@ def collator_of(recipe: RecipeArguments, processor: ProcessorMixin) -> VisionLan
         max_length=recipe.max_length,
         long_samples=recipe.long_samples,
         unreadable_images=recipe.unreadable_images,
+        image_cache_mib=recipe.image_cache_mib,
+        jpeg_draft=recipe.jpeg_draft,
     )
 
 
@@ -167,7 +169,10 @@ def check_data(
     looked_at = dataset if first is None else dataset.select(range(min(first, len(dataset))))
     report = check_samples(looked_at, collator, name=name, limit=limit, share=share, learns=learns)
     report = DataReport.joined(gather_object([report]))
-    return without_rows(dataset, report.settle(collator, show=args.process_index == 0))
+    left_out = report.settle(collator, show=args.process_index == 0)
+    if learns and args.train_sampling_strategy == "group_by_length":
+        dataset = with_lengths(dataset, report, left_out, args.length_column_name, collator.max_length)
+    return without_rows(dataset, left_out)
 
 
 def has_answers(dataset: Dataset) -> bool:

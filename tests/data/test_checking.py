@@ -10,9 +10,13 @@ from PIL import Image
 from tiny import tiny_llava_processor, tiny_qwen2_5_vl_processor
 
 from hf_dualspeed.data import checking
-from hf_dualspeed.data.checking import DataReport, check_samples, without_rows
+from hf_dualspeed.data.checking import DataReport, check_samples, with_lengths, without_rows
 from hf_dualspeed.data.collators import VisionLanguageCollator
+from hf_dualspeed.data.lengths import given_lengths
 
+TALK = Features(
+    {"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(ImageFeature())}
+)
 STRIP = Image.new("RGB", (900, 4))
 
 
@@ -214,3 +218,44 @@ def test_a_stream_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"'the stream', of type IterableDataset, has no length.*take\(1000\)"):
         check_samples(rows, collator, name="the stream")
     assert not check_samples(list(rows.take(1)), collator).findings
+
+
+# lengths
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_look_counts_what_grouping_by_length_needs(name, tmp_path):
+    picture(40, 20).save(tmp_path / "a.png")
+    rows = [
+        talk("q", "a", images=[str(tmp_path / "a.png")]),
+        talk("a longer question", "with an answer"),
+        talk("<image> and <image>", "b", images=[str(tmp_path / "a.png"), str(tmp_path / "a.png")]),
+        talk("q", "a", images=[str(tmp_path / "none.png")]),
+        talk("x" * 200, "cut"),
+    ]
+    dataset = Dataset.from_list(rows, features=Features({**TALK, "images": List(Value("string"))}))
+    collator = VisionLanguageCollator(PROCESSORS[name][0](), max_length=150, unreadable_images="skip")
+    report = check_samples(dataset, collator)
+    left_out = report.settle(collator)
+    assert left_out == [3]
+    found = given_lengths(with_lengths(dataset, report, left_out, "length", 150), "length")
+    batches = [collator([rows[row]])["input_ids"][0] for row in (0, 1, 2, 4)]
+    image = collator.processor.image_token_id
+    exact = [(len(ids), int((ids == image).sum())) for ids in batches]
+    estimated = [(found.full[row].item(), sum(found.visual[row])) for row in (0, 1, 2, 4)]
+    for (length, visual), (about, counted) in zip(exact, estimated, strict=True):
+        assert counted == visual
+        assert abs(about - length) <= 8
+    assert len(found.visual[2]) == 2
+
+
+def test_lengths_are_added_only_where_all_rows_are_counted():
+    dataset = Dataset.from_list([talk("q", "a"), talk("q", "a")], features=TALK)
+    counted = {0: (3, []), 1: (4, [])}
+    whole, part = (DataReport("pets", 2, counted=rows) for rows in (counted, {0: (3, [])}))
+    assert with_lengths(dataset, whole, [], "length", 3)["length"][:] == [3, 3]
+    assert with_lengths(dataset, part, [], "length", None) is dataset
+    assert with_lengths(dataset, part, [1], "length", None)["length"][:] == [3, 0]
+    for column in ("length", "visual_length"):
+        given = dataset.add_column(column, [5, 5])
+        assert with_lengths(given, whole, [], "length", None) is given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import fields
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from training import ADAPTIVE, history, make
 
 from hf_dualspeed import available_pruners, cli
 from hf_dualspeed.bench.counters import device_waits
+from hf_dualspeed.trainer.callbacks import DataWait
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -158,3 +160,26 @@ def test_evaluation_answers_as_on_the_cpu(folder, monkeypatch):  # noqa: F811
         assert evaluate(*words) == 0
         answers[device] = [texts(view) for view in ("full", "divprune-0.5")]
     assert answers["cuda"] == answers["cpu"]
+
+
+def test_a_wait_that_the_device_does_not_notice_is_none():
+    """Both times the host waits as long, once while the device is at work and once while it is not."""
+    data = DataWait()
+    data.device = torch.device("cuda", torch.cuda.current_device())
+
+    def late():
+        time.sleep(0.1)
+        yield "batch"
+
+    waited = []
+    for cycles in (4_000_000_000, 0):
+        torch.cuda.synchronize()
+        if cycles:
+            torch.cuda._sleep(cycles)
+        next(data.batches(late()))
+        data.end_step()
+        torch.cuda.synchronize()
+        data.shares()
+        waited.append(data.sums["waited"] - sum(waited))
+    hidden, seen = waited
+    assert hidden < 0.5 * seen

@@ -4,12 +4,14 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import torch
 from training import history, make
 
 from hf_dualspeed.publishing.model_card import model_card
 from hf_dualspeed.publishing.results import read_results
 from hf_dualspeed.trainer import callbacks
 from hf_dualspeed.trainer.callbacks import HINT_AFTER, DataWait, ModeClock
+from hf_dualspeed.trainer.trainer import DualSpeedMixin
 
 
 @pytest.fixture
@@ -101,6 +103,18 @@ def test_events_of_the_device_are_read_when_they_are_past():
     ended.past = True
     assert data.shares() == (1, 1)
     assert data.sums == {"waited": 0.25, "seconds": 0.25}
+
+
+def test_of_several_processes_the_one_that_waits_longest_counts(clock):
+    mine = DataWait(waited=1.0, seconds=10.0)
+    other = torch.tensor([[0.5, 0.05]])
+    trainer = SimpleNamespace(
+        clock=SimpleNamespace(data=mine),
+        accelerator=SimpleNamespace(num_processes=2, gather=lambda own: torch.cat([own, other])),
+        args=SimpleNamespace(device="cpu"),
+    )
+    assert DualSpeedMixin.longest_data_wait(trainer) == pytest.approx((0.5, 0.1))
+    assert trainer.clock.data_wait == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
