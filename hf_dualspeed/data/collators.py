@@ -21,7 +21,7 @@ from ..utils.validation import check_choice, check_range, checked, require
 from .conversations import sample_name, to_messages
 from .labels import check_texts, place, recorded
 from .media import IMAGE_ERRORS, open_video
-from .pictures import Pictures, ProcessedOnce, draft_edge
+from .pictures import Pictures, ProcessedOnce, Shrunk, draft_edge
 from .rendering import ignored_keys, rendered
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class VisionLanguageCollator:
                 f"`jpeg_draft` is True, but {type(processor).__name__} makes of a picture what its own size asks for, "
                 "so that a smaller one would have other tokens. Leave it out."
             )
-        self.pictures, self.processed_once = Pictures(image_cache_mib, edge), ProcessedOnce()
+        self.pictures, self.processed_once = Pictures(image_cache_mib, edge, Shrunk(processor)), ProcessedOnce()
         self.skipped = self.unsupervised = self.seen = 0
         self._warned: set[str] = set()
         self._ends = tuple(processor.tokenizer.get_added_vocab())

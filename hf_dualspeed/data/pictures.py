@@ -16,6 +16,8 @@ from transformers import BatchFeature, ProcessorMixin
 from .media import is_data_url, located, open_image
 
 MIB = 2**20
+SEVERAL = [[100, 120], [600, 800], [3000, 4000], [3000, 1000], [500, 2500]]  # sizes of pictures: height, width
+WORTH = 4  # a picture is shrunk ahead if it has so many times the pixels
 
 
 class Pictures:
@@ -28,10 +30,11 @@ class Pictures:
         mib (`float`): The most MiB of decoded pictures to keep beyond a batch; 0 keeps none.
         draft (`int`, *optional*): Decode JPEGs at a half, a quarter or an eighth of their size as long as no side falls
             below this one, in pixels.
+        shrunk ([`Shrunk`], *optional*): Shrinks pictures ahead of the processor.
     """
 
-    def __init__(self, mib: float, draft: int | None = None):
-        self.bound, self.draft = int(mib * MIB), draft
+    def __init__(self, mib: float, draft: int | None = None, shrunk: Shrunk | None = None):
+        self.bound, self.draft, self.shrunk = int(mib * MIB), draft, shrunk
         self._clear()
 
     def _clear(self) -> None:
@@ -42,7 +45,7 @@ class Pictures:
         self._given: list[Any] = []  # keeps objects alive as long as their ids are keys
 
     def __getstate__(self) -> dict:
-        return {"bound": self.bound, "draft": self.draft}
+        return {"bound": self.bound, "draft": self.draft, "shrunk": self.shrunk}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -58,6 +61,7 @@ class Pictures:
         found = self._batch.get(key) or (self._kept.get(key) if lasts else None)
         if found is None:
             found, self.decoded = open_image(image, folder, self.draft), self.decoded + 1
+            found = found if self.shrunk is None else self.shrunk(found)
         self._batch[key] = found
         if lasts:
             self._keep(key, found)
@@ -95,6 +99,54 @@ def key_of(image: Any, folder: str | None) -> tuple[Hashable, bool]:
             return os.fspath(image), False
         return (path, status.st_mtime_ns, status.st_size, status.st_ino), True
     return id(image), False
+
+
+class Shrunk:
+    """Brings large pictures to the size that the processor makes of all of them, as it would itself.
+
+    Processors of transformers turn a picture into an array and back before they resize it, which takes longer at many
+    megapixels than all else, and a small picture is cheaper to keep. The first large picture is processed both ways:
+    where that makes a difference to a single value, pictures are left as they are.
+    """
+
+    def __init__(self, processor: ProcessorMixin):
+        self.processor = processor
+        self._look()
+
+    def _look(self) -> None:
+        self._settings = settings_of(self.processor)
+        self.size = fixed_size(self.processor)
+        self.works: bool | None = None if self.size else False
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if self._settings != settings_of(self.processor):  # changed since
+            self._look()
+        if self.works is False:
+            return image
+        size = self.size_of(image)
+        # A square one cannot tell a processor that keeps proportions from one that does not.
+        if image.width * image.height < WORTH * size[0] * size[1] or (self.works is None and len(set(image.size)) == 1):
+            return image
+        small = image.resize(size, self.processor.image_processor.resample)
+        if self.works is None:
+            self.works = self.processed(image, small)
+        return small if self.works else image
+
+    def size_of(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height that the processor makes of a picture before it crops."""
+        if "shortest_edge" not in self.size:
+            return self.size["width"], self.size["height"]
+        edge, (short, long) = self.size["shortest_edge"], sorted(image.size)
+        other = int(edge * long / short)
+        return (edge, other) if image.width <= image.height else (other, edge)
+
+    def processed(self, image: Image.Image, small: Image.Image) -> bool:
+        """Whether both come out the same."""
+        try:
+            one, other = (self.processor.image_processor([i], return_tensors="pt") for i in (image, small))
+        except Exception:  # what a processor cannot take, it says in the batch
+            return False
+        return same(one, other)
 
 
 class ProcessedOnce:
@@ -192,11 +244,16 @@ def same(one: Any, other: Any) -> bool:
     return np.array_equal(one, other)
 
 
-def draft_edge(processor: ProcessorMixin) -> int | None:
-    """The least side, in pixels, of pictures that lose nothing visible if JPEGs are decoded at a reduced size.
+def settings_of(processor: ProcessorMixin) -> tuple:
+    """What decides on the size that the processor makes of a picture."""
+    found = getattr(processor, "image_processor", None)
+    return tuple(str(getattr(found, name, None)) for name in ("size", "resample", "do_resize", "do_pad"))
 
-    That is twice the size that the processor shrinks all of them to; None where that size follows from each picture's
-    own, and with it the number of its tokens.
+
+def fixed_size(processor: ProcessorMixin) -> dict[str, int] | None:
+    """The size to which the processor brings all pictures: `shortest_edge`, or `height` and `width`.
+
+    None where it follows from each picture's own, and with it the number of its tokens.
     """
     found = getattr(processor, "image_processor", None)
     own = ("image_grid_pinpoints", "max_pixels", "max_image_tiles", "crop_to_patches", "do_image_splitting")
@@ -205,4 +262,18 @@ def draft_edge(processor: ProcessorMixin) -> int | None:
     size = {key: value for key, value in dict(getattr(found, "size", None) or {}).items() if value}
     if set(size) not in ({"shortest_edge"}, {"height", "width"}):
         return None
-    return 2 * max(size.values())
+    # Some processors ask for tiles of large or long pictures by themselves.
+    try:
+        counts = processor._get_num_multimodal_tokens(image_sizes=SEVERAL).num_image_tokens
+    except Exception:  # it tells nothing, or needs what is not there
+        return None
+    return size if len(set(counts)) == 1 else None
+
+
+def draft_edge(processor: ProcessorMixin) -> int | None:
+    """The least side, in pixels, of pictures that lose nothing visible if JPEGs are decoded at a reduced size.
+
+    That is twice the size that the processor shrinks all of them to; None where there is no such size.
+    """
+    size = fixed_size(processor)
+    return 2 * max(size.values()) if size else None

@@ -205,7 +205,7 @@ def test_drafts_are_no_smaller_than_twice_what_the_processor_makes(tmp_path):
     edge = max(v for v in dict(processor.image_processor.size).values() if v)
     path = jpeg(tmp_path / "a.jpg", 24 * edge, 17 * edge)
     whole, drafted = VisionLanguageCollator(processor), VisionLanguageCollator(processor, jpeg_draft=True)
-    assert drafted.pictures.open(str(path)).size == (3 * edge, 17 * edge // 8 + (17 * edge % 8 > 0))
+    assert Pictures(0, drafted.pictures.draft).open(str(path)).size == (3 * edge, 17 * edge // 8 + (17 * edge % 8 > 0))
     # Both show the same, which a picture of another brightness would not.
     plain, close = (c(questions([str(path)]))["pixel_values"] for c in (whole, drafted))
     assert plain.shape == close.shape
@@ -214,10 +214,58 @@ def test_drafts_are_no_smaller_than_twice_what_the_processor_makes(tmp_path):
     small, png = jpeg(tmp_path / "b.jpg", 2 * edge + 1, 3 * edge), io.BytesIO()
     open_image(path).save(png, "PNG")
     for image in (str(small), png.getvalue()):
-        assert drafted.pictures.open(image).tobytes() == open_image(image).tobytes()
+        assert Pictures(0, drafted.pictures.draft).open(image).tobytes() == open_image(image).tobytes()
 
 
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "idefics3"])
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "idefics3", "internvl", "aya_vision"])
 def test_drafts_are_refused_where_a_picture_s_size_decides_on_its_tokens(name):
     with pytest.raises(ValueError, match="jpeg_draft.*Leave it out"):
         VisionLanguageCollator(processor_of(name), jpeg_draft=True)
+
+
+# shrinking
+
+
+@pytest.mark.parametrize("size", [(300, 200), (201, 333), (97, 512), (250, 250), (30, 20)])
+@pytest.mark.parametrize("name", [*PROCESSORS, *MORE])
+def test_shrinking_ahead_changes_no_value(name, size):
+    """Large pictures that come first, later, and among small ones."""
+    processor = processor_of(name)
+    collator, plain = VisionLanguageCollator(processor), VisionLanguageCollator(processor)
+    plain.pictures.shrunk = None
+    for samples in (questions([picture(260, 190)]), questions([picture(*size)], [picture(20, 12)])):
+        batch, expected = collator(samples), plain(samples)
+        for key, value in expected.items():
+            assert torch.equal(batch[key], value) if isinstance(value, torch.Tensor) else batch[key] == value
+    if name == "llava":  # which is the one that it is for
+        assert collator.pictures.shrunk.works
+        assert min(collator.pictures.open(picture(260, 190)).size) == 16
+    if name in ("llava_next", "qwen2_5_vl"):  # they say how large a picture was
+        assert collator.pictures.open(picture(260, 190)).size == (260, 190)
+
+
+def test_a_processor_that_sees_the_difference_gets_pictures_as_they_are():
+    class Sizes(Counting):
+        def __call__(self, images, *args, **options):
+            output = super().__call__(images, *args, **options)
+            first = images[0][0] if isinstance(images[0], list) else images[0]
+            return {**output, "pixel_values": output["pixel_values"] + first.width}
+
+    processor = processor_of("llava")
+    processor.image_processor = Sizes(processor.image_processor)
+    collator = VisionLanguageCollator(processor)
+    assert [collator.pictures.open(picture(*size)).size for size in ((90, 90), (90, 80), (90, 90))] == [
+        (90, 90),
+        (90, 80),
+        (90, 90),
+    ]
+    assert collator.pictures.shrunk.works is False
+    assert processor.image_processor.given == [1, 1]
+
+
+def test_shrinking_follows_a_processor_that_is_changed_later():
+    processor = processor_of("llava")
+    collator = VisionLanguageCollator(processor)
+    assert min(collator.pictures.open(picture(260, 190)).size) == 16
+    processor.image_processor.size = type(processor.image_processor.size)(shortest_edge=32)
+    assert min(collator.pictures.open(picture(260, 190)).size) == 32
