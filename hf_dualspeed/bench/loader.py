@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +111,9 @@ def photographs(folder: Path, megapixels: int, count: int) -> list[Path]:
         # Grain of brightness (H, W, 1), as film and sensors have it.
         noise = np.random.default_rng(SEED + number).standard_normal((height, width, 1), dtype=np.float32)
         pixels = (large + GRAIN * noise).clip(0, 255).astype(np.uint8)
-        files.append(folder / f"{megapixels}_{number}.jpg")
-        Image.fromarray(pixels).save(files[-1], "JPEG", quality=QUALITY)
+        buffer = BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY)
+        files.append(write_file(folder / f"{megapixels}_{number}.jpg", buffer.getvalue()))
     return files
 
 
