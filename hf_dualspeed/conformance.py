@@ -248,6 +248,39 @@ def teacher_and_student_align(model: nn.Module, batch: Batch) -> None:
             del model.dualspeed
 
 
+def padding_free_is_padded(model: nn.Module, batch: Batch) -> bool | None:
+    """With `padding_free`, the samples in one row get the logits and gradients that they get padded."""
+    passes = []
+    for padding_free in (False, True):
+        torch.manual_seed(0)
+        isolator = ModeIsolator.for_model(ModelInterface(model).outer, ISOLATOR)
+        options = {"proportional_attention": batch.proportional_attention, "padding_free": padding_free}
+        forward = DualForward(pruner_of(), isolator, batch.position_ids, batch.video_budget, **options)
+        try:
+            forward.attach(model)
+        except ValueError:  # refused by name
+            return False
+        try:
+            model.zero_grad()
+            with forward.in_mode(FAST) as done:
+                out = model(**batch.inputs)
+                (out.loss + forward.cross_entropy(out.logits, out.targets) / len(out.targets)).backward()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            passes.append((done.tokens, out.logits.detach(), gradients))
+        finally:
+            forward.detach()
+            del model.dualspeed
+    (padded, logits, gradients), (tokens, own_logits, own_gradients) = passes
+    assert tokens < padded, f"{tokens} tokens in place of {padded}"
+    same(own_logits, logits)
+    assert own_gradients.keys() == gradients.keys(), "other parameters get gradients"
+    # Sums in another order differ by a share of the largest value.
+    for name, gradient in gradients.items():
+        error, scale = (own_gradients[name] - gradient).abs().max(), gradient.abs().max().clamp(min=1e-3)
+        assert error < TOLERANCE["rtol"] * scale, f"the gradient of {name} is off by {error / scale:.1e}"
+    return None
+
+
 @torch.no_grad()
 def generates(model: nn.Module, batch: Batch) -> bool | None:
     """`model.generate(**prune_inputs(...))` gives the plain answer at ratio 0, and answers from shorter prompts."""
@@ -292,5 +325,6 @@ CHECKS = {
     "alone as in a batch": alone_as_in_a_batch,
     "no token sees the future": sees_no_future,
     "teacher and student align": teacher_and_student_align,
+    "padding-free as padded": padding_free_is_padded,
     "generation": generates,
 }

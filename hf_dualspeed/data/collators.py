@@ -397,6 +397,8 @@ class MaskVisualLabels:
         collator (`Callable`): Makes a batch with `input_ids` `(B, S)` and `labels` `(B, S)` from a list of examples.
         visual_token_ids (`list[int]`): Ids of the placeholders for visual tokens.
         asks (`str`, *optional*): The pruner's name if it needs the instruction, which labels may hide.
+        masks_first (`bool`): Whether the first token of each sample is no label: where samples lie in one row, nothing
+            predicts it, but left padding would.
     """
 
     # Class attributes: one warning per process, however many trainers wrap their collators.
@@ -405,11 +407,16 @@ class MaskVisualLabels:
 
     @checked
     def __init__(
-        self, collator: Callable[[list], dict[str, Any]], visual_token_ids: list[int], asks: str | None = None
+        self,
+        collator: Callable[[list], dict[str, Any]],
+        visual_token_ids: list[int],
+        asks: str | None = None,
+        masks_first: bool = False,
     ):
         self.collator = collator
         self.visual_token_ids = list(visual_token_ids)
         self.asks = asks
+        self.masks_first = masks_first
 
     def __getattr__(self, name: str) -> Any:
         """The collator's own attributes: the Trainer saves its `tokenizer`, for one."""
@@ -435,6 +442,9 @@ class MaskVisualLabels:
         if wrong.any():
             self._warn(int(wrong.sum()))
             batch["labels"] = batch["labels"].masked_fill(wrong, IGNORED)
+        if self.masks_first and batch.get("attention_mask") is not None:
+            mask = batch["attention_mask"].bool()
+            batch["labels"] = batch["labels"].masked_fill(mask & (mask.cumsum(1) == 1), IGNORED)
         if self.asks is not None:
             self._look_for_instructions(batch, visual)
         return batch

@@ -19,7 +19,8 @@ from ..pruners.ops import unpruned
 from .decoder import LayerPass, check_layers
 from .encoding import VisualEncoding
 from .isolator import ModeIsolator
-from .packing import Packing, one_sample
+from .packing import Packing, one_sample, separate_rows
+from .sample_rows import SampleRows
 from .shortening import FILL, Shortening, plan_shortening
 
 
@@ -53,12 +54,14 @@ class ShortenedBatch:
         visual_tokens (`tuple[int, int]`): of all images, before and after pruning; (0, 0) if they are dropped later,
             inside the language model.
         auxiliary_loss (`torch.Tensor` of no dimensions, *optional*): what a learned pruner adds to the loss.
+        rows (`SampleRows`, *optional*): the samples of one row, which attention has to see each by itself.
     """
 
     inputs: dict
     log_sizes: torch.Tensor | None = None
     visual_tokens: tuple[int, int] = (0, 0)
     auxiliary_loss: torch.Tensor | None = None
+    rows: SampleRows | None = None
 
 
 def shorten_inputs(
@@ -71,10 +74,12 @@ def shorten_inputs(
     generator: torch.Generator | None = None,
     layer_pass: LayerPass | None = None,
     progress: float = 1.0,
+    padding_free: bool = False,
 ) -> ShortenedBatch:
     """[`prune_inputs`] after encoding, at the fraction `progress` of training.
 
-    With a `layer_pass` all tokens stay, and it drops them later.
+    With a `layer_pass` all tokens stay, and it drops them later. With `padding_free`, samples of a padded batch are
+    laid end to end in one row.
     """
     if pruner.in_language_model and layer_pass is None:
         raise ValueError(
@@ -82,17 +87,20 @@ def shorten_inputs(
             "shortened beforehand. Use `with prune_visual_tokens(model, pruner): model(**inputs)`, the trainer, or "
             "another pruner, such as 'divprune'."
         )
-    if not encodings:
+    packing = Packing.of(interface, inputs)
+    one_row = padding_free and packing is None and len(inputs["input_ids"]) > 1
+    if not encodings and not one_row:
         return ShortenedBatch(dict(inputs))
     prompt = isolator() if isolator is not None and isolator.length else None
     # Select: the isolator (l, D), and per modality the kept tokens of all units, (sum (l + K_i), D).
     kept = {e.modality: keep_tokens(e, pruner, prompt, generator, progress) for e in encodings}
     check_placeholders(interface, encodings)
     # Shorten: (B, S) -> (B, S'). Dropped placeholders leave every tensor, isolator tokens enter it.
-    packing = Packing.of(interface, inputs)
     mask = mask_of(inputs)
     finite = [of.finite for of in kept.values() if of.finite is not None]
-    plan = plan_shortening(inputs["input_ids"], mask, {e.token_id: kept[e.modality].repeats for e in encodings}, finite)
+    copies = {e.token_id: kept[e.modality].repeats for e in encodings}
+    plan = plan_shortening(inputs["input_ids"], mask, copies, finite, one_row)
+    packing = Packing.of_rows(interface, inputs["input_ids"]) if one_row else packing
     consumed = set().union(*(e.consumed for e in encodings))
     short = shorten_tensors(interface, inputs, plan, consumed)
     short["position_ids"] = shortened_positions(interface, inputs, mask, plan, position_ids, packing)
@@ -100,9 +108,10 @@ def shorten_inputs(
     if layer_pass is not None:
         layer_pass.locate(short, encodings, 0 if prompt is None else len(prompt), packing is not None)
     # Keep the samples of a packed row apart, and a single sample together.
-    if packing is not None:
+    rows = separate_rows(interface, plan) if one_row else None
+    if rows is None and packing is not None:
         short |= packing.shortened(plan, position_ids, inputs)
-    elif prompt is not None:
+    elif packing is None and prompt is not None:
         short |= one_sample(interface, plan)
     # Hand over: kept tokens in place of pixels, plus key sizes (B, S'), token counts and losses.
     log_sizes = key_log_sizes(short["input_ids"], encodings, kept)
@@ -114,6 +123,7 @@ def shorten_inputs(
         log_sizes,
         (0, 0) if pruner.in_language_model else counts,
         sum(losses) if losses else None,
+        rows,
     )
 
 
@@ -326,6 +336,8 @@ def shorten_tensors(interface: ModelInterface, inputs: Mapping, plan: Shortening
     if "labels" in short:
         for token_id in interface.visual_token_ids:
             short["labels"] = short["labels"].masked_fill(short["input_ids"] == token_id, -100)
+        if plan.one_row:  # the end of a sample does not predict the next one's first token
+            short["labels"] = short["labels"].index_fill(1, plan.begins, -100)
     return short
 
 

@@ -1,5 +1,7 @@
 """Batches without padding: several samples in a row, separated by position ids that restart.
 
+Such a batch comes from the data collator, or is made of a padded one while it is shortened (`padding_free`).
+
 transformers detects such a batch by its rule: no attention mask, and a new sample wherever the position does not grow
 by one. Kept tokens with their original positions leave gaps, which the rule would take for boundaries. So boundaries
 are found before shortening and passed on.
@@ -16,6 +18,7 @@ import torch
 from transformers.masking_utils import create_causal_mask
 
 from ..models.interface import ModelInterface
+from .sample_rows import SampleRows
 from .shortening import Shortening
 
 # Kinds of layers that ignore masks and run over the whole row.
@@ -52,6 +55,12 @@ class Packing:
         boundaries = inputs.get("cu_seq_lens_q")
         samples = None if boundaries is None else boundaries.numel() - 1
         return cls(interface.text_config, interface.outer.dtype, restarts.long().cumsum(-1), samples)
+
+    @classmethod
+    def of_rows(cls, interface: ModelInterface, ids: torch.Tensor) -> Packing:
+        """The packing of a padded batch `(B, S)` whose rows are laid end to end."""
+        sample = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+        return cls(interface.text_config, interface.outer.dtype, sample, len(ids))
 
     def restarted(self, plan: Shortening) -> torch.Tensor:
         """Positions `(B, S')` that restart in each sample and have no gaps."""
@@ -98,7 +107,7 @@ class Packing:
 
     def varlen(self, plan: Shortening) -> dict:
         """FlashAttention's boundaries of a row. One host synchronisation if the batch has no boundaries of its own."""
-        if len(self.sample) != 1:
+        if len(plan.source) != 1:
             raise ValueError(
                 f"FlashAttention takes packed samples in one row, got {len(self.sample)} rows with restarting "
                 "`position_ids` and no attention mask. Flatten the batch into one row."
@@ -108,7 +117,7 @@ class Packing:
         samples = int(self.sample.amax()) + 1 if self.samples is None else self.samples
         # Number of tokens of earlier samples, (C + 1,).
         ends = torch.searchsorted(sample, torch.arange(samples + 1, device=sample.device)).int()
-        return varlen(ends, len(sample))
+        return varlen(ends, plan.longest)
 
     def _check_attention(self, inputs: Mapping) -> None:
         """Refuses what mixes packed samples in transformers itself."""
@@ -150,6 +159,14 @@ def one_sample(interface: ModelInterface, plan: Shortening) -> dict:
         return {}
     length = plan.source.shape[1]
     return varlen(torch.tensor([0, length], dtype=torch.int32).to(plan.source.device, non_blocking=True), length)
+
+
+def separate_rows(interface: ModelInterface, plan: Shortening) -> SampleRows | None:
+    """The rows in which attention sees the samples of one row; None where the kernel keeps them apart by itself."""
+    kernel = interface.text_config._attn_implementation or ""
+    if is_flash(interface.text_config) or "flex" in kernel:
+        return None
+    return SampleRows.of(plan.lengths, plan.longest, plan.source.shape[1])
 
 
 def is_flash(config) -> bool:

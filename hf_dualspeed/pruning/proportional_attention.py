@@ -21,6 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..models.attention import allowed_rows, change_calls
 from ..models.interface import ModelInterface
+from .sample_rows import REMEDY as PADDED
+from .sample_rows import SampleRows
 
 # Attribute by which modules of a language model find its `KeySizes`. Not a parameter or buffer, so in no checkpoint.
 ATTRIBUTE = "_dualspeed_key_sizes"
@@ -44,6 +46,7 @@ class KeySizes:
         taken_by (*optional*): the owner that sets them now: a training pass, or the model that is being called.
         used (`bool`): whether an attention function has used them since they were set.
         model_name (`str`): what errors call the model.
+        rows (`SampleRows`, *optional*): the samples of a row that attention has to see each by itself.
     """
 
     log_sizes: torch.Tensor | None = None
@@ -51,14 +54,17 @@ class KeySizes:
     taken_by: object = None
     used: bool = False
     model_name: str = "The model"
+    rows: SampleRows | None = None
     _masks: list[tuple] = field(default_factory=list, repr=False)
     _thread: int = 0
 
-    def set(self, log_sizes: torch.Tensor | None, total: int = 0) -> None:
-        """Sets the sizes of the keys `(B, S)`; None: each stands for itself."""
+    def set(self, log_sizes: torch.Tensor | None, total: int = 0, rows: SampleRows | None = None) -> None:
+        """Sets the sizes of the keys `(B, S)`; None: each stands for itself. With `rows`, those of the row `(1, T)`."""
+        if rows is not None:
+            log_sizes = rows.log_sizes(log_sizes)
         total = 0 if log_sizes is None else max(total, log_sizes.shape[1])
-        if log_sizes is not self.log_sizes or total != self.total:
-            self.log_sizes, self.total, self.used, self._masks = log_sizes, total, False, []
+        if log_sizes is not self.log_sizes or total != self.total or rows is not self.rows:
+            self.log_sizes, self.total, self.rows, self.used, self._masks = log_sizes, total, rows, False, []
 
     def take(self, owner: object) -> bool:
         """Makes `owner` the one that sets the sizes; False inside the call of another owner.
@@ -95,12 +101,16 @@ class KeySizes:
             note(self, kwargs, output)
 
     def check_used(self) -> None:
-        """Raises a `ValueError` if the language model has run and none of its layers used the sizes."""
-        if self.log_sizes is not None and not self.used:
-            raise ValueError(
-                f"{self.model_name} does not call transformers' attention functions, so its attention cannot be made "
-                f"proportional to how many tokens each one stands for. {REMEDY}"
-            )
+        """Raises a `ValueError` if the language model has run and none of its layers used the sizes, or the rows."""
+        if self.used or (self.log_sizes is None and self.rows is None):
+            return
+        aim, remedy = "be made proportional to how many tokens each one stands for", REMEDY
+        if self.rows is not None:
+            aim, remedy = "keep the samples of one row apart", PADDED
+        raise ValueError(
+            f"{self.model_name} does not call transformers' attention functions, so its attention cannot {aim}. "
+            f"{remedy}"
+        )
 
     def __getstate__(self) -> dict:
         """The state of copies and pickles, which are not in the middle of a pass."""
@@ -136,8 +146,38 @@ class KeySizes:
         return F.pad(sizes, (0, max(self.total, count) - known))[:, start : start + count]
 
     def attend(self, implementation: str, function: Callable, module: nn.Module, query, key, value, mask, options):
-        """Calls an attention function and adds the bias of its keys in the form that the function supports."""
+        """Calls an attention function and adds the bias of its keys in the form that the function supports.
+
+        The samples of one row come apart before it, and together after it.
+        """
         self.used = True
+        if self.rows is not None:
+            query, key, value, mask = self.apart(implementation, module, query, key, value, mask, options)
+        if self.log_sizes is None:
+            states, *rest = function(module, query, key, value, mask, **options)
+        else:
+            states, *rest = self.biased(implementation, function, module, query, key, value, mask, options)
+        return (states, *rest) if self.rows is None else (self.rows.joined(states), None)
+
+    def apart(self, implementation: str, module: nn.Module, query, key, value, mask, options: dict):
+        """Queries, keys, values and mask of each sample of the row.
+
+        Raises:
+            ValueError: the layer attends to something else than the row, or in a way that is not known.
+        """
+        total = len(self.rows.slots)
+        lengths = (query.shape[2], key.shape[2], *(() if mask is None else mask.shape[-2:]))
+        if options.get("position_bias") is not None or len(query) != 1 or set(lengths) != {total}:
+            raise ValueError(
+                f"{type(module).__name__} attends in a way in which the samples of one row cannot be kept apart: "
+                f"queries, keys and mask of {', '.join(map(str, lengths))} tokens in a row of {total}, "
+                f"{'with' if options.get('position_bias') is not None else 'without'} a position bias. {PADDED}"
+            )
+        causal = mask is None and is_causal(module, options, query, implementation)
+        return (*map(self.rows.apart, (query, key, value)), self.rows.mask(mask, causal, query.dtype))
+
+    def biased(self, implementation: str, function: Callable, module: nn.Module, query, key, value, mask, options):
+        """Calls an attention function with the bias of its keys."""
         # log(s) of each key, (B, K).
         bias = self.of_keys(key.shape[0], key.shape[2]).to(query.device, non_blocking=True)
         if "flash" in implementation:
@@ -166,12 +206,7 @@ class KeySizes:
 
         Layers often receive the same mask, so the last results are cached.
         """
-        causal = None
-        # Without a mask, SDPA is causal unless it decodes or `is_causal` is False; eager attention is not causal.
-        if mask is None:
-            causal = options.get("is_causal")
-            causal = getattr(module, "is_causal", True) if causal is None else causal
-            causal = bool(causal) and query.shape[2] > 1 and implementation != "eager"
+        causal = None if mask is not None else is_causal(module, options, query, implementation)
         # Reuse the mask of an earlier layer.
         facts = (causal, query.shape[2], bias.shape, query.dtype, query.device)
         kept = None if torch.compiler.is_compiling() else self._masks
@@ -182,6 +217,13 @@ class KeySizes:
         if kept is not None:
             self._masks = [*kept[-3:], (mask, facts, result)]
         return result
+
+
+def is_causal(module: nn.Module, options: dict, query: torch.Tensor, implementation: str) -> bool:
+    """Whether attention without a mask is causal: SDPA is unless it decodes or `is_causal` is False, eager is not."""
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return bool(causal) and query.shape[2] > 1 and implementation != "eager"
 
 
 def biased_mask(
@@ -229,9 +271,9 @@ def widened(function: Callable, module: nn.Module, query, key, value, mask, opti
 
 
 def change_call(implementation: str, function: Callable, module: nn.Module) -> Callable | None:
-    """A replacement for an attention function if the keys of the layer have sizes, else None."""
+    """A replacement for an attention function if the keys of the layer have sizes, or samples share a row; else None."""
     sizes = sizes_of(module)
-    if sizes is None or sizes.log_sizes is None:
+    if sizes is None or (sizes.log_sizes is None and sizes.rows is None):
         return None
 
     def attend(module, query, key, value, mask, *rest, **options):

@@ -1,6 +1,6 @@
 """Shortens every `[B, S]` tensor of a batch in the same way.
 
-Shapes: B batch, S sequence, S' shortened sequence.
+Shapes: B batch, S sequence, S' shortened sequence, T real tokens of the shortened batch.
 """
 
 from __future__ import annotations
@@ -20,15 +20,29 @@ class Shortening:
     """The source of each token of the shortened batch.
 
     Args:
-        source (`torch.LongTensor` of shape `(B, S')`): position in the full sequence.
+        source (`torch.LongTensor` of shape `(B, S')`): position in the full sequence; with the samples in one row,
+            `(1, T)` in the flattened batch.
         mask (`torch.BoolTensor` of shape `(B, S')`): False on padding.
+        lengths (`torch.LongTensor` of shape `(B,)`): tokens of each sample.
+        longest (`int`): the most of them.
+        one_row (`bool`): whether the samples lie end to end in one row, without padding.
     """
 
     source: torch.Tensor
     mask: torch.Tensor
+    lengths: torch.Tensor
+    longest: int
+    one_row: bool = False
+
+    @property
+    def begins(self) -> torch.Tensor:
+        """Where each sample of one row begins, `(B,)`."""
+        return self.lengths.cumsum(0) - self.lengths
 
     def apply(self, tensor: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        """Shortens the last two dimensions, `(..., B, S)` to `(..., B, S')`."""
+        """Shortens the last two dimensions, `(..., B, S)` to `(..., B, S')`, or to `(..., 1, T)`."""
+        if self.one_row:
+            return tensor.flatten(-2)[..., self.source]
         source = self.source.expand(*tensor.shape[:-1], -1)
         return tensor.gather(-1, source).masked_fill(~self.mask, fill)
 
@@ -38,6 +52,7 @@ def plan_shortening(
     attention_mask: torch.Tensor,
     copies: dict[int, torch.Tensor],
     finite: Sequence[torch.Tensor] = (),
+    one_row: bool = False,
 ) -> Shortening:
     """Plans the removal and repetition of placeholders. The result is padded on the same side as the batch.
 
@@ -47,6 +62,7 @@ def plan_shortening(
         copies (`dict[int, torch.LongTensor]`): for each placeholder id, how often each of its placeholders appears in
             the result, in the order of the flattened batch; 0 drops it.
         finite (`Sequence[torch.BoolTensor]`): whether the features of each modality are finite, without dimensions.
+        one_row (`bool`): lay the samples end to end in one row instead of padding them.
 
     Raises:
         ValueError: the numbers of placeholders and features differ (the message names both), or features are not
@@ -61,20 +77,23 @@ def plan_shortening(
         rank = is_visual.flatten().cumsum(0).view_as(input_ids) - 1
         count = torch.where(is_visual, repeats[rank.clamp(0, len(repeats) - 1)], count)
         found.append(is_visual.sum())
-    # Tokens of each shortened row, (B,).
-    length = count.sum(1)
+    # Tokens of each shortened sample, (B,).
+    lengths = length = count.sum(1)
+    # The samples as one row without gaps: (B, S) -> (1, B * S) and (B,) -> (1,).
+    if one_row:
+        count, length = count.view(1, -1), lengths.sum(0, keepdim=True)
     # The one host synchronisation of shortening: tensors need a size.
-    longest, *found = torch.stack([length.amax(), *found, *finite]).tolist()
+    longest, width, *found = torch.stack([lengths.amax(), length.amax(), *found, *finite]).tolist()
     check_finite(all(found[len(copies) :]))
     for (token_id, repeats), placeholders in zip(copies.items(), found, strict=False):
         check_count(token_id, placeholders, len(repeats))
     # Number of the token in each slot, (B, S'): negative on left padding, `length` or more on right padding.
     padded_left = (attention_mask[:, 0] == 0).any()
-    slot = torch.arange(longest, device=input_ids.device) - torch.where(padded_left, longest - length, 0)[:, None]
+    slot = torch.arange(width, device=input_ids.device) - torch.where(padded_left, width - length, 0)[:, None]
     mask = (slot >= 0) & (slot < length[:, None])
     # Slot j holds the first token at which the count of kept tokens exceeds j, (B, S').
-    source = torch.searchsorted(count.cumsum(1), slot.clamp(min=0), right=True).clamp(max=input_ids.shape[1] - 1)
-    return Shortening(source, mask)
+    source = torch.searchsorted(count.cumsum(1), slot.clamp(min=0), right=True).clamp(max=count.shape[1] - 1)
+    return Shortening(source, mask, lengths, longest, one_row)
 
 
 def check_count(token_id: int, placeholders: int, features: int) -> None:

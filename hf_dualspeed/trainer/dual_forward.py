@@ -28,6 +28,7 @@ from ..pruning.inputs import check_inputs, check_pruner, shorten_inputs, whole_i
 from ..pruning.isolator import ModeIsolator
 from ..pruning.proportional_attention import KeySizes, key_sizes_of
 from ..pruning.repeats import Repeats
+from ..pruning.sample_rows import check_padding_free
 from .batch_splitting import BatchParts
 from .fused_loss import FusedHead
 from .losses import supervised_cross_entropy
@@ -132,6 +133,7 @@ class DualForward(nn.Module):
         supervised_logits_only: bool = True,
         plain: bool = False,
         proportional_attention: bool = True,
+        padding_free: bool = False,
     ):
         super().__init__()
         self.pruner = pruner
@@ -141,6 +143,7 @@ class DualForward(nn.Module):
         self.supervised_logits_only = supervised_logits_only
         self.plain = plain  # `DualSpeedArguments.plain_path`
         self.proportional_attention = proportional_attention
+        self.padding_free = padding_free
         self.trained = False  # in fast passes, here or in the one whose weights it has
         self._handles: list = []
         self._adapters: dict[str, list[str]] = {}
@@ -192,6 +195,8 @@ class DualForward(nn.Module):
         """Attaches this to `model`, in place of an earlier one."""
         self.interface = ModelInterface(model)
         check_pruner(self.interface, self.pruner)
+        if self.padding_free:
+            check_padding_free(self.interface, self.pruner)
         earlier = earlier_fast_view(model)
         if earlier is not None:
             earlier.detach()
@@ -380,13 +385,15 @@ class DualForward(nn.Module):
                 state.generator,
                 state.layers,
                 state.progress,
+                self.padding_free,
             )
         if state.mode == FAST:  # the teacher's tokens are not counted
             self.trained |= torch.is_grad_enabled()
             state.visual_tokens, state.auxiliary_loss = short.visual_tokens, short.auxiliary_loss
-        # log(s) of each token, (B, S), which layers add to their attention logits from now on.
-        if self.proportional_attention:
-            self._sizes_of_keys(state).set(short.log_sizes)
+        # log(s) of each token, (B, S), which layers add to their attention logits from now on, and the samples of a row.
+        if self.proportional_attention or short.rows is not None:
+            log_sizes = short.log_sizes if self.proportional_attention else None
+            self._sizes_of_keys(state).set(log_sizes, rows=short.rows)
         if state.layers is not None:
             state.layers.open()
         return short.inputs

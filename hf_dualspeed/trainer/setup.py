@@ -28,6 +28,7 @@ AT_CONSTRUCTION = (
     "position_ids",
     "video_budget",
     "proportional_attention",
+    "padding_free",
     "supervised_logits_only",
     "plain_path",
     "fast_only_parameters",

@@ -41,6 +41,7 @@ class AttachLast(Trainer):
     """
 
     def __init__(self, model: nn.Module, args: DualSpeedSFTConfig, **kwargs):
+        args.padding_free = self._padding_free
         self._attach(model, args)
         super().__init__(model=model, args=args, **kwargs)
 
@@ -88,7 +89,12 @@ class DualSpeedSFTTrainer(DualSpeedMixin, CardlessCheckpoints, SFTTrainer, Attac
         if args.use_liger_kernel:  # as SFTTrainer does later: its kernels without its loss
             args.liger_kernel_config = {"fused_linear_cross_entropy": False, **(args.liger_kernel_config or {})}
         check_adapter(peft_config or getattr(model, "active_peft_config", None))
-        super().__init__(model, args, pruner=pruner, peft_config=peft_config, **kwargs)
+        # SFTTrainer refuses `padding_free` with images, and would collate texts in its own way: it sees it unset.
+        self._padding_free, args.padding_free = args.padding_free, False
+        try:
+            super().__init__(model, args, pruner=pruner, peft_config=peft_config, **kwargs)
+        finally:
+            args.padding_free = self._padding_free
         interface = self.dual_forward.interface
         if self.aux_loss_enabled and not interface.takes_router_logits:
             raise ValueError(
@@ -191,12 +197,12 @@ def dualspeed_config(args: SFTConfig | None, model: str | nn.Module) -> DualSpee
 
 def check_sft_options(args: SFTConfig) -> None:
     """Raises a `ValueError` for options of TRL that DualSpeed does not support."""
-    for name in ("packing", "padding_free"):
-        if getattr(args, name):
-            raise ValueError(
-                f"`{name}`=True is not supported: TRL puts no samples with images into one row. Leave it False, or "
-                "pack them in your own collator and use DualSpeedTrainer."
-            )
+    if args.packing:
+        raise ValueError(
+            "`packing`=True is not supported: TRL puts no samples with images into one row. Set padding_free=True, "
+            "which lays the samples of each fast micro-batch into one, or pack them in your own collator and use "
+            "DualSpeedTrainer."
+        )
     if args.loss_type != "nll":
         raise ValueError(
             f"`loss_type`={args.loss_type!r} is not supported: DualSpeed computes cross-entropy and distillation "

@@ -175,6 +175,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
             args.supervised_logits_only,
             args.plain_path,
             args.proportional_attention,
+            args.padding_free,
         )
         self.dual_forward.trained = taken
         self.dual_forward.attach(model)
@@ -211,7 +212,9 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         self._run_as_trained()
         asks = "text" in self._pruner.needs or self._pruner.in_language_model
         visual, name = interface.visual_token_ids, self._pruner.config.pruner_type
-        self.data_collator = MaskVisualLabels(self.given_collator, visual, asks=name if asks else None)
+        self.data_collator = MaskVisualLabels(
+            self.given_collator, visual, name if asks else None, masks_first=self.dual_forward.padding_free
+        )
 
         self.selective_checkpointing.always = args.fast_mode_checkpointing
         for callback in filter(None, (self.adaptive_schedule, self.feature_cache)):

@@ -140,6 +140,13 @@ class DualSpeedArguments:
             "for s tokens, so that an image keeps its share of the attention. False is the paper's."
         },
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay the shortened samples of a fast micro-batch, and of the teacher's, end to end in one row, in "
+            "place of padding them to the longest. Losses and gradients stay the same."
+        },
+    )
     video_budget: str = field(
         default="clip",
         metadata={
@@ -180,7 +187,7 @@ class DualSpeedArguments:
             "help": "Take the plain path in place of all that makes a step fast beside pruning, to find out whether "
             "that is to blame for something: fast steps recompute activations as slow ones do, slow batches run whole, "
             "logits are made at all positions, losses in float32 at once, teacher and student each encode the images, "
-            "and a frozen tower keeps its graph."
+            "samples are padded, and a frozen tower keeps its graph."
         },
     )
     fast_only_parameters: list[str] = field(
@@ -249,7 +256,7 @@ class DualSpeedArguments:
         check_choice("video_budget", self.video_budget, VIDEO_BUDGETS)
         if self.plain_path:
             self.fast_mode_checkpointing, self.supervised_logits_only = True, False
-            self.fused_head_loss, self.slow_mode_splits = "off", 1
+            self.fused_head_loss, self.slow_mode_splits, self.padding_free = "off", 1, False
         spoken = {"true": "on", "false": "off"}
         self.fused_head_loss = spoken.get(str(self.fused_head_loss).lower(), self.fused_head_loss)
         check_choice("fused_head_loss", self.fused_head_loss, FUSED_HEAD_LOSSES)

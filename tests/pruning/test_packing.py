@@ -90,6 +90,57 @@ def test_a_packed_sample_is_as_alone(name, attention, scheme, isolated):
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-5)
 
 
+def fast_logits(model, inputs, padding_free, scheme="original", **options):
+    """Logits `(M, V)` of a fast pass with an isolator, and the number of its tokens."""
+    torch.manual_seed(0)
+    forward = DualForward(
+        AutoPruner.from_name("divprune", pruning_ratio=0.5),
+        ModeIsolator.for_model(model, 2),
+        scheme,
+        padding_free=padding_free,
+        **options,
+    )
+    forward.attach(model)
+    with torch.no_grad(), forward.in_mode(FAST) as done:
+        logits = model(**inputs).logits
+    return logits, done.tokens
+
+
+@pytest.mark.parametrize(("side", "proportional"), [("right", True), ("left", False)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("llava", a) for a in ("sdpa", "eager", "flash_on_cpu", "flex_attention")]
+    + [("qwen2_5_vl", "flash_on_cpu"), ("gemma3", "eager")],
+)
+def test_padded_samples_in_one_row_are_as_padded(name, attention, scheme, side, proportional):
+    reference = model_of(name, "sdpa")
+    inputs = batch(FAMILIES[name], reference, ROWS, side)
+    options = {"scheme": scheme, "proportional_attention": proportional}
+    padded, many = fast_logits(reference, inputs, False, **options)
+    row, tokens = fast_logits(model_of(name, attention), inputs, True, **options)
+    assert tokens < many
+    torch.testing.assert_close(row, padded, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_sliding_window_reaches_as_far_in_one_row(scheme):
+    model = model_of("aya_vision", "sdpa")
+    inputs = batch(FAMILIES["aya_vision"], model, ROWS)
+    wide, _ = fast_logits(model, inputs, True, scheme)
+    model.config.get_text_config().sliding_window = 4
+    padded, _ = fast_logits(model, inputs, False, scheme)
+    row, _ = fast_logits(model, inputs, True, scheme)
+    torch.testing.assert_close(row, padded, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(row, wide, rtol=1e-3, atol=1e-5)
+
+
+def test_flex_attention_cannot_say_what_token_types_do():
+    model = model_of("gemma3", "flex_attention")
+    with pytest.raises(ValueError, match="attention that depends on `token_type_ids` do not go together"):
+        fast_logits(model, batch(FAMILIES["gemma3"], model, ROWS), True)
+
+
 @pytest.mark.parametrize("boundaries", [False, True])
 def test_boundaries_given_or_found(boundaries):
     model = model_of("llava", "flash_on_cpu")
