@@ -1,7 +1,8 @@
 """`dualspeed bench --lengths`: what grouping samples by length saves. Fast steps are grouped by pruned length.
 
-The same samples, in the same modes, are batched at random and by length, and the steps of both are timed in turn. Text
-lengths are not those of a data set: they are drawn from a log-normal distribution, cut to a range.
+The same samples, in the same modes, are batched at random and by length, and the steps of both are timed in turn, fast
+ones also with the samples of each batch in one row (`padding_free`). Text lengths are not those of a data set: they are
+drawn from a log-normal distribution, cut to a range.
 """
 
 from __future__ import annotations
@@ -84,33 +85,41 @@ class LengthBench(Bench):
             RANDOM: [chunk.tolist() for chunk in chunks],
             GROUPED: grouped(chunks, self.modes, self.lengths, generator),
         }
-        names = [(arm, step) for step in range(steps) for arm in (RANDOM, GROUPED)]
-        self.variants = {name: partial(self.run_step, *name) for name in names}
+        # Fast steps run padded and in one row.
+        names = [
+            [(arm, step, one_row) for arm in self.plans for one_row in ((False, True) if mode == FAST else (False,))]
+            for step, mode in enumerate(self.modes)
+        ]
+        self.names, self.variants = names, {name: partial(self.run_step, *name) for step in names for name in step}
 
     def lengths_of(self, texts: list[int]) -> dict[str, torch.Tensor]:
         """Lengths `(samples,)` by mode, of samples with one image each."""
         lengths = SampleLengths([text + self.visual for text in texts], [[self.visual]] * len(texts))
         return {FAST: lengths.pruned(self.options.pruning_ratio, self.dual.args.isolator_length), SLOW: lengths.full}
 
-    def run_step(self, arm: str, step: int) -> None:
-        """Forward and backward of one of the batches."""
+    def run_step(self, arm: str, step: int, one_row: bool = False) -> None:
+        """Forward and backward of one of the batches, padded or with its samples in one row."""
+        self.dual.dual_forward.padding_free = one_row
         self.batch = padded(self.whole, self.visual, [self.texts[sample] for sample in self.plans[arm][step]])
         self.items = (self.batch["labels"] != -100).sum()
         self.step(self.modes[step])
 
     def run_steps(self) -> dict:
         """Counts and times all steps of both kinds of batches."""
-        flops = {arm: {FAST: 0, SLOW: 0} for arm in self.plans}
-        seconds = {arm: {mode: [0.0] * self.options.rounds for mode in (FAST, SLOW)} for arm in self.plans}
+        flops, row_flops = ({arm: {FAST: 0, SLOW: 0} for arm in self.plans} for _ in range(2))
+        seconds, row_seconds = (
+            {arm: {mode: [0.0] * self.options.rounds for mode in (FAST, SLOW)} for arm in self.plans} for _ in range(2)
+        )
         with Progress(transient=True) as progress:
             task = progress.add_task("batches", total=(self.options.rounds + 1) * len(self.variants))
             for number in range(-1, self.options.rounds):
                 for step, mode in enumerate(self.modes):
-                    for arm, _ in order([(arm, step) for arm in self.plans], number + step):
+                    for name in order(self.names[step], number + step):
+                        arm, _, one_row = name
                         if number < 0:  # counting FLOPs is the warm-up
-                            flops[arm][mode] += self.count_flops((arm, step))
+                            (row_flops if one_row else flops)[arm][mode] += self.count_flops(name)
                         else:
-                            seconds[arm][mode][number] += self._time((arm, step))
+                            (row_seconds if one_row else seconds)[arm][mode][number] += self._time(name)
                         progress.advance(task)
         texts = self.texts[: len(self.modes) * len(self.whole["input_ids"])]
         return {
@@ -126,6 +135,9 @@ class LengthBench(Bench):
             "epoch_padding": self.epoch_padding(),
             "flops": flops,
             "seconds_by_round": seconds,
+            "one_row": {
+                arm: {"flops": row_flops[arm][FAST], "seconds_by_round": row_seconds[arm][FAST]} for arm in self.plans
+            },
         }
 
     def padding_of(self, batches: list[list[int]], modes: list[str]) -> dict[str, dict[str, int]]:
@@ -176,7 +188,13 @@ def derive(run: dict, slow_ratio: float) -> dict:
             "by_flops": flops[RANDOM][name] / flops[GROUPED][name],
         }
     times = {arm: {name: quartiles(values) for name, values in seconds[arm].items()} for arm in seconds}
-    return {"seconds": times, "flops_per_step": flops, "gains": gains}
+    # Fast steps in one row, and their gain: padded over one row.
+    in_one_row = {}
+    for arm, own in run["one_row"].items():
+        rows = torch.tensor(own["seconds_by_round"], dtype=torch.float64) / steps[FAST]
+        gain = {**quartiles(seconds[arm][FAST] / rows), "by_flops": run["flops"][arm][FAST] / own["flops"]}
+        in_one_row[arm] = {**own, "seconds": quartiles(rows), "gain": gain}
+    return {"seconds": times, "flops_per_step": flops, "gains": gains, "one_row": in_one_row}
 
 
 def share_of_padding(padding: dict[str, dict[str, int]], name: str, slow_ratio: float, steps: dict[str, int]) -> float:
@@ -193,7 +211,8 @@ def report(results: dict, path: Path) -> None:
     console = Console()
     console.print(setting_line(results), highlight=False)
     print_table(console, HEADER, rows(results))
-    console.print(epoch_line(results), highlight=False)
+    for line in filter(None, (one_row_line(results), epoch_line(results))):
+        console.print(line, highlight=False)
     plot = plot_lengths(results, path.with_suffix(".png"))
     write_file(path.with_suffix(".md"), markdown(results, plot.name))
 
@@ -243,10 +262,22 @@ def epoch_line(results: dict) -> str:
     )
 
 
+def one_row_line(results: dict) -> str:
+    """Fast steps without padding in words; nothing of a result that is older than they."""
+    run = results["runs"][0]
+    said = [
+        f"{milliseconds(of['seconds']['median'])} ms in place of {milliseconds(run['seconds'][arm][FAST]['median'])} "
+        f"({spread(of['gain'], 2)} x, by FLOPs {of['gain']['by_flops']:.2f} x) {ARMS[arm][2].removeprefix('batches ')}"
+        for arm, of in run.get("one_row", {}).items()
+    ]
+    return f"Fast steps with the samples of a batch in one row (`padding_free`): {' and '.join(said)}." if said else ""
+
+
 def readme_table(results: dict) -> str:
     """Settings and table, for a page that shows the plot itself."""
     check_format(results, KIND)
-    return "\n\n".join([setting_line(results), markdown_table(HEADER, rows(results)), epoch_line(results)])
+    lines = [setting_line(results), markdown_table(HEADER, rows(results)), one_row_line(results), epoch_line(results)]
+    return "\n\n".join(filter(None, lines))
 
 
 def markdown(results: dict, plot: str) -> str:

@@ -103,6 +103,8 @@ def shorten_inputs(
     packing = Packing.of_rows(interface, inputs["input_ids"]) if one_row else packing
     consumed = set().union(*(e.consumed for e in encodings))
     short = shorten_tensors(interface, inputs, plan, consumed)
+    if one_row and "labels" in short:  # the end of a sample does not predict the next one's first token
+        short["labels"] = short["labels"].masked_fill(packing.begins(plan), -100)
     short["position_ids"] = shortened_positions(interface, inputs, mask, plan, position_ids, packing)
     # Find the tokens that layers will drop later.
     if layer_pass is not None:
@@ -336,8 +338,6 @@ def shorten_tensors(interface: ModelInterface, inputs: Mapping, plan: Shortening
     if "labels" in short:
         for token_id in interface.visual_token_ids:
             short["labels"] = short["labels"].masked_fill(short["input_ids"] == token_id, -100)
-        if plan.one_row:  # the end of a sample does not predict the next one's first token
-            short["labels"] = short["labels"].index_fill(1, plan.begins, -100)
     return short
 
 

@@ -62,13 +62,17 @@ class Packing:
         sample = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
         return cls(interface.text_config, interface.outer.dtype, sample, len(ids))
 
-    def restarted(self, plan: Shortening) -> torch.Tensor:
-        """Positions `(B, S')` that restart in each sample and have no gaps."""
+    def begins(self, plan: Shortening) -> torch.Tensor:
+        """Whether a token is the first of its sample in the shortened batch, `(B, S')`."""
         # Sample of each kept token, (B, S'), -1 on padding.
         sample = plan.apply(self.sample, -1)
-        index = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
+        return torch.diff(sample, dim=1, prepend=sample[:, :1] - 1) != 0
+
+    def restarted(self, plan: Shortening) -> torch.Tensor:
+        """Positions `(B, S')` that restart in each sample and have no gaps."""
         # Distance to the last position where the sample changed.
-        begins = torch.diff(sample, dim=1, prepend=sample[:, :1] - 1) != 0
+        begins = self.begins(plan)
+        index = torch.arange(begins.shape[1], device=begins.device).expand_as(begins)
         return index - torch.where(begins, index, 0).cummax(1).values
 
     def shortened(self, plan: Shortening, scheme: str, inputs: Mapping) -> dict:

@@ -271,7 +271,7 @@ def widened(function: Callable, module: nn.Module, query, key, value, mask, opti
 
 
 def change_call(implementation: str, function: Callable, module: nn.Module) -> Callable | None:
-    """A replacement for an attention function if the keys of the layer have sizes, or samples share a row; else None."""
+    """A replacement for an attention function if keys of the layer have sizes or samples share a row, else None."""
     sizes = sizes_of(module)
     if sizes is None or (sizes.log_sizes is None and sizes.rows is None):
         return None

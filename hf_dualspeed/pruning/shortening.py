@@ -34,11 +34,6 @@ class Shortening:
     longest: int
     one_row: bool = False
 
-    @property
-    def begins(self) -> torch.Tensor:
-        """Where each sample of one row begins, `(B,)`."""
-        return self.lengths.cumsum(0) - self.lengths
-
     def apply(self, tensor: torch.Tensor, fill: int = 0) -> torch.Tensor:
         """Shortens the last two dimensions, `(..., B, S)` to `(..., B, S')`, or to `(..., 1, T)`."""
         if self.one_row:
@@ -82,8 +77,10 @@ def plan_shortening(
     # The samples as one row without gaps: (B, S) -> (1, B * S) and (B,) -> (1,).
     if one_row:
         count, length = count.view(1, -1), lengths.sum(0, keepdim=True)
+        found.insert(0, length[0])
     # The one host synchronisation of shortening: tensors need a size.
-    longest, width, *found = torch.stack([lengths.amax(), length.amax(), *found, *finite]).tolist()
+    longest, *found = torch.stack([lengths.amax(), *found, *finite]).tolist()
+    width = found.pop(0) if one_row else longest
     check_finite(all(found[len(copies) :]))
     for (token_id, repeats), placeholders in zip(copies.items(), found, strict=False):
         check_count(token_id, placeholders, len(repeats))

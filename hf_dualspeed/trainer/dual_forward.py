@@ -390,7 +390,7 @@ class DualForward(nn.Module):
         if state.mode == FAST:  # the teacher's tokens are not counted
             self.trained |= torch.is_grad_enabled()
             state.visual_tokens, state.auxiliary_loss = short.visual_tokens, short.auxiliary_loss
-        # log(s) of each token, (B, S), which layers add to their attention logits from now on, and the samples of a row.
+        # Layers add log(s) of each token, (B, S), to their attention logits, and keep the samples of a row apart.
         if self.proportional_attention or short.rows is not None:
             log_sizes = short.log_sizes if self.proportional_attention else None
             self._sizes_of_keys(state).set(log_sizes, rows=short.rows)

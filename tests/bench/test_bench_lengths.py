@@ -84,7 +84,17 @@ def test_results_and_page(measured):
     assert run["gains"]["mix"]["by_flops"] == pytest.approx(mixes[0] / mixes[1])
     shares = bench_lengths.shares(results, GROUPED)
     assert min(shares["fast"], shares["slow"]) <= shares["mix"] <= max(shares["fast"], shares["slow"])
+    # In one row no token is padding, so that both kinds of batches hold the same tokens.
+    row = run["one_row"]
+    assert row[GROUPED]["flops"] < run["flops"][GROUPED]["fast"]
+    assert row[RANDOM]["flops"] < run["flops"][RANDOM]["fast"]
+    assert row[RANDOM]["gain"]["by_flops"] == run["flops"][RANDOM]["fast"] / row[RANDOM]["flops"]
+    times = [torch.tensor(of) for of in (run["seconds_by_round"][RANDOM]["fast"], row[RANDOM]["seconds_by_round"])]
+    assert row[RANDOM]["gain"]["median"] == pytest.approx((times[0] / times[1]).quantile(0.5).item(), rel=1e-4)
     page = path.with_suffix(".md").read_text()
+    assert "in one row (`padding_free`)" in page
+    older = {**results, "runs": [{key: value for key, value in run.items() if key != "one_row"}]}
+    assert "in one row" not in bench_lengths.readme_table(older)
     assert bench_lengths.readme_table(results) in page
     assert "lengths of the texts are drawn" in page
     assert not math.isnan(run["seconds"][GROUPED]["mix"]["median"])

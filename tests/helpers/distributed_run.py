@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--speedup-rounds", type=int, default=0)
     parser.add_argument("--pruner", default="divprune")
     parser.add_argument("--slow-mode-splits", default="1")
+    parser.add_argument("--padding-free", action="store_true", help="fast steps in one row")
     parser.add_argument("--adaptive", action="store_true", help="slow steps that follow the losses")
     parser.add_argument("--evaluate", action="store_true", help="on the training samples, after training")
     parser.add_argument("--fused", action="store_true", help="the loss of fast steps by a stand-in for Liger's")
@@ -143,6 +144,7 @@ def main() -> None:
         pruner=options.pruner,
         pruning_ratio=0.5,
         slow_mode_splits=options.slow_mode_splits,
+        padding_free=options.padding_free,
         vision_feature_cache=options.cache,
         seed=1,
         deepspeed=None if options.zero is None else {**AUTOMATIC, "zero_optimization": options.zero},

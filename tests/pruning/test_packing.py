@@ -90,6 +90,13 @@ def test_a_packed_sample_is_as_alone(name, attention, scheme, isolated):
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-5)
 
 
+@pytest.fixture
+def forgotten():
+    """Forgets what was compiled of FlexAttention, which counts against a limit in later tests."""
+    yield
+    torch._dynamo.reset()
+
+
 def fast_logits(model, inputs, padding_free, scheme="original", **options):
     """Logits `(M, V)` of a fast pass with an isolator, and the number of its tokens."""
     torch.manual_seed(0)
@@ -113,6 +120,7 @@ def fast_logits(model, inputs, padding_free, scheme="original", **options):
     [("llava", a) for a in ("sdpa", "eager", "flash_on_cpu", "flex_attention")]
     + [("qwen2_5_vl", "flash_on_cpu"), ("gemma3", "eager")],
 )
+@pytest.mark.usefixtures("forgotten")
 def test_padded_samples_in_one_row_are_as_padded(name, attention, scheme, side, proportional):
     reference = model_of(name, "sdpa")
     inputs = batch(FAMILIES[name], reference, ROWS, side)
@@ -135,6 +143,7 @@ def test_a_sliding_window_reaches_as_far_in_one_row(scheme):
     assert not torch.allclose(row, wide, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_flex_attention_cannot_say_what_token_types_do():
     model = model_of("gemma3", "flex_attention")
     with pytest.raises(ValueError, match="attention that depends on `token_type_ids` do not go together"):

@@ -321,14 +321,26 @@ def test_saved_model_and_card(tmp_path):
     assert Path(tmp_path / "mode_isolator.safetensors").is_file()
 
 
+@pytest.mark.parametrize("config", [DualSpeedSFTConfig, SFTConfig])
+def test_padding_free_is_that_of_fast_steps(tmp_path, config):
+    """TRL's own refuses images and takes no collator."""
+    runs = []
+    for free in (False, True):
+        trainer = make(tmp_path, messages(), config=config, padding_free=free, max_steps=2, **SGD)
+        assert trainer.args.padding_free is trainer.dual_forward.padding_free is free
+        trainer.train()
+        runs.append((history(trainer, "loss", "grad_norm", "num_tokens"), trainer.clock.fast_tokens))
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-3, atol=1e-5)
+    assert runs[1][1] < runs[0][1]
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"packing": True}, "`packing`=True is not supported: TRL puts no samples with images into one row"),
-        ({"padding_free": True}, "`padding_free`=True is not supported: TRL puts no samples with images into one row"),
+        ({"packing": True}, "`packing`=True is not supported: .* Set padding_free=True"),
         (
             {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
             "`use_liger_kernel`=True puts Liger's forward in place of the model's",
