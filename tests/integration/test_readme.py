@@ -124,6 +124,7 @@ TABLES = {
     "bench_growth": bench_growth.readme_table,
     "bench_lengths": bench_lengths.readme_table,
     "bench_loader": bench_loader.readme_table,
+    "bench_one_row": bench_lengths.readme_table,
     "bench_profile": bench_profile.readme_table,
     "ablation": ablation_report.readme_table,
     "ablation_longer": ablation_report.readme_table,
