@@ -103,7 +103,7 @@ class Packing:
         elif scheme == "original":
             raise ValueError(
                 f"Packed samples and a sliding window of {window} tokens need position_ids='compact': with 'original' "
-                "no mask can say both. Set position_ids='compact', or pad the batch instead of packing it."
+                "no mask can say both. Set position_ids='compact', or pad the batch (padding_free=False)."
             )
         else:  # transformers finds the boundaries in restarting positions, but not while it fills a cache
             packed["use_cache"] = False
@@ -131,7 +131,7 @@ class Packing:
         if running or kinds:
             raise ValueError(
                 f"Packed samples and {', '.join([*kinds, *running])} do not go together: transformers itself lets "
-                "such samples see each other. Pad the batch instead of packing it."
+                "such samples see each other. Pad the batch instead of packing it (padding_free=False)."
             )
 
     def _window(self, length: int) -> int | None:
