@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -74,9 +75,10 @@ def shorten_inputs(
     generator: torch.Generator | None = None,
     layer_pass: LayerPass | None = None,
     progress: float = 1.0,
+    multiple: int = 1,
     padding_free: bool = False,
 ) -> ShortenedBatch:
-    """[`prune_inputs`] after encoding, at the fraction `progress` of training.
+    """[`prune_inputs`] after encoding, at the fraction `progress` of training, padded to a `multiple` of tokens.
 
     With a `layer_pass` all tokens stay, and it drops them later. With `padding_free`, samples of a padded batch are
     laid end to end in one row.
@@ -96,16 +98,29 @@ def shorten_inputs(
     kept = {e.modality: keep_tokens(e, pruner, prompt, generator, progress) for e in encodings}
     check_placeholders(interface, encodings)
     # Shorten: (B, S) -> (B, S'). Dropped placeholders leave every tensor, isolator tokens enter it.
+    if packing is not None and multiple > 1:
+        raise ValueError(
+            f"`fast_length_multiple` is {multiple}, but the batch holds packed samples, which are told apart without "
+            "padding. Set fast_length_multiple=1, or pad the batch instead of packing it."
+        )
     mask = mask_of(inputs)
     finite = [of.finite for of in kept.values() if of.finite is not None]
     copies = {e.token_id: kept[e.modality].repeats for e in encodings}
-    plan = plan_shortening(inputs["input_ids"], mask, copies, finite, one_row)
+    plan = plan_shortening(inputs["input_ids"], mask, copies, finite, multiple, one_row)
     packing = Packing.of_rows(interface, inputs["input_ids"]) if one_row else packing
     consumed = set().union(*(e.consumed for e in encodings))
-    short = shorten_tensors(interface, inputs, plan, consumed)
-    if one_row and "labels" in short:  # the end of a sample does not predict the next one's first token
-        short["labels"] = short["labels"].masked_fill(packing.begins(plan), -100)
-    short["position_ids"] = shortened_positions(interface, inputs, mask, plan, position_ids, packing)
+    original = {} if position_ids != "original" else {"position_ids": full_positions(interface, inputs, mask)}
+    short = shorten_tensors(interface, inputs, original, plan, consumed)
+    # Placeholders of each modality in the shortened batch, (B, S'). They have no labels, because both modes must count
+    # the same tokens.
+    places = {token_id: short["input_ids"] == token_id for token_id in interface.visual_token_ids}
+    if "labels" in short:
+        for place in places.values():
+            short["labels"] = short["labels"].masked_fill(place, -100)
+        if one_row:  # the end of a sample does not predict the next one's first token
+            short["labels"] = short["labels"].masked_fill(packing.begins(plan), -100)
+    if position_ids != "original":
+        short["position_ids"] = compact_positions(interface, inputs, plan, packing)
     # Find the tokens that layers will drop later.
     if layer_pass is not None:
         layer_pass.locate(short, encodings, 0 if prompt is None else len(prompt), packing is not None)
@@ -116,7 +131,7 @@ def shorten_inputs(
     elif packing is None and prompt is not None:
         short |= one_sample(interface, plan)
     # Hand over: kept tokens in place of pixels, plus key sizes (B, S'), token counts and losses.
-    log_sizes = key_log_sizes(short["input_ids"], encodings, kept)
+    log_sizes = key_log_sizes(places, encodings, kept)
     short |= absent_inputs(interface, consumed) | merged_inputs(interface, short, encodings, kept)
     losses = [of.auxiliary_loss for of in kept.values() if of.auxiliary_loss is not None]
     counts = sum(sum(e.lengths) for e in encodings), sum(of.count for of in kept.values())
@@ -129,16 +144,21 @@ def shorten_inputs(
     )
 
 
-def key_log_sizes(ids: torch.Tensor, encodings: list[VisualEncoding], kept: Mapping[str, Kept]) -> torch.Tensor | None:
-    """The log of how many tokens each of the shortened `ids` `(B, S')` stands for, in float32; None if all are 1."""
-    merged = [(encoding.token_id, kept[encoding.modality].sizes) for encoding in encodings]
-    merged = [(token_id, sizes) for token_id, sizes in merged if sizes is not None]
+def key_log_sizes(
+    places: Mapping[int, torch.Tensor], encodings: list[VisualEncoding], kept: Mapping[str, Kept]
+) -> torch.Tensor | None:
+    """The log of how many tokens each of the shortened batch `(B, S')` stands for, in float32; None if all are 1.
+
+    `places` `(B, S')` are True at the placeholders of an id.
+    """
+    merged = [(places[encoding.token_id], kept[encoding.modality].sizes) for encoding in encodings]
+    merged = [(place, sizes) for place, sizes in merged if sizes is not None]
     if not merged:
         return None
     # 0 for text; at each modality's placeholders, in order, log(size) of its kept tokens (sum (l + K_i),).
-    log_sizes = torch.zeros(ids.shape, device=ids.device)
-    for token_id, sizes in merged:
-        log_sizes = log_sizes.masked_scatter(ids == token_id, sizes.log())
+    log_sizes = torch.zeros(merged[0][0].shape, device=merged[0][0].device)
+    for place, sizes in merged:
+        log_sizes.masked_scatter_(place, sizes.log())
     return log_sizes
 
 
@@ -184,19 +204,20 @@ def keep_tokens(
         with record_function("dualspeed.select"):
             pruned = pruner(tokens, progress=progress)
     # Real rows of (U * (l + K), D), and repeats of each placeholder (sum N_i,).
-    rows, repeats = kept_rows(pruned, encoding.lengths, length)
+    rows = real_rows(pruned, length)
+    repeats = repeats_of(pruned, rows, encoding.lengths, length)
 
     # Other features of the kept tokens, zeros for the isolator: (sum N_i, D') -> (sum (l + K_i), D').
     def carried(level: torch.Tensor) -> torch.Tensor:
-        return isolated_by_zeros(pruned.apply_to(encoding.padded(level)), prompt).index_select(0, rows)
+        return chosen(isolated_by_zeros(pruned.apply_to(encoding.padded(level)), prompt), rows)
 
     # Isolator before each unit, padding removed: (U, K, D) -> (sum (l + K_i), D).
     companions = {name: [carried(level) for level in levels] for name, levels in encoding.companions.items()}
-    features = isolated(pruned.features, prompt).index_select(0, rows)
+    features = chosen(isolated(pruned.features, prompt), rows)
     # Tokens that each row stands for, (U, K) -> (sum (l + K_i),): 1 for isolator tokens.
     sizes = None
     if pruned.lengths != encoding.lengths:
-        sizes = F.pad(pruned.sizes.float(), (length, 0), value=1.0).flatten().index_select(0, rows)
+        sizes = chosen(F.pad(pruned.sizes.float(), (length, 0), value=1.0).flatten(), rows)
     return Kept(
         features,
         companions,
@@ -292,52 +313,61 @@ def isolated_by_zeros(features: torch.Tensor, prompt: torch.Tensor | None) -> to
     return isolated(features, None if prompt is None else features.new_zeros(len(prompt), features.shape[-1]))
 
 
-def kept_rows(pruned: PrunedTokens, lengths: list[int], isolator_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of [`isolated`] that are not padding, and how often each placeholder appears in the shortened batch.
+def real_rows(pruned: PrunedTokens, isolator_length: int) -> torch.Tensor | None:
+    """The rows `(sum (l + K_i),)` of [`isolated`] that are no padding; None if all are real.
 
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: rows `(sum (l + K_i),)` and repeats `(sum N_i,)`. All sizes are known on
-        the host, so nothing here waits for the device.
+    Found on the device. Their number is known on the host, so nothing waits.
     """
-    device = pruned.positions.device
-    # On the host: real rows of (U, l + K), real entries of (U, K), and the first placeholder of each unit.
-    slots, first, rows, kept, starts = pruned.positions.shape[1], 0, [], [], []
-    for image, (count, keep) in enumerate(zip(lengths, pruned.lengths, strict=True)):
-        begin = image * (isolator_length + slots)
-        rows.append(torch.arange(begin, begin + isolator_length + keep))
-        kept.append(torch.arange(image * slots, image * slots + keep))
-        starts.append(first)
-        first += count
-    # Placeholders of the kept tokens: positions (U, K) within units -> (sum K_i,) within the batch.
-    starts = torch.tensor(starts).to(device, non_blocking=True)
-    positions = (pruned.positions + starts[:, None]).flatten()
-    positions = positions[torch.cat(kept).to(device, non_blocking=True)]
-    # 1 for each kept placeholder, 0 for others; a unit's first one stands for its isolator, too.
-    repeats = torch.zeros(first, dtype=torch.long, device=device)
-    repeats.index_fill_(0, positions, 1)  # `repeats[positions] = 1` would copy the 1 from the host and wait
-    repeats[starts] += isolator_length
-    return torch.cat(rows).to(device, non_blocking=True), repeats
+    if min(pruned.lengths) == max(pruned.lengths):
+        return None
+    # Real rows up to each one, (U * (l + K),): number j is the first row with j + 1 of them.
+    seen = F.pad(pruned.valid, (isolator_length, 0), value=True).flatten().cumsum(0)
+    count = sum(pruned.lengths) + isolator_length * len(pruned.lengths)
+    return torch.searchsorted(seen, torch.arange(1, count + 1, device=seen.device))
 
 
-def shorten_tensors(interface: ModelInterface, inputs: Mapping, plan: Shortening, consumed: set[str]) -> dict:
-    """Shortens every `[B, S]` tensor that the language model reads, and leaves out what only the encoder reads."""
-    shape = inputs["input_ids"].shape
-    encoded, short = interface.raw_keys, {}
+def chosen(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The `rows` of a tensor, all if None."""
+    return tensor if rows is None else tensor.index_select(0, rows)
+
+
+def repeats_of(
+    pruned: PrunedTokens, rows: torch.Tensor | None, lengths: list[int], isolator_length: int
+) -> torch.Tensor:
+    """How often each placeholder appears in the shortened batch, `(sum N_i,)`; `rows` are those of [`real_rows`]."""
+    device, total = pruned.positions.device, sum(lengths)
+    # Number of each unit's first placeholder in the batch, (U,).
+    if min(lengths) == max(lengths):
+        starts = torch.arange(0, total, lengths[0], device=device)
+    else:
+        starts = torch.tensor([0, *accumulate(lengths[:-1])]).to(device, non_blocking=True)
+    # Placeholder of each row, (U, l + K) -> (sum (l + K_i),): isolator tokens stand at the unit's first one.
+    places = F.pad(pruned.positions, (isolator_length, 0)) if isolator_length else pruned.positions
+    places = chosen((places + starts[:, None]).flatten(), rows)
+    return torch.zeros(total, dtype=torch.long, device=device).scatter_add_(0, places, torch.ones_like(places))
+
+
+def shorten_tensors(
+    interface: ModelInterface, inputs: Mapping, positions: dict, plan: Shortening, consumed: set[str]
+) -> dict:
+    """Shortens every `[B, S]` tensor that the language model reads, and leaves out what only the encoder reads.
+
+    `positions` are shortened with them. Padding holds a text id for ids, -100 for labels, else 0.
+    """
+    shape, given = inputs["input_ids"].shape, inputs.get("attention_mask")
+    encoded = interface.raw_keys
     left = tuple(key for key in RAW_KEYS if key not in encoded)  # `forward` encodes these, with their masks
-    # (B, S) -> (B, S'). Padding: a text id for ids, -100 for labels, else 0.
-    for key, value in inputs.items():
-        if key in consumed or key in encoded or key == "position_ids":
-            continue
-        if isinstance(value, torch.Tensor) and value.shape == shape and not key.startswith(left):
-            value = plan.apply(value, fill_value(interface) if key == "input_ids" else FILL.get(key, 0))
-        short[key] = value
+    read = {key: value for key, value in inputs.items() if key not in consumed and key not in encoded}
+    read = {key: value for key, value in read.items() if key not in ("position_ids", "attention_mask")}
+    # (B, S) -> (B, S'), all at once.
+    of_tokens = {
+        key: value
+        for key, value in read.items()
+        if isinstance(value, torch.Tensor) and value.shape == shape and not key.startswith(left)
+    }
+    short = read | plan.apply_to_all(of_tokens | positions, FILL | {"input_ids": fill_value(interface)})
     # The mask of the shortened batch, in the dtype of the given one.
-    given = short.get("attention_mask")
     short["attention_mask"] = plan.mask.to(plan.source.dtype if given is None else given.dtype)
-    # No labels at placeholders, because both modes must count the same tokens.
-    if "labels" in short:
-        for token_id in interface.visual_token_ids:
-            short["labels"] = short["labels"].masked_fill(short["input_ids"] == token_id, -100)
     return short
 
 
@@ -348,22 +378,21 @@ def fill_value(interface: ModelInterface) -> int:
     return pad if pad is not None and pad not in taken else next(i for i in range(len(taken) + 1) if i not in taken)
 
 
-def shortened_positions(
-    interface: ModelInterface,
-    inputs: Mapping,
-    mask: torch.Tensor,
-    plan: Shortening,
-    scheme: str,
-    packing: Packing | None,
+def compact_positions(
+    interface: ModelInterface, inputs: Mapping, plan: Shortening, packing: Packing | None
 ) -> torch.Tensor:
-    """Position ids of the shortened batch, `(B, S')`, or `(3, B, S')` for M-RoPE."""
-    full = full_positions(interface, inputs, mask)
-    # Original: each token's own position, (..., B, S) -> (..., B, S').
-    if scheme == "original":
-        return plan.apply(full)
-    # Compact: count real tokens, per sample in a packed row; equal on all axes.
-    compact = plan.mask.long().cumsum(1) - 1 if packing is None else packing.restarted(plan)
-    return compact.clamp(min=0).expand(*full.shape[:-2], -1, -1)
+    """Position ids that count the real tokens of each sample, `(B, S')`, equal on all axes `(A, B, S')` of M-RoPE."""
+    compact = plan.mask.cumsum(1) - 1 if packing is None else packing.restarted(plan)
+    compact = compact.clamp_(min=0)
+    # Axes: those of the positions that the batch brings, or that the model would make.
+    given, owner = inputs.get("position_ids"), interface.positions_owner
+    if given is not None:
+        return compact.expand(*given.shape[:-2], -1, -1)
+    return (
+        compact
+        if owner is None
+        else compact.expand(*full_positions(interface, inputs, mask_of(inputs)).shape[:-2], -1, -1)
+    )
 
 
 def full_positions(interface: ModelInterface, inputs: Mapping, mask: torch.Tensor) -> torch.Tensor:

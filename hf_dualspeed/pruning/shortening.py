@@ -5,14 +5,16 @@ Shapes: B batch, S sequence, S' shortened sequence, T real tokens of the shorten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 
 from ..utils.validation import check_finite
 
-FILL = {"labels": -100, "attention_mask": 0}
+FILL = {"labels": -100}
 
 
 @dataclass
@@ -23,23 +25,54 @@ class Shortening:
         source (`torch.LongTensor` of shape `(B, S')`): position in the full sequence; with the samples in one row,
             `(1, T)` in the flattened batch.
         mask (`torch.BoolTensor` of shape `(B, S')`): False on padding.
-        lengths (`torch.LongTensor` of shape `(B,)`): tokens of each sample.
-        longest (`int`): the most of them.
-        one_row (`bool`): whether the samples lie end to end in one row, without padding.
+        longest (`int`): tokens of the longest sample.
+        lengths (`torch.LongTensor` of shape `(B,)`, *optional*): tokens of each sample, where the samples lie end to end
+            in one row, without padding.
     """
 
     source: torch.Tensor
     mask: torch.Tensor
-    lengths: torch.Tensor
     longest: int
-    one_row: bool = False
+    lengths: torch.Tensor | None = None
 
     def apply(self, tensor: torch.Tensor, fill: int = 0) -> torch.Tensor:
         """Shortens the last two dimensions, `(..., B, S)` to `(..., B, S')`, or to `(..., 1, T)`."""
-        if self.one_row:
+        if self.lengths is not None:
             return tensor.flatten(-2)[..., self.source]
         source = self.source.expand(*tensor.shape[:-1], -1)
         return tensor.gather(-1, source).masked_fill(~self.mask, fill)
+
+    def apply_to_all(self, tensors: Mapping[str, torch.Tensor], fills: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Shortens tensors `(B, S)` or `(A, B, S)` by name, with one gather for all of a dtype.
+
+        Args:
+            tensors (`Mapping`): all on one device.
+            fills (`Mapping`): what stands on padding, by name; 0 for others.
+        """
+        short = {}
+        for dtype in {tensor.dtype: None for tensor in tensors.values()}:
+            group = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+            layers = {name: tensor.unbind() if tensor.dim() == 3 else (tensor,) for name, tensor in group.items()}
+            values = tuple(fills.get(name, 0) for name, rows in layers.items() for _ in rows)
+            # All of them on top of each other, (L, B, S) -> (L, B, S').
+            stacked = torch.stack([row for rows in layers.values() for row in rows])
+            if self.lengths is None:
+                gathered = stacked.gather(-1, self.source.expand(len(stacked), -1, -1))
+                gathered = torch.where(self.mask, gathered, constants(values, dtype, gathered.device))
+            else:  # one row has no padding
+                gathered = self.apply(stacked)
+            parts = gathered.split([len(rows) for rows in layers.values()])
+            short |= {
+                name: part if group[name].dim() == 3 else part[0] for name, part in zip(group, parts, strict=True)
+            }
+        return short
+
+
+@cache
+def constants(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers `(L, 1, 1)` that are copied to the device once, not in each step."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype).view(-1, 1, 1).to(device)
 
 
 def plan_shortening(
@@ -47,6 +80,7 @@ def plan_shortening(
     attention_mask: torch.Tensor,
     copies: dict[int, torch.Tensor],
     finite: Sequence[torch.Tensor] = (),
+    multiple: int = 1,
     one_row: bool = False,
 ) -> Shortening:
     """Plans the removal and repetition of placeholders. The result is padded on the same side as the batch.
@@ -57,6 +91,7 @@ def plan_shortening(
         copies (`dict[int, torch.LongTensor]`): for each placeholder id, how often each of its placeholders appears in
             the result, in the order of the flattened batch; 0 drops it.
         finite (`Sequence[torch.BoolTensor]`): whether the features of each modality are finite, without dimensions.
+        multiple (`int`): S' is padded to a multiple of it; a single row on the right.
         one_row (`bool`): lay the samples end to end in one row instead of padding them.
 
     Raises:
@@ -64,33 +99,38 @@ def plan_shortening(
             finite.
     """
     # How often each token appears in the result, (B, S): 1 for text, 0 for padding, `repeats` for placeholders.
-    count = attention_mask.bool().long()
-    found = []
+    real = attention_mask.bool()
+    count, found = real.long(), []
     for token_id, repeats in copies.items():
         is_visual = input_ids == token_id
-        # Number of each placeholder in the flattened batch, (B, S).
-        rank = is_visual.flatten().cumsum(0).view_as(input_ids) - 1
-        count = torch.where(is_visual, repeats[rank.clamp(0, len(repeats) - 1)], count)
+        # Enough of them for any number of placeholders, which is checked below.
+        count = count.masked_scatter(is_visual, F.pad(repeats, (0, input_ids.numel() - len(repeats))))
         found.append(is_visual.sum())
-    # Tokens of each shortened sample, (B,).
-    lengths = length = count.sum(1)
-    # The samples as one row without gaps: (B, S) -> (1, B * S) and (B,) -> (1,).
-    if one_row:
-        count, length = count.view(1, -1), lengths.sum(0, keepdim=True)
-        found.insert(0, length[0])
+    # Tokens up to each one, (B, S), and of each shortened row, (B, 1).
+    ends = count.cumsum(1)
+    length = ends.narrow(1, -1, 1)
     # The one host synchronisation of shortening: tensors need a size.
-    longest, *found = torch.stack([lengths.amax(), *found, *finite]).tolist()
-    width = found.pop(0) if one_row else longest
+    sizes = [length.amax(), real.select(1, 0).all(), *([length.sum()] if one_row else [])]
+    longest, begins, *found = torch.stack([*sizes, *found, *finite]).tolist()
+    total = found.pop(0) if one_row else None
     check_finite(all(found[len(copies) :]))
     for (token_id, repeats), placeholders in zip(copies.items(), found, strict=False):
         check_count(token_id, placeholders, len(repeats))
+    if one_row:
+        # Tokens up to each one of the flattened batch, (1, B * S), and the token in each slot of the row, (1, T).
+        ends = count.view(1, -1).cumsum(1)
+        slot = torch.arange(total, device=input_ids.device)[None]
+        source = torch.searchsorted(ends, slot, right=True).clamp_(max=ends.shape[1] - 1)
+        return Shortening(source, slot >= 0, longest, length[:, 0])
+    width = -(-longest // multiple) * multiple
     # Number of the token in each slot, (B, S'): negative on left padding, `length` or more on right padding.
-    padded_left = (attention_mask[:, 0] == 0).any()
-    slot = torch.arange(width, device=input_ids.device) - torch.where(padded_left, width - length, 0)[:, None]
-    mask = (slot >= 0) & (slot < length[:, None])
+    slot = torch.arange(width, device=input_ids.device)
+    padded_left = not begins and len(input_ids) > 1
+    slot = slot - (width - length) if padded_left else slot.repeat(len(input_ids), 1)
+    mask = slot >= 0 if padded_left else slot < length
     # Slot j holds the first token at which the count of kept tokens exceeds j, (B, S').
-    source = torch.searchsorted(count.cumsum(1), slot.clamp(min=0), right=True).clamp(max=count.shape[1] - 1)
-    return Shortening(source, mask, lengths, longest, one_row)
+    source = torch.searchsorted(ends, slot, right=True).clamp_(max=input_ids.shape[1] - 1)
+    return Shortening(source, mask, longest)
 
 
 def check_count(token_id: int, placeholders: int, features: int) -> None:
