@@ -49,4 +49,4 @@ def refill(container: Container, rows: torch.Tensor, lengths: list[int]) -> Cont
 
 def shaped(rows: torch.Tensor, dimensions: int) -> torch.Tensor:
     """Inserts dimensions of size 1: `(T, D)` to `(T, 1, ..., D)`."""
-    return rows.view(len(rows), *(1,) * (dimensions - 2), rows.shape[-1])
+    return rows if dimensions == 2 else rows.view(len(rows), *(1,) * (dimensions - 2), rows.shape[-1])

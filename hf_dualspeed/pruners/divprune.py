@@ -38,6 +38,8 @@ class DivPrune(Pruner):
         units = F.normalize(tokens.features.detach().float(), dim=-1)
         # Groups of as many images as fit in MATRIX_BYTES; if not even one fits, the whole batch without matrices.
         fitting = MATRIX_BYTES // (units.element_size() * units.shape[1] ** 2)
+        if 0 < len(units) <= fitting:
+            return farthest_first(units, tokens.valid, most, whole=True)
         together = units.split(fitting or len(units))
         valid = [None] * len(together) if tokens.valid is None else tokens.valid.split(fitting or len(units))
         chosen = [farthest_first(*group, most, whole=fitting > 0) for group in zip(together, valid, strict=True)]
@@ -56,22 +58,22 @@ def farthest_first(
         Chosen tokens `(B, most)`, and similarities of all tokens to them `(B, most, N)`, infinite to themselves.
     """
     batch, count, _ = units.shape
-    # Row of each image's first token in the flattened batch, (B,).
-    first_rows = torch.arange(batch, device=units.device) * count
+    images = torch.arange(batch, device=units.device)
     # The first pick (B,) is the token least similar to its nearest neighbour; padding is never picked.
-    padding = 0.0 if valid is None else torch.where(valid, 0.0, float("inf"))
-    nearest, similarity = similarities(units, valid, whole)
-    pick = (nearest + padding).argmin(dim=1)
+    padding = None if valid is None else ~valid
+    nearest, similarity = similarities(units, padding, whole)
+    pick = (nearest if padding is None else nearest.masked_fill_(padding, float("inf"))).argmin(dim=1)
     # Infinite similarity to itself keeps a chosen token from being picked again.
     if similarity is not None:
         similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-    # nearest (B, N): similarity of each token to its nearest chosen one. rows (B * N, N), or (B * N, D) without matrix.
-    nearest = torch.full_like(units[..., 0], FARTHEST) + padding
+    # nearest (B, N): similarity of each token to its nearest chosen one. rows (B, N, N), or (B, N, D) without matrix.
+    nearest = units.new_full((batch, count), FARTHEST)
+    nearest = nearest if padding is None else nearest.masked_fill_(padding, float("inf"))
     rows = units if similarity is None else similarity
-    rows, chosen, similar = rows.flatten(0, 1), [pick], []
+    chosen, similar = [pick], []
     while True:
         # Similarity of every token to the pick, (B, N): a row of the matrix, or a product.
-        to_pick = rows.index_select(0, first_rows + pick)
+        to_pick = rows[images, pick]
         if similarity is None:
             to_pick = (units @ to_pick[..., None])[..., 0].scatter_(1, pick[:, None], float("inf"))
         similar.append(to_pick)
@@ -84,15 +86,15 @@ def farthest_first(
 
 
 def similarities(
-    units: torch.Tensor, valid: torch.Tensor | None, whole: bool
+    units: torch.Tensor, padding: torch.Tensor | None, whole: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Similarity of each token to its nearest other one, `(B, N)`, and, if `whole`, all similarities `(B, N, N)`.
 
-    Each pair is multiplied once; the other half of the symmetric matrix is a copy.
+    Each pair is multiplied once; the other half of the symmetric matrix is a copy. `padding` `(B, N)` counts for none.
     """
     batch, count, _ = units.shape
     matrix = units.new_empty(batch, count, count) if whole else None
-    nearest = torch.full_like(units[..., 0], FARTHEST)
+    nearest = units.new_full((batch, count), FARTHEST)
     for start in range(0, count, BLOCK):
         end = min(start + BLOCK, count)
         # Rows start:end of the upper triangle, (B, n, N - start).
@@ -100,12 +102,14 @@ def similarities(
         # Fill these rows of the matrix; the part left of the diagonal is a transposed earlier block.
         if matrix is not None:
             matrix[:, start:end, start:] = part
-            matrix[:, start:end, :start] = matrix[:, :start, start:end].mT
+            if start:
+                matrix[:, start:end, :start] = matrix[:, :start, start:end].mT
         # Leave out a token's similarity to itself and to padding.
         part.diagonal(dim1=1, dim2=2).fill_(FARTHEST)
-        if valid is not None:
-            part.masked_fill_(~(valid[:, start:end, None] & valid[:, None, start:]), FARTHEST)
+        if padding is not None:
+            part.masked_fill_(padding[:, start:end, None] | padding[:, None, start:], FARTHEST)
         # Update the block's tokens by row and the later tokens by column.
         nearest[:, start:end] = torch.maximum(nearest[:, start:end], part.amax(dim=2))
-        nearest[:, end:] = torch.maximum(nearest[:, end:], part[:, :, end - start :].amax(dim=1))
+        if end < count:
+            nearest[:, end:] = torch.maximum(nearest[:, end:], part[:, :, end - start :].amax(dim=1))
     return nearest, matrix

@@ -29,8 +29,8 @@ def kept_mask(lengths: list[int], device: torch.device) -> torch.Tensor | None:
     most = max(lengths)
     if min(lengths) == most:
         return None
-    counts = torch.tensor(lengths).to(device, non_blocking=True)
-    return torch.arange(most, device=device) < counts[:, None]
+    counts = torch.tensor([[length] for length in lengths]).to(device, non_blocking=True)
+    return torch.arange(most, device=device) < counts
 
 
 def in_source_order(
@@ -118,7 +118,7 @@ def means(features: torch.Tensor, owner: torch.Tensor, sizes: torch.Tensor) -> t
     """The mean of the `features` `(B, N, D)` in each slot, `(B, K, D)`, summed in float32; `sizes` is `(B, K)`."""
     batch, most = sizes.shape
     # Row of sums of each token, (B, N): K rows for an image's slots and one for tokens without a slot.
-    rows = owner + torch.arange(batch, device=owner.device)[:, None] * (most + 1)
+    rows = owner + torch.arange(0, batch * (most + 1), most + 1, device=owner.device)[:, None]
     # Sum tokens by row, (B * (K + 1), D), and cut the last row of each image off, (B, K, D).
     sums = torch.zeros(batch * (most + 1), features.shape[-1], device=features.device)
     sums = sums.index_add(0, rows.flatten(), features.flatten(0, 1).float()).view(batch, most + 1, -1)[:, :most]

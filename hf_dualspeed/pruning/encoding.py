@@ -25,6 +25,7 @@ from ..models.families import Family
 from ..models.interface import Encoder, Modality, ModelInterface, modalities_in
 from ..models.token_layout import TokenLayout, clips, masked_parts, placeholder_runs, token_layout, units_by_runs
 from ..pruners import VisualTokens
+from ..pruners.ops import kept_mask
 from .instructions import instructions
 from .repeats import Repeats
 from .shortening import check_count
@@ -128,11 +129,7 @@ class VisualEncoding:
     def tokens(self, generator: torch.Generator | None = None) -> VisualTokens:
         """The pruner's view: all units padded to one length."""
         device = self.features.device
-        valid = None
-        # Padding (U, N) is False; not needed if all units are of one length.
-        if min(self.lengths) != max(self.lengths):
-            counts = torch.tensor(self.lengths).to(device, non_blocking=True)
-            valid = torch.arange(max(self.lengths), device=device) < counts[:, None]
+        valid = kept_mask(self.lengths, device)
         return VisualTokens(
             features=self.padded(self.features),
             valid=valid,

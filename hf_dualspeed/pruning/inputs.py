@@ -336,14 +336,15 @@ def repeats_of(
 ) -> torch.Tensor:
     """How often each placeholder appears in the shortened batch, `(sum N_i,)`; `rows` are those of [`real_rows`]."""
     device, total = pruned.positions.device, sum(lengths)
-    # Number of each unit's first placeholder in the batch, (U,).
+    # Number of each unit's first placeholder in the batch, (U, 1).
     if min(lengths) == max(lengths):
-        starts = torch.arange(0, total, lengths[0], device=device)
+        starts = torch.arange(0, total, lengths[0], device=device)[:, None]
     else:
-        starts = torch.tensor([0, *accumulate(lengths[:-1])]).to(device, non_blocking=True)
+        firsts = accumulate(lengths[:-1], initial=0)
+        starts = torch.tensor([[first] for first in firsts]).to(device, non_blocking=True)
     # Placeholder of each row, (U, l + K) -> (sum (l + K_i),): isolator tokens stand at the unit's first one.
     places = F.pad(pruned.positions, (isolator_length, 0)) if isolator_length else pruned.positions
-    places = chosen((places + starts[:, None]).flatten(), rows)
+    places = chosen((places + starts).flatten(), rows)
     return torch.zeros(total, dtype=torch.long, device=device).scatter_add_(0, places, torch.ones_like(places))
 
 

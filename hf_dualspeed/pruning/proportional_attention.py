@@ -234,7 +234,7 @@ def biased_mask(
     `(B, 1, 1, K)` if all queries see all keys.
     """
     lowest = torch.finfo(query.dtype).min
-    bias = bias[:, None, None].to(query.dtype)
+    bias = bias.view(len(bias), 1, 1, -1).to(query.dtype)
     if mask is None and not causal:
         return bias
     if mask is None:
@@ -242,7 +242,7 @@ def biased_mask(
         length, count = query.shape[2], bias.shape[-1]
         mask = torch.ones(length, count, dtype=torch.bool, device=bias.device).tril()
     # A static mask may be wider than the keys. Boolean masks select, additive ones are summed: (B, 1, Q, K).
-    mask = mask[..., : bias.shape[-1]]
+    mask = mask if mask.shape[-1] == bias.shape[-1] else mask[..., : bias.shape[-1]]
     return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else mask + bias
 
 

@@ -11,8 +11,10 @@ from ..utils.validation import check_range, checked
 
 # Wide enough that the launch of kernels does not matter.
 VOCABULARY_SLICE = 16384
-# Number of row slices, fixed, so that the host's work does not depend on M.
+# The most row slices, so that the host's work does not grow with M, and the numbers that a slice may hold without more
+# of them: 16 MB in float32, less than what larger ones cost on a CPU, and more than a GPU needs to be busy.
 ROW_SLICES = 16
+SLICE = 2**22
 
 
 @checked
@@ -113,7 +115,8 @@ def supervised_cross_entropy(
         loss = CrossEntropy.apply(logits, targets, label_smoothing)
     else:
         loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
-    return loss / divisor(num_items_in_batch, logits)
+    whole = divisor(num_items_in_batch, logits)
+    return loss if isinstance(whole, int) and whole == 1 else loss / whole
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -123,32 +126,46 @@ class CrossEntropy(torch.autograd.Function):
     `F.cross_entropy` keeps its log-softmax and, for half precision, a float32 copy of the logits. Slices are rows, not
     vocabulary, because fused kernels take whole rows.
 
-    Time of forward and backward on one CPU core for row slices, `F.cross_entropy` at once, and vocabulary slices: 55,
-    86 and 97 ms for M=512, V=32064 in float32; 0.2, 0.6 and 1.3 s for M=512, V=151936 in bfloat16.
+    Time of forward and backward on one CPU core for 16 row slices, `F.cross_entropy` at once, and vocabulary slices:
+    55, 86 and 97 ms for M=512, V=32064 in float32; 0.2, 0.6 and 1.3 s for M=512, V=151936 in bfloat16.
     """
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-        loss = logits.new_zeros((), dtype=torch.float32)
+        parts = row_slices(logits)
         # Per slice: rows (m, V) in float32 against targets (m,).
-        for rows, hits in zip(logits.chunk(ROW_SLICES), targets.chunk(ROW_SLICES), strict=True):
-            loss += F.cross_entropy(rows.float(), hits, reduction="sum", label_smoothing=label_smoothing)
+        losses = [
+            F.cross_entropy(rows.float(), hits, reduction="sum", label_smoothing=label_smoothing)
+            for rows, hits in zip(logits.chunk(parts), targets.chunk(parts), strict=True)
+        ]
         ctx.save_for_backward(logits, targets)
         ctx.label_smoothing = label_smoothing
-        return loss
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
         logits, targets = ctx.saved_tensors
-        gradient, smoothing = torch.empty_like(logits), ctx.label_smoothing
+        parts, smoothing, width = row_slices(logits), ctx.label_smoothing, logits.shape[-1]
         # Gradient: softmax - smoothing / V everywhere, - (1 - smoothing) at the target, (M, 1).
-        hits = upstream.new_full((len(targets), 1), smoothing - 1)
-        for parts in zip(*(t.chunk(ROW_SLICES) for t in (logits, targets[:, None], hits, gradient)), strict=True):
-            rows, places, hit, part = parts
+        places = targets[:, None]
+        hits = upstream.new_full(places.shape, smoothing - 1)
+
+        def gradient_of(rows: torch.Tensor, places: torch.Tensor, hit: torch.Tensor) -> torch.Tensor:
             # Per slice (m, V): softmax, the target's term, the smoothed term, times the upstream gradient.
             softmax = rows.softmax(-1, dtype=torch.float32).scatter_add_(-1, places, hit)
-            part.copy_(softmax.sub_(smoothing / rows.shape[-1]).mul_(upstream))
+            return (softmax.sub_(smoothing / width) if smoothing else softmax).mul_(upstream)
+
+        if parts == 1:
+            return gradient_of(logits, places, hits).to(logits.dtype), None, None
+        gradient = torch.empty_like(logits)
+        for *slice, part in zip(*(t.chunk(parts) for t in (logits, places, hits, gradient)), strict=True):
+            part.copy_(gradient_of(*slice))
         return gradient, None, None
+
+
+def row_slices(logits: torch.Tensor) -> int:
+    """Into how many slices of rows the logits `(M, V)` are cut."""
+    return min(ROW_SLICES, max(1, -(-logits.numel() // SLICE)))
 
 
 def divisor(num_items_in_batch: torch.Tensor | int | None, logits: torch.Tensor) -> torch.Tensor | int:

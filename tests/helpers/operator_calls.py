@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from unittest.mock import patch
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,14 +23,12 @@ class OperatorCalls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls: Counter = Counter()
-        self.names: Counter = Counter()
         self.model_runs = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        place = None if func.namespace == "profiler" else self.place()
+        place = None if func.namespace == "profiler" else self.place()  # ranges of a profile
         if place is not None:
             self.calls[place] += 1
-            self.names[place, str(func)] += 1
         return func(*args, **(kwargs or {}))
 
     def place(self) -> str | None:
@@ -49,6 +48,7 @@ class OperatorCalls(TorchDispatchMode):
         """What `owner`'s function `name` does is the model's."""
         function = getattr(owner, name)
 
+        @wraps(function)
         def run(*args, **kwargs):
             self.model_runs += 1
             try:
@@ -61,16 +61,20 @@ class OperatorCalls(TorchDispatchMode):
 
 
 def calls_of_step(trainer, inputs, mode: str = "fast") -> OperatorCalls:
-    """The calls of the step of a trainer in `mode`, after one that warms up."""
+    """The calls of a step of a trainer in `mode`, after one that warms up.
+
+    Positions that the model numbers by a function of its own are its own.
+    """
     model, trainer.current_gradient_accumulation_steps = trainer.model, 1
     trainer.step_in_mode(mode, model, dict(inputs))
-    counter = OperatorCalls()
-    encoder = trainer.dual_forward.interface.encoders["image"]
-    with (
-        counter.left_out(model, "forward"),
-        counter.left_out(encoder.owner, encoder.method),
-        counter.left_out(trainer.accelerator, "backward"),
-        counter,
-    ):
+    counter, interface = OperatorCalls(), trainer.dual_forward.interface
+    encoder = interface.encoders["image"]
+    own = [(model, "forward"), (encoder.owner, encoder.method), (trainer.accelerator, "backward")]
+    if interface.positions_owner is not None:
+        own.append((interface.positions_owner, "compute_3d_position_ids"))
+    with ExitStack() as stack:
+        for owner, name in own:
+            stack.enter_context(counter.left_out(owner, name))
+        stack.enter_context(counter)
         trainer.step_in_mode(mode, model, dict(inputs))
     return counter

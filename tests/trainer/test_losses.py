@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_dualspeed
 from hf_dualspeed import self_distillation_loss
+from hf_dualspeed.trainer import losses
 from hf_dualspeed.trainer.losses import supervised_cross_entropy
 
 PACKAGE = Path(hf_dualspeed.__file__).parent
@@ -102,13 +103,30 @@ def test_cross_entropy_in_slices_is_that_of_the_whole(smoothing, dtype, rows):
     assert logits.grad.dtype == dtype
 
 
-def test_cross_entropy_keeps_no_further_copy_of_the_logits():
+def test_cross_entropy_keeps_no_further_copy_of_the_logits(monkeypatch):
     logits, targets = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True), torch.randint(32, (64,))
+    monkeypatch.setattr(losses, "SLICE", logits.numel() // 100)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), Float32Sizes() as sizes:
         supervised_cross_entropy(logits, targets, label_smoothing=0.1).backward()
     assert max(sizes.made) < logits.numel() / 8
     assert sum(t.numel() for t in kept) == logits.numel() + len(targets)
+
+
+def test_slices_of_logits_are_few_and_change_no_gradient(monkeypatch):
+    logits, targets = torch.randn(64, 32), torch.randint(32, (64,))
+    assert losses.row_slices(logits) == 1
+    found = []
+    for size, parts in ((64 * 32, 1), (1000, 3), (1, losses.ROW_SLICES)):
+        monkeypatch.setattr(losses, "SLICE", size)
+        assert losses.row_slices(logits) == parts
+        leaf = logits.clone().requires_grad_()
+        loss = supervised_cross_entropy(leaf, targets, 7, label_smoothing=0.1)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    for loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][0])
+        assert torch.equal(gradient, found[0][1])
 
 
 def test_losses_of_nothing_are_zero_and_reach_the_graph():
