@@ -91,7 +91,7 @@ def shorten_inputs(
         )
     packing = Packing.of(interface, inputs)
     one_row = padding_free and packing is None and len(inputs["input_ids"]) > 1
-    if not encodings and not one_row:
+    if not encodings and not one_row and (multiple == 1 or layer_pass is not None):
         return ShortenedBatch(dict(inputs))
     prompt = isolator() if isolator is not None and isolator.length else None
     # Select: the isolator (l, D), and per modality the kept tokens of all units, (sum (l + K_i), D).

@@ -26,7 +26,7 @@ class Shortening:
             `(1, T)` in the flattened batch.
         mask (`torch.BoolTensor` of shape `(B, S')`): False on padding.
         longest (`int`): tokens of the longest sample.
-        lengths (`torch.LongTensor` of shape `(B,)`, *optional*): tokens of each sample, where the samples lie end to end
+        lengths (`torch.LongTensor` of shape `(B,)`, *optional*): tokens of each sample, where samples lie end to end
             in one row, without padding.
     """
 

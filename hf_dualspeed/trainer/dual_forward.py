@@ -134,6 +134,7 @@ class DualForward(nn.Module):
         plain: bool = False,
         proportional_attention: bool = True,
         padding_free: bool = False,
+        length_multiple: int = 1,
     ):
         super().__init__()
         self.pruner = pruner
@@ -144,6 +145,7 @@ class DualForward(nn.Module):
         self.plain = plain  # `DualSpeedArguments.plain_path`
         self.proportional_attention = proportional_attention
         self.padding_free = padding_free
+        self.length_multiple = length_multiple
         self.trained = False  # in fast passes, here or in the one whose weights it has
         self._handles: list = []
         self._adapters: dict[str, list[str]] = {}
@@ -385,6 +387,7 @@ class DualForward(nn.Module):
                 state.generator,
                 state.layers,
                 state.progress,
+                self.length_multiple,
                 self.padding_free,
             )
         if state.mode == FAST:  # the teacher's tokens are not counted

@@ -159,15 +159,20 @@ def why_not(head: nn.Module | None, device: torch.device) -> str | None:
     return None
 
 
-def check_liger_kernel(args: TrainingArguments) -> None:
-    """Raises a `ValueError` if `use_liger_kernel` would replace the model's forward."""
-    config = args.liger_kernel_config or {}
-    if args.use_liger_kernel and config.get("fused_linear_cross_entropy", True):
+def without_ligers_loss(args: TrainingArguments) -> None:
+    """Leaves Liger's own loss out of what `use_liger_kernel` asks for: norms, rotary embeddings and activations.
+
+    Raises:
+        ValueError: the loss is asked for by name, which would replace the model's forward.
+    """
+    if not args.use_liger_kernel:
+        return
+    args.liger_kernel_config = {"fused_linear_cross_entropy": False, **(args.liger_kernel_config or {})}
+    if args.liger_kernel_config["fused_linear_cross_entropy"]:
         raise ValueError(
-            "`use_liger_kernel`=True puts Liger's forward in place of the model's, which takes no mask of positions as "
-            "`logits_to_keep`, on which every step rests. Set fused_head_loss='on' for its fused loss, and "
-            'use_liger_kernel=False, or liger_kernel_config={"fused_linear_cross_entropy": False} for its other '
-            "kernels alone, which are not tested on pruned tokens."
+            "`liger_kernel_config` has fused_linear_cross_entropy=True, which puts Liger's forward in place of the "
+            "model's, which takes no mask of positions as `logits_to_keep`, on which every step rests. Leave it out, "
+            "and set fused_head_loss='on' for its fused loss."
         )
 
 

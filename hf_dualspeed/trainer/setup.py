@@ -8,10 +8,12 @@ from dataclasses import fields
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.components import language_parts
 from ..models.interface import ModelInterface
 from ..pruners import AutoPruner, Pruner, available_pruners, pruner_class
+from ..pruning.encoding import IN_TOWER
 from ..utils.validation import check_keys, shortened
 from .dual_forward import DualForward
 from .training_args import Default, DualSpeedArguments
@@ -30,6 +32,8 @@ AT_CONSTRUCTION = (
     "proportional_attention",
     "padding_free",
     "supervised_logits_only",
+    "fast_length_multiple",
+    "compile_regions",
     "plain_path",
     "fast_only_parameters",
     "slow_only_parameters",
@@ -174,6 +178,29 @@ def check_ddp(args: DualSpeedArguments) -> None:
             f"`activation_checkpointing_kwargs` has use_reentrant=True, but {passes}, and DDP cannot see what is used "
             "inside reentrant checkpoints. Leave it out, or set it to False."
         )
+
+
+def compile_regions(interface: ModelInterface, pruner: Pruner, backend: str) -> None:
+    """Compiles the layers of the language model and the towers in place, each by itself, by a `backend`.
+
+    Names of weights, hooks and checkpoints stay as they are. Layers of equal class and shapes share what is compiled.
+
+    Raises:
+        ValueError: the pruner works between the layers.
+    """
+    if pruner.in_language_model:
+        raise ValueError(
+            f"`compile_regions` is {backend!r}, but the pruner {pruner.config.pruner_type!r} works between the layers "
+            "and reads their attention, which compiled ones do not show. Set compile_regions=None, or choose a pruner "
+            "that works ahead of the language model."
+        )
+    left_out = set()
+    if pruner.needs & IN_TOWER:
+        left_out = {part for tower in interface.towers().values() for part in tower.modules()}
+    layers = [part for part in interface.outer.modules() if isinstance(part, GradientCheckpointingLayer)]
+    for layer in layers:
+        if layer not in left_out:
+            layer.compile(backend=backend)
 
 
 def wrap_existing_layers(plugin, interface: ModelInterface) -> None:

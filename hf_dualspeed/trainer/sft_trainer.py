@@ -86,8 +86,6 @@ class DualSpeedSFTTrainer(DualSpeedMixin, CardlessCheckpoints, SFTTrainer, Attac
     ):
         args = dualspeed_config(args, model)
         check_sft_options(args)
-        if args.use_liger_kernel:  # as SFTTrainer does later: its kernels without its loss
-            args.liger_kernel_config = {"fused_linear_cross_entropy": False, **(args.liger_kernel_config or {})}
         check_adapter(peft_config or getattr(model, "active_peft_config", None))
         # SFTTrainer refuses `padding_free` with images, and would collate texts in its own way: it sees it unset.
         self._padding_free, args.padding_free = args.padding_free, False

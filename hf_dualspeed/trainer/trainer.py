@@ -33,7 +33,7 @@ from .checkpoints import CheckpointMixin
 from .deepspeed_engine import DeepSpeedMixin
 from .dual_forward import EVALUATION, NAME, DualForward, DualSpeedOutput
 from .earlier_stage import folder_of_fast_view, holds_weights_of, take_over
-from .fused_loss import check_liger_kernel, fused_head
+from .fused_loss import fused_head, without_ligers_loss
 from .length_grouping import LengthGroupingMixin
 from .losses import divisor, self_distillation_loss
 from .mode_parameters import ModeParameters
@@ -51,6 +51,7 @@ from .setup import (
     check_router_loss,
     check_unchanged,
     check_wrapper,
+    compile_regions,
     resolve_pruner,
     slow_ratio,
     wrap_existing_layers,
@@ -103,7 +104,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         if not isinstance(args, DualSpeedArguments):
             raise ValueError(f"`args` must be DualSpeedTrainingArguments, got {type(args).__name__}.")
         check_loss_func(kwargs.get("compute_loss_func"))
-        check_liger_kernel(args)
+        without_ligers_loss(args)
         check_losses(type(self), DualSpeedMixin, (Trainer, *self.known_losses))
 
         # Attach pruner and isolator to the model before the Trainer moves, wraps or shards it.
@@ -176,6 +177,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
             args.plain_path,
             args.proportional_attention,
             args.padding_free,
+            args.fast_length_multiple,
         )
         self.dual_forward.trained = taken
         self.dual_forward.attach(model)
@@ -205,6 +207,8 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
             )
         interface = self.dual_forward.interface
         check_router_loss(interface, self._pruner)
+        if args.compile_regions is not None:
+            compile_regions(interface, self._pruner, args.compile_regions)
         if self.is_fsdp_enabled:
             wrap_existing_layers(self.accelerator.state.fsdp_plugin, interface)
 
@@ -228,7 +232,9 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
             self.model,
             self._pruner,
             self.accelerator.mixed_precision,
-            separable=not (self.is_sharded or self.get_tp_size() > 1 or args.torch_compile),
+            separable=not (
+                self.is_sharded or self.get_tp_size() > 1 or args.torch_compile or args.compile_regions is not None
+            ),
         )
         self._add_own_callbacks()
 

@@ -181,6 +181,21 @@ class DualSpeedArguments:
             "distillation: 'auto' where it applies, 'on' or an error that says why not, 'off'."
         },
     )
+    fast_length_multiple: int = field(
+        default=1,
+        metadata={
+            "help": "Pad shortened batches to a multiple of so many tokens, so that compiled graphs meet few lengths, "
+            "such as 64."
+        },
+    )
+    compile_regions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Compile each layer of the language model and the towers by itself, by this backend of "
+            "torch.compile, such as 'inductor'. Layers of a tower whose attention the pruner reads are left out. "
+            "None: no layer."
+        },
+    )
     plain_path: bool = field(
         default=False,
         metadata={
@@ -250,6 +265,9 @@ class DualSpeedArguments:
         check_range("speedup_rounds", self.speedup_rounds, 0, off="Use 0 not to measure the speed-up.")
         if self.slow_mode_splits != "auto":
             self.slow_mode_splits = as_count("slow_mode_splits", self.slow_mode_splits, "or 'auto'")
+        self.fast_length_multiple = as_count("fast_length_multiple", self.fast_length_multiple)
+        if self.compile_regions is not None:
+            check_choice("compile_regions", self.compile_regions, torch.compiler.list_backends(()))
         check_choice("mode_schedule", self.mode_schedule, MODE_SCHEDULES)
         self._check_adaptive_schedule()
         check_choice("position_ids", self.position_ids, POSITION_IDS)
@@ -268,7 +286,17 @@ class DualSpeedArguments:
         # Without an accelerator, torch warns about pinned memory in every data loader.
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
+        chosen = isinstance(self.accelerator_config, dict) and "non_blocking" in self.accelerator_config
+        chosen |= self.accelerator_config is not None and not isinstance(self.accelerator_config, dict)
         super().__post_init__()
+        if self.compile_regions is not None and self.torch_compile:
+            raise ValueError(
+                f"`compile_regions` is {self.compile_regions!r} and `torch_compile` is True, which compiles the whole "
+                "model. Set one of them."
+            )
+        # Batches in pinned memory need not be waited for.
+        if self.dataloader_pin_memory and not chosen:
+            self.accelerator_config.non_blocking = True
         # With dispatch_batches, accelerate collates streamed data on one rank and cuts every tensor to B rows, but a
         # batch of B samples may hold another number of images.
         if self.accelerator_config.dispatch_batches is None:

@@ -1569,7 +1569,12 @@ cases(
         "raises": (AttributeError, TypeError, ValueError),
         "refused": "LlamaModel",
     },
-    liger={"use_liger_kernel": True, "act": lambda t: None, "refused": "liger"},
+    liger={
+        "use_liger_kernel": True,
+        "liger_kernel_config": {"fused_linear_cross_entropy": True},
+        "act": lambda t: None,
+        "refused": "liger",
+    },
     plain_arguments={"act": lambda t: type(t)(t.model, TrainingArguments("out")) and None, "refused": "args"},
     prompt_tuning={"model": prompts, "refused": "PromptTuningConfig"},
     batch_without_images={

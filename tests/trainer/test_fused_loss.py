@@ -393,9 +393,15 @@ def test_the_option_is_read_from_yaml_and_the_command_line(tmp_path, given, mean
 
 
 def test_ligers_own_forward_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`use_liger_kernel`=True puts Liger's forward .* Set fused_head_loss='on'"):
-        make(tmp_path, use_liger_kernel=True)
-    make(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": False})
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy=True, which puts Liger's .* fused_head_loss='on'"):
+        make(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
+
+
+def test_ligers_other_kernels_are_asked_for_without_its_loss(tmp_path, monkeypatch):
+    applied = []
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config))
+    make(tmp_path, use_liger_kernel=True, liger_kernel_config={"swiglu": False}, max_steps=1).train()
+    assert applied == [{"fused_linear_cross_entropy": False, "swiglu": False}]
 
 
 @pytest.mark.slow

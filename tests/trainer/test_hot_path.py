@@ -14,7 +14,7 @@ from pruner_cases import build, shortens, tokens
 from tiny_models import FAMILIES, batch
 from training import history, make
 
-from hf_dualspeed import AutoPruner, available_pruners, prune_inputs
+from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments, available_pruners, prune_inputs
 from hf_dualspeed.bench.counters import device_waits
 from hf_dualspeed.bench.measure import Bench
 from hf_dualspeed.bench.options import BenchArguments
@@ -135,3 +135,92 @@ def test_waits_for_a_device_are_told_by_their_places(monkeypatch):
     assert modes[-1] == "default"
     line = run.__code__.co_firstlineno + 2
     assert places == [f"trainer/test_hot_path.py:{line}"] * 2
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("position_ids", ["compact", "original"])
+def test_lengths_are_rounded_up_and_nothing_else_changes(family, position_ids, tmp_path):
+    runs, options = [], {"slow_mode_ratio": 0.5, "pruning_ratio": 0.5, "position_ids": position_ids, "max_steps": 6}
+    for multiple in (1, 16):
+        trainer = make(tmp_path, family, fast_length_multiple=multiple, **options)
+        trainer.processing_class = None
+        lengths, supervised = [], trainer.dual_forward._supervised
+
+        def noted(inputs, lengths=lengths, supervised=supervised):
+            lengths.append(inputs["labels"].shape[1])
+            return supervised(inputs)
+
+        trainer.dual_forward._supervised = noted
+        trainer.train()
+        # Fast steps and the teacher's passes, but not whole batches.
+        runs.append((history(trainer, "loss", "grad_norm", "distillation_loss"), lengths))
+    (plain, before), (rounded, after) = runs
+    whole = [b == a for b, a in zip(before, after, strict=True)]
+    assert 0 < sum(whole) < len(whole)
+    assert all(same or (a % 16 == 0 and b < a < b + 16) for b, a, same in zip(before, after, whole, strict=True))
+    for before, after in zip(plain, rounded, strict=True):
+        numbers = [None if number is None else pytest.approx(number, rel=1e-4, abs=1e-6) for number in before]
+        assert after == numbers
+
+
+def test_batches_without_images_are_rounded_up_too(tmp_path):
+    trainer = make(tmp_path, fast_length_multiple=32, slow_mode_ratio=0.0, data=[{"index": 2}], max_steps=2)
+    trainer.train()
+    assert trainer.clock.fast_tokens == 32
+
+
+def test_packed_samples_are_not_padded(tmp_path):
+    model, processor = FAMILIES["llava"].build()
+    inputs = batch(FAMILIES["llava"], processor)
+    rows = inputs["input_ids"][:1]
+    packed = {"input_ids": rows, "labels": rows, "position_ids": torch.arange(rows.shape[1])[None]}
+    trainer = make(tmp_path, model=model, fast_length_multiple=8)
+    with (
+        pytest.raises(ValueError, match="`fast_length_multiple` is 8, but the batch holds packed samples"),
+        trainer.dual_forward.in_mode("fast"),
+    ):
+        trainer.model(**packed)
+
+
+def test_compiled_regions_train_alike(tmp_path):
+    runs = []
+    for backend in (None, "eager"):
+        torch._dynamo.reset()
+        trainer = make(
+            tmp_path,
+            compile_regions=backend,
+            fast_length_multiple=64,
+            slow_mode_ratio=0.5,
+            mode_schedule="periodic",
+            max_steps=2,
+        )
+        layers = trainer.model.get_decoder().layers
+        assert all((layer._compiled_call_impl is not None) == (backend is not None) for layer in layers)
+        trainer.train()
+        runs.append(history(trainer, "loss", "grad_norm"))
+    assert runs[1] == [pytest.approx(entry, rel=1e-4) for entry in runs[0]]
+
+
+def test_regions_that_cannot_be_compiled(tmp_path):
+    with pytest.raises(ValueError, match="`compile_regions` is 'eager', but the pruner 'fastv' works between"):
+        make(tmp_path, compile_regions="eager", pruner="fastv", pruner_kwargs={"layer": 1})
+    with pytest.raises(ValueError, match="`compile_regions` is 'eager' and `torch_compile` is True"):
+        make(tmp_path, compile_regions="eager", torch_compile=True)
+    with pytest.raises(ValueError, match="`compile_regions` must be one of .*, got 'nothing'"):
+        make(tmp_path, compile_regions="nothing")
+    # The pruner reads the tower's attention, which compiled layers do not show.
+    trainer = make(tmp_path, compile_regions="eager", pruner="visionzip")
+    assert all(layer._compiled_call_impl is None for layer in trainer.model.get_encoder(modality="image").modules())
+    assert all(layer._compiled_call_impl is not None for layer in trainer.model.get_decoder().layers)
+
+
+def test_batches_in_pinned_memory_are_not_waited_for(tmp_path, monkeypatch):
+    def chosen(**options) -> bool:
+        return DualSpeedTrainingArguments(str(tmp_path), report_to="none", **options).accelerator_config.non_blocking
+
+    assert not chosen(use_cpu=True)  # nothing is pinned
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert chosen()
+    assert chosen(accelerator_config={"split_batches": False})
+    assert not chosen(dataloader_pin_memory=False)
+    assert not chosen(accelerator_config={"non_blocking": False})

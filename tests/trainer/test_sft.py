@@ -343,7 +343,7 @@ def test_padding_free_is_that_of_fast_steps(tmp_path, config):
         ({"packing": True}, "`packing`=True is not supported: .* Set padding_free=True"),
         (
             {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
-            "`use_liger_kernel`=True puts Liger's forward in place of the model's",
+            "`liger_kernel_config` has fused_linear_cross_entropy=True, which puts Liger's forward in place",
         ),
         ({"fused_head_loss": "on"}, "`fused_head_loss` is 'on', but this trainer reads more off the logits"),
         ({"loss_type": "dft"}, "`loss_type`='dft' is not supported"),
