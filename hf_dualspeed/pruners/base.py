@@ -38,6 +38,7 @@ class Pruner(nn.Module):
     deterministic: ClassVar[bool] = True
     merges: ClassVar[bool] = False  # by a rule of its own
     in_language_model: ClassVar[bool] = False
+    plain_path: bool = False  # plain PyTorch alone, to find out whether a faster way causes a problem
 
     @checked
     def __init__(self, config: PrunerConfig):
@@ -93,7 +94,8 @@ class Pruner(nn.Module):
         if lengths == list(tokens.lengths):
             return unpruned(tokens)
         # One flag on the device. Attention may be -inf: tokens that come from no patch have that.
-        finite = ~(tokens.features.detach() * 0).any()  # infinity and NaN give NaN, which counts as True
+        low, high = tokens.features.detach().aminmax()  # one pass, in which NaN wins
+        finite = (low > float("-inf")) & (high < float("inf"))
         for known in (tokens.attention, tokens.keys):
             finite = finite if known is None else finite & ~known.isnan().any()
         if not tokens.defer_checks:

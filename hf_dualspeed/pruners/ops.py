@@ -54,7 +54,7 @@ def take(
     ranked: torch.Tensor,
     lengths: list[int],
     dropped_tokens: str = MERGE,
-    similarity: torch.Tensor | None = None,
+    nearest: torch.Tensor | None = None,
 ) -> PrunedTokens:
     """Keeps the first `lengths[b]` of the `ranked` `(B, K)` positions, in source order.
 
@@ -62,18 +62,16 @@ def take(
     ("discard").
 
     Args:
-        similarity (`torch.Tensor` of shape `(B, K, N)`, *optional*): similarities of all tokens to the ranked ones, if
-            the pruner has them; infinite for a ranked token with itself.
+        nearest (`torch.LongTensor` of shape `(B, N)`, *optional*): the rank of each token's most similar kept one, its
+            own if it is kept, if the pruner knows them.
     """
     most = ranked.shape[1]
     positions, order, valid = in_source_order(ranked, lengths, tokens.features.shape[1])
-    if similarity is None:
+    if nearest is None:
         owner = nearest_kept(tokens, positions, valid)
     else:
-        # Mask ranks beyond a row's length, (B, K, N); `valid` holds for ranks as it does for slots.
-        similarity = similarity if valid is None else similarity.masked_fill(~valid[..., None], float("-inf"))
-        # Most similar rank of each token, then the slot it was sorted into, (B, N).
-        owner = order.argsort(dim=1).gather(1, similarity.argmax(dim=1))
+        # The slot that each token's rank was sorted into, (B, N).
+        owner = order.argsort(dim=1).gather(1, nearest)
         owner = owner if tokens.valid is None else owner.masked_fill(~tokens.valid, most)
     sizes = counts(owner, most)
     if dropped_tokens == DISCARD:

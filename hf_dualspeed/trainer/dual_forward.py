@@ -143,6 +143,8 @@ class DualForward(nn.Module):
         self.video_budget = video_budget
         self.supervised_logits_only = supervised_logits_only
         self.plain = plain  # `DualSpeedArguments.plain_path`
+        if plain:
+            pruner.plain_path = True
         self.proportional_attention = proportional_attention
         self.padding_free = padding_free
         self.length_multiple = length_multiple

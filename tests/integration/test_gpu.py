@@ -74,7 +74,7 @@ def test_selection_never_waits_for_the_device(name):
 
 
 def test_large_images_are_chosen_from_without_waiting(monkeypatch):
-    monkeypatch.setattr("hf_dualspeed.pruners.divprune.MATRIX_BYTES", 0)  # no room for all similarities
+    monkeypatch.setattr("hf_dualspeed.pruners.farthest.batched.MATRIX_BYTES", 0)  # no room for all similarities
     test_selection_never_waits_for_the_device("divprune")
 
 

@@ -251,8 +251,8 @@ def reference_divprune(features: torch.Tensor, keep: int) -> list[int]:
 @pytest.mark.parametrize(("matrix", "block"), [(2**30, 512), (2**30, 5), (4 * 42**2, 512), (8, 5)])
 def test_divprune_is_the_papers_rule(seed, matrix, block, monkeypatch):
     # In memory at once, in memory image by image, and not at all.
-    monkeypatch.setattr("hf_dualspeed.pruners.divprune.MATRIX_BYTES", matrix)
-    monkeypatch.setattr("hf_dualspeed.pruners.divprune.BLOCK", block)
+    monkeypatch.setattr("hf_dualspeed.pruners.farthest.batched.MATRIX_BYTES", matrix)
+    monkeypatch.setattr("hf_dualspeed.pruners.farthest.batched.BLOCK", block)
     batch = tokens((6, 7), (4, 4), seed=seed)
     out = AutoPruner.from_name("divprune", pruning_ratio=0.7)(batch)
     for i, n in enumerate(batch.lengths):
@@ -275,7 +275,7 @@ def test_divprune_does_not_wait_for_the_device_nor_loop_over_images(monkeypatch)
 
 
 def test_divprune_multiplies_each_pair_once(monkeypatch):
-    monkeypatch.setattr("hf_dualspeed.pruners.divprune.BLOCK", 16)
+    monkeypatch.setattr("hf_dualspeed.pruners.farthest.batched.BLOCK", 16)
     features = torch.randn(2, 160, 8)
     with FlopCounterMode(display=False) as counter:
         DivPrune(DivPrune.config_class(0.9)).reduce(VisualTokens(features), [16] * 2)
