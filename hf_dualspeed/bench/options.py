@@ -20,6 +20,7 @@ KINDS = {
     "profile": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
     "lengths": {"shape": ["llava-1.5"], "checkpointing": ["off"], "text_tokens": 1024, "rounds": 2, "steps": 24},
     "loader": {**STEPS, "rounds": 3},
+    "selection": {**STEPS, "checkpointing": ["off"]},
 }
 # The shapes whose loader is measured.
 LOADED = ("llava-1.5", "llava-next")
@@ -58,8 +59,9 @@ HELP = {
     "profile": "Profile fast steps instead: where their time goes.",
     "lengths": "Measure batches at random against batches of like length instead, with texts of drawn lengths.",
     "loader": "Measure a data loader worker on JPEGs of 1 to 12 megapixels instead: samples per second.",
+    "selection": "Measure the choice of tokens alone instead, in plain PyTorch and as in fast steps.",
     "steps": "Steps of --lengths, with each kind of batches. Unset: 24.",
-    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench[_growth|_profile|_lengths|_loader].json.",
+    "output": "JSON file; .md and .png beside it. Unset: docs/results/bench.json, or bench_growth.json etc.",
     "render_only": "Render the JSON of an earlier run anew.",
 }
 
@@ -92,6 +94,7 @@ class BenchArguments:
     profile: bool = False
     lengths: bool = False
     loader: bool = False
+    selection: bool = False
     steps: int | None = None
     output: str | None = None
     render_only: bool = False

@@ -22,9 +22,9 @@ def ties(count: int) -> torch.Tensor:
     return torch.randint(0, 2, (count, 16), generator=torch.Generator().manual_seed(count)) * 2.0 - 1
 
 
-def clustered(count: int) -> torch.Tensor:
-    """Few directions, near which most tokens lie."""
-    return random(12)[torch.arange(count) % 12] + 0.3 * random(count)
+def clustered(count: int, noise: float | torch.Tensor = 0.3) -> torch.Tensor:
+    """Tokens near few directions."""
+    return random(12)[torch.arange(count) % 12] + noise * random(count)
 
 
 # The tokens of each image, and how many to choose of each.

@@ -38,9 +38,11 @@ def test_large_images_follow_the_rule(case, matrix, monkeypatch):
     test_plain_pytorch_follows_the_rule(case, "float32")
 
 
+@pytest.mark.parametrize("dearer", [lazy.DEARER, 0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_lazy_way_follows_the_rule(case, dtype):
+def test_the_lazy_way_follows_the_rule(case, dtype, dearer, monkeypatch):
+    monkeypatch.setattr(lazy, "DEARER", dearer)  # at 0 it never falls back on all pairs
     features, _, counts, keep = given(case, DTYPES[dtype])
     assert as_lists(lazy.farthest_first(features, counts, keep), counts, keep) == expected(case, DTYPES[dtype])
 
@@ -50,16 +52,25 @@ def test_the_lazy_way_follows_the_rule(case, dtype):
 def test_no_bound_of_the_lazy_way_changes_the_choice(case, columns, few, share, monkeypatch):
     for name, value in (("COLUMNS", columns), ("FEW", few), ("SHARE", share)):
         monkeypatch.setattr(lazy, name, value)
-    test_the_lazy_way_follows_the_rule(case, "float32")
+    test_the_lazy_way_follows_the_rule(case, "float32", 0, monkeypatch)
 
 
 def test_the_lazy_way_computes_a_fraction_of_the_similarities():
-    """Of tokens near few directions, as those of pictures are."""
-    features = farthest_cases.clustered(2048)[None]
+    """Of tokens most of which have a near twin, as those of pictures have."""
+    features = farthest_cases.clustered(2048, (random(2048, 1) - 2).exp())[None]
     pairs = 2 * 2048 * 2048 * features.shape[-1]
     with FlopCounterMode(display=False) as counter:
         lazy.farthest_first(features, [2048], [205])
     assert counter.get_total_flops() < 0.3 * pairs  # of which plain PyTorch computes half
+
+
+def test_where_bounds_help_little_all_pairs_are_compared():
+    """Of noise, it is found out early."""
+    features = random(1024, 64)[None]
+    pairs = 2 * 1024 * 1024 * 64
+    with FlopCounterMode(display=False) as counter:
+        lazy.farthest_first(features, [1024], [102])
+    assert 0.5 * pairs < counter.get_total_flops() < 0.8 * pairs
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +147,7 @@ class Ways:
 def test_each_device_takes_its_fastest_way(monkeypatch):
     ways, pruner = Ways(monkeypatch), build("divprune", pruning_ratio=0.9)
     small, large = tokens((6, 6), (4, 4)), tokens((24, 24), (4, 4))
+    monkeypatch.setattr(lazy, "DEARER", 0)  # of noise, it would compare all pairs
     assert (ways.of(pruner, small), ways.of(pruner, large)) == (["batched"], ["lazy"])
     monkeypatch.setattr(lazy, "FEWEST", 10**9)
     monkeypatch.setattr(farthest, "TRITON_DEVICES", ("cpu",))

@@ -5,15 +5,19 @@ Both parts take shortcuts that bounds prove right. N tokens of D numbers; K are 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
+from . import batched
 from .batched import FARTHEST, units_of
 
 FEWEST = 512  # tokens; for fewer, one product of all pairs is as quick
 COLUMNS = 32  # tokens that the candidates for the first choice are compared with at first; twice as many each time
 FEW = 8  # candidates that are compared with all tokens at once
 SHARE = 32  # of all tokens, one in so many is a candidate for the next choices
+DEARER = 1.6  # what a product costs here beside one of all pairs, for smaller blocks and moved rows
 ROUNDING = 1e-5  # more than products of other shapes differ by
 
 
@@ -31,7 +35,7 @@ def farthest_first(features: torch.Tensor, counts: list[int], lengths: list[int]
     return ranked, nearest
 
 
-def choose(units: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(units: torch.Tensor, keep: int) -> list[torch.Tensor]:
     """The `keep` chosen of the units `(N, D)`, and the rank of each token's nearest one `(N,)`.
 
     Choices come in rounds. All tokens know their similarity to those chosen before the round. It can only grow, so
@@ -39,7 +43,9 @@ def choose(units: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
     product then compares all tokens with the round's choices.
     """
     count = len(units)
-    chosen, picks = [], loneliest(units)
+    chosen, picks = [], loneliest(units, keep)
+    if picks is None:
+        return [found[0] for found in batched.farthest_first(units[None], None, [keep])]
     # Similarity to the nearest chosen token, and that one's rank, (N,).
     similar, rank = units.new_full((count,), FARTHEST), torch.zeros(count, dtype=torch.long)
     while True:
@@ -51,7 +57,7 @@ def choose(units: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         rank[closer] = at + len(chosen)
         chosen += picks.tolist()
         if len(chosen) == keep:
-            return torch.tensor(chosen), rank
+            return [torch.tensor(chosen), rank]
         picks = next_picks(units, similar, keep - len(chosen))
 
 
@@ -76,8 +82,10 @@ def next_picks(units: torch.Tensor, similar: torch.Tensor, most: int) -> torch.T
     return candidates[picks] if picks else similar.argmin()[None]
 
 
-def loneliest(units: torch.Tensor) -> torch.Tensor:
+def loneliest(units: torch.Tensor, keep: int) -> torch.Tensor | None:
     """Position `(1,)` of the token of `units` `(N, D)` whose most similar other token is least similar.
+
+    None where finding it and choosing `keep` tokens is expected to cost more than comparing all pairs.
 
     A similarity to any token is a lower bound of that to the most similar one, and each token's own is an upper bound
     of the least. So candidates are compared with more and more tokens, and those above the bound drop out.
@@ -99,8 +107,13 @@ def loneliest(units: torch.Tensor) -> torch.Tensor:
         # Compare the most promising ones with all tokens.
         few = left[nearest.topk(min(FEW, len(left)), largest=False).indices]
         bound = min(bound, compare(units, few, FARTHEST).amax(dim=1).min().item() + ROUNDING)
-        keep = nearest <= bound
-        left, nearest = left[keep], nearest[keep]
+        near = nearest <= bound
+        # If as many go on dropping out per token compared with, so many products (in rows of N) are still to come.
+        gone = math.log(len(left) / int(near.sum()))
+        left, nearest = left[near], nearest[near]
+        to_come = len(left) / count * part.shape[1] / max(gone, 1e-9)
+        if len(left) > FEW and DEARER * (to_come + keep) > count / 2:
+            return None
         start, end = end, 2 * end
     # Compare the last ones with all tokens, (L, N), alike in both directions, so that of two neighbours the first wins.
     rows = compare(units, left, FARTHEST)
