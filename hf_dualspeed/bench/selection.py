@@ -103,9 +103,9 @@ def image(kind: str, count: int, width: int) -> torch.Tensor:
     noise = torch.randn(count, width, generator=generator)
     if kind == "noise":
         return noise[None]
-    # A direction for each of 6 x 6 regions of a grid of at least `count` cells, (1, D, E, E).
+    # A direction for each of 4 x 4 regions of a grid of at least `count` cells, (1, D, E, E).
     edge = -(-count // int(count**0.5))
-    coarse = torch.randn(1, width, 6, 6, generator=generator)
+    coarse = torch.randn(1, width, 4, 4, generator=generator)
     field = F.interpolate(coarse, size=(edge, edge), mode="nearest")
     # Noise of log-normal strength: most tokens have a near twin, some have none.
     strength = 0.05 * (0.7 * torch.randn(count, 1, generator=generator)).exp()
@@ -163,7 +163,7 @@ def markdown(results: dict, plot: str) -> str:
     parts = [
         "# Selecting visual tokens",
         "Selection alone, with merging and sizes: of the tokens of a shape's batch, beside its fast step, and of one "
-        "image. 'Regions' are tokens near 36 directions, most of them with a near twin; 'noise' has nothing in "
+        "image. 'Regions' are tokens near 16 directions, most of them with a near twin; 'noise' has nothing in "
         "common. Both ways are measured one after the other in each round.",
         readme_table(results),
         f"![Selection]({plot})",

@@ -202,7 +202,7 @@ class DualSpeedArguments:
             "help": "Take the plain path in place of all that makes a step fast beside pruning, to find out whether "
             "that is to blame for something: fast steps recompute activations as slow ones do, slow batches run whole, "
             "logits are made at all positions, losses in float32 at once, teacher and student each encode the images, "
-            "samples are padded, and a frozen tower keeps its graph."
+            "samples are padded, a frozen tower keeps its graph, and pruners choose in plain PyTorch."
         },
     )
     fast_only_parameters: list[str] = field(

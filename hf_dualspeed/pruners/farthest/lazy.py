@@ -112,7 +112,7 @@ def loneliest(units: torch.Tensor, keep: int) -> torch.Tensor | None:
         gone = math.log(len(left) / int(near.sum()))
         left, nearest = left[near], nearest[near]
         to_come = len(left) / count * part.shape[1] / max(gone, 1e-9)
-        if len(left) > FEW and DEARER * (to_come + keep) > count / 2:
+        if start and len(left) > FEW and DEARER * (to_come + keep) > count / 2:
             return None
         start, end = end, 2 * end
     # Compare the last ones with all tokens, (L, N), alike in both directions, so that of two neighbours the first wins.
