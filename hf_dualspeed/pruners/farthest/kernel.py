@@ -82,7 +82,9 @@ def choose(matrix, alone, table, ranked, nearest, count, most, BLOCK: tl.constex
     similar = tl.where(real, -2.0, float("inf"))
     rank = tl.zeros([BLOCK], tl.int32)
     pick = tl.argmin(tl.load(alone + image * count + index, real, other=float("inf")), 0)
-    for step in range(choices):
+    # No `for`: NumPy 2.4 takes the bound of one for an array in the interpreter of triton 3.6.
+    step = 0
+    while step < choices:
         tl.store(ranked + image * most + step, pick.to(tl.int64))
         row = tl.load(matrix + (image * count + pick) * count + index, real, other=float("inf"))
         # Infinite similarity to itself keeps a chosen token from being picked again.
@@ -90,4 +92,5 @@ def choose(matrix, alone, table, ranked, nearest, count, most, BLOCK: tl.constex
         rank = tl.where(row > similar, step, rank)
         similar = tl.maximum(similar, row)
         pick = tl.argmin(similar, 0)
+        step += 1
     tl.store(nearest + image * count + index, rank.to(tl.int64), index < count)
