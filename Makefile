@@ -80,7 +80,7 @@ bench: $(STAMP)
 	$(BIN)/dualspeed bench --growth
 	$(BIN)/dualspeed bench --lengths
 	$(BIN)/dualspeed bench --loader
-	$(BIN)/dualspeed bench --selection --shape llava-next --batch 1 --threads 1 --rounds 2
+	$(BIN)/dualspeed bench --selection --shape llava-next --batch 1 --threads 1 --rounds 4
 
 # LLaVA-NeXT without activation checkpointing fits in no larger batch.
 GPU ?= h100
