@@ -9,7 +9,7 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart demo chromium compare ablation cards bench bench-gpu conformance test test-min test-deepspeed \
+.PHONY: help quickstart demo chromium compare ablation cards bench bench-gpu gpu conformance test test-min test-deepspeed \
 	lint docs
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make cards       render the cards in model_cards anew, that of the quickstart from its last run"
 	@echo "make bench       time training steps, their growth with the tokens, and batches of like length (1 to 2 hours)"
 	@echo "make bench-gpu   time training steps of 7 B parameters on a GPU of 80 GB, GPU=its name (minutes)"
+	@echo "make gpu         all that one GPU of 80 GB shows, in nine minutes; rerun it to go on (OUTPUT=folder, WHEELS=folder)"
 	@echo "make conformance check every model family and write docs/supported_models.md"
 	@echo "make test        run the tests"
 	@echo "make test-min    run them on the lowest versions that pyproject.toml allows"
@@ -89,6 +90,15 @@ bench-gpu: $(STAMP)
 	$(BENCH_GPU)_llava_1_5.json --shape llava-1.5 --rounds 6
 	$(BENCH_GPU)_llava_next.json --shape llava-next --rounds 3 --checkpointing on --batch 3
 	$(BENCH_GPU)_llava_next_off.json --shape llava-next --rounds 6 --checkpointing off --batch 2
+
+# Installs nothing from outside: PY is a Python that has torch with CUDA, and WHEELS a folder with what else it lacks.
+PY ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+OUTPUT ?= docs/results
+SITE := runs/gpu/site
+gpu:
+	$(if $(WHEELS),$(PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(SITE):$$PYTHONPATH $(PY) -m benchmarks.gpu --output $(OUTPUT) \
+		$(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 conformance: $(STAMP)
 	$(BIN)/python tests/helpers/supported_models.py

@@ -71,10 +71,11 @@ def measured(
     names: list[str],
     evaluate: Callable[[dict, float], dict],
     run_of: Callable[[Bench, list[str]], dict] = lambda bench, names: bench.run(names),
+    benchmark: str = "training steps, forward and backward",
 ) -> dict:
     """Results of all runs: `run_of` measures the variants `names` of each shape and setting of checkpointing.
 
-    `evaluate` maps a run and the slow ratio to what is added to the run.
+    `evaluate` maps a run and the slow ratio to what is added to the run. `benchmark` says what was measured.
     """
     threads, runs = torch.get_num_threads(), []
     try:
@@ -86,9 +87,10 @@ def measured(
                 with tempfile.TemporaryDirectory() as folder:
                     run = run_or_say(options, shape, checkpointing, folder, partial(run_of, names=names))
                 runs.append({**run, **evaluate(run, options.slow_ratio)})
-                if options.kind == "steps":  # other reports need all runs
-                    write({**surroundings(options), "runs": runs}, Path(options.output).with_suffix(PART))
-        return {**surroundings(options), "runs": runs}
+                results = {**surroundings(options), "benchmark": benchmark, "runs": runs}
+                if options.kind in ("steps", "same_memory"):  # other reports need all runs
+                    write(results, Path(options.output).with_suffix(PART))
+        return results
     finally:
         torch.set_num_threads(threads)
 
@@ -110,7 +112,6 @@ def surroundings(options: BenchArguments) -> dict:
     """What all runs have in common."""
     device = default_device()
     return {
-        "benchmark": "training steps, forward and backward",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "machine": machine(),
         "versions": versions(),

@@ -10,7 +10,8 @@ from ..utils.validation import Parser, as_count, check_choice, check_fields, che
 from .shapes import HEAD, SHAPES, Shape
 
 SCALES = ("small", "full")
-SETTINGS = ("on", "off")  # of activation checkpointing
+SETTINGS = ("on", "off")  # of activation checkpointing, and of kernels
+OPTIMIZERS = ("none", "adamw")
 GROWTH_TOKENS = (144, 576, 2304, 9216)
 STEPS = {"shape": ["llava-1.5", "llava-next"], "checkpointing": list(SETTINGS), "text_tokens": 200, "rounds": 8}
 # The kinds of measurement, and the defaults of each.
@@ -21,9 +22,17 @@ KINDS = {
     "lengths": {"shape": ["llava-1.5"], "checkpointing": ["off"], "text_tokens": 1024, "rounds": 2, "steps": 24},
     "loader": {**STEPS, "rounds": 3},
     "selection": {**STEPS, "checkpointing": ["off"]},
+    "same_memory": {**STEPS, "shape": ["llava-1.5"], "rounds": 3, "optimizer": list(OPTIMIZERS), "kernels": ["off"]},
 }
 # The shapes whose loader is measured.
 LOADED = ("llava-1.5", "llava-next")
+# Options that a single kind has.
+OWN = {"steps": "lengths", **dict.fromkeys(("optimizer", "kernels", "memory_gib"), "same_memory")}
+
+
+def flag(name: str) -> str:
+    """An option as the command line spells it."""
+    return "--" + name.replace("_", "-")
 
 
 def defaults(option: str) -> str:
@@ -33,7 +42,7 @@ def defaults(option: str) -> str:
         return " and ".join(value) if isinstance(value, list) else str(value)
 
     usual = words(KINDS["steps"][option])
-    others = [f"{words(of[option])} with --{kind}" for kind, of in KINDS.items() if words(of[option]) != usual]
+    others = [f"{words(of[option])} with {flag(kind)}" for kind, of in KINDS.items() if words(of[option]) != usual]
     return f"Unset: {'; '.join([usual, *others])}."
 
 
@@ -44,7 +53,8 @@ HELP = {
     "lora": "Train LoRA adapters (r=128) and the projector in place of the whole language model.",
     "checkpointing": f"Activation checkpointing 'on', 'off' or both. {defaults('checkpointing')}",
     "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 1; 'auto' with checkpointing on and no --lengths.",
-    "batch": "Samples, with one image each. Unset: 8 of llava-1.5, 6 of other shapes, 4 of --model, 1 with --growth.",
+    "batch": "Samples, with one image each. Unset: 8 of llava-1.5, 6 of other shapes, 4 of --model, 1 with --growth. "
+    "With --same-memory the most that are tried. Unset: 64.",
     "text_tokens": "Text tokens per sample, at most 64 of them supervised; with --lengths at most so many. "
     f"{defaults('text_tokens')}",
     "image_size": "Edge of the image in pixels, for llava-1.5 and --model. Unset: 336.",
@@ -61,6 +71,13 @@ HELP = {
     "loader": "Measure a data loader worker on JPEGs of 1 to 12 megapixels instead: samples per second.",
     "selection": "Measure the choice of tokens alone instead, in plain PyTorch and as in fast steps.",
     "steps": "Steps of --lengths, with each kind of batches. Unset: 24.",
+    "same_memory": "Measure each trainer at the largest micro-batch that fits instead, in steps of as many samples.",
+    "memory_gib": "GiB that --same-memory may fill: weights, gradients, optimizer and activations. A CPU needs it. "
+    "Unset: 95 % of what is free on the card.",
+    "optimizer": "With --same-memory: steps without the optimizer's, 'none', with AdamW's, 'adamw', or both. Unset: "
+    "none and adamw.",
+    "kernels": "With --same-memory: Liger's kernels, where installed, and compiled layers 'off', 'on' or both, in both "
+    "trainers. Unset: off.",
     "output": "JSON file; .md and .png beside it. Unset: docs/results/bench.json, or bench_growth.json etc.",
     "render_only": "Render the JSON of an earlier run anew.",
 }
@@ -96,6 +113,10 @@ class BenchArguments:
     loader: bool = False
     selection: bool = False
     steps: int | None = None
+    same_memory: bool = False
+    memory_gib: float | None = None
+    optimizer: list[str] | None = None
+    kernels: list[str] | None = None
     output: str | None = None
     render_only: bool = False
 
@@ -104,7 +125,7 @@ class BenchArguments:
         self._fill()
         for name, low in {"batch": 1, "layers": 1, "text_tokens": 4, "rounds": 2, "steps": 2}.items():
             if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), low, off=f"Use --{name.replace('_', '-')} {low} or more.")
+                check_range(name, getattr(self, name), low, off=f"Use {flag(name)} {low} or more.")
         if self.threads is not None:
             check_range("threads", self.threads, 1, off="Leave it out for PyTorch's choice.")
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="0.9 is usual.")
@@ -116,16 +137,23 @@ class BenchArguments:
                 "shortening in front of it to be timed. Choose one that works there, such as 'divprune'."
             )
         check_choice("scale", self.scale, SCALES)
-        for name in self.checkpointing:
-            check_choice("checkpointing", name, SETTINGS)
+        for option, allowed in {"checkpointing": SETTINGS, "optimizer": OPTIMIZERS, "kernels": SETTINGS}.items():
+            for name in getattr(self, option) or []:
+                check_choice(option, name, allowed)
+        if self.memory_gib is not None:
+            check_range("memory_gib", self.memory_gib, 0, left_open=True, off="Use --memory-gib 24, for example.")
         if self.slow_splits not in (None, "auto"):
             self.slow_splits = as_count("slow_splits", self.slow_splits, "or 'auto'")
         if self.hidden_size is not None:
             check_multiple("hidden_size", self.hidden_size, HEAD)
         if Path(self.output).suffix != ".json":
             raise ValueError(f"`output` must end in .json, got {self.output!r}. Use bench.json, for example.")
-        if self.steps is not None and not self.lengths:
-            raise ValueError(f"`steps` is {self.steps}, but only --lengths has a number of steps. Leave it out.")
+        for option, kind in OWN.items():
+            if getattr(self, option) is not None and kind != self.kind:
+                raise ValueError(
+                    f"`{option}` is {getattr(self, option)!r}, but only {flag(kind)} reads it. Leave it out, or give "
+                    f"{flag(kind)}."
+                )
         self._check_shapes()
 
     def _fill(self) -> None:
@@ -141,7 +169,8 @@ class BenchArguments:
         chosen = [name for name in list(KINDS)[1:] if getattr(self, name)]
         if len(chosen) > 1:
             raise ValueError(
-                f"`{chosen[0]}` and `{chosen[1]}` are measured one at a time. Give --{chosen[0]} or --{chosen[1]}."
+                f"`{chosen[0]}` and `{chosen[1]}` are measured one at a time. Give {flag(chosen[0])} or "
+                f"{flag(chosen[1])}."
             )
         return chosen[0] if chosen else "steps"
 
@@ -190,7 +219,9 @@ class BenchArguments:
         return [replace(s, image_size=self.image_size) for s in chosen] if self.image_size else chosen
 
     def rows(self, shape: Shape | None) -> int:
-        """Samples of a batch."""
+        """Samples of a batch. [`same_memory`] makes larger ones of one."""
+        if self.same_memory:
+            return 1
         if self.batch is not None:
             return self.batch
         return 1 if self.growth else 4 if shape is None else shape.batch
@@ -201,9 +232,8 @@ class BenchArguments:
 
     def recorded(self) -> dict:
         """The options that the results file keeps."""
-        left = ["output", "threads", "render_only", *KINDS, "shape", "checkpointing", "slow_splits", "batch"]
-        if self.lengths:
-            left.remove("steps")
+        left = {"output", "threads", "render_only", *KINDS, *OWN, "shape", "checkpointing", "slow_splits", "batch"}
+        left -= {option for option, kind in OWN.items() if kind == self.kind}
         return {key: value for key, value in asdict(self).items() if key not in left}
 
 
@@ -235,9 +265,9 @@ def parse_arguments(argv: list[str]) -> BenchArguments:
         else:
             words["type"] = {"int": int, "float": float}.get(kind, str)
             words |= {"nargs": "+"} if kind.startswith("list") else {}
-        parser.add_argument("--" + known.name.replace("_", "-"), **words)
+        parser.add_argument(flag(known.name), **words)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        flag = unknown[0].split("=")[0]
-        raise ValueError(f"Unknown argument `{flag}`.{nearest(flag, list(parser._option_string_actions))}")
+        word = unknown[0].split("=")[0]
+        raise ValueError(f"Unknown argument `{word}`.{nearest(word, list(parser._option_string_actions))}")
     return BenchArguments(**vars(namespace))

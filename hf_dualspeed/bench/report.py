@@ -36,8 +36,8 @@ def check_format(results: dict, kind: str = "training steps, forward and backwar
         )
     if results["benchmark"] != kind:
         raise ValueError(
-            f"`output` holds {results['benchmark']!r}, not {kind!r}. Give --growth, --lengths, --loader, --profile or "
-            "--selection, or none of them, as it was measured."
+            f"`output` holds {results['benchmark']!r}, not {kind!r}. Give --growth, --lengths, --loader, --profile, "
+            "--same-memory or --selection, or none of them, as it was measured."
         )
 
 

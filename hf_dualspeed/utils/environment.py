@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "accelerate")
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
     found = {name: version(name) for name in PACKAGES}
-    # On a Space, the library's source lies beside the app and is not installed.
+    # Its own does not ask for an installed package: a checkout may be run as it is, and a Space brings the source.
     return {**found, "hf_dualspeed": __version__, "python": platform.python_version()}
 
 

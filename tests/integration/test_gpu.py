@@ -20,6 +20,7 @@ from training import ADAPTIVE, history, make
 
 from hf_dualspeed import available_pruners, cli
 from hf_dualspeed.bench.counters import device_waits
+from hf_dualspeed.bench.same_memory import Fitted
 from hf_dualspeed.trainer.callbacks import DataWait
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -103,6 +104,22 @@ def test_training_agrees_with_the_cpu(tmp_path, family, monkeypatch):
     torch.testing.assert_close(runs["cuda"], runs["cpu"], rtol=1e-3, atol=1e-4)
 
 
+def test_steps_too_large_for_the_card_do_not_fit(tmp_path):
+    own = tiny_bench(tmp_path, same_memory=True, batch=4)
+    fitted, before = Fitted(own, "adamw", 2**50), torch.cuda.memory_allocated()
+    step = fitted.step
+
+    def too_large(*args):
+        step(*args)
+        torch.empty(2**50, device="cuda")
+
+    fitted.step = too_large
+    assert not fitted.fits("plain", 2)
+    fitted.step = step
+    assert fitted.fits("plain", 2)
+    assert torch.cuda.memory_allocated() <= before + 2**20
+
+
 @pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs liger-kernel")
 def test_ligers_kernel_trains_alike(tmp_path):
     runs = {}
@@ -130,7 +147,11 @@ def test_divprune_is_captured_as_a_graph():
     assert torch.equal(captured, expected)
 
 
-@pytest.mark.parametrize("kind", [[], ["--profile"], ["--lengths", "--steps", "4"]], ids=str)
+MEMORY = ["--same-memory", "--memory-gib", "0.25"]
+KERNELS = [*MEMORY, "--optimizer", "adamw", "--checkpointing", "on", "--kernels", "off", "on"]
+
+
+@pytest.mark.parametrize("kind", [[], ["--profile"], ["--lengths", "--steps", "4"], MEMORY, KERNELS], ids=str)
 def test_the_bench_runs(tmp_path, kind):
     path = tmp_path / "out.json"
     assert cli.main(["bench", *kind, *FLAGS, "--batch", "2", "--output", str(path)]) == 0
