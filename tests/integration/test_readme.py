@@ -21,6 +21,7 @@ from hf_dualspeed.bench import lengths as bench_lengths
 from hf_dualspeed.bench import loader as bench_loader
 from hf_dualspeed.bench import profile as bench_profile
 from hf_dualspeed.bench import report as bench_report
+from hf_dualspeed.bench import same_memory as bench_same_memory
 from hf_dualspeed.bench import selection as bench_selection
 from hf_dualspeed.pruners import pruner_class
 from hf_dualspeed.pruners.registry import _REGISTRY
@@ -128,6 +129,7 @@ TABLES = {
     "bench_one_row": bench_lengths.readme_table,
     "bench_profile": bench_profile.readme_table,
     "bench_selection": bench_selection.readme_table,
+    "bench_same_memory": bench_same_memory.readme_table,
     "ablation": ablation_report.readme_table,
     "ablation_longer": ablation_report.readme_table,
     "ablation_slow_ratios": ablation_report.readme_table,
