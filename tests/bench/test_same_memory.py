@@ -1,6 +1,7 @@
 """`dualspeed bench --same-memory`: the largest micro-batches that fit, and steps of as many samples."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_each_trainer_fills_the_memory(measured, tmp_path):
     assert [(trial["optimizer"], trial["kernels"]) for trial in run["trials"]] == [("none", "off"), ("adamw", "off")]
     for trial in run["trials"]:
         sizes = trial["micro_batch"]
-        assert 1 <= sizes["plain"] < sizes["fast"] == trial["samples"]
+        assert 1 <= sizes["plain"] < trial["samples"] <= sizes["fast"]
         assert all(0 < held <= run["budget_bytes"] for held in trial["memory"].values())
         rounds = {name: torch.tensor(v, dtype=torch.float64) for name, v in trial["seconds_by_round"].items()}
         speedup = rounds["plain"] / (0.95 * rounds["fast"] + 0.05 * rounds["slow"])
@@ -82,6 +83,21 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
             fitted.model.zero_grad()
         for passes in (2, 3):
             torch.testing.assert_close(found[name, passes], found[name, 1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("plain", "fast", "samples", "passes"),
+    [(4, 12, 12, (3, 1)), (2, 7, 7, (4, 1)), (13, 12, 12, (1, 1)), (30, 12, 24, (1, 2)), (5, 7, 5, (1, 1))],
+)
+def test_a_step_has_as_many_samples_for_both(tmp_path, monkeypatch, plain, fast, samples, passes):
+    sizes = iter((plain, fast))
+    monkeypatch.setattr(same_memory, "largest", lambda *_: next(sizes))
+    fitted = Fitted.__new__(Fitted)
+    fitted.bench = SimpleNamespace(options=SimpleNamespace(batch=64))
+    fitted.fits, fitted.held, fitted.fit_parts = (lambda *_: True), (lambda *_: 1), (lambda: 2)
+    found = fitted.fit({})
+    assert (found["samples"], found["micro_batch"]) == (samples, {"plain": plain, "fast": fast})
+    assert tuple(-(-samples // fitted.micro(name)) for name in ("plain", "fast")) == passes
 
 
 def test_micro_batches_are_of_like_size(tmp_path):
