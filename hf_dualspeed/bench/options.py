@@ -73,7 +73,7 @@ HELP = {
     "steps": "Steps of --lengths, with each kind of batches. Unset: 24.",
     "same_memory": "Measure each trainer at the largest micro-batch that fits instead, in steps of as many samples.",
     "memory_gib": "GiB that --same-memory may fill: weights, gradients, optimizer and activations. A CPU needs it. "
-    "Unset: 95 % of what is free on the card.",
+    "Unset: 95 %% of what is free on the card.",
     "optimizer": "With --same-memory: steps without the optimizer's, 'none', with AdamW's, 'adamw', or both. Unset: "
     "none and adamw.",
     "kernels": "With --same-memory: Liger's kernels, where installed, and compiled layers 'off', 'on' or both, in both "
