@@ -81,7 +81,6 @@ bench: $(STAMP)
 	$(BIN)/dualspeed bench --growth
 	$(BIN)/dualspeed bench --lengths
 	$(BIN)/dualspeed bench --loader
-	$(BIN)/dualspeed bench --selection --shape llava-next --batch 1 --threads 1 --rounds 4
 
 # LLaVA-NeXT without activation checkpointing fits in no larger batch.
 GPU ?= h100

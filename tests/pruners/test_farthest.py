@@ -15,11 +15,10 @@ import pytest
 import torch
 from farthest_cases import CASES, DTYPES, as_lists, expected, given, random
 from pruner_cases import build, tokens
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dualspeed import VisualTokens
 from hf_dualspeed.pruners import farthest
-from hf_dualspeed.pruners.farthest import batched, lazy
+from hf_dualspeed.pruners.farthest import batched
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
@@ -36,41 +35,6 @@ def test_plain_pytorch_follows_the_rule(case, dtype):
 def test_large_images_follow_the_rule(case, matrix, monkeypatch):
     monkeypatch.setattr(batched, "MATRIX_BYTES", matrix)  # no matrix at all, or one at a time
     test_plain_pytorch_follows_the_rule(case, "float32")
-
-
-@pytest.mark.parametrize("dearer", [lazy.DEARER, 0])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
-def test_the_lazy_way_follows_the_rule(case, dtype, dearer, monkeypatch):
-    monkeypatch.setattr(lazy, "DEARER", dearer)  # at 0 it never falls back on all pairs
-    features, _, counts, keep = given(case, DTYPES[dtype])
-    assert as_lists(lazy.farthest_first(features, counts, keep), counts, keep) == expected(case, DTYPES[dtype])
-
-
-@pytest.mark.parametrize(("columns", "few", "share"), [(1, 1, 1), (3, 2, 50), (500, 100, 4)])
-@pytest.mark.parametrize("case", CASES)
-def test_no_bound_of_the_lazy_way_changes_the_choice(case, columns, few, share, monkeypatch):
-    for name, value in (("COLUMNS", columns), ("FEW", few), ("SHARE", share)):
-        monkeypatch.setattr(lazy, name, value)
-    test_the_lazy_way_follows_the_rule(case, "float32", 0, monkeypatch)
-
-
-def test_the_lazy_way_computes_a_fraction_of_the_similarities():
-    """Of tokens most of which have a near twin, as those of pictures have."""
-    features = farthest_cases.clustered(2048, (random(2048, 1) - 2).exp())[None]
-    pairs = 2 * 2048 * 2048 * features.shape[-1]
-    with FlopCounterMode(display=False) as counter:
-        lazy.farthest_first(features, [2048], [205])
-    assert counter.get_total_flops() < 0.3 * pairs  # of which plain PyTorch computes half
-
-
-def test_where_bounds_help_little_all_pairs_are_compared():
-    """Of noise, it is found out early."""
-    features = random(1024, 64)[None]
-    pairs = 2 * 1024 * 1024 * 64
-    with FlopCounterMode(display=False) as counter:
-        lazy.farthest_first(features, [1024], [102])
-    assert 0.5 * pairs < counter.get_total_flops() < 0.8 * pairs
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +83,7 @@ def test_the_kernel_compiles_for_a_gpu(tmp_path):
 
 
 class Ways:
-    """Counts calls of each way, of which `lazy` and the kernel are stood in for by plain PyTorch."""
+    """Counts calls of each way, of which the kernel is stood in for by plain PyTorch."""
 
     def __init__(self, monkeypatch):
         self.taken, plain = [], batched.farthest_first
@@ -127,7 +91,6 @@ class Ways:
         monkeypatch.setitem(sys.modules, "hf_dualspeed.pruners.farthest.kernel", self.kernel)
         monkeypatch.setattr(farthest, "kernel", self.kernel, raising=False)
         monkeypatch.setattr(batched, "farthest_first", self.counted("batched", plain))
-        monkeypatch.setattr(lazy, "farthest_first", self.counted("lazy", lazy.farthest_first))
         monkeypatch.setattr(farthest, "_broken", [])
         monkeypatch.setattr(farthest, "find_spec", lambda name: name == "triton")
 
@@ -146,10 +109,8 @@ class Ways:
 
 def test_each_device_takes_its_fastest_way(monkeypatch):
     ways, pruner = Ways(monkeypatch), build("divprune", pruning_ratio=0.9)
-    small, large = tokens((6, 6), (4, 4)), tokens((24, 24), (4, 4))
-    monkeypatch.setattr(lazy, "DEARER", 0)  # of noise, it would compare all pairs
-    assert (ways.of(pruner, small), ways.of(pruner, large)) == (["batched"], ["lazy"])
-    monkeypatch.setattr(lazy, "FEWEST", 10**9)
+    large = tokens((24, 24), (4, 4))
+    assert ways.of(pruner, large) == ["batched"]
     monkeypatch.setattr(farthest, "TRITON_DEVICES", ("cpu",))
     assert ways.of(pruner, large) == ["kernel"]
     # Switched off by the environment or the pruner, missing, or without room for the similarities.

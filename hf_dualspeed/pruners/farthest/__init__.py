@@ -1,7 +1,7 @@
-"""Farthest-first choice of tokens, and which chosen one each token is most similar to, in three ways.
+"""Farthest-first choice of tokens, and which chosen one each token is most similar to, in two ways.
 
-`batched` is plain PyTorch for any device, and the reference. `lazy` computes on a CPU what the choice needs alone.
-`kernel` makes the choice of an image in one launch of a Triton kernel. Rounding aside, they choose the same.
+`batched` is plain PyTorch for any device, and the reference. `kernel` makes the choice of an image in one launch of a
+Triton kernel. Rounding aside, they choose the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ...utils.text import one_line
 from ..tokens import VisualTokens
-from . import batched, lazy
+from . import batched
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,6 @@ def farthest_first(tokens: VisualTokens, lengths: list[int], plain: bool = False
     """
     features, valid, counts = tokens.features.detach(), tokens.valid, tokens.lengths
     plain = plain or torch.compiler.is_compiling()
-    if not plain and features.device.type == "cpu" and features.shape[1] >= lazy.FEWEST:
-        return lazy.farthest_first(features, counts, lengths)
     if not plain and batched.fitting(features.shape[1]) and triton_runs(features.device):
         from . import kernel
 
