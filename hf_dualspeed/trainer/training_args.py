@@ -275,6 +275,11 @@ class DualSpeedArguments:
         if self.plain_path:
             self.fast_mode_checkpointing, self.supervised_logits_only = True, False
             self.fused_head_loss, self.slow_mode_splits, self.padding_free = "off", 1, False
+        if self.padding_free and self.fast_length_multiple > 1:
+            raise ValueError(
+                f"`padding_free` is True, and `fast_length_multiple` is {self.fast_length_multiple}, which pads each "
+                "sample. Set one of them."
+            )
         spoken = {"true": "on", "false": "off"}
         self.fused_head_loss = spoken.get(str(self.fused_head_loss).lower(), self.fused_head_loss)
         check_choice("fused_head_loss", self.fused_head_loss, FUSED_HEAD_LOSSES)

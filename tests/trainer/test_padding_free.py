@@ -226,3 +226,8 @@ def test_ddp_equals_one_process_that_pads(tmp_path):
     (alone,) = run(one, "--batch", "4", "--max-steps", "4")
     ranks = run(two, "--batch", "2", "--max-steps", "4", "--padding-free", config=DDP)
     assert_same_training(one, two, alone, ranks)
+
+
+def test_rounded_lengths_are_refused_beside_it(tmp_path):
+    with pytest.raises(ValueError, match="`padding_free` is True, and `fast_length_multiple` is 8, which pads"):
+        make(tmp_path, padding_free=True, fast_length_multiple=8, **OPTIONS)
