@@ -265,16 +265,6 @@ def print_table(console: Console, header: tuple[str, ...], rows: list[tuple[str,
     console.print(table)
 
 
-SUMMARY = ("shape", "checkpointing", "Trainer, ms", "fast, ms", "slow, ms", "speed-up", "FLOP limit")
-
-
-def summary_table(*found: dict) -> str:
-    """The speed-ups of the runs of several results."""
-    rows = [row for results in found for row in run_rows(results)]
-    kept = [HEADER.index(name) for name in SUMMARY]
-    return markdown_table(SUMMARY, [tuple(row[index] for index in kept) for row in rows])
-
-
 def readme_table(results: dict) -> str:
     """Settings and the table of runs, for a page that shows the plot itself.
 
