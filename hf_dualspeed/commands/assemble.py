@@ -10,6 +10,7 @@ from rich.console import Console
 from ..recipes.assemble import LANGUAGE, VISION, build_llava, given_file, origin, write_card
 from ..recipes.wheels import default_cache, fetch
 from ..utils.validation import Parser
+from ..utils.writing import check_new_folder
 
 
 def main(argv: list[str]) -> None:
@@ -22,8 +23,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="Seed of the new projector.")
     parser.add_argument("--cache_dir", default=str(default_cache()), help="Where the two files are kept.")
     words = parser.parse_args(argv)
-    output, console = Path(words.output_dir), Console(soft_wrap=True, highlight=False)
-    check_output(output)
+    output, console = Path(words.output_dir), Console(soft_wrap=True, highlight=False, markup=False)
+    check_new_folder("output_dir", output)
     check_readers()
     files = []
     for source in (VISION, LANGUAGE):
@@ -36,12 +37,6 @@ def main(argv: list[str]) -> None:
     write_card(output, [origin(VISION, words.vision_onnx), origin(LANGUAGE, words.language_gguf)])
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.print(f"{count:.0f} M parameters, {model.config.image_seq_length} visual tokens per image: {output}")
-
-
-def check_output(folder: Path) -> None:
-    """Raises a `ValueError` where `folder` is not empty: it may hold a trained model."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"`output_dir` is {str(folder)!r}, which is not empty. Name a new folder, or delete this one.")
 
 
 def check_readers() -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..conformance import Batch, Check, check_model
@@ -85,5 +86,5 @@ def removal_is_masking(model: PreTrainedModel, ids: torch.Tensor) -> bool:
 def show(checks: list[Check], name: str) -> None:
     table = Table("check", name, "why")
     for check in checks:
-        table.add_row(check.name, WORDS[check.passed], check.detail)
+        table.add_row(check.name, WORDS[check.passed], Text(check.detail))
     Console().print(table)

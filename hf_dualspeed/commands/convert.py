@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
-from ..data.convert import LAYOUTS, convert
+from ..data.convert import LAYOUTS, OPTIONS, convert
+from ..utils.validation import Parser
 
 COLUMNS = ("image", "question", "answer")
 
@@ -18,7 +19,7 @@ def main(argv: list[str]) -> None:
     Args:
         argv (`list[str]`): The words after `dualspeed convert`.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dualspeed convert",
         description="Writes questions about pictures as JSONL: from a table, COCO's captions, VQAv2, or a folder.",
         epilog="docs/data.md has a row of each layout. Files of conversations need no conversion.",
@@ -35,6 +36,10 @@ def main(argv: list[str]) -> None:
     name = "vqa: a picture's name (default: %(default)s)"
     parser.add_argument("--image_name", default="COCO_train2014_{image_id:012d}.jpg", help=name)
     words = parser.parse_args(argv)
+    others = {name for names in OPTIONS.values() for name in names}.difference(OPTIONS[words.layout])
+    for name in sorted(others):
+        if getattr(words, name) != parser.get_default(name):
+            raise ValueError(f"`{name}` is given, but the layout {words.layout!r} does not read it. Leave it out.")
     for path in filter(None, (words.source, words.annotations)):
         if not path.exists():
             raise FileNotFoundError(f"There is no file or folder {str(path)!r}.")
@@ -42,8 +47,8 @@ def main(argv: list[str]) -> None:
         kind = "folder" if words.layout == "folder" else "file"
         raise ValueError(f"`source` is {str(words.source)!r}, but the layout {words.layout!r} is read from a {kind}.")
     start = words.image_folder or (words.source if words.source.is_dir() else words.source.parent)
-    console = Console(soft_wrap=True, highlight=False)
-    with console.status(f"Reading {words.source}"):
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with console.status(Text(f"Reading {words.source}")):
         count = convert(words.layout, words, words.output, start)
     console.print(f"{count:,} questions: {words.output}")
     console.print(f"Next: dualspeed train --config ... --dataset {words.output}")

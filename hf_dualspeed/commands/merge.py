@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 from rich.console import Console
+from rich.text import Text
 
 from ..evaluation.merge import merge
 from ..recipes.arguments import DTYPES
+from ..utils.validation import Parser
 
 
 def main(argv: list[str]) -> None:
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     Args:
         argv (`list[str]`): The words after `dualspeed merge`.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dualspeed merge",
         description="Merges LoRA or QLoRA adapters into their base model: an ordinary checkpoint with its processor.",
         epilog="An adapter that was trained over 4-bit weights is merged into the unquantized ones.",
@@ -29,8 +29,8 @@ def main(argv: list[str]) -> None:
     code = "run code that the base model brings along"
     parser.add_argument("--trust_remote_code", action="store_true", help=code)
     words = parser.parse_args(argv)
-    console = Console(soft_wrap=True, highlight=False)
-    with console.status(f"Merging {words.adapter}"):
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with console.status(Text(f"Merging {words.adapter}")):
         found = merge(words.adapter, words.output, words.base, words.dtype, words.trust_remote_code)
     console.print(f"Merged {words.adapter} into {found.base}: {words.output}")
     console.print(f"Next: dualspeed evaluate {words.output} --dataset ..., dualspeed push {words.output} user/name")

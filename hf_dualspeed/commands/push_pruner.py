@@ -58,7 +58,10 @@ def setting(words: str) -> tuple[str, object]:
     key, equals, value = words.partition("=")
     if not equals:
         raise ValueError(f"`--set` takes KEY=VALUE, got {words!r}.")
-    return key.strip(), yaml.safe_load(value)
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"`--set` takes KEY=VALUE with a value in YAML, got {words!r}: {error}.") from None
 
 
 def build(name: str, settings: dict, trust_remote_code: bool = False) -> Pruner:

@@ -47,10 +47,12 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     `answers` or `options` hold JSON; its columns are parted by commas, semicolons or tabs.
 
     Raises:
-        ValueError: the file is in another encoding, or no such list, or a row has too many or too few cells. The
-            message names file and row.
+        ValueError: it is no regular file of these endings, is in another encoding, or no such list, or a row has too
+            many or too few cells. The message names file and row.
     """
-    read = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}[path.suffix.lower()]
+    read = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}.get(path.suffix.lower())
+    if read is None or not path.is_file():
+        raise ValueError(f"{str(path)!r} is no regular file with one of the endings {', '.join(ROW_FILES)}.")
     with open(path, "rb") as file:
         head = file.read(4)
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)

@@ -20,6 +20,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
 
 from ..hub.errors import explained
 from ..hub.source import is_repo_id
+from ..models.adapters import load_adapters
 from ..pruning.isolator import ModeIsolator, saved_length
 from ..publishing.files import check_finished
 from ..publishing.results import read_results
@@ -93,12 +94,23 @@ class Checkpoint:
             model, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
         check_tensors(name, info["missing_keys"])
         if self.base is not None:
-            from peft import PeftModel
-
-            with loading(self.name):
-                model = PeftModel.from_pretrained(model, self.name, revision=self.commit)
+            model = self.adapted(model)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         return model.to(device).eval()
+
+    def adapted(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The base model with the checkpoint's adapter around it.
+
+        Raises:
+            ValueError: the adapter cannot be read, lacks tensors, or is one of another model.
+        """
+        from peft import PeftModel
+
+        with loading(self.name):
+            adapted = PeftModel.from_pretrained(model, self.name, revision=self.commit)
+            # PEFT only warns of tensors that are missing, and leaves them as they begin.
+            load_adapters(adapted, _file(self.name, ADAPTER_CONFIG_NAME, self.commit).parent)
+        return adapted
 
     def isolator_length(self) -> int | None:
         """The number of tokens of the run's isolator, or None where there is none."""

@@ -12,14 +12,15 @@ from transformers.core_model_loading import WeightTransform
 from ..publishing.model_card import read_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, is_hub_id, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
-from ..utils.validation import check_tensors
-from ..utils.writing import copy_file, sync_files, write_file
+from ..utils.validation import check_tensors, checked, loading
+from ..utils.writing import check_new_folder, copy_file, sync_files, write_file
 from .checkpoint import BESIDE, Checkpoint, find_checkpoint
 
 # The pictures of a run's card.
 PICTURES = {"learning_curve": "learning_curve.png", "kept_tokens": "kept_tokens.png"}
 
 
+@checked
 def merge(
     name: str, output: str | Path, base: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
 ) -> Checkpoint:
@@ -36,30 +37,30 @@ def merge(
         trust_remote_code (`bool`): Run the base model's own code.
 
     Raises:
-        ValueError: `name` holds no adapter, `output` is not empty, a weight would not be finite, or the base lacks one.
+        ValueError: `name` holds no whole adapter, `output` is not empty or cannot be made, there is no processor, a
+            weight would not be finite, or the base lacks one.
         OSError: there is no such adapter or base model, or the Hub refuses, fails or cannot be reached.
     """
-    from peft import PeftModel
-
     output = Path(output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ValueError(f"`output` is {str(output)!r}, which is not empty. Name a new folder, or delete this one.")
+    check_new_folder("output", output)
     found = find_checkpoint(name, dtype, trust_remote_code, pruned=True, base=base)
     if found.base is None:
         raise ValueError(f"{name!r} holds no adapter but a whole model, so there is nothing to merge.")
 
+    processor = found.processor()
     options = {"revision": found.base_commit, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    model, info = AutoModelForImageTextToText.from_pretrained(found.base, output_loading_info=True, **options)
+    with loading(found.base):
+        model, info = AutoModelForImageTextToText.from_pretrained(found.base, output_loading_info=True, **options)
     check_tensors(found.base, info["missing_keys"])
     if getattr(model, "is_quantized", False):
         model = unpacked(model, None if dtype == "auto" else getattr(torch, dtype))
-    model = PeftModel.from_pretrained(model, name, revision=found.commit).merge_and_unload(safe_merge=True)
+    model = found.adapted(model).merge_and_unload(safe_merge=True)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"_{output.name}.", suffix=".part", dir=output.parent) as aside:
         folder = Path(aside) / output.name
         model.save_pretrained(folder)
-        found.processor().save_pretrained(folder)
+        processor.save_pretrained(folder)
         _write_record(found, folder)
         sync_files(folder)
         folder.replace(output)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..utils.constants import RESULTS_NAME
 from ..utils.environment import machine, versions
@@ -229,7 +230,7 @@ def print_results(results: dict, output_dir: str | Path) -> None:
     table = Table(show_header=False)
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
     Console().print(table)
 
 

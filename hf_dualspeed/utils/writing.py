@@ -67,6 +67,18 @@ def _aside(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def check_new_folder(name: str, folder: str | Path) -> None:
+    """Raises a `ValueError` that names an argument unless its folder is empty, or can be made: it may hold a model."""
+    folder = Path(folder)
+    if "\0" in str(folder):
+        raise ValueError(f"`{name}` is {str(folder)!r}, which is no name of a folder. Name a new folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`{name}` is {str(folder)!r}, which is not empty. Name a new folder, or delete this one.")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"`{name}` is {str(folder)!r}, but nothing can be written into {str(above)!r}. Name another.")
+
+
 def write_json(path: str | Path, value: object) -> Path:
     """Writes a JSON file by [`write_file`]."""
     return write_file(path, json.dumps(value, indent=2) + "\n")

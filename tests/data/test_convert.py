@@ -71,6 +71,11 @@ def test_folders_with_texts_or_called_as_answers(place):
     assert found == [("What is in the picture?", ["a dog"]), ("What is in the picture?", ["cat"])]
 
 
+ROW = '{"image": "pics/a.png", "question": "q", "answer": "a"}'
+TWICE = '{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}'
+QUESTIONS = '{"questions": [{"question_id": 1, "image_id": 7, "question": "?"}]}'
+
+
 @pytest.mark.parametrize(
     ("layout", "text", "words", "message"),
     [
@@ -79,6 +84,25 @@ def test_folders_with_texts_or_called_as_answers(place):
         ("table", "image,question,answer\nno.png,What?,x\n", (), "1 of 1 pictures are not there: .*no.png"),
         ("table", "image,question,answer\n", (), "holds nothing of the layout 'table'"),
         ("table", "image,question,answer\npics/a.png,What?,  \n", (), "Row 0 of .* has an empty answer"),
+        ("table", ROW.replace('"a"', "[]"), (), "Row 0 of .* has an empty answer"),
+        ("table", ROW.replace('"a"', "null"), (), r"Row 0 of 's.jsonl' has nothing in \['answer'\]"),
+        ("table", ROW.replace('"a"', "[null]"), (), "Row 0 of .* has an empty answer"),
+        ("table", ROW.replace('"a"', '[{"a": 1}]'), (), "Row 0 of .* has an empty answer"),
+        ("table", ROW.replace('"a"', "NaN"), (), "Row 0 of .* neither text nor number"),
+        ("table", ROW.replace('"a"', "true"), (), "Row 0 of .* neither text nor number"),
+        ("table", ROW.replace('"q"', '["q"]'), (), "Row 0 of .* has an empty question"),
+        ("table", ROW.replace('"pics/a.png"', '["pics/a.png"]'), (), "Row 0 of .* has no path of a picture"),
+        ("table", ROW, ("--question", " "), "Row 0 of .* has an empty question"),
+        ("table", ROW, ("--annotations", "pics"), "`annotations` is given, but the layout 'table' does not read it"),
+        ("coco", "{}", ("--columns", "a", "b", "c"), "`columns` is given, but the layout 'coco'"),
+        ("coco", '{"images": [{"id": [1], "file_name": "a"}]}', (), r"Record 0 of 'images' .* lacks \['id'\]"),
+        ("coco", '{"images": [{"id": 1, "file_name": ["a"]}]}', (), r"Record 0 .* lacks \['file_name'\]"),
+        ("coco", '{"images": NaN}', (), "NaN is no JSON number"),
+        ("coco", TWICE, (), "two records of `id` 1 under 'images'"),
+        *(
+            ("vqa", QUESTIONS, ("--image_name", name), "does not fit image_id 7")
+            for name in ("{image_id[0]}", "{image_id.foo}", "{image_id:99999999999d}", "{x.y}", "{")
+        ),
         ("coco", "[]", (), "an object with a list under 'images'"),
         ("coco", "{", (), "not valid JSON"),
         ("coco", '{"images": [{"id": 1}], "annotations": []}', (), r"Record 0 of 'images' .* lacks \['file_name'\]"),
@@ -93,7 +117,9 @@ def test_folders_with_texts_or_called_as_answers(place):
     ],
 )
 def test_what_is_wrong_is_named(place, capsys, layout, text, words, message):
-    source = put(place / ("s.csv" if layout == "table" else "s.json"), text)
+    table = "s.jsonl" if text.startswith("{") else "s.csv"
+    source = put(place / (table if layout == "table" else "s.json"), text)
+    words = [str(place / word) if word == "pics" else word for word in words]
     assert cli.main(["convert", layout, source, str(place / "made.jsonl"), *words]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(message, said), said
@@ -110,6 +136,34 @@ def test_nothing_is_overwritten(place, capsys):
     assert "must be a .jsonl file" in capsys.readouterr().err
     assert cli.main(["convert", "folder", str(place / "pics"), str(place / "new.jsonl")]) == 2
     assert "has no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answers", [[{"text": "x"}], [None], None, {"no": "x"}])
+def test_annotations_without_an_answer_are_named(place, capsys, answers):
+    known = put(place / "known.json", {"annotations": [{"question_id": 1, "answers": answers}]})
+    words = ("--annotations", known, "--image_folder", str(place / "pics"), "--image_name", "a.png")
+    source = put(place / "q.json", QUESTIONS)
+    assert cli.main(["convert", "vqa", source, str(place / "made.jsonl"), *words]) == 2
+    assert "Row 0 of" in capsys.readouterr().err
+
+
+def test_sources_are_regular_files_and_pictures_of_pixels(place, capsys):
+    (place / "dev.json").symlink_to("/dev/ptmx")  # reading it would wait for ever
+    for layout, source in (("coco", "dev.json"), ("table", "dev.json"), ("table", "pics/a.png")):
+        assert cli.main(["convert", layout, str(place / source), str(place / "made.jsonl")]) == 2
+        assert "is no regular file" in " ".join(capsys.readouterr().err.split())
+    put(place / "pics" / "cat" / "c.eps", "%!PS-Adobe-3.0 EPSF-3.0")
+    put(place / "pics" / "cat" / "b.txt", "x")
+    (place / "pics" / "cat" / "b.txt").write_bytes(b"\xff\xfe")
+    assert cli.main(["convert", "folder", str(place / "pics" / "cat"), str(place / "made.jsonl")]) == 2
+    assert "b.txt' is no text in UTF-8" in " ".join(capsys.readouterr().err.split())
+    (place / "pics" / "cat" / "b.txt").write_text("a cat")
+    assert converted(place, "folder", str(place / "pics" / "cat")) == [("What is in the picture?", ["a cat"])]
+
+
+def test_numbers_stay_as_they_are_written(place):
+    source = put(place / "t.jsonl", '{"image": "pics/a.png", "question": "q", "answer": [1.50, 2]}')
+    assert converted(place, "table", source) == [("q", ["1.50", "2"])]
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

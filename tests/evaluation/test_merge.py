@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from adapter_cases import adapted, lora, run
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, batch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from hf_dualspeed import cli
+from hf_dualspeed.evaluation.checkpoint import find_checkpoint
 from hf_dualspeed.evaluation.merge import merge
 from hf_dualspeed.publishing.push import push
 
@@ -116,6 +119,29 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         merge(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("change", ["lacks tensors", "holds others"])
+def test_half_an_adapter_and_a_foreign_one_are_refused(trained, tmp_path, change):
+    """PEFT warns of them alone, and goes on with tensors as they begin."""
+    place, _ = trained
+    shutil.copytree(place / "run", tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    names = sorted(weights)
+    kept = {key.replace("q_proj", "k_proj") if change == "holds others" else key: weights[key] for key in names[1:]}
+    save_file(kept, tmp_path / "run" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=change):
+        merge(str(tmp_path / "run"), tmp_path / "merged")
+    with pytest.raises(ValueError, match=change):
+        find_checkpoint(str(tmp_path / "run")).model()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_names_with_brackets_are_no_markup(trained, tmp_path, capsys):
+    (tmp_path / "[").mkdir()
+    shutil.copytree(trained[0] / "run", tmp_path / "[" / "b]")
+    assert cli.main(["merge", str(tmp_path / "[" / "b]"), str(tmp_path / "[" / "red]")]) == 0
+    assert "[/red]" in "".join(capsys.readouterr().out.split())
 
 
 def test_an_adapter_on_the_hub(trained, tmp_path, hub):

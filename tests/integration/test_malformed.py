@@ -221,7 +221,7 @@ def recipe_values() -> list[tuple]:
 
 def commands() -> list[tuple]:
     """Words of a command line."""
-    names = ("train", "evaluate", "push", "push-pruner", "push-metric", "card", "check", "assemble")
+    names = ("train", "evaluate", "push", "push-pruner", "push-metric", "card", "check", "assemble", "merge", "convert")
     rows = [(name, "required|exactly one of") for name in (*names, "space")]
     rows += [
         (f"{name} a b --nonsense", "unrecognized arguments|required|Unknown argument|invalid choice") for name in names
@@ -268,6 +268,18 @@ def commands() -> list[tuple]:
         ("card /nope", "/nope|results.json"),
         ("push-pruner divprune repo --set ratio", "`--set` takes KEY=VALUE, got 'ratio'"),
         ("push-pruner divprune a/b --set ratio=1", "`--set` has an unknown key 'ratio'"),
+        ("push-pruner divprune a/b --set ratio=[", r"`--set` takes KEY=VALUE with a value in YAML, got 'ratio=\['"),
+        ("push-pruner divprune a/b --set ratio=!!python/name:os.system", "`--set` takes KEY=VALUE with a value in"),
+        ("merge [/x] out", r"`checkpoint` is '\[/x\]'"),
+        ("merge /nope out --dtype int8", "invalid choice: 'int8'"),
+        ("merge a out\0", "`output` is .* no name of a folder"),
+        ("merge a /dev/null", "`output` is '/dev/null', which is not empty"),
+        ("merge a /dev/null/b", "`output` is '/dev/null/b', but nothing can be written into '/dev/null'"),
+        ("assemble /dev/null", "`output_dir` is '/dev/null', which is not empty"),
+        ("assemble out\0", "`output_dir` is .* no name of a folder"),
+        ("convert table none.csv out.jsonl", "no file or folder 'none.csv'"),
+        ("convert table /dev/null out.jsonl", "'/dev/null' is no regular file"),
+        ("convert coco /dev/null out.jsonl", "'/dev/null' is no regular file"),
         ("push-pruner divprune a/b --pruning_ratio 2", "`pruning_ratio` must be in"),
         ("push-pruner divprun a/b", "`pruner` must be one of"),
         ("push-metric bleu a/b", "invalid choice: 'bleu'"),
