@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from inference import LOAD_ERRORS, Answer, Checkpoint, InputError
 from PIL import Image
+
+from hf_dualspeed.utils.text import parse_json
 
 HERE = Path(__file__).parent
 CHECKPOINTS = HERE / "checkpoints.json"  # written by `dualspeed space`
@@ -55,12 +56,27 @@ class Pair:
 
 def chosen_names(given: Mapping[str, str | None]) -> dict[str, str | None]:
     """The checkpoint of each role: the given one, else from the environment, checkpoints.json or the default run."""
-    listed = json.loads(CHECKPOINTS.read_text(encoding="utf-8")) if CHECKPOINTS.is_file() else {}
+    listed = listed_names()
     names = {}
     for key, role in ROLES.items():
         default = role.default if Path(role.default).is_dir() else None
         names[key] = given.get(key) or os.environ.get(f"DEMO_{key.upper()}") or listed.get(key) or default
     return names
+
+
+def listed_names() -> dict[str, str]:
+    """The names in checkpoints.json, by role; {} without such a file.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    try:
+        listed = parse_json(CHECKPOINTS.read_bytes()) if CHECKPOINTS.is_file() else {}
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError(f"it must hold names of checkpoints by role, got {str(listed)[:100]!r}")
+    except ValueError as error:
+        raise ValueError(f"{str(CHECKPOINTS)!r} cannot be read: {error}. Push the Space again.") from None
+    return listed
 
 
 def load_slots(names: Mapping[str, str | None]) -> list[Slot]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.text import one_line
 
 # What a model is loaded from, and files of like names that it is not loaded from.
 MODEL_FILES = (
@@ -36,7 +37,10 @@ def hash_of(value: bytes | Any) -> str:
 def hash_of_file(path: Path) -> str:
     """A short hash of a file's content; in a config, keys of places and versions do not count."""
     if path.name.endswith("config.json"):
-        return hash_of_config(path.read_text(encoding="utf-8"))
+        try:
+            return hash_of_config(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{str(path)!r} is no JSON: {one_line(error)}. Restore it.") from None
     with path.open("rb") as file:
         return HASH + hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

@@ -13,6 +13,7 @@ from datasets import Dataset, Features, List, Value
 from pyarrow import ArrowException
 from pyarrow.parquet import read_table
 
+from ..utils.text import parse_json
 from ..utils.writing import write_file, write_json
 from .fingerprint import HASH, differences, hash_of
 
@@ -196,16 +197,20 @@ def _aside(folder: Path, view: str, identity: dict[str, Any]) -> tuple[Path, Pat
 def _identity(settings: Path) -> dict[str, Any] | None:
     """The identity of answers; None where its file is missing or damaged."""
     try:
-        return dict(json.loads(settings.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = parse_json(settings.read_bytes())
+    except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _json(path: Path, text: str | bytes) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}. {REMEDY}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} is damaged: {str(found)[:100]!r} is no answer. {REMEDY}")
+    return found
 
 
 def _in_order(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -56,10 +56,16 @@ def published_files(folder: Path, card: str = "", resumable: bool = False) -> li
     Links and hidden files are left out. Of subfolders, only chat templates and further PEFT adapters are taken; with
     `resumable`, also what training goes on from.
     """
-    names = _named(folder, (*TOP, *STATE) if resumable else TOP)
+    names = known_files(folder, resumable)
     images = {unquote(match).removeprefix("./") for match in IMAGE.findall(card)}
-    extra = code_files(folder, [name for name in names if name.endswith("config.json")]) | images
-    names += sorted(name for name in extra if "/" not in name and is_plain(folder / name) and name not in names)
+    configs = [name for name in names if "/" not in name and name.endswith("config.json")]
+    extra = code_files(folder, configs) | images
+    return names + sorted(name for name in extra if "/" not in name and is_plain(folder / name) and name not in names)
+
+
+def known_files(folder: Path, resumable: bool = False) -> list[str]:
+    """The files in `folder` whose names tell what they are, as in [`published_files`]."""
+    names = _named(folder, (*TOP, *STATE) if resumable else TOP)
     for part in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
         if not part.name.startswith(("checkpoint-", "last-", ".", "_")):
             names += [f"{part.name}/{name}" for name in _named(part, _patterns(part, resumable))]

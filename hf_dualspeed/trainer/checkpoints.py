@@ -18,13 +18,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.trainer import FSDP_MODEL_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME
 
 from ..models.adapters import load_adapters
 from ..pruning.isolator import save_isolator, saved_length
-from ..publishing.files import check_checkpoint, read_mapping
+from ..publishing.files import check_checkpoint, known_files, read_mapping
 from ..publishing.model_card import kept_card
-from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, SAVING_NAME
+from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, SAVING_NAME
 from ..utils.constants import UNFINISHED_NAME as UNFINISHED
 from ..utils.devices import gathered
 from ..utils.text import one_line
@@ -34,9 +34,11 @@ from .dual_forward import NAME
 
 logger = logging.getLogger(__name__)
 
-# Weights of an earlier run that a save without such files makes stale: those of the fast view, and of a whole model.
+# Files of an earlier run that a save without such files makes stale: those of the fast view, where one is saved, and
+# where a whole model is, its weights and adapters, which would be loaded in its place.
 FAST_VIEW = "|".join(map(re.escape, (ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME)))
 WHOLE_MODEL = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+WHOLE_MODEL += "|" + "|".join(map(re.escape, (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)))
 
 # Files of sharded training of which each rank writes one: start, rank, end.
 RANKED = re.compile(r"((?:\w+_)?zero_pp_rank_|\w+_rank)(\d+)(_mp_rank_00_(?:model|optim)_states\.pt|\.bin)")
@@ -76,8 +78,8 @@ class CheckpointMixin:
         try:
             yield aside
             if self.args.should_save:
-                whole = (aside / CONFIG_NAME).is_file()
-                take_place(aside, folder, f"{FAST_VIEW}|{WHOLE_MODEL}" if whole else FAST_VIEW)
+                parts = ((PRUNER_CONFIG_NAME, FAST_VIEW), (CONFIG_NAME, WHOLE_MODEL))
+                take_place(aside, folder, "|".join(stale for name, stale in parts if (aside / name).is_file()))
         except BaseException:
             if not (folder / UNFINISHED).exists():  # otherwise some of it has taken its place
                 shutil.rmtree(aside, ignore_errors=True)
@@ -136,6 +138,9 @@ class CheckpointMixin:
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             write_file(folder / UNFINISHED, "")
+            # Of an earlier run, another kind of model or an optimizer would be taken for this one's.
+            for name in {*known_files(folder, resumable=True)} - {CARD_NAME}:
+                (folder / name).unlink()
             # The Trainer writes its state last. Then it pushes, and removes older checkpoints.
             self.state.save_to_json = partial(self._finish_checkpoint, folder)
         self.accelerator.wait_for_everyone()

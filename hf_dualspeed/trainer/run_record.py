@@ -22,7 +22,7 @@ from ..hub.upload import push_files
 from ..publishing.files import PARTS, RECORD, left_out, published_files
 from ..publishing.model_card import adopt_published_card, read_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_results, run_record, write_results
-from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME
+from ..utils.constants import CARD_NAME
 from ..utils.environment import peak_memory, reset_peak_memory
 from ..utils.text import one_line, without_paths
 from ..utils.writing import copy_file
@@ -293,7 +293,8 @@ class RunRecordMixin:
             links = ", ".join(str(path) for path in checkpoint.rglob("*") if path.is_symlink())
             if links:
                 logger.warning("Not pushed, because they are links: %s. Put the files themselves there.", links)
-            copy_published(checkpoint, Path(args.output_dir))
+            with self._place_of(Path(args.output_dir)) as place:
+                copy_published(checkpoint, place, Path(args.output_dir))
             self._adopt_card()
             self.create_model_card()
             pushes = {"": self._contents()}
@@ -360,22 +361,18 @@ def is_of_trainer(name: str) -> bool:
     return name.startswith((f"{PREFIX_CHECKPOINT_DIR}-", "runs/", "training_args.bin", "trainer_state.json", "_"))
 
 
-def copy_published(checkpoint: Path, folder: Path) -> None:
-    """Copies what is published of a checkpoint, but for card and results, into the run's folder; follows no links.
+def copy_published(checkpoint: Path, place: Path, folder: Path) -> None:
+    """Copies what is published of a checkpoint, but for card and results, to `place`, from where it goes into the run's
+    folder; follows no links.
 
     Raises:
         OSError: the disk is full, or the checkpoint, or a subfolder of the run's, is a link.
     """
     if checkpoint.is_symlink():
         raise OSError(f"{str(checkpoint)!r} is a link, and links are not pushed.")
-    names = published_files(checkpoint)
-    if PRUNER_CONFIG_NAME in names:  # a sharded checkpoint holds the parts in its weights instead
-        for name in PARTS:
-            if name not in names:
-                (folder / name).unlink(missing_ok=True)
-    for name in names:
+    for name in published_files(checkpoint):
         parent = (folder / name).parent
         if parent != folder and parent.is_symlink():
             raise OSError(f"{str(parent)!r} is a link, and links are not followed. Put the folder itself there.")
         if name not in RECORD:
-            copy_file(checkpoint / name, folder / name)
+            copy_file(checkpoint / name, place / name)

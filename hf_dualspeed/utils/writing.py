@@ -88,7 +88,7 @@ def take_place(aside: Path, folder: Path, stale: str) -> None:
     """Moves all files of a folder into another, where they replace those of their names, and deletes the first.
 
     Files beside them whose name matches `stale` and that have no successor are deleted. `UNFINISHED_NAME` lies there
-    from the first change to the last.
+    from the first change to the last. Without any file to move, nothing changes.
 
     Args:
         aside (`Path`): A folder on the same disk.
@@ -96,6 +96,9 @@ def take_place(aside: Path, folder: Path, stale: str) -> None:
         stale (`str`): A regular expression of a whole name.
     """
     names = [path.relative_to(aside) for path in sorted(aside.rglob("*")) if path.is_file()]
+    if not names:
+        shutil.rmtree(aside, ignore_errors=True)
+        return
     sync_files(aside)
     write_file(folder / UNFINISHED_NAME, "")
     for name in names:

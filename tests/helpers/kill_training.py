@@ -270,7 +270,7 @@ def main(root: Path, options: argparse.Namespace) -> None:
         folder = begin(root / f"run{number}")
         code = forked(folder, log, last, full)
         ended = code == -signal.SIGKILL or (full and json.loads(log.read_text())["reached"])
-        left = whole(folder) or last[0] == "push"  # which copies a checkpoint's files, in training
+        left = whole(folder)
         done = forked(folder, log) == 0
         apart = differences(outcome(folder), expected) if done else ["it did not resume"]
         one = {"phase": last[0], "operation": last[1], "of": counts[last[0]], "full_disk": full, "ended": ended}

@@ -18,8 +18,10 @@ from transformers import TrainerCallback
 
 from hf_dualspeed import cli
 from hf_dualspeed.commands.push_pruner import build
+from hf_dualspeed.evaluation.checkpoint import find_checkpoint
 from hf_dualspeed.publishing.files import published_files
 from hf_dualspeed.trainer.checkpoints import fault_of
+from hf_dualspeed.utils.constants import SAVING_NAME
 
 REPO = f"{USER}/thing"
 STRATEGIES = ["end", "every_save", "checkpoint", "all_checkpoints"]
@@ -237,6 +239,30 @@ def test_a_folder_that_is_a_link_is_refused_by_name(tmp_path, hub, name, caplog)
     assert not [path for path in (tmp_path / "elsewhere").iterdir() if name == "second"]
     assert "Training in progress, step 2" not in hub.titles(REPO)
     assert "Training in progress, step 4" in hub.titles(REPO)
+
+
+@pytest.mark.parametrize("moved", [0, 3])
+def test_a_push_cut_off_between_files_leaves_no_mixture(tmp_path, hub, moved, monkeypatch):  # noqa: F811
+    """Files of two steps, each whole, would be loaded as one model."""
+    folder, replace, moves = tmp_path / "run", Path.replace, []
+
+    def cut_off(path, target):
+        if path.parent.name == SAVING_NAME and path.suffix != ".part":
+            moves.append(path)
+            if len(moves) - 1 == moved:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    trainer = make(folder, **RUN, **PUSH, hub_strategy="every_save")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    with pytest.raises(ValueError, match="its saving was cut off"):
+        find_checkpoint(str(folder))
+    make(folder, **RUN, **PUSH, hub_strategy="every_save").train(resume_from_checkpoint=True)
+    assert find_checkpoint(str(folder)).base is None
+    assert not (folder / SAVING_NAME).exists()
 
 
 # --- tokens and keys ----------------------------------------------------------------------------------------------

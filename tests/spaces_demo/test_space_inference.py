@@ -304,6 +304,14 @@ def test_names_are_given_or_set_or_listed_or_the_quickstarts(tmp_path, monkeypat
     assert chosen_names({"dualspeed": "user/given"})["dualspeed"] == "user/given"
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"dualspeed": 3}', '{"dualspeed": ["a/b"]}', "[" * 5000])
+def test_a_broken_list_of_checkpoints_is_named(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(places, "CHECKPOINTS", tmp_path / "checkpoints.json")
+    (tmp_path / "checkpoints.json").write_text(text)
+    with pytest.raises(ValueError, match=r"checkpoints\.json' cannot be read"):
+        chosen_names({})
+
+
 def test_a_checkpoint_comes_from_the_hub_without_code_and_pickles(hub, tiny_runs):
     files = {path.name: path.read_bytes() for path in Path(tiny_runs["dualspeed"]).iterdir() if path.is_file()}
     hub.put("tester/run", {**files, "evil.py": "raise SystemExit", "pytorch_model.bin": b"pickle"})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_cases import adapted
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 from torch.distributed.checkpoint import save
@@ -164,6 +165,37 @@ def test_a_save_into_the_output_folder_replaces_a_whole_model_by_a_whole_one(run
     assert any(not torch.equal(value, before[key]) for key, value in weights.items())
     assert {"model.txt", "mode_isolator.safetensors", "results.json", "training_args.bin"} <= names
     assert not names & {stale.name, "model.safetensors.index.json", "pruner.safetensors", UNFINISHED, SAVING_NAME}
+
+
+def adapters(folder, **options):
+    return make(folder, model=adapted()[0], **{"max_steps": 3, **SAVING, **options})
+
+
+def test_a_whole_model_over_an_earlier_runs_adapters_is_what_is_loaded(tmp_path):
+    earlier = adapters(tmp_path)
+    earlier.train()
+    earlier.save_model()
+    later = make(tmp_path, max_steps=3, **SAVING)
+    later.train()
+    later.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):
+        assert not {"adapter_config.json", "adapter_model.safetensors"} & {path.name for path in folder.iterdir()}
+    assert find_checkpoint(str(tmp_path)).base is None
+    resumed = make(tmp_path, max_steps=4, **SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+def test_a_checkpoint_over_an_earlier_runs_has_nothing_of_it(run):
+    """Its optimizer would be taken for that of this run."""
+    kept = {"README.md": "mine", "notes.txt": "mine"}
+    for name, text in kept.items():
+        (run / "checkpoint-3" / name).write_text(text)
+    make(run, max_steps=3, save_only_model=True, **SAVING).train()
+    names = {path.name for path in (run / "checkpoint-3").iterdir()}
+    assert not names & {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert {name: (run / "checkpoint-3" / name).read_text() for name in kept} == kept
+    assert last_whole_checkpoint(run) is None
 
 
 def test_rotation_keeps_whole_ones_rather_than_halves(run):
