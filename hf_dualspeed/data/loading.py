@@ -79,6 +79,8 @@ def load_examples(
             names no column. The message names the sample or the column, and the remedy.
     """
     chosen = [image_column] if isinstance(image_column, str) else image_column
+    if not path_or_name.strip("/ "):
+        raise ValueError(f"`path_or_name` is {path_or_name!r}, which names no data set.")
     path = Path(path_or_name)
     is_file = path.suffix.lower() in FILE_TYPES
     if is_file and not path.is_file():

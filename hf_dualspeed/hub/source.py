@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save, get_class_from
 
 from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.text import parse_json
-from ..utils.validation import nearest
+from ..utils.validation import check_fields, nearest
 from .errors import explained
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,9 @@ class Source:
     force_download: bool = False
     local_files_only: bool = False
     commit: str | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
     def __str__(self) -> str:
         if self.local:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..utils.validation import checked
+
 # Names in transformers' models: the projector is the only role without an accessor.
 PROJECTOR_NAMES = (
     "multi_modal_projector",
@@ -26,8 +28,9 @@ PROJECTOR_NAMES = (
 )
 
 
+@checked
 def freeze_roles(
-    model: PreTrainedModel,
+    model: nn.Module,
     *,
     train_vision_tower: bool = False,
     train_projector: bool = True,
@@ -42,7 +45,8 @@ def freeze_roles(
         train_language_model (`bool`): whether to leave the language model, with its head, as it is.
 
     Raises:
-        ValueError: a role is to be frozen, but the model has no module for one of the roles.
+        ValueError: a role is to be frozen, but the model has no module for one of the roles, or is none of
+            transformers.
     """
     if train_vision_tower and train_projector and train_language_model:
         return
@@ -73,6 +77,8 @@ def language_parts(model: PreTrainedModel) -> list[nn.Module]:
 
 def role_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """The modules of each role, found by transformers' accessors and by the names of its projectors."""
+    if not hasattr(model, "get_decoder"):
+        raise ValueError(f"`model` must be a vision-language model of transformers, got a {type(model).__name__}.")
     decoder = model.get_decoder()
     # transformers returns the model itself if it finds nothing.
     whole = (model, model.base_model)

@@ -84,8 +84,10 @@ class Pruner(nn.Module):
             progress (`float`): fraction of training done, for a ratio that changes.
 
         Raises:
-            ValueError: `tokens` lacks a field that the pruner needs, or its features hold NaN or infinity.
+            ValueError: `tokens` is none, lacks a field that the pruner needs, or its features hold NaN or infinity.
         """
+        if not isinstance(tokens, VisualTokens):
+            raise ValueError(f"`tokens` must be VisualTokens, got a {type(tokens).__name__}.")
         missing = sorted(need for need in self.needs - {"grid"} if getattr(tokens, need) is None)
         if missing:
             raise ValueError(f"The pruner {self.config.pruner_type!r} needs `VisualTokens.{missing[0]}`, got None.")
@@ -108,6 +110,7 @@ class Pruner(nn.Module):
         pruned.finite = finite
         return pruned
 
+    @checked
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Writes `pruner_config.json` and, for a learned pruner, `pruner.safetensors`.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from ..utils.validation import check_choice, checked
+from torch import nn
+
+from ..utils.validation import check_choice, checked, shortened
 from .tokens import NEEDS
 
 if TYPE_CHECKING:
@@ -21,10 +24,15 @@ def register_pruner(name: str) -> Callable[[type[Pruner]], type[Pruner]]:
     """Class decorator that registers a pruner under `name` for configs, arguments and the command line.
 
     Raises:
-        ValueError: another class has the name, or `needs` names an unknown input.
+        ValueError: `name` is no word, another class has it, the class is no `Pruner`, or its `needs` names an unknown
+            input.
     """
+    if re.fullmatch(r"\w[\w.-]*", name) is None:
+        raise ValueError(f"`name` must be a word of letters, digits, '_', '-' and '.', got {shortened(name)}.")
 
     def register(cls: type[Pruner]) -> type[Pruner]:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "needs")):
+            raise ValueError(f"The pruner {name!r} must be a subclass of Pruner, got {shortened(cls)}.")
         known = _REGISTRY.get(name)
         # A class of the same qualified name replaces itself: a notebook cell may run twice. Code from the Hub is
         # replaced too: two revisions may be loaded.

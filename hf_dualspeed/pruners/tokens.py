@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..utils.validation import check_fields
+from ..utils.validation import check_fields, shortened
 
 NEEDS = frozenset({"grid", "attention", "keys", "text"})
 
@@ -46,6 +46,8 @@ class VisualTokens:
         check_fields(self)
         if self.features.dim() != 3:
             raise ValueError(f"`features` must be of shape (B, N, D), got {tuple(self.features.shape)}.")
+        if not self.features.is_floating_point():
+            raise ValueError(f"`features` must hold floating-point numbers, got {self.features.dtype}.")
         batch, count, _ = self.features.shape
         for name in ("valid", "grid", "attention", "keys"):
             tensor = getattr(self, name)
@@ -57,6 +59,12 @@ class VisualTokens:
             raise ValueError(f"`text` must be of shape ({batch}, T, D), got {tuple(self.text.shape)}.")
         if self.text_valid is not None and (self.text is None or self.text_valid.shape != self.text.shape[:2]):
             raise ValueError(f"`text_valid` must be of the shape (B, T) of `text`, got {tuple(self.text_valid.shape)}.")
+        for name in ("valid", "text_valid"):
+            mask = getattr(self, name)
+            if mask is not None and mask.dtype != torch.bool:
+                raise ValueError(f"`{name}` must hold True and False, got {mask.dtype}.")
+        if self.lengths is not None and (len(self.lengths) != batch or not all(0 <= n <= count for n in self.lengths)):
+            raise ValueError(f"`lengths` must be {batch} numbers from 0 to {count}, got {shortened(self.lengths)}.")
         if self.lengths is None:
             self.lengths = [count] * batch if self.valid is None else self.valid.sum(1).tolist()
 

@@ -62,7 +62,7 @@ def prune_inputs(
             drops tokens inside the language model, or (when the model is called) its attention cannot be made
             proportional.
     """
-    interface, position_ids = checked_interface(model, position_ids, video_budget)
+    interface, position_ids = checked_interface(model, position_ids, video_budget, isolator)
     check_inputs(inputs)
     encodings = encode(interface, inputs, pruner.needs, video_budget)
     short = shorten_inputs(interface, inputs, encodings, pruner, isolator, position_ids, generator)
@@ -87,7 +87,7 @@ def prune_visual_tokens(
     length. `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))`
     and raises inside this context.
     """
-    interface, position_ids = checked_interface(model, position_ids, video_budget)
+    interface, position_ids = checked_interface(model, position_ids, video_budget, isolator)
     check_pruner(interface, pruner)
     layer_passes: list[LayerPass] = []
     key_sizes = watch_calls(interface, model)
@@ -130,14 +130,22 @@ def prune_visual_tokens(
             handle.remove()
 
 
-def checked_interface(model: nn.Module, position_ids: str, video_budget: str) -> tuple[ModelInterface, str]:
+def checked_interface(
+    model: nn.Module, position_ids: str, video_budget: str, isolator: ModeIsolator | None
+) -> tuple[ModelInterface, str]:
     """The model's interface and its position scheme.
 
     Raises:
-        ValueError: the model cannot be pruned, or not with these options.
+        ValueError: the model cannot be pruned, or not with these options or this isolator.
     """
     check_choice("position_ids", position_ids, POSITION_IDS)
     check_choice("video_budget", video_budget, VIDEO_BUDGETS)
     interface = ModelInterface(model)
     interface.check_protocol()
+    width = interface.text_config.hidden_size
+    if isolator is not None and isolator.hidden_size != width:
+        raise ValueError(
+            f"`isolator` has the width {isolator.hidden_size}, but the model {width}. Use the one that was trained "
+            "with it, or ModeIsolator.for_model(model, length)."
+        )
     return interface, interface.position_scheme(position_ids)

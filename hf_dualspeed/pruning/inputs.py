@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from ..models.interface import RAW_KEYS, ModelInterface, argument_names
 from ..pruners import PrunedTokens, Pruner
 from ..pruners.ops import unpruned
+from ..utils.validation import as_type
 from .decoder import LayerPass, check_layers
 from .encoding import VisualEncoding
 from .isolator import ModeIsolator
@@ -33,9 +34,13 @@ def check_pruner(interface: ModelInterface, pruner: Pruner) -> None:
 
 def check_inputs(inputs: Mapping) -> None:
     """Raises a `ValueError` for a batch that cannot be shortened."""
+    for name in ("input_ids", "attention_mask", "labels"):
+        as_type(name, inputs.get(name), torch.Tensor | None)
     ids = inputs.get("input_ids")
-    if ids is None or ids.dim() != 2:
-        raise ValueError("`inputs` must hold `input_ids` of shape (B, S): placeholders are found by their token id.")
+    if ids is None or ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(
+            "`inputs` must hold `input_ids` of shape (B, S), whole numbers: placeholders are found by their token id."
+        )
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(

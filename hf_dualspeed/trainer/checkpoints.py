@@ -28,7 +28,7 @@ from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NA
 from ..utils.constants import UNFINISHED_NAME as UNFINISHED
 from ..utils.devices import gathered
 from ..utils.text import one_line
-from ..utils.validation import check_tensors
+from ..utils.validation import as_type, check_tensors
 from ..utils.writing import sync_files, sync_folder, take_place, write_file
 from .dual_forward import NAME
 
@@ -56,7 +56,7 @@ class CheckpointMixin:
             state_dict = self.model.state_dict()
         if state_dict is not None:  # PEFT selects weights by pattern and would save a learned pruner's biases
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith(f"{NAME}.")}
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(as_type("output_dir", output_dir, str | None) or self.args.output_dir)
         model, saves = self.accelerator.unwrap_model(self.model), self.args.should_save
         with interrupts_deferred(), kept_card(folder, model), self._place_of(folder) as place:
             super()._save(str(place), state_dict)
@@ -99,6 +99,7 @@ class CheckpointMixin:
                 (Path(folder) / name).unlink(missing_ok=True)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        resume_from_checkpoint = as_type("resume_from_checkpoint", resume_from_checkpoint, str | bool | None)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:

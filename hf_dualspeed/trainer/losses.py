@@ -41,6 +41,9 @@ def self_distillation_loss(
         ValueError: the shapes differ, so the two views do not supervise the same tokens.
     """
     check_range("temperature", temperature, 0, left_open=True, off="1.0 is usual.")
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not logits.is_floating_point():
+            raise ValueError(f"`{name}` must hold floating-point numbers, got {logits.dtype}.")
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"`student_logits` {tuple(student_logits.shape)} and `teacher_logits` {tuple(teacher_logits.shape)} "

@@ -25,6 +25,7 @@ from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_resul
 from ..utils.constants import CARD_NAME
 from ..utils.environment import peak_memory, reset_peak_memory
 from ..utils.text import one_line, without_paths
+from ..utils.validation import checked
 from ..utils.writing import copy_file
 from .speedup import SpeedupMeter
 
@@ -153,16 +154,17 @@ class RunRecordMixin:
         write_results(folder, results)
         return results
 
+    @checked
     def create_model_card(
         self,
-        language=None,
-        license=None,
-        tags=None,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
         model_name=None,
-        finetuned_from=None,
+        finetuned_from: str | None = None,
         tasks=None,
-        dataset_tags=None,
-        dataset=None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
         dataset_args=None,
     ) -> None:
         """Writes results.json and README.md from the measurements. Sections that a person wrote there stay.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.components import language_parts
@@ -38,6 +39,38 @@ AT_CONSTRUCTION = (
     "fast_only_parameters",
     "slow_only_parameters",
 )
+
+
+PLAIN = (str, bytes, bool, int, float)
+# Arguments that the Trainer takes as they are: how an error names what is allowed, and whether a value is that.
+GIVEN = {
+    "processing_class": ("a processor or tokenizer", lambda value: not isinstance(value, PLAIN)),
+    "train_dataset": ("a data set", lambda value: not isinstance(value, PLAIN)),
+    "eval_dataset": ("a data set, or several by name", lambda value: not isinstance(value, PLAIN)),
+    "data_collator": ("a function of a list of samples", callable),
+    "model_init": ("a function that makes a model", callable),
+    "compute_metrics": ("a function of predictions", callable),
+    "callbacks": (
+        "a list of TrainerCallback",
+        lambda value: isinstance(value, (list, tuple)) and all(map(is_callback, value)),
+    ),
+    "optimizers": (
+        "a pair of optimizer and scheduler",
+        lambda value: isinstance(value, (list, tuple)) and len(value) == 2,
+    ),
+}
+
+
+def is_callback(value: object) -> bool:
+    return issubclass(value if isinstance(value, type) else type(value), TrainerCallback)
+
+
+def check_given(arguments: Mapping[str, object]) -> None:
+    """Raises a `ValueError` that names the first of a trainer's arguments that is of another type than it takes."""
+    for name, (allowed, fits) in GIVEN.items():
+        value = arguments.get(name)
+        if value is not None and not fits(value):
+            raise ValueError(f"`{name}` must be {allowed}, got {shortened(value)}.")
 
 
 def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, interface: ModelInterface) -> Pruner:

@@ -44,6 +44,7 @@ from .selective_checkpointing import SelectiveCheckpointing
 from .setup import (
     AT_CONSTRUCTION,
     check_ddp,
+    check_given,
     check_head,
     check_loss_func,
     check_losses,
@@ -103,6 +104,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
             args = DualSpeedTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, DualSpeedArguments):
             raise ValueError(f"`args` must be DualSpeedTrainingArguments, got {type(args).__name__}.")
+        check_given(kwargs)
         check_loss_func(kwargs.get("compute_loss_func"))
         without_ligers_loss(args)
         check_losses(type(self), DualSpeedMixin, (Trainer, *self.known_losses))

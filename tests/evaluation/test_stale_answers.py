@@ -326,6 +326,22 @@ def test_answers_of_nobody_knows_what_are_not_gone_on_with(folder, asked, caplog
     assert "full.json is missing or damaged, so nobody knows what answered" in caplog.text
 
 
+@pytest.mark.parametrize("line", ["3", "[1]", "NaN", '{"index": NaN}', "[" * 5000])
+def test_lines_that_are_no_answers_are_named(folder, line):
+    evaluate()
+    table = Path(PLACE, "full.parquet")
+    table.unlink()
+    Path(PLACE, "full.jsonl").write_text(f"{line}\n" * 2)
+    with pytest.raises(ValueError, match=r"full\.jsonl' is damaged"):
+        evaluate()
+
+
+def test_a_config_that_is_no_json_is_named(folder):
+    Path("run/generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        evaluate()
+
+
 def test_equal_ids_are_questions_of_their_own(folder):
     table = rows()
     for row in table:

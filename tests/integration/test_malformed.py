@@ -28,6 +28,7 @@ from hf_dualspeed import (
     PrunerConfig,
     VisualTokens,
     cli,
+    freeze_roles,
     prune_inputs,
     prune_visual_tokens,
     register_pruner,
@@ -42,6 +43,7 @@ from hf_dualspeed.evaluation.checkpoint import find_checkpoint
 from hf_dualspeed.evaluation.generation import answer_accuracy
 from hf_dualspeed.evaluation.pruned_prompts import PrunedPrompts
 from hf_dualspeed.evaluation.questions import load_questions
+from hf_dualspeed.pruning.inputs import check_inputs
 from hf_dualspeed.pruning.isolator import saved_length
 from hf_dualspeed.publishing.model_card import model_card, write_model_card
 from hf_dualspeed.publishing.plots import plot_learning_curve
@@ -496,7 +498,11 @@ class Bare(nn.Module):
 def calls() -> list[tuple]:
     """Python's functions and constructors."""
     model, pruner = Bare(), AutoPruner.from_name("divprune")
-    logits = torch.zeros(2, 3)
+    logits, counts, ids = (
+        torch.zeros(2, 3),
+        torch.zeros(2, 3, dtype=torch.int64),
+        {"input_ids": torch.ones(1, 2).long()},
+    )
     rows = [
         (ModeIsolator, {"length": 2.5, "hidden_size": 8}, "`length` must be a whole number, got 2.5"),
         (ModeIsolator, {"length": "4", "hidden_size": 8}, "`length` must be a whole number, got '4'"),
@@ -589,6 +595,46 @@ def calls() -> list[tuple]:
         (model_card, {"results": "x"}, "`results` must be a mapping, got 'x'"),
         (write_model_card, {"folder": 3, "results": {}}, "`folder` must be"),
         (plot_learning_curve, {"log_history": None, "path": "x", "title": "t"}, "`log_history` must be a list"),
+        (freeze_roles, {"model": None}, "`model` must be of type Module, got None"),
+        (freeze_roles, {"model": "m"}, "`model` must be of type Module, got 'm'"),
+        (freeze_roles, {"model": Bare}, "`model` must be of type Module"),
+        (freeze_roles, {"model": model}, "`model` must be a vision-language model of transformers, got a Bare"),
+        (freeze_roles, {"model": model, "train_projector": "yes"}, "`train_projector` must be True or False"),
+        (check_inputs, {"inputs": {"input_ids": [[1]]}}, "`input_ids` must be of type Tensor or None"),
+        (check_inputs, {"inputs": {"input_ids": torch.zeros(1, 2)}}, "`input_ids` of shape .* whole numbers"),
+        (check_inputs, {"inputs": {**ids, "attention_mask": 3}}, "`attention_mask` must be of type Tensor or None"),
+        (pruner, {"tokens": torch.zeros(1, 2, 3)}, "`tokens` must be VisualTokens, got a Tensor"),
+        (pruner, {"tokens": None}, "`tokens` must be VisualTokens, got a NoneType"),
+        (pruner.save_pretrained, {"folder": 3}, "`folder` must be"),
+        (pruner.save_pretrained, {"folder": None}, "`folder` must be"),
+        (register_pruner, {"name": ""}, "`name` must be a word of letters"),
+        (register_pruner, {"name": "a/../b"}, "`name` must be a word of letters"),
+        (register_pruner("own"), {"cls": 3}, "'own' must be a subclass of Pruner, got 3"),
+        (register_pruner("own"), {"cls": object}, "'own' must be a subclass of Pruner"),
+        (AutoPruner.from_pretrained, {"name": "a/b", "revision": 3}, "`revision` must be a text or None"),
+        (AutoPruner.from_pretrained, {"name": "a/b", "token": 3}, "`token` must be .*, got a int"),
+        (AutoPruner.from_pretrained, {"name": "a/b", "cache_dir": 3}, "`cache_dir` must be a text"),
+        (VisualTokens, {"features": torch.zeros(1, 2, 3, dtype=torch.int64)}, "`features` must hold floating-point"),
+        (VisualTokens, {"features": torch.zeros(1, 2, 3), "lengths": [3]}, "`lengths` must be 1 numbers from 0 to 2"),
+        (VisualTokens, {"features": torch.zeros(1, 2, 3), "lengths": [2, 2]}, "`lengths` must be 1 numbers from 0"),
+        (VisualTokens, {"features": torch.zeros(1, 2, 3), "lengths": [-1]}, "`lengths` must be 1 numbers from 0"),
+        (VisualTokens, {"features": torch.zeros(1, 2, 3), "valid": torch.ones(1, 2)}, "`valid` must hold True and"),
+        (self_distillation_loss, {"student_logits": counts, "teacher_logits": counts}, "`student_logits` must hold"),
+        (load_examples, {"path_or_name": ""}, "`path_or_name` is '', which names no data set"),
+        (load_examples, {"path_or_name": "/"}, "`path_or_name` is '/', which names no data set"),
+        *(
+            (DualSpeedTrainer, {"model": model, name: value}, f"`{name}` must be a")
+            for name, values in {
+                "processing_class": ["x", 3],
+                "train_dataset": ["x", 3],
+                "eval_dataset": ["x", 3, True],
+                "data_collator": ["x"],
+                "compute_metrics": [3],
+                "callbacks": ["x", 3, [3], [object]],
+                "optimizers": [3, (3,)],
+            }.items()
+            for value in values
+        ),
         (DualSpeedTrainer, {"model": "m"}, "`model` must be"),
         (DualSpeedTrainer, {"model": 3}, "`model` must be"),
         (DualSpeedTrainer, {"model": model, "args": {}}, "`args` must be"),

@@ -103,6 +103,18 @@ def test_true_takes_the_last_whole_one(run):
         make(run, max_steps=4, **SAVING).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("value", [3, 2.5, ["x"], {"a": 1}])
+def test_places_of_another_type_are_named(run, value):
+    trainer = make(run, max_steps=3, **SAVING)
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be a text or True or False or None"):
+        trainer.train(resume_from_checkpoint=value)
+    with pytest.raises(ValueError, match="`output_dir` must be a text or None"):
+        trainer.save_model(value)
+    with pytest.raises(ValueError, match="`license` must be a text or None"):
+        trainer.create_model_card(license=value)
+    trainer.train(resume_from_checkpoint=run / "checkpoint-3")  # a path is as good as a text
+
+
 def test_a_full_disk_leaves_the_last_whole_one(tmp_path, monkeypatch):
     save = torch.save
 
