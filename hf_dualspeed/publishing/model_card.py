@@ -82,7 +82,8 @@ def adopt_published_card(
 
 @checked
 def model_card(results: dict) -> str:
-    """The text of a run's card; values missing from `results` are left out."""
+    """The text of a run's card; values that are missing from `results`, or None there, are left out."""
+    results = without_none(results)
     hub, adapter = results.get("hub", {}), results.get("adapter", False)
     data = ModelCardData(
         base_model=hub.get("base_model"),
@@ -129,6 +130,13 @@ def model_card(results: dict) -> str:
         "environment": environment_rows(results),
     }
     return render(TEMPLATE, {**dict.fromkeys(OPTIONAL), **results, **values})
+
+
+def without_none(value: object) -> object:
+    """The value without the keys of mappings that hold None, as a number that is not finite is stored."""
+    if isinstance(value, dict):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    return [without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_card(path: Path) -> str:

@@ -107,8 +107,8 @@ class CheckpointMixin:
                     f"`resume_from_checkpoint` is True, but {self.args.output_dir!r} holds no whole checkpoint. Leave "
                     "it out to start from the beginning."
                 )
-        elif resume_from_checkpoint:
-            reason = fault_of(Path(resume_from_checkpoint))
+        elif resume_from_checkpoint or resume_from_checkpoint == "":
+            reason = fault_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else "the name is empty"
             if reason is not None:
                 raise ValueError(
                     f"`resume_from_checkpoint` is {str(resume_from_checkpoint)!r}, which is no whole checkpoint: "

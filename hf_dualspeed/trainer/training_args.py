@@ -19,6 +19,8 @@ MODE_SCHEDULES = ("random", "periodic", "growing", "shrinking", "adaptive")
 
 FUSED_HEAD_LOSSES = ("auto", "on", "off")
 
+# Mappings that the command line gives as JSON.
+DICTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 # Options that allow more types than their annotations say, which are for a command-line parser.
 WIDER = {
     "slow_mode_splits": str | int,
@@ -286,6 +288,9 @@ class DualSpeedArguments:
 
     def __post_init__(self):
         check_fields(self, wider=WIDER)
+        # A text that is no mapping would be an error of Python's in the middle of the training.
+        for name in DICTS:
+            setattr(self, name, as_dict(name, getattr(self, name)))
         self.check_options()
         self._check_ranges()
         # Without an accelerator, torch warns about pinned memory in every data loader.

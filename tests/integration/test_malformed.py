@@ -185,6 +185,7 @@ def recipe_values() -> list[tuple]:
         ("lora: {r: 0}", "`lora.r` must be in"),
         ("lora: {lora_dropout: 2}", "`lora.lora_dropout` must be in"),
         ("pruner_kwargs: 3", "`pruner_kwargs` must be a mapping"),
+        ("lr_scheduler_kwargs: 3", "`lr_scheduler_kwargs` must be a mapping"),
         ("pruner_kwargs: x", "`pruner_kwargs` must be a JSON mapping"),
         ("tiny_llava: {layers: 1}", "exactly one of `model_name_or_path`"),
         ("load_in_4bit: true", "`load_in_4bit` is True"),
@@ -324,6 +325,8 @@ def training_arguments() -> list[tuple]:
     rows += wrong(kind, "fused_head_loss", None, 3, "maybe")
     rows += wrong(kind, "max_steps", 0, -7, 2.5, "3")
     rows += wrong(kind, "save_steps", 0, -1, "3", NAN)
+    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
+        rows += wrong(kind, name, 3, "3", "x", "[1]", said="{name}must be a")
     rows += wrong(kind, "hub_token", 3, said="{name}must be a text or None, got a int")
     rows += wrong(kind, "lr_scheduler_type", "fast", 3, None, said="{name}must be one of 'linear'")
     rows += wrong(kind, "report_to", 3, [3])

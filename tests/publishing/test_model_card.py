@@ -185,6 +185,21 @@ def hostile(value: object) -> object:
     return HOSTILE if isinstance(value, str) else value
 
 
+@pytest.mark.parametrize("key", ["name", "base_model", "hub", "date", "accuracy", "peak_memory", "visual_tokens"])
+def test_none_is_as_good_as_nothing(key):
+    """A number that is not finite is stored as null."""
+    absent = {name: value for name, value in RESULTS.items() if name != key}
+    assert model_card({**absent, key: None}) == model_card(absent)
+
+
+def test_measurements_that_were_not_finite_are_left_out():
+    results = {**RESULTS, "steps": {"fast": 3, "slow": None}, "evaluation": {"eval_loss": None, "eval_f1": 0.5}}
+    results |= {"seconds": {"fast": None, "slow": 1.0}}
+    card = model_card(results)
+    assert "0.5" in card
+    assert "None" not in card
+
+
 def test_what_results_say_becomes_no_html_link_or_code():
     names = {"dataset": "", "split": "", "metric": "", "pruner": "", "value": 0.5, "n": 3, "pruning_ratio": 0.5}
     given = {**RESULTS, "evaluations": [names], "eval_part": "", "kept_tokens": "", "model": ""}

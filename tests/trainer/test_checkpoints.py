@@ -112,6 +112,8 @@ def test_places_of_another_type_are_named(run, value):
         trainer.save_model(value)
     with pytest.raises(ValueError, match="`license` must be a text or None"):
         trainer.create_model_card(license=value)
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is '', .*: the name is empty"):
+        trainer.train(resume_from_checkpoint="")
     trainer.train(resume_from_checkpoint=run / "checkpoint-3")  # a path is as good as a text
 
 
