@@ -21,6 +21,7 @@ from .pruning.isolator import ModeIsolator
 from .pruning.proportional_attention import key_sizes_of
 from .trainer.dual_forward import DualForward
 from .trainer.schedule import FAST, SLOW
+from .utils.progress import track
 from .utils.validation import checked
 
 RATIO = 0.75
@@ -74,7 +75,7 @@ def check_model(model: nn.Module, batch: Batch) -> list[Check]:
     training = model.training
     model.eval()
     try:
-        return [run(name, check, model, batch) for name, check in CHECKS.items()]
+        return [run(name, check, model, batch) for name, check in track(CHECKS.items(), "Checking the model")]
     finally:
         model.train(training)
         model.zero_grad()

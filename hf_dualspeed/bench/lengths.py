@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
-from rich.progress import Progress
 
 from ..data.lengths import SampleLengths
 from ..publishing.plots import figure_of, save_figure
 from ..trainer.length_grouping import MEGABATCH, ModeLengthSampler, grouped
 from ..trainer.schedule import FAST, SLOW, ModeSchedule
+from ..utils.progress import Work
 from ..utils.text import markdown_table
 from ..utils.writing import write_file
 from .measure import Bench, order, surroundings
@@ -110,8 +110,7 @@ class LengthBench(Bench):
         seconds, row_seconds = (
             {arm: {mode: [0.0] * self.options.rounds for mode in (FAST, SLOW)} for arm in self.plans} for _ in range(2)
         )
-        with Progress(transient=True) as progress:
-            task = progress.add_task("batches", total=(self.options.rounds + 1) * len(self.variants))
+        with Work("batches", (self.options.rounds + 1) * len(self.variants)) as work:
             for number in range(-1, self.options.rounds):
                 for step, mode in enumerate(self.modes):
                     for name in order(self.names[step], number + step):
@@ -120,7 +119,7 @@ class LengthBench(Bench):
                             (row_flops if one_row else flops)[arm][mode] += self.count_flops(name)
                         else:
                             (row_seconds if one_row else seconds)[arm][mode][number] += self._time(name)
-                        progress.advance(task)
+                        work.advance()
         texts = self.texts[: len(self.modes) * len(self.whole["input_ids"])]
         return {
             **self.subject.said,

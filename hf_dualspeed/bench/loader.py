@@ -24,7 +24,6 @@ import torch
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -37,6 +36,7 @@ from ..data.media import open_image
 from ..data.pictures import draft_edge
 from ..publishing.plots import figure_of, save_figure
 from ..utils.environment import machine, versions
+from ..utils.progress import Work
 from ..utils.text import markdown_table
 from ..utils.writing import write_file
 from .measure import order
@@ -73,13 +73,13 @@ def measure(options: BenchArguments) -> dict:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        with tempfile.TemporaryDirectory() as folder, Progress(transient=True) as progress:
-            task = progress.add_task("batches", total=len(options.shape) * len(MEGAPIXELS))
+        total = len(options.shape) * len(MEGAPIXELS)
+        with tempfile.TemporaryDirectory() as folder, Work("batches", total) as work:
             for size in MEGAPIXELS:
                 files = photographs(Path(folder), size, options.batch or 8)
                 for shape in options.shape:
                     runs.append(timed(shape, size, files, options.rounds))
-                    progress.advance(task)
+                    work.advance()
                 for file in files:
                     file.unlink()
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
@@ -18,6 +18,7 @@ from ..data.media import opened, pattern
 from ..hub.source import is_repo_id
 from ..models.interface import ModelInterface
 from ..utils.constants import POSITION_IDS
+from ..utils.progress import Work
 from ..utils.validation import Parser, loading
 
 QUESTIONS = ("What is this?", "What is the difference between the two?", "What is the capital of France?")
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     if not Path(options.model).is_dir() and not is_repo_id(options.model):
         raise FileNotFoundError(f"`model` is {options.model!r}, which is neither a folder nor a Hub repo 'user/name'.")
     images = [opened(path) for path in options.image] or [pattern(320, 240), pattern(240, 320)]
-    with loading(options.model):
+    with loading(options.model), Work(f"Loading {options.model}"):
         model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
     interface = ModelInterface(model)
     interface.check_protocol()
@@ -84,7 +85,7 @@ def removal_is_masking(model: PreTrainedModel, ids: torch.Tensor) -> bool:
 
 
 def show(checks: list[Check], name: str) -> None:
-    table = Table("check", name, "why")
+    table = Table(Column("check", min_width=12), Column(name, no_wrap=True), Column("why", overflow="fold"))
     for check in checks:
         table.add_row(check.name, WORDS[check.passed], Text(check.detail))
     Console().print(table)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.text import Text
 
 from ..data.convert import LAYOUTS, OPTIONS, convert
+from ..utils.progress import Work
 from ..utils.validation import Parser
 
 COLUMNS = ("image", "question", "answer")
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"`source` is {str(words.source)!r}, but the layout {words.layout!r} is read from a {kind}.")
     start = words.image_folder or (words.source if words.source.is_dir() else words.source.parent)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    with console.status(Text(f"Reading {words.source}")):
+    with Work(f"Reading {words.source}"):
         count = convert(words.layout, words, words.output, start)
     console.print(f"{count:,} questions: {words.output}")
     console.print(f"Next: dualspeed train --config ... --dataset {words.output}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.text import Text
 
 from ..evaluation.merge import merge
 from ..recipes.arguments import DTYPES
+from ..utils.progress import Work
 from ..utils.validation import Parser
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help=code)
     words = parser.parse_args(argv)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    with console.status(Text(f"Merging {words.adapter}")):
+    with Work(f"Merging {words.adapter}"):
         found = merge(words.adapter, words.output, words.base, words.dtype, words.trust_remote_code)
     console.print(f"Merged {words.adapter} into {found.base}: {words.output}")
     console.print(f"Next: dualspeed evaluate {words.output} --dataset ..., dualspeed push {words.output} user/name")

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-from rich.progress import track
 from torch.utils.data import DataLoader, Subset
 
 from ..utils.constants import CHECKED_SAMPLES
+from ..utils.progress import Work
 from ..utils.validation import checked
 from .collators import IGNORED, REMEDIES, SampleError, VisionLanguageCollator
 from .conversations import sample_name, to_messages
@@ -132,6 +132,7 @@ def check_samples(
     processes: int | None = None,
     share: tuple[int, int] = (0, 1),
     learns: bool = True,
+    silent: bool = False,
 ) -> DataReport:
     """Looks at samples as a training would, without decoding most pictures.
 
@@ -148,6 +149,7 @@ def check_samples(
         share (`tuple[int, int]`, *optional*): `(rank, ranks)`: look at this rank's share of the samples only.
         learns (`bool`, *optional*, defaults to `True`): Whether a model learns from the samples. If not, they need no
             answer, and none is too long.
+        silent (`bool`, *optional*, defaults to `False`): Show no progress.
 
     Returns:
         [`DataReport`], whose `settle` raises errors, shows warnings and returns the rows to leave out.
@@ -179,14 +181,16 @@ def check_samples(
     )
     report = DataReport(name, total)
     numbers = iter(rows)
-    for found in track(loader, description=f"Checking {name}", transient=True, disable=rank > 0):
-        for length, finding, visual in found:
-            report.checked += 1
-            report.longest = max(report.longest, length)
-            report.findings += finding
-            row = next(numbers)
-            if visual is not None and all(visual):
-                report.counted[row] = (length, visual)
+    with Work(f"Checking {name}", len(rows), silent or rank > 0) as work:
+        for found in loader:
+            for length, finding, visual in found:
+                report.checked += 1
+                report.longest = max(report.longest, length)
+                report.findings += finding
+                row = next(numbers)
+                if visual is not None and all(visual):
+                    report.counted[row] = (length, visual)
+            work.advance(len(found))
     return report
 
 

@@ -14,6 +14,7 @@ import datasets
 import torch
 
 from ..pruners import budget
+from ..utils.progress import track
 from .conversations import sample_name, to_messages
 from .loading import undecoded
 from .media import IMAGE_ERRORS, image_size
@@ -192,7 +193,7 @@ def measured_lengths(dataset, counter: TokenCounter, processes: int | None = Non
         processes (`int`, *optional*): `num_proc` of the map.
     """
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
-        rows = [counter(dataset[index]) for index in range(len(dataset))]
+        rows = [counter(dataset[index]) for index in track(range(len(dataset)), "Counting tokens")]
         return SampleLengths([row[LENGTH] for row in rows], [row[VISUAL] for row in rows])
     features = datasets.Features({LENGTH: datasets.Value("int32"), VISUAL: datasets.List(datasets.Value("int32"))})
     plain = undecoded(dataset.with_format(None))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.progress import track
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -17,6 +16,7 @@ from ..data.labels import check_texts
 from ..data.media import IMAGE_ERRORS, open_image, open_video
 from ..data.rendering import render
 from ..metrics import load_metric
+from ..utils.progress import Work
 from ..utils.validation import check_range, checked
 
 CONVERSATIONS = ("messages", "prompt", "conversations")
@@ -33,6 +33,7 @@ def answer_accuracy(
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     limit: int | None = None,
     description: str = "evaluating",
+    silent: bool = False,
 ) -> dict[str, Any]:
     """The share of rows whose generated answer equals an expected one, apart from case and white space.
 
@@ -45,6 +46,7 @@ def answer_accuracy(
         prepare (`Callable`, *optional*): Maps the processor's output to `generate`'s inputs. It may prune.
         limit (`int`, *optional*): Number of rows, from the first on.
         description (`str`, *optional*, defaults to `"evaluating"`): Caption of the progress bar.
+        silent (`bool`, *optional*, defaults to `False`): Show no progress.
 
     Returns:
         `dict` with `accuracy` (`float`), `n` (`int`) and `predictions` (`list[str]`, in the order of the rows).
@@ -54,7 +56,7 @@ def answer_accuracy(
     dataset = first_rows(dataset, limit)
     expected = [question_and_answers(row)[1] for row in dataset]
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "prepare": prepare}
-    batches = answers_in_batches(model, processor, dataset, description=description, **options)
+    batches = answers_in_batches(model, processor, dataset, description=description, silent=silent, **options)
     predictions = [answer for batch in batches for answer in batch]
     accuracy = load_metric("exact_match").compute(predictions=predictions, references=expected)["exact_match"]
     return {"accuracy": accuracy, "n": len(predictions), "predictions": predictions}
@@ -80,6 +82,7 @@ def answers_in_batches(
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     start: int = 0,
     description: str = "evaluating",
+    silent: bool = False,
 ) -> Generator[list[str], None, None]:
     """Yields the answers of each batch, in the order of the rows.
 
@@ -90,9 +93,11 @@ def answers_in_batches(
     training = model.training
     model.eval()
     try:
-        for first in track(range(start, len(dataset), batch_size), description=description, transient=True):
-            rows = [dataset[index] for index in range(first, min(first + batch_size, len(dataset)))]
-            yield answers(model, processor, rows, max_new_tokens, prepare)
+        with Work(description, len(dataset) - start, silent) as work:
+            for first in range(start, len(dataset), batch_size):
+                rows = [dataset[index] for index in range(first, min(first + batch_size, len(dataset)))]
+                yield answers(model, processor, rows, max_new_tokens, prepare)
+                work.advance(len(rows))
     finally:
         model.train(training)
 

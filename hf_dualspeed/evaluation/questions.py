@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from PIL import Image
-from rich.progress import Progress
 from transformers import ProcessorMixin
 
 from ..data.conversations import given_texts, sample_name
 from ..data.files import rows_of
 from ..data.loading import FILE_TYPES, ROW_FILES, load_examples
 from ..data.media import IMAGE_ERRORS, open_image, open_video, source_of
+from ..utils.progress import Work
 from ..utils.validation import checked
 from .fingerprint import hash_of
 from .generation import first_rows, prompt_text, question_and_answers
@@ -84,9 +84,7 @@ def load_questions(
     whole = load_examples(name, split=split, image_folder=image_folder, image_column=image_column)
     dataset = first_rows(whole, limit)
     table, messages, media, opened = [], [], [], set()
-    # Not `track`: its generator would be closed, and its threads joined, whenever the error is forgotten.
-    with Progress(transient=True) as progress:
-        task = progress.add_task("checking the questions", total=len(dataset))
+    with Work("checking the questions", len(dataset)) as work:
         for index, row in enumerate(_rows(dataset, Path(name))):
             try:
                 sample, right = question_and_answers(row)
@@ -98,7 +96,7 @@ def load_questions(
                 where = f"Row {index} of {name!r} (columns: {', '.join(dataset.column_names)})"
                 raise ValueError(f"{where} cannot be evaluated: {error}") from error
             messages.append(hash_of(sample["messages"]))
-            progress.advance(task)
+            work.advance()
     if not any(media) and image_column != []:
         logger.warning("No question of %r has a picture: all are asked of text alone.", name)
     part = f"first {len(dataset)}" if len(dataset) < len(whole) else None

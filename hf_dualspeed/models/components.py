@@ -96,3 +96,26 @@ def role_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
                 "freeze parameters yourself before you pass the model to DualSpeedTrainer."
             )
     return modules
+
+
+def parameter_counts(model: PreTrainedModel, fast_view: nn.Module) -> dict[str, dict[str, int]]:
+    """Trained and frozen parameters of each role, and the bytes that they take.
+
+    Roles are those of [`parameter_roles`], or `"model"` where they are not known, and `"fast_view"`, the isolator and
+    a learned pruner. Weights of 4 bits count as they were before they were packed, and shards as the whole.
+    """
+    try:
+        roles = parameter_roles(model)
+    except ValueError:
+        roles = {}
+    ours = {id(parameter) for parameter in fast_view.parameters()}
+    of = [(roles.get(name, "model"), p) for name, p in model.named_parameters() if id(p) not in ours]
+    of += [("fast_view", parameter) for parameter in fast_view.parameters()]
+    found: dict[str, dict[str, int]] = {}
+    for role, parameter in of:
+        counts = found.setdefault(role, {"trained": 0, "frozen": 0, "bytes": 0})
+        held = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty parameter
+        counts["bytes"] += held * parameter.element_size()
+        packed = 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else 1
+        counts["trained" if parameter.requires_grad else "frozen"] += held * packed
+    return found

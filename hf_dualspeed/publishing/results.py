@@ -1,4 +1,4 @@
-"""The record of a training run (results.json), and the table printed at its end."""
+"""The record of a training run (results.json)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from ..utils.constants import RESULTS_NAME
 from ..utils.environment import machine, versions
-from ..utils.text import finite, parse_json, percent, without_paths
+from ..utils.text import finite, parse_json, without_paths
 from ..utils.validation import checked, fits
 from ..utils.writing import write_json
 
@@ -213,25 +209,6 @@ def merged_evaluations(earlier: list[dict], new: list[dict]) -> tuple[list[dict]
             same = same and answers.get(values(entry, *data, "view"), answered) == answered
             (kept if same else stale).append(entry)
     return kept + new, stale
-
-
-def print_results(results: dict, output_dir: str | Path) -> None:
-    """Prints the run's main numbers as a table."""
-    seconds, steps = results["seconds"], results["steps"]
-    rows = {
-        "accuracy, all visual tokens": percent(results.get("accuracy")),
-        "most frequent answer, without the image": percent(results.get("majority_accuracy")),
-        "training time": f"{seconds['total']:.1f} s",
-        "fast steps": f"{steps['fast']} in {seconds['fast']:.1f} s",
-        "slow steps": f"{steps['slow']} in {seconds['slow']:.1f} s",
-        "time of steps spent waiting for data": percent(results.get("data_wait")),
-        "written to": str(output_dir),
-    }
-    table = Table(show_header=False)
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(name, Text(value))
-    Console().print(table)
 
 
 def _training_settings(args: DualSpeedTrainingArguments) -> dict:

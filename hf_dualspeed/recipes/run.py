@@ -24,11 +24,13 @@ from ..evaluation.visualize import PICTURE_NAME, draw_images, first_images
 from ..models.adapters import add_lora, four_bit
 from ..models.components import freeze_roles
 from ..pruners import PrunerConfig, available_pruners
-from ..publishing.results import print_results, read_results
+from ..publishing.display import is_silent
+from ..publishing.results import read_results
 from ..trainer.checkpoints import last_whole_checkpoint
 from ..trainer.trainer import DualSpeedTrainer
 from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.constants import CHECKED_SAMPLES
+from ..utils.progress import Work
 from ..utils.text import one_line
 from ..utils.validation import check_keys, checked, loading
 from .arguments import RecipeArguments
@@ -49,7 +51,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
         `dict`: The content of results.json in the main process, empty in the others.
     """
     set_seed(training_args.seed)
-    with training_args.main_process_first(desc="loading the data"):
+    silent = is_silent(training_args)
+    with training_args.main_process_first(desc="loading the data"), Work("Reading the data", disable=silent):
         check_pruner(training_args, recipe.trust_remote_code)
         folder, columns = recipe.image_folder, recipe.image_column
         train = load_examples(recipe.dataset, recipe.dataset_split, folder, columns)
@@ -61,7 +64,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     if recipe.tiny_llava is None:
         model, processor = None, load_processor(recipe)
     else:
-        model, processor = load_model(recipe, train, training_args.seed)
+        with Work("Making a small LLaVA", disable=silent):
+            model, processor = load_model(recipe, train, training_args.seed)
     collator = collator_of(recipe, processor)
     train = check_data(train, recipe.dataset, collator, recipe, training_args)
     if test is not None:
@@ -70,7 +74,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
         test = check_data(test, recipe.eval_dataset, collator, recipe, training_args, learns, first)
         check_answers(test, recipe, learns)
     if model is None:
-        model = load_weights(recipe)
+        with Work("Loading the model", disable=silent):
+            model = load_weights(recipe)
     trainer = DualSpeedTrainer(
         model=prepare_model(model, recipe),
         args=training_args,
@@ -80,17 +85,22 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
         data_collator=collator,
     )
     trainer.facts |= _facts(recipe)
+    trainer.display.shows_end = False  # the table has more in it once the answers are scored
     trainer.train(resume_from_checkpoint=_checkpoint(training_args))
-    trainer.save_model(_internal_call=True)  # pushed below, with results and card
+    with Work("Saving the model", disable=silent):
+        trainer.save_model(_internal_call=True)  # pushed below, with results and card
     results = {}
     if trainer.is_world_process_zero():
         if test is not None:
             trainer.facts |= _accuracy(recipe, trainer, train, test, whole)
         if recipe.card_images:
-            trainer.facts |= _picture(recipe, trainer, train if test is None else test)
-        trainer.create_model_card()
+            with Work("Drawing kept tokens", disable=silent):
+                trainer.facts |= _picture(recipe, trainer, train if test is None else test)
+        with Work("Writing results and card", disable=silent):
+            trainer.create_model_card()
         results = read_results(training_args.output_dir)
-        print_results(results, training_args.output_dir)
+        if not silent:
+            trainer.print_end(results)
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:
         trainer.push_to_hub()
@@ -167,7 +177,9 @@ def check_data(
     share = (args.process_index, args.world_size) if args.device else (0, 1)
     name = Path(name).name if Path(name).exists() else name
     looked_at = dataset if first is None else dataset.select(range(min(first, len(dataset))))
-    report = check_samples(looked_at, collator, name=name, limit=limit, share=share, learns=learns)
+    report = check_samples(
+        looked_at, collator, name=name, limit=limit, share=share, learns=learns, silent=is_silent(args)
+    )
     report = DataReport.joined(gather_object([report]))
     left_out = report.settle(collator, show=args.process_index == 0)
     if learns and args.train_sampling_strategy == "group_by_length":
@@ -262,6 +274,7 @@ def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
         max_new_tokens=recipe.max_new_tokens,
         limit=recipe.eval_limit,
         description="accuracy with all visual tokens",
+        silent=is_silent(trainer.args),
     )
     found = {"accuracy": answers["accuracy"], "n": answers["n"]}
     if found["n"] < whole:

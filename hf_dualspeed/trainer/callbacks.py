@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # The share of waiting that is worth a hint, and the steps before which it is not given.
 WAITS_MUCH, HINT_AFTER = 0.1, 50
+# The steps of a mode whose mean time is that of the next ones.
+RECENT = 64
 
 
 class DataWait:
@@ -36,6 +40,8 @@ class DataWait:
         self.device = torch.device("cpu")
         self.steps = 0  # since training began here
         self._spans: list[tuple[str, Any, Any]] = []  # whose end the device may not have reached
+        # Seconds of the last steps of each mode, their wait included, without the first one, which takes longer.
+        self.recent: dict[str, deque[float]] = {}
         self._begun = None
         self._logged = dict(self.sums)
         self._hinted = False
@@ -50,10 +56,13 @@ class DataWait:
                 return
             yield batch
 
-    def end_step(self) -> None:
-        """Ends the step that the last batches were for."""
+    def end_step(self, mode: str | None = None) -> None:
+        """Ends the step that the last batches were for, and that was of this mode."""
         if self._begun is not None:  # a `get_batch_samples` in front of ours may not call it
-            self._spans.append(("seconds", self._begun, self._mark()))
+            ended = self._mark()
+            self._spans.append(("seconds", self._begun, ended))
+            if mode is not None:
+                self._spans.append((mode, self._begun, ended))
             self._begun = None
             self.steps += 1
             self._settle()
@@ -102,7 +111,18 @@ class DataWait:
             else:
                 return
             self._spans.pop(0)
-            self.sums[name] += taken
+            if name in self.sums:
+                self.sums[name] += taken
+            else:
+                self._note(name, taken)
+
+    def _note(self, mode: str, taken: float) -> None:
+        if mode not in self.recent:
+            self.recent[mode] = deque([taken], maxlen=1)
+        elif self.recent[mode].maxlen == 1:
+            self.recent[mode] = deque([taken], maxlen=RECENT)
+        else:
+            self.recent[mode].append(taken)
 
 
 def share_of(sums: dict[str, float]) -> float:
@@ -157,7 +177,7 @@ class ModeClock(TrainerCallback, ExportableState):
             )
         self.steps[self._mode] += 1
         self.seconds[self._mode] += time.perf_counter() - self._begun
-        self.data.end_step()
+        self.data.end_step(self._mode)
         self.pass_time()
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -189,6 +209,23 @@ class ModeClock(TrainerCallback, ExportableState):
         new = {mode: self.steps[mode] - steps[mode] for mode in self.steps}
         self._logged = (dict(self.steps), now)
         return {**new, "steps_per_second": round(sum(new.values()) / max(now - since, 1e-9), 3)}
+
+    def pace(self, left: dict[str, int]) -> dict[str, float]:
+        """What people and trackers follow, of this process: seconds of a step of each mode and of all steps that are
+        left, the share of visual tokens that fast steps have saved.
+
+        Args:
+            left (`dict[str, int]`): the steps to come, by mode.
+        """
+        seconds = {mode: fmean(self.data.recent[mode]) for mode in (FAST, SLOW) if mode in self.data.recent}
+        found = {f"{mode}_step_seconds": round(value, 4) for mode, value in seconds.items()}
+        if seconds:
+            known = all(mode in seconds for mode, count in left.items() if count)
+            least = min(seconds.values())  # a mode that has not been timed takes no less than a fast step
+            total = sum(seconds.get(mode, least) * count for mode, count in left.items())
+            found["seconds_left" if known else "least_seconds_left"] = round(total, 1)
+        full, kept = self.visual_tokens["full"], self.visual_tokens["kept"]
+        return {**found, "visual_tokens_saved": round(1 - kept / full, 4)} if full else found
 
     def state(self) -> dict:
         self.pass_time()

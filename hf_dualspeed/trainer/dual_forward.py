@@ -88,6 +88,7 @@ class PassState:
         tokens (`int`): tokens of the language model's last call, padding included.
         visual_tokens (`tuple[int, int]`): of a fast pass, before and after pruning; counted without waiting for the
             device.
+        lengths (`dict[str, list[int]]`): tokens of each unit by modality, where they were encoded here.
         reached (`bool`): whether backward has come through the `loss` of a call.
     """
 
@@ -100,6 +101,7 @@ class PassState:
     repeats: Repeats | None = None
     tokens: int = 0
     visual_tokens: tuple[int, int] = (0, 0)
+    lengths: dict[str, list[int]] = field(default_factory=dict)
     reached: bool = False
     # State of the batch, over all its parts.
     batch: BatchParts | None = None
@@ -368,6 +370,7 @@ class DualForward(nn.Module):
             with self.autocast(), record_function("dualspeed.encode"):
                 told = (state.served, self.plain, state.repeats)
                 encodings = encode(self.interface, inputs, needs, self.video_budget, *told)
+            state.lengths = {e.modality: e.lengths for e in encodings}
             # In parts: each call takes the next part of the encoded batch.
             if state.parts == 1:
                 return inputs, encodings

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import tempfile
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from transformers.utils import PushInProgress
 from ..hub.errors import explained
 from ..hub.secrets import check_no_secret
 from ..hub.upload import push_files
+from ..pruners import budget
+from ..publishing.display import is_silent, print_end
 from ..publishing.files import PARTS, RECORD, left_out, published_files
 from ..publishing.model_card import adopt_published_card, read_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_results, run_record, write_results
@@ -42,13 +45,30 @@ class RunRecordMixin:
         reset_peak_memory(self.args.device)
         if resume_from_checkpoint:
             self._earlier = read_results(self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.display.stop()
+        if self.display.shows_end and not is_silent(self.args):
+            self.print_end(self.record())
+        return output
+
+    def print_end(self, results: dict) -> None:
+        """Prints the run's main numbers, and the files that it has written."""
+        print_end({**results, "why": self.speedup_meter.reason}, self.args.output_dir, self._began)
+
+    def evaluation_loop(self, *args, **kwargs):
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.display.end_evaluation()
 
     def _hp_search_setup(self, trial):
         super()._hp_search_setup(trial)
         self.speedup_meter = SpeedupMeter(self.args.speedup_rounds)
 
     def _begin_record(self) -> None:
+        self._began = time.time()
         self._earlier: dict = {}
         self._speedup: dict | None = None
         self._peak: dict | None = None
@@ -179,6 +199,34 @@ class RunRecordMixin:
             if self._pushing is not None:
                 self._adopt_card(**self._pushing)
             write_model_card(self.args.output_dir, self.write_results())
+
+    # --- what is shown --------------------------------------------------------------------------------------------
+
+    def kept_of(self, tokens: int) -> int:
+        """How many tokens of an image of so many a fast step keeps now."""
+        progress = self.state.global_step / max(1, self.state.max_steps - 1)
+        return budget(tokens, self._pruner.config.ratio_at(progress))
+
+    def run_facts(self) -> dict:
+        """What is known of the run before its first step."""
+        outer, config = self.dual_forward.interface.outer, self._pruner.config
+        roles, adapters = self._roles, getattr(self.model, "peft_config", None) or {}
+        return {
+            "model": getattr(outer, "name_or_path", "") or type(outer).__name__,
+            "parameters": {kind: sum(counts[kind] for counts in roles.values()) for kind in ("trained", "frozen")},
+            "roles": {role: {kind: counts[kind] for kind in ("trained", "frozen")} for role, counts in roles.items()},
+            "weights_bytes": sum(counts["bytes"] for counts in roles.values()),
+            "adapters": [f"{name} ({getattr(of.peft_type, 'value', of.peft_type)})" for name, of in adapters.items()],
+            "pruner": config.pruner_type,
+            "pruning_ratio": config.pruning_ratio,
+            "pruned_in_language_model": self._pruner.in_language_model,
+            "isolator_length": self.args.isolator_length,
+            "step": self.state.global_step,
+            "max_steps": self.state.max_steps,
+            "steps": self.steps_left(),
+            "samples": self.get_total_train_batch_size(self.args),
+            "processes": self.args.world_size,
+        }
 
     # --- pushing --------------------------------------------------------------------------------------------------
 

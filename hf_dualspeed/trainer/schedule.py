@@ -12,6 +12,8 @@ from .training_args import MODE_SCHEDULES
 logger = logging.getLogger(__name__)
 
 FAST, SLOW = "fast", "slow"
+# The modes of so many future steps are looked up; of more, an even sample stands for all.
+PLANNED = 20_000
 CHANGING = ("growing", "shrinking")
 
 
@@ -82,3 +84,23 @@ class ModeSchedule:
             return SLOW if self.period and step % self.period == self.period - 1 else FAST
         # One generator per step, seeded by a string: Python guarantees that seeding and `random()` stay stable.
         return SLOW if random.Random(f"{self.seed}:{step}").random() < self.ratio_at(step) else FAST
+
+
+class StepsLeft:
+    """How many fast and slow steps are still to come, counted once for each schedule and then down."""
+
+    def __init__(self):
+        self._of: tuple[ModeSchedule | None, int, float] = (None, 0, 0.0)
+
+    def __call__(self, schedule: ModeSchedule, step: int, last: int) -> dict[str, int]:
+        """The steps of each mode from `step` on, before the step `last`."""
+        known, since, slow = self._of
+        if known is not schedule or step < since:
+            every = max(1, -(-(last - step) // PLANNED))
+            found = [schedule.mode_at(s) == SLOW for s in range(step, last, every)]
+            slow = sum(found) * (last - step) / max(1, len(found))
+        else:
+            slow -= sum(schedule.mode_at(s) == SLOW for s in range(since, min(step, last)))
+        self._of = (schedule, step, slow)
+        slow = min(max(0, round(slow)), max(0, last - step))
+        return {FAST: max(0, last - step) - slow, SLOW: slow}

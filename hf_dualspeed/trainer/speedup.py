@@ -17,7 +17,9 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from transformers import Trainer
 
+from ..publishing.display import is_silent
 from ..utils.devices import on_host, synchronize
+from ..utils.progress import Work
 from ..utils.text import one_line
 from .schedule import FAST, SLOW
 
@@ -39,6 +41,7 @@ class SpeedupMeter:
     def __init__(self, rounds: int):
         self.rounds = rounds
         self.batches: list[dict] = []
+        self.reason: str | None = "speedup_rounds=0"  # why nothing is measured
 
     def observe(self, inputs: dict, step: int, total_steps: int, micro: int, micro_batches: int) -> None:
         """Keeps a micro-batch if one is due, without waiting for the device.
@@ -71,18 +74,19 @@ class SpeedupMeter:
         batches, self.batches = self.batches, []
         if not self.rounds:
             return None
-        reason = not_measurable(trainer, batches, steps, self.rounds)
-        if reason is not None:
-            logger.info("Speed-up not measured: %s.", reason)
+        self.reason = not_measurable(trainer, batches, steps, self.rounds)
+        if self.reason is not None:
+            logger.info("Speed-up not measured: %s.", self.reason)
             return None
         modes = [mode for mode in (FAST, SLOW) if trainer.clock.steps[mode]]
-        times = None
+        times, passes = None, self.rounds * (len(modes) + 2) + len(modes) + 1
         try:
-            with untouched(trainer):
-                times = time_rounds(trainer, batches, modes, self.rounds)
+            with untouched(trainer), Work("Measuring the speed-up", passes, is_silent(trainer.args)) as work:
+                times = time_rounds(trainer, batches, modes, self.rounds, work)
         # A failure here, such as too little memory for a plain pass, must not lose a training that is not saved yet.
         except Exception as error:
-            logger.warning("Speed-up not measured: %s: %s", type(error).__name__, one_line(error))
+            self.reason = f"{type(error).__name__}: {one_line(error)}"
+            logger.warning("Speed-up not measured: %s", self.reason)
         medians = [median(times[name]) if times else float("nan") for name in (PLAIN, *modes)]
         means = trainer.accelerator.reduce(torch.tensor(medians, device=trainer.args.device), "mean").tolist()
         if any(math.isnan(mean) for mean in means):  # some process failed
@@ -123,7 +127,7 @@ def not_measurable(trainer, batches: list[dict], steps: int, rounds: int) -> str
     return None
 
 
-def time_rounds(trainer, batches: list[dict], modes: list[str], rounds: int) -> dict[str, list[float]]:
+def time_rounds(trainer, batches: list[dict], modes: list[str], rounds: int, work: Work) -> dict[str, list[float]]:
     """Seconds of each kind of pass by round, without the warm-up round.
 
     Each round first runs its micro-batch plainly without timing it: the first pass over a shape takes longer, and
@@ -140,8 +144,10 @@ def time_rounds(trainer, batches: list[dict], modes: list[str], rounds: int) -> 
         passes |= {mode: partial(pass_in_mode, trainer, model, inputs, mode, progress) for mode in modes}
         if number >= 0:
             timed(trainer, model, passes[PLAIN])
+            work.advance()
         for name in rotated(list(passes), number):
             taken = timed(trainer, model, passes[name])
+            work.advance()
             if number >= 0:
                 seconds[name].append(taken)
     return seconds

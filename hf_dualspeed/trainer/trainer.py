@@ -20,10 +20,12 @@ from ..data.collators import MaskVisualLabels
 from ..feature_cache.cache import dropout_rates, feature_cache_of, image_tower
 from ..feature_cache.units import WithImageUnits
 from ..models.adapters import check_adapter, remember_origins
+from ..models.components import parameter_counts
 from ..models.interface import ModelInterface, argument_names
 from ..pruners import Pruner, available_pruners
 from ..pruning.isolator import ModeIsolator
 from ..pruning.repeats import REPEATS, WithRepeats
+from ..publishing.display import RunDisplay, takes_the_place_of_defaults
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
 from ..utils.validation import checked
 from .adaptive_schedule import AdaptiveSchedule, adaptive_schedule_of
@@ -39,7 +41,7 @@ from .losses import divisor, self_distillation_loss
 from .mode_parameters import ModeParameters
 from .plain_evaluation import PlainEvaluationMixin
 from .run_record import RunRecordMixin
-from .schedule import CHANGING, FAST, ModeSchedule
+from .schedule import CHANGING, FAST, SLOW, ModeSchedule, StepsLeft
 from .selective_checkpointing import SelectiveCheckpointing
 from .setup import (
     AT_CONSTRUCTION,
@@ -100,6 +102,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
     ):
         # The trainer's further arguments may be given by their places.
         kwargs = dict(zip(argument_names(super().__init__)[2:], positional, strict=False)) | kwargs
+        given = kwargs.get("callbacks") or []
         if args is None:
             args = DualSpeedTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, DualSpeedArguments):
@@ -132,10 +135,14 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         self.selective_checkpointing = SelectiveCheckpointing()
         self.adaptive_schedule = self.feature_cache = None
         self._begin_length_grouping()
+        self._steps_left = StepsLeft()
         self._micro = (-1, 0)  # the current optimizer step and micro-batch
         self._modalities: set[str] = set()  # in the current optimizer step
         self._items: torch.Tensor | int | None = None  # supervised tokens of the current optimizer step, if known
         self._follow_arguments()
+        in_place = takes_the_place_of_defaults(self.callback_handler.callbacks, given)
+        self.display = RunDisplay(self.run_facts, self.pace, self.kept_of, in_place)
+        self.add_callback(self.display)
 
     # --- set-up ---------------------------------------------------------------------------------------------------
 
@@ -307,9 +314,11 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         check_loss_func(self.compute_loss_func)
         check_unchanged(self.args, self._attached)
         self._add_own_callbacks()
-        ratio = slow_ratio(self.args, self.dual_forward.interface)
+        interface = self.dual_forward.interface
+        ratio = slow_ratio(self.args, interface)
         if ratio != self.slow_mode_ratio:  # the language model was frozen, or unfrozen
             self.slow_mode_ratio, self._schedule = ratio, None
+        self._roles = parameter_counts(interface.outer, self.dual_forward)  # before they are sharded
         prepared = super()._prepare_for_training(*args, **kwargs)
         if not self.is_sharded:  # which puts parameters of its own in place
             check_optimizer(self.optimizer, self.dual_forward)
@@ -368,6 +377,15 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         adaptive = self.adaptive_schedule
         return self._schedule.mode_at(step) if adaptive is None else adaptive.mode_at(self._schedule, step)
 
+    def steps_left(self) -> dict[str, int]:
+        """Steps still to come by mode. An adaptive schedule is supposed to keep its ratio of now."""
+        step, last = self.state.global_step, self.state.max_steps
+        if self.adaptive_schedule is not None:
+            slow = round(self.adaptive_schedule.ratio * max(0, last - step))
+            return {FAST: max(0, last - step) - slow, SLOW: slow}
+        self.mode_at(step)  # makes the schedule
+        return self._steps_left(self._schedule, step, last)
+
     def _planned_steps(self) -> int | None:
         """Optimizer steps of the whole run, before it starts. Only a slow tail and changing ratios need them."""
         if self.args.max_steps > 0 or not (self.args.slow_tail_ratio or self.args.mode_schedule in CHANGING):
@@ -397,6 +415,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         # Encode, prune, forward, loss and backward.
         loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served, repeats)
         self.clock.count(mode, done.tokens, *done.visual_tokens)
+        self.display.saw(mode, done.lengths, done.visual_tokens)
         self._modalities |= done.modalities
 
         # Parameters of the other mode do not move: the optimizer skips those without a gradient.
@@ -578,11 +597,16 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
             # Read after the losses, for which the host has waited.
             recent, whole = self.longest_data_wait()
             logs["data_wait"] = round(recent, 4)
+            logs.update(self.pace())
             self.clock.data.logged()
             self.clock.data.hint(recent, whole, self.args.dataloader_num_workers)
             logs.update(self.adaptive_schedule.window() if self.adaptive_schedule is not None else {})
             logs.update(self.feature_cache.window() if self.feature_cache is not None else {})
         super().log(logs, start_time)
+
+    def pace(self) -> dict[str, float]:
+        """Seconds of steps by mode, and of the steps left; see [`ModeClock.pace`]."""
+        return self.clock.pace(self.steps_left())
 
     def longest_data_wait(self) -> tuple[float, float]:
         """The shares of [`DataWait.shares`] in the processes that wait longest. Call it in all of them."""

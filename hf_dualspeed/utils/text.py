@@ -90,3 +90,16 @@ def _cell(value: object) -> str:
 def percent(share: float | None) -> str | None:
     """A share as a percentage, or None if it was not measured."""
     return None if share is None else f"{share:.1%}"
+
+
+def in_thousands(count: float) -> str:
+    """A count in words as short as 950, 1.4 M, 7.06 B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}"
+    return f"{count:.0f}"
+
+
+def in_bytes(size: float) -> str:
+    """A size in MiB, or in GiB from one on."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
