@@ -40,6 +40,11 @@ ADDED_KEYS = {
     "slow_steps": "steps are logged by mode",
     "steps_per_second": "a training log has the speed since the last one",
     "data_wait": "a training log has the share of time that steps waited for their batches",
+    "fast_step_seconds": "a training log has the seconds of a step of each mode",
+    "slow_step_seconds": "a training log has the seconds of a step of each mode",
+    "seconds_left": "a training log has the seconds of the steps to come",
+    "least_seconds_left": "the same, as long as one mode has not been timed",
+    "visual_tokens_saved": "a training log has the share of visual tokens that fast steps saved",
     "ModeClock": "the checkpoint holds steps and seconds by mode",
 }
 ADDED_FILES = {
@@ -48,7 +53,9 @@ ADDED_FILES = {
     "results.json": "a saved model has the measurements of its run",
     "learning_curve.png": "a saved model has the losses of its run",
 }
-ADDED_CALLBACKS = {"ModeClock", "ModeLosses", "SelectiveCheckpointing", "EpochBegin"}
+ADDED_CALLBACKS = {"ModeClock", "ModeLosses", "SelectiveCheckpointing", "EpochBegin", "RunDisplay"}
+# In their place, ours shows a run.
+REPLACED_CALLBACKS = {"PrinterCallback", "ProgressCallback"}
 # Arguments of ours with another default: (the peer's, ours, why). A case sets ours for both.
 OTHER_DEFAULTS = {
     "remove_unused_columns": (True, False, "a collator makes the batch from columns that forward does not name"),
@@ -272,7 +279,7 @@ def shown(trainer) -> dict:
         "events": trainer.recorder.events,
         "state": {f.name: getattr(state, f.name) for f in fields(TrainerState)},
         "control": vars(trainer.control),
-        "callbacks": [name for name in callbacks if name not in ADDED_CALLBACKS],
+        "callbacks": [name for name in callbacks if name not in ADDED_CALLBACKS | REPLACED_CALLBACKS],
         "weights": {name: p.detach() for name, p in parameters.items() if not name.startswith("dualspeed.")},
         "trained": [name for name, p in parameters.items() if p.requires_grad],
         "config": trainer.model.config.to_dict(),
