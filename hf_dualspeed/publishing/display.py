@@ -113,6 +113,8 @@ class RunDisplay(ProgressCallback):
         self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if args.disable_tqdm and logs is not None:  # transformers' printer takes it out of what `train` returns
+            logs.pop("total_flos", None)
         if not self.lines or is_silent(args) or logs is None:
             return
         if not to_people():
