@@ -105,7 +105,12 @@ def clock_time(seconds: float) -> str:
 
 def to_people(stream=None) -> bool:
     """Whether a person reads what goes to the stream, stdout by default: a terminal or a notebook."""
-    return (stream or sys.stdout).isatty() or Console().is_jupyter
+    return is_terminal(stream or sys.stdout) or Console().is_jupyter
+
+
+def is_terminal(stream) -> bool:
+    """Whether a stream, or that behind rich's stand-in, is a terminal. Old versions of rich deny it of theirs."""
+    return getattr(stream, "rich_proxied_file", stream).isatty()
 
 
 class Screen:
@@ -124,7 +129,7 @@ class Screen:
         with self._lock:
             if self._bars is None:
                 console = Console(stderr=True)
-                if not (console.is_jupyter or (sys.stderr.isatty() and not console.is_dumb_terminal)):
+                if not (console.is_jupyter or (is_terminal(sys.stderr) and not console.is_dumb_terminal)):
                     return None
                 self._open(console)
             return self._bars.add_task(work.description, total=work.total, note="")
@@ -144,7 +149,7 @@ class Screen:
     def print(self, *parts) -> None:
         """Prints to stdout, above the bars if they are on the same terminal."""
         with self._lock:
-            shared = self._bars is not None and sys.stdout.isatty()
+            shared = self._bars is not None and is_terminal(sys.stdout)
             console = self._bars.console if shared else Console(highlight=False)
             console.print(*parts, highlight=False)
 
@@ -158,7 +163,7 @@ class Screen:
             TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
             console=console,
             transient=True,
-            redirect_stdout=sys.stdout.isatty(),
+            redirect_stdout=is_terminal(sys.stdout),
             expand=True,
         )
         plain = sys.stderr

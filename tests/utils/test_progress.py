@@ -9,7 +9,7 @@ import time
 import pytest
 
 from hf_dualspeed.utils import progress
-from hf_dualspeed.utils.progress import Work, clock_time, screen_print, track
+from hf_dualspeed.utils.progress import Work, clock_time, screen_print, to_people, track
 
 
 class Terminal(io.StringIO):
@@ -28,8 +28,8 @@ def on_terminal(monkeypatch) -> Terminal:
 
 
 def lines(text: str) -> list[str]:
-    """What was ever written, without control sequences."""
-    return [line.strip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text))]
+    """What was ever written, without control sequences; what comes after one begins a line."""
+    return [line.strip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "\n", text))]
 
 
 def test_off_a_terminal_long_work_says_how_far_it_is(monkeypatch, capsys):
@@ -64,6 +64,7 @@ def fails_while_it_is_shown(logger: logging.Logger) -> None:
             logger.warning("a warning")
             print("a line")
             screen_print("from ours")
+            assert to_people()
         raise RuntimeError("ends here")
 
 
