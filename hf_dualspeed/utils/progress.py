@@ -156,11 +156,13 @@ class Screen:
     def _open(self, console: Console) -> None:
         self._bars = Progress(
             SpinnerColumn(finished_text=" "),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2)),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2)
+            ),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             Counts(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
             console=console,
             transient=True,
             redirect_stdout=is_terminal(sys.stdout),
