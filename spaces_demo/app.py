@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
+import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 
 import limits  # isort: skip  # sets what gradio reads when it is imported
 import gradio as gr
-from inference import MAX_QUESTION, MAX_RATIO, InputError, check_question, pruner_names, read_image
+from inference import (
+    MAX_QUESTION,
+    MAX_RATIO,
+    InputError,
+    check_question,
+    explained_pruners,
+    pruner_names,
+    read_image,
+)
 from overlay import write_examples
-from slots import HERE, Slot, ask, chosen_names, load_slots, loaded
+from slots import HERE, Slot, ask, chosen_names, know_shapes_alone, load_slots, loaded
 from starlette.middleware import Middleware
-from views import ABOUT, HEADER, cards, comparison, learning_curves, runs_table
+from views import about, cards, comparison, header, learning_curves, runs_table
 
 QUEUE = 20
 PRUNER, RATIO = "divprune", 0.9
+# On a phone the answers are far below the button.
+TO_ANSWERS = """(image, question) => {
+    if (!image || !question.trim() || !matchMedia("(max-width: 860px)").matches) return;
+    const behavior = matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth";
+    document.getElementById("cards").scrollIntoView({behavior, block: "start"});
+}"""
 # Fonts of the visitor's system: none is fetched.
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
-def build(slots: list[Slot], webcam: bool = False) -> gr.Blocks:
+def build(slots: list[Slot], webcam: bool = False) -> limits.Page:
     """The page around loaded checkpoints.
 
     Args:
@@ -31,28 +50,34 @@ def build(slots: list[Slot], webcam: bool = False) -> gr.Blocks:
         webcam (`bool`): Whether visitors may take a picture.
     """
     with limits.Page(title="DualSpeed", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.HTML(HEADER, elem_id="masthead")
+        gr.HTML(header(slots), elem_id="masthead")
+        pruners = explained_pruners(pruner_names(loaded(slots)))
         with gr.Tab("Ask"):
-            _ask_tab(slots, webcam)
+            _ask_tab(page, slots, pruners, webcam)
         with gr.Tab("Results"):
             _results_tab(slots)
         with gr.Tab("How to read it"):
-            gr.Markdown(ABOUT)
+            gr.Markdown(about(pruners))
     # One answer at a time, because all visitors share the models. The queue is short enough to be served.
     # `api_open` would let programs past the queue.
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
-def _ask_tab(slots: list[Slot], webcam: bool) -> None:
+def _ask_tab(page: limits.Page, slots: list[Slot], pruners: Mapping[str, str], webcam: bool) -> None:
+    shapes = know_shapes_alone(slots)
+    examples = write_examples(Path(tempfile.mkdtemp(prefix="dualspeed-examples-")), shapes_first=shapes)
+    first = examples[0] if loaded(slots) else (None, "")
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             sources = ["upload", "clipboard", *(["webcam"] if webcam else [])]
-            image = gr.Image(type="filepath", sources=sources, label="Image", height=380, buttons=[], elem_id="image")
+            look = {"sources": sources, "label": "Image", "height": 280, "buttons": [], "elem_id": "image"}
+            image = gr.Image(first[0], type="filepath", **look)
             # The path is passed on unread: gradio would open a bad file and fail without a reason. The page has
             # checked before that the path is an upload's.
             image.preprocess = lambda payload: payload and payload.path
         with gr.Column(scale=6, min_width=300):
             question = gr.Textbox(
+                first[1],
                 label="Question",
                 placeholder="what color is the shape?",
                 max_length=MAX_QUESTION,
@@ -60,26 +85,51 @@ def _ask_tab(slots: list[Slot], webcam: bool) -> None:
                 elem_id="question",
             )
             with gr.Row():
-                names = pruner_names(loaded(slots))
-                pruner = gr.Dropdown(names, value=PRUNER, label="Pruner", elem_id="pruner", min_width=140)
+                pruner = gr.Dropdown(list(pruners), value=PRUNER, label="Pruner", elem_id="pruner", min_width=140)
                 ratio = gr.Slider(
                     0, MAX_RATIO, RATIO, step=0.05, label="Tokens removed", elem_id="ratio", min_width=180
                 )
+            lines = {name: html.escape(words) for name, words in pruners.items()}
+            line = gr.HTML(lines[PRUNER], elem_id="explained")
             button = gr.Button("Ask all", variant="primary", elem_id="ask")
-            folder = Path(tempfile.mkdtemp(prefix="dualspeed-examples-"))
-            gr.Examples(
-                write_examples(folder), [image, question], label="Examples", elem_id="examples", cache_examples=False
-            )
+    label = "Examples (these models have seen drawn shapes alone)" if shapes else "Examples"
+    gr.Examples(examples, [image, question], label=label, elem_id="examples", cache_examples=False)
     shown = gr.HTML(cards(slots), elem_id="cards")
     inputs = [image, question, pruner, ratio]
     answer, renew = handlers(slots)
+    opened = None
+    if loaded(slots):
+        answered, page.worker = answered_example(slots, *first)
+
+        async def example() -> str:
+            return await asyncio.shield(asyncio.wrap_future(answered))
+
+        # It waits in no thread, and ends when the visitor asks something else.
+        opened = page.load(example, None, shown, api_visibility="private", concurrency_limit=None)
     # Both events share one limit by its id.
-    limits = {"concurrency_id": "models", "concurrency_limit": 1}
-    gr.on([button.click, question.submit], answer, inputs, shown, api_name="ask", **limits)
+    limits = {"concurrency_id": "models", "concurrency_limit": 1, "cancels": opened}
+    asked = [button.click, question.submit]
+    gr.on(asked, None, [image, question], js=TO_ANSWERS, api_visibility="private")
+    gr.on(asked, answer, inputs, shown, api_name="ask", **limits)
     changes = [pruner.input, ratio.release]  # "always_last": while busy, only the last change is kept
     gr.on(changes, renew, inputs, shown, api_visibility="private", trigger_mode="always_last", **limits)
+    pruner.change(None, pruner, line, js=f"(name) => ({json.dumps(lines)})[name]", api_visibility="private")
     checks = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 4}
     image.upload(checked_upload, image, image, **checks)
+
+
+def answered_example(slots: list[Slot], path: str, question: str) -> tuple[Future[str], Thread]:
+    """The cards with the answers to an example, and the thread that works them out once it is started."""
+    found: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(cards(slots, ask(slots, read_image(path), question, PRUNER, RATIO), PRUNER))
+        except Exception as error:  # whatever a model raises: visitors may still ask
+            print(f"The first example has no answer: {error}", file=sys.stderr, flush=True)
+            found.set_result(cards(slots))
+
+    return found, Thread(target=work, daemon=True, name="example")
 
 
 def handlers(slots: list[Slot]) -> tuple[Callable, Callable]:
@@ -132,18 +182,25 @@ def show_picture(path: Path, words: str) -> None:
     gr.Image(str(path), alt_text=words, interactive=False, **look)
 
 
-def launch(page: gr.Blocks, **options) -> object:
-    """Serves the page within the limits of a public Space."""
+def launch(page: limits.Page, wait: bool = True, **options) -> tuple:
+    """Serves the page within the limits of a public Space, and answers its first example.
+
+    Args:
+        page (`limits.Page`): The page.
+        wait (`bool`): Return only when the page is stopped.
+        options: Those of gradio's `launch`.
+    """
     theme = gr.themes.Default(primary_hue="emerald", neutral_hue="slate", radius_size="lg", font=SANS, font_mono=MONO)
     theme = theme.set(
         body_text_color_subdued="*neutral_500",
         button_primary_background_fill="#007a5a",  # dark enough for white text
         button_primary_background_fill_hover="#00654a",
+        slider_color="#007a5a",
         button_primary_text_color="white",
         button_primary_text_color_dark="white",
         button_primary_background_fill_dark="#007a5a",
     )
-    return page.launch(
+    served = page.launch(
         theme=theme,
         css_paths=HERE / "style.css",
         max_file_size=limits.MAX_UPLOAD,
@@ -151,8 +208,14 @@ def launch(page: gr.Blocks, **options) -> object:
         app_kwargs={"middleware": [Middleware(limits.BodyLimit)]},
         ssr_mode=False,
         footer_links=[],
+        prevent_thread_lock=True,
         **options,
     )
+    if page.worker is not None:  # not earlier: starting the page would be in its latency
+        page.worker.start()
+    if wait:
+        page.block_thread()
+    return served
 
 
 def main(names: Mapping[str, str | None] | None = None, webcam: bool = False, port: int | None = None) -> None:

@@ -9,6 +9,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from huggingface_hub import snapshot_download
@@ -33,6 +34,8 @@ MAX_EDGE = 2048  # pixels; larger images are scaled down first
 MAX_QUESTION = 300
 MAX_NEW_TOKENS = 32
 MAX_RATIO = 0.95
+TIMED = 3  # answers after the first, of which the latency is the median
+PATIENCE = 0.5  # seconds of a first answer beyond which it is not repeated: visitors wait
 # Files that are downloaded of a model: no code, and no pickled weights.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "learning_curve.png")
 LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
@@ -50,11 +53,13 @@ class Answer:
 
     Args:
         text (`str`): The greedy answer.
-        seconds (`float`): From the preprocessed input to the last token: encoding, pruning and generation.
+        seconds (`float`): From the preprocessed input to the last token: encoding, pruning and generation. The median
+            of `timed` answers after a first one, or of that one where it took longer than `PATIENCE`.
         probability (`float`): Probability of exactly this answer with its end: the product over its tokens.
         used, total (`int`): Visual tokens that the language model gets, and those of the whole image.
         isolator (`int`): Learned tokens in front of them.
         view (`View`, *optional*): Places of the used tokens. None where all are used or the places are unknown.
+        timed (`int`): Answers that the latency is the median of. 0: it is that of the first one.
     """
 
     text: str
@@ -64,6 +69,7 @@ class Answer:
     total: int
     isolator: int = 0
     view: View | None = None
+    timed: int = 0
 
 
 # --- what visitors give -------------------------------------------------------------------------------------------
@@ -150,6 +156,7 @@ class Checkpoint:
     def __init__(self, name: str):
         self.name = name
         self.folder = local_folder(name)
+        self.on_hub = not Path(name).is_dir()
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto")
         self.model: PreTrainedModel = model.to(device).eval()
@@ -210,14 +217,17 @@ class Checkpoint:
         ids = torch.tensor(visual_token_ids(self.model.config), device=self.model.device)
         total = int(torch.isin(inputs["input_ids"], ids).sum())
         if pruner is None:
-            text, probability, seconds = self._generate(inputs)
-            return Answer(text, seconds, probability, total, total)
-        calls, _ = watch_calls(pruner)  # never ended: no other answer uses this pruner
-        text, probability, seconds = self._generate(inputs, pruner)
+            text, probability, first = self._generate(inputs)
+            seconds, timed = self._latency(first, inputs)
+            return Answer(text, seconds, probability, total, total, timed=timed)
+        calls, end = watch_calls(pruner)
+        text, probability, first = self._generate(inputs, pruner)
+        end()
+        seconds, timed = self._latency(first, inputs, pruner)
         used = sum(sum(pruned.lengths) for _, pruned in calls)
         isolator = self.isolator.length if self.isolator else 0
         view = view_of(calls, inputs, image, self.processor)
-        return Answer(text, seconds, probability, used, total, isolator, view)
+        return Answer(text, seconds, probability, used, total, isolator, view, timed)
 
     def _inputs(self, image: Image.Image, question: str) -> dict:
         placeholder = getattr(self.processor, "image_token", None)
@@ -229,6 +239,12 @@ class Checkpoint:
         )
         inputs = encode(self.processor, [text], [[image]], padding_side="left")
         return dict(inputs.to(self.model.device, self.model.dtype))
+
+    def _latency(self, first: float, inputs: dict, pruner: Pruner | None = None) -> tuple[float, int]:
+        """Median seconds of answering again, and how often: the first answer was the warm-up."""
+        if first > PATIENCE:
+            return first, 0
+        return median(self._generate(inputs, pruner)[2] for _ in range(TIMED)), TIMED
 
     @torch.inference_mode()
     def _generate(self, inputs: dict, pruner: Pruner | None = None) -> tuple[str, float, float]:
@@ -273,6 +289,11 @@ def is_learned(name: str) -> bool:
 def merges(name: str) -> bool:
     """Whether kept tokens stand for others too."""
     return pruner_class(name).merges
+
+
+def explained_pruners(names: list[str]) -> dict[str, str]:
+    """The first line of each pruner's documentation, by name."""
+    return {name: " ".join((pruner_class(name).__doc__ or "").strip().partition("\n\n")[0].split()) for name in names}
 
 
 def pruner_names(checkpoints: list[Checkpoint]) -> list[str]:

@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
+from threading import Thread
 
 # Read when gradio is imported, and at each upload. By default all of a machine's pages would share one folder.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -35,7 +36,11 @@ class Page(gr.Blocks):
 
     gradio checks a path only where the caller says that it is one (by `meta`), downloads the addresses in any value,
     and keeps a session's values. So each value is checked before gradio touches it.
+
+    `worker` is a thread to start once the page is served.
     """
+
+    worker: Thread | None = None
 
     def validate_inputs(self, block_fn, inputs):
         super().validate_inputs(block_fn, inputs)

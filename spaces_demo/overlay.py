@@ -6,9 +6,12 @@ import base64
 import io
 from pathlib import Path
 
+from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageDraw
 
+PHOTO_QUESTIONS = ("what is the woman wearing?", "what is behind the woman?")
 # Colours and shapes of easy-VQA, the quickstart's data set.
+SHAPES_DATA = "easy-vqa"
 EXAMPLES = (
     ("circle", "blue", "what color is the shape?"),
     ("rectangle", "red", "what is the color of the rectangle?"),
@@ -20,18 +23,30 @@ COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0), "green": (0, 255, 0)}
 def data_url(image: Image.Image) -> str:
     """An image as a data URL, for HTML."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88, subsampling=0)  # sharp frames, small photos
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, "WEBP", quality=88)  # small, and transparent where the image is
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def write_examples(folder: Path) -> list[list[str]]:
-    """Draws the examples as PNG files. Returns rows of file and question."""
-    rows = []
+def write_examples(folder: Path, shapes_first: bool) -> list[list[str]]:
+    """Writes the examples' pictures: a photograph and drawn shapes. Returns rows of file and question."""
+    photo, rows = write_photo(folder / "photograph.jpg"), []
+    photos = [[str(photo), question] for question in PHOTO_QUESTIONS] if photo else []
     for index, (shape, colour, question) in enumerate(EXAMPLES):
         path = folder / f"{colour}-{shape}.png"
         drawn_shape(shape, COLOURS[colour], offset=index).save(path)
         rows.append([str(path), question])
-    return rows
+    return rows + photos if shapes_first else photos + rows
+
+
+def write_photo(path: Path) -> Path | None:
+    """The portrait of Grace Hopper, in the public domain, that matplotlib brings. None where it was packaged
+    without its sample data."""
+    try:
+        with get_sample_data("grace_hopper.jpg") as file:
+            Image.open(file).save(path, quality=95)
+    except FileNotFoundError:
+        return None
+    return path
 
 
 def drawn_shape(shape: str, colour: tuple[int, int, int], offset: int = 0) -> Image.Image:

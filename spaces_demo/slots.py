@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from inference import LOAD_ERRORS, Answer, Checkpoint, InputError
+from overlay import SHAPES_DATA
 from PIL import Image
 
 from hf_dualspeed.utils.text import parse_json
@@ -18,17 +20,16 @@ CHECKPOINTS = HERE / "checkpoints.json"  # written by `dualspeed space`
 
 @dataclass(frozen=True)
 class Role:
-    """How a checkpoint was trained: title, sentence, and default run."""
+    """What a slot is for, and its default run. What was trained in truth, the checkpoint's results say."""
 
     title: str
-    how: str
     default: str
 
 
 ROLES = {
-    "baseline": Role("Full-token baseline", "Trained on all tokens.", "runs/quickstart_full"),
-    "dualspeed": Role("DualSpeed", "Trained on few tokens, now and then on all.", "runs/quickstart"),
-    "pruned": Role("Pruned-trained", "Trained on few tokens alone.", "runs/quickstart_pruned"),
+    "baseline": Role("Full-token baseline", "runs/quickstart_full"),
+    "dualspeed": Role("DualSpeed", "runs/quickstart"),
+    "pruned": Role("Pruned-trained", "runs/quickstart_pruned"),
 }
 
 
@@ -44,6 +45,25 @@ class Slot:
     @property
     def role(self) -> Role:
         return ROLES[self.key]
+
+    def told(self, *path: str) -> object:
+        """What the checkpoint's results.json, which may be anybody's, holds at a path of keys; None for nothing."""
+        found = self.checkpoint and self.checkpoint.results
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    def number(self, *path: str) -> float | None:
+        """What results.json holds there, where it is a number."""
+        found = self.told(*path)
+        return found if type(found) in (int, float) and math.isfinite(found) else None
+
+    def title(self) -> str:
+        """The role that the checkpoint's own steps tell of; that of the slot where they are unknown."""
+        fast, slow = self.number("steps", "fast"), self.number("steps", "slow")
+        if fast is None or slow is None:
+            return self.role.title
+        return ROLES["baseline" if not fast else "dualspeed" if slow else "pruned"].title
 
 
 @dataclass
@@ -96,6 +116,12 @@ def load_slot(key: str, name: str | None) -> Slot:
 
 def loaded(slots: Iterable[Slot]) -> list[Checkpoint]:
     return [slot.checkpoint for slot in slots if slot.checkpoint is not None]
+
+
+def know_shapes_alone(slots: list[Slot]) -> bool:
+    """Whether all loaded checkpoints, and there is one, were trained on drawn shapes and on nothing else."""
+    known = [slot.told("datasets") for slot in slots if slot.checkpoint is not None]
+    return bool(known) and all(names == [SHAPES_DATA] for names in known)
 
 
 def ask(slots: list[Slot], image: Image.Image, question: str, pruner: str, ratio: float) -> dict[str, Pair]:

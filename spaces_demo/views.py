@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
+from huggingface_hub.constants import ENDPOINT
 from inference import Answer, merges
 from overlay import data_url
 from slots import HERE, Pair, Slot
@@ -14,24 +17,53 @@ from hf_dualspeed.evaluation.visualize import View, draw
 from hf_dualspeed.publishing.plots import CURVE_NAME
 from hf_dualspeed.utils.text import percent
 
+RATIO, PRUNER = ("settings", "pruning_ratio"), ("settings", "pruner", "pruner_type")
 COMPARE = (HERE / "compare.md", Path("docs/results/compare.md"))
-HEADER = """
-<div class="masthead"><h1>DualSpeed</h1>
-<p>Train vision-language models on a tenth of the visual tokens, answer with all of them. Ask three of them the same
-question, and see what is left of the image when a pruner has been over it.</p></div>
-"""
+PAPER = "https://arxiv.org/abs/2602.03815"
+WORDS = """Train vision-language models on a tenth of the visual tokens, answer with all of them. Ask three of them the
+same question, and see what is left of the image when a pruner has been over it."""
 ABOUT = """
+- **Each card** says what the checkpoint's own results.json says: model, data, steps, pruner, accuracy with all tokens,
+  time of the training on its machine, and the speed-up of its average step over a plain one on all tokens.
 - **All tokens** is the model as it is deployed. **Pruned tokens** is the same model on what the chosen pruner keeps of
   the image; DualSpeed's isolator, a few learned tokens, stands in front of them where the checkpoint has one.
-- **Latency** is one measurement on this machine, from the preprocessed image to the last token. The first answer after
-  the start has been thrown away.
+- **Latency** is measured on this machine, from the preprocessed image to the last token. A first answer warms up; the
+  latency is the median of three more. A model that takes over half a second answers once, so that visitors do not wait.
 - **Probability** is that of exactly this answer: the product of the probabilities of its tokens, its end included.
 - **The picture** is what the model saw, as its processor cut and scaled it. Kept tokens are in colour. Where a pruner
   merges, they stand for others too, and the picture shows only where each group has its place. Of models that cut an
   image into tiles, it shows the whole image's own tokens.
+- **The photograph** among the examples is the portrait of Grace Hopper, in the public domain, that matplotlib brings.
 - Pruners inside the language model (fastv, pyramiddrop) shorten no prompt and are not offered; learned ones only where
   a checkpoint was trained with them.
 """
+
+
+def header(slots: list[Slot]) -> str:
+    """Title, words, and links to the paper, the models that are on the Hub, and the code where a setting names it.
+
+    Raises:
+        ValueError: the setting DEMO_CODE is no address.
+    """
+    links = {"Paper": PAPER}
+    code = os.environ.get("DEMO_CODE")
+    if code:
+        if not re.fullmatch(r"https?://[^\s\"'<>]+", code):
+            raise ValueError(f"DEMO_CODE must be the address of the code, https://..., got {code[:80]!r}.")
+        links["Code"] = code
+    for slot in slots:
+        if slot.checkpoint is not None and slot.checkpoint.on_hub:
+            links[f"Model: {slot.name}"] = f"{ENDPOINT}/{slot.name}"
+    shown = "".join(
+        f'<a href="{escape(url)}" target="_blank" rel="noopener">{escape(name)}</a>' for name, url in links.items()
+    )
+    return f'<div class="masthead"><h1>DualSpeed</h1><p>{WORDS}</p><nav aria-label="Links">{shown}</nav></div>'
+
+
+def about(pruners: Mapping[str, str]) -> str:
+    """How to read the page, as Markdown, with a line on each pruner that is offered."""
+    lines = "".join(f"  - `{name}`: {words}\n" for name, words in pruners.items())
+    return f"{ABOUT.rstrip()}\n- **The pruners**, each by its own words:\n{lines}"
 
 
 def cards(slots: list[Slot], answers: Mapping[str, Pair] | None = None, pruner: str = "") -> str:
@@ -41,19 +73,45 @@ def cards(slots: list[Slot], answers: Mapping[str, Pair] | None = None, pruner: 
 
 
 def card(slot: Slot, pair: Pair | None, pruner: str) -> str:
+    name = f'<p class="name">{escape(slot.name)}</p>' if slot.name else ""
     if slot.checkpoint is None:
-        name = f'<p class="name">{escape(slot.name)}</p>' if slot.name else ""
         body = f'{name}<p class="problem">{escape(slot.problem)}</p>'
     else:
-        body = f'<p class="name">{escape(slot.name)}</p>'
+        body = f'{name}<p class="how">{escape(trained(slot))}</p>{figures(slot)}'
         body += '<p class="wait">Its answers appear here.</p>' if pair is None else answers(pair, pruner)
-    head = f'<h3>{slot.role.title}</h3><p class="how">{slot.role.how}</p>'
-    return f'<article class="card {slot.key}" data-role="{slot.key}">{head}{body}</article>'
+    return f'<article class="card {slot.key}" data-role="{slot.key}"><h3>{slot.title()}</h3>{body}</article>'
+
+
+def trained(slot: Slot) -> str:
+    """How a checkpoint was trained: model, data, steps and pruner, as far as its results say."""
+    fast, slow, ratio = (slot.number(*path) for path in (("steps", "fast"), ("steps", "slow"), RATIO))
+    model, data, pruner = slot.told("model"), slot.told("datasets"), slot.told(*PRUNER)
+    if fast is None or slow is None:
+        return "No results.json says how it was trained."
+    kept = f"{1 - ratio:.0%} of the tokens" if ratio is not None else "few tokens"
+    kept += f" (by {pruner})" if isinstance(pruner, str) else ""
+    parts = [f"{fast:,.0f} steps on {kept}"] if fast else []
+    parts += [f"{slow:,.0f} {'' if fast else 'steps '}on all"] if slow else []
+    names = ", ".join(map(str, data)) if isinstance(data, list) else ""
+    of = f"{model}{f' on {names}' if names else ''}: " if isinstance(model, str) else ""
+    return f"{of}{', '.join(parts)}."
+
+
+def figures(slot: Slot) -> str:
+    """What the training reached and cost, as far as the results say."""
+    seconds, speedup = slot.number("seconds", "total"), slot.number("speedup", "speedup")
+    rows = {
+        "Accuracy": percent(slot.number("accuracy")),
+        "Training": seconds is not None and training_time(seconds),
+        "Speed-up": speedup is not None and f"{speedup:.2f}x",
+    }
+    facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows.items() if value)
+    return f'<dl class="trained">{facts}</dl>' if facts else ""
 
 
 def answers(pair: Pair, pruner: str) -> str:
     both = answer("All tokens", "full", pair.full) + answer("Pruned tokens", "pruned", pair.pruned)
-    return f'<div class="answers">{both}</div>{figure(pair.pruned, pruner)}'
+    return f'<div class="answered"><div class="answers">{both}</div>{figure(pair.pruned, pruner)}</div>'
 
 
 def answer(title: str, kind: str, given: Answer | str) -> str:
@@ -61,9 +119,10 @@ def answer(title: str, kind: str, given: Answer | str) -> str:
         inner = f'<p class="problem">{escape(given)}</p>'
     else:
         share = given.used / max(1, given.total)
+        median = f"median of {given.timed}" if given.timed else "one answer"
         rows = (
-            ("Latency", f'<span class="latency">{duration(given.seconds)}</span>'),
-            ("Visual tokens", f'<span class="tokens">{given.used} of {given.total}</span>{bar(share)}'),
+            ("Latency", f'<span class="latency">{duration(given.seconds)}</span> <small>{median}</small>'),
+            ("Tokens", f'<span class="tokens">{given.used} of {given.total}</span>{bar(share)}'),
             ("Probability", f"{probability(given.probability)}{bar(given.probability)}"),
         )
         facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
@@ -77,12 +136,13 @@ def figure(given: Answer | str, pruner: str) -> str:
     if given.view is None:
         return '<p class="wait">No picture: this model prunes the tiles of an image each by itself.</p>'
     words = figure_caption(given, given.view, pruner)
-    picture = f'<img src="{data_url(draw(given.view))}" alt="{escape(words)}">'
+    picture = f'<img src="{data_url(draw(given.view, veil=None))}" alt="{escape(words)}">'
     return f"<figure>{picture}<figcaption>{escape(words)}</figcaption></figure>"
 
 
 def figure_caption(given: Answer, view: View, pruner: str) -> str:
-    words = f"{given.used} of {given.total} tokens kept by {pruner}"
+    share = given.used / max(1, given.total)
+    words = f"{given.used} of {given.total} tokens ({share:.0%}) kept by {pruner}"
     words += f", + {given.isolator} learned." if given.isolator else "."
     if merges(pruner):
         words += " They are means that stand for others too; shown is where each has its place."
@@ -99,6 +159,17 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
+def training_time(seconds: float) -> str:
+    """Seconds up to two minutes, then minutes, then hours."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
 def probability(value: float) -> str:
     return "below 0.1%" if value < 0.001 else f"{value:.1%}"
 
@@ -111,24 +182,34 @@ def runs_table(slots: list[Slot]) -> str:
     found = [slot for slot in slots if slot.checkpoint is not None and slot.checkpoint.results]
     if not found:
         return '<p class="note">None of the loaded checkpoints brings a results.json, which training writes.</p>'
-    header = ("checkpoint", "accuracy", "guessing", "fast steps", "slow steps", "training", "speed-up")
+    header = (
+        "checkpoint",
+        "accuracy",
+        "guessing",
+        "fast steps",
+        "slow steps",
+        "training",
+        "speed-up",
+        "machine",
+        "date",
+    )
     note = "Accuracy with all visual tokens; guessing is the most frequent answer, without the image. "
     note += "Speed-up: a training step on average, over a plain one on all tokens."
     return f'{table(header, [run_row(slot) for slot in found])}<p class="note">{note}</p>'
 
 
 def run_row(slot: Slot) -> tuple[str, ...]:
-    results = slot.checkpoint.results
-    steps, seconds = results.get("steps", {}), results.get("seconds", {}).get("total")
-    speedup = results.get("speedup", {}).get("speedup")
+    seconds, speedup = slot.number("seconds", "total"), slot.number("speedup", "speedup")
+    machine = slot.told("machine", "accelerator") or slot.told("machine", "cpu")
     return (
-        f"{slot.role.title} ({slot.name})",
-        percent(results.get("accuracy")) or "n/a",
-        percent(results.get("majority_accuracy")) or "n/a",
-        str(steps.get("fast", "n/a")),
-        str(steps.get("slow", "n/a")),
-        "n/a" if seconds is None else f"{seconds:.0f} s",
+        f"{slot.title()} ({slot.name})",
+        percent(slot.number("accuracy")) or "n/a",
+        percent(slot.number("majority_accuracy")) or "n/a",
+        *(str(steps) if (steps := slot.told("steps", kind)) is not None else "n/a" for kind in ("fast", "slow")),
+        "n/a" if seconds is None else training_time(seconds),
         "n/a" if speedup is None else f"{speedup:.2f}x",
+        str(machine or "n/a"),
+        str(slot.told("date") or "n/a"),
     )
 
 
@@ -147,7 +228,7 @@ def cell(words: str) -> str:
 
 def learning_curves(slots: list[Slot]) -> list[tuple[str, Path]]:
     """Title and learning curve of each loaded run that has one."""
-    folders = [(slot.role.title, slot.checkpoint.folder) for slot in slots if slot.checkpoint is not None]
+    folders = [(slot.title(), slot.checkpoint.folder) for slot in slots if slot.checkpoint is not None]
     return [(title, folder / CURVE_NAME) for title, folder in folders if (folder / CURVE_NAME).is_file()]
 
 

@@ -27,6 +27,7 @@ GAP = 16  # pixels between pictures
 EDGE = 448
 FRAME = (0, 158, 115)  # Okabe and Ito's green
 VEIL = (255, 255, 255)
+FADED = 0.62  # of the veil over tokens that are not kept
 
 
 @dataclass
@@ -85,14 +86,17 @@ def seen(inputs: Mapping, image: Image.Image, processor: object) -> Image.Image:
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def draw(view: View) -> Image.Image:
-    """Draws kept tokens in colour with a frame, the others grey and faded."""
+def draw(view: View, veil: tuple[int, int, int] | None = VEIL) -> Image.Image:
+    """Draws kept tokens in colour with a frame, the others grey and faded towards the colour `veil`. None: they are
+    see-through, and take the colour of the page, light or dark."""
     width, height = view.image.size
     scale = EDGE / max(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     colour = view.image.resize(size, Image.Resampling.BICUBIC)
     grey = ImageEnhance.Contrast(colour.convert("L").convert("RGB")).enhance(0.7)
-    out = Image.blend(grey, Image.new("RGB", size, VEIL), 0.62)
+    out = grey if veil is None else Image.blend(grey, Image.new("RGB", size, veil), FADED)
+    if veil is None:
+        out.putalpha(round(255 * (1 - FADED)))
     pen = ImageDraw.Draw(out)
     for row, column in sorted(view.kept):
         left, right = (round(size[0] * edge / view.columns) for edge in (column, column + 1))

@@ -58,7 +58,7 @@ def server(slots: list[Slot]):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", watched)
         page = app.build(slots)
-        _, url, _ = app.launch(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        _, url, _ = app.launch(page, server_name="127.0.0.1", wait=False, quiet=True)
         yield Server(url, page, outside)
         page.close()
 

@@ -40,7 +40,7 @@ def test_all_three_answer(client, image):
     assert page.count('class="answer full"') == page.count('class="answer pruned"') == 3
     assert page.count(f">{TOKENS} of {TOKENS}<") == 3
     assert page.count(f">16 of {TOKENS}<") == 3
-    assert page.count("data:image/jpeg;base64,") == 3
+    assert page.count("data:image/webp;base64,") == 3
 
 
 def test_ratio_and_pruner_change_the_picture(client, image):
@@ -102,6 +102,8 @@ def test_the_page_is_limited_and_says_nothing_to_others(server):
     assert server.page._queue.max_size == app.QUEUE
     assert server.page.max_file_size == 10 * 1024 * 1024
     assert config["analytics_enabled"] is False
+    opening = [fn for fn in server.page.fns.values() if fn.name == "example"]
+    assert [(fn.concurrency_limit, fn.inputs) for fn in opening] == [(None, [])]  # nothing to send, nobody to wait for
     asking = [fn for fn in server.page.fns.values() if fn.concurrency_id == "models"]
     assert len(asking) == 2
     assert {fn.concurrency_limit for fn in asking} == {1}
@@ -113,6 +115,20 @@ def test_the_webcam_is_there_where_it_is_wanted(slots):
     config = app.build(slots, webcam=True).config
     (picture,) = [c for c in config["components"] if c["props"].get("elem_id") == "image"]
     assert "webcam" in picture["props"]["sources"]
+
+
+def test_a_first_example_that_fails_leaves_the_page(slots, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    page = app.build(slots)
+    monkeypatch.setattr(app, "ask", fail)
+    page.worker.run()
+    assert "The first example has no answer: out of memory" in capsys.readouterr().err
+    page = app.build(load_slots({}))  # nobody to answer: nothing is asked
+    (question,) = [c for c in page.config["components"] if c["props"].get("elem_id") == "question"]
+    assert page.worker is None
+    assert not question["props"]["value"]
 
 
 def test_the_page_stands_without_any_checkpoint(tmp_path):

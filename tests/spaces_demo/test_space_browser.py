@@ -46,15 +46,15 @@ def visit(browser, server):
     errors of its scripts."""
     contexts, asked, errors = [], [], []
 
-    def opened(size: tuple[int, int] = DESKTOP) -> Page:
-        contexts.append(browser.new_context(viewport={"width": size[0], "height": size[1]}))
+    def opened(size: tuple[int, int] = DESKTOP, scheme: str = "light") -> Page:
+        contexts.append(browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme))
         page = contexts[-1].new_page()
         page.set_default_timeout(PATIENCE)
         page.on("request", lambda request: asked.append(request.url))
         page.on("websocket", lambda socket: asked.append(socket.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(server.url)
-        expect(page.locator("#cards article")).to_have_count(3)
+        expect(page.locator("#cards figure img")).to_have_count(3)  # of the first example
         return page
 
     yield opened
@@ -74,26 +74,66 @@ def image(tmp_path) -> str:
 
 
 def choose(page: Page, path: str) -> None:
+    if page.locator("#image img").count():
+        clear(page)
     page.locator("#image input[type=file]").first.set_input_files(path)
+
+
+def clear(page: Page) -> None:
+    page.locator("#image").get_by_role("button", name="Clear").click()
+    expect(page.locator("#image img")).to_have_count(0)
+
+
+def press(page: Page) -> None:
+    """Asks, and waits for cards that were not there before."""
+    page.locator(".cards").evaluate("cards => cards.dataset.old = 1")
+    page.locator("#ask").click()
+    expect(page.locator(".cards:not([data-old]) figure img")).to_have_count(3)
 
 
 def ask(page: Page, image: str, question: str = QUESTION) -> None:
     choose(page, image)
     expect(page.locator("#image img")).to_be_visible()
     page.locator("#question textarea, #question input").first.fill(question)
-    page.locator("#ask").click()
-    expect(page.locator("#cards figure img")).to_have_count(3)
+    press(page)
 
 
 def pictures(page: Page) -> list[str]:
     return [picture.get_attribute("src") for picture in page.locator("#cards figure img").all()]
 
 
-def keep(page: Page, name: str) -> None:
+def keep(page: Page, name: str, whole: bool = True) -> None:
     folder = os.environ.get("DUALSPEED_SCREENSHOTS")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True, animations="disabled")
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=whole, animations="disabled")
+
+
+def faint(page: Page) -> list[str]:
+    """The words in sight whose contrast with what is behind them is below 4.5:1, by WCAG's formula."""
+    return page.evaluate("""() => {
+        const pen = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d");
+        const layer = (colour, below) => {
+            pen.fillStyle = `rgb(${below})`; pen.fillRect(0, 0, 1, 1);
+            pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1);
+            return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        };
+        const behind = (part) => layer(getComputedStyle(part).backgroundColor,
+            part.parentElement ? behind(part.parentElement) : [255, 255, 255]);
+        const light = (rgb) => rgb.map((v) => v / 255)
+            .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        const found = [];
+        const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        while (texts.nextNode()) {
+            const part = texts.currentNode.parentElement, words = texts.currentNode.textContent.trim();
+            if (!words || !part.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+            const below = behind(part), own = light(layer(getComputedStyle(part).color, below)), other = light(below);
+            const contrast = (Math.max(own, other) + 0.05) / (Math.min(own, other) + 0.05);
+            if (contrast < 4.5) found.push(`${words.slice(0, 40)}: ${contrast.toFixed(2)}`);
+        }
+        return found;
+    }""")
 
 
 def wider_than_page(page: Page) -> float:
@@ -108,7 +148,6 @@ def wider_than_page(page: Page) -> float:
 
 def test_a_question_is_answered_by_all_side_by_side(visit, image):
     page = visit()
-    keep(page, "start")
     ask(page, image)
     for role in ("baseline", "dualspeed", "pruned"):
         card = page.locator(f"article.{role}")
@@ -149,8 +188,68 @@ def test_an_example_fills_in_image_and_question(visit):
         "what is the color of the rectangle?"
     )
     expect(page.locator("#image img")).to_be_visible()
-    page.locator("#ask").click()
-    expect(page.locator("#cards figure img")).to_have_count(3)
+    press(page)
+
+
+def test_the_page_opens_with_an_answered_example_in_sight(visit):
+    page = visit()
+    assert page.locator("#image img").evaluate("image => image.naturalWidth") > 0
+    assert page.locator("#question textarea, #question input").first.input_value()
+    for picture in page.locator("#cards figure img").all():
+        box = picture.bounding_box()
+        assert box["y"] + box["height"] <= DESKTOP[1]  # kept tokens, without scrolling
+    before = pictures(page)
+    press(page)
+    assert pictures(page) == before  # it is the answer to what stands above it
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_stand_out_and_pictures_are_as_dark_as_the_page(visit, scheme):
+    page = visit(scheme=scheme)
+    keep(page, f"start-{scheme}", whole=False)
+    assert faint(page) == []
+    light = page.locator("#cards figure img").first.evaluate("""(image) => {
+        const card = getComputedStyle(image.closest(".card")).backgroundColor;
+        const canvas = Object.assign(document.createElement("canvas"), {width: 448, height: 448});
+        const pen = canvas.getContext("2d");
+        pen.fillStyle = card; pen.fillRect(0, 0, 448, 448); pen.drawImage(image, 0, 0);
+        const data = pen.getImageData(0, 0, 448, 448).data;
+        return data.reduce((sum, v, i) => i % 4 == 3 ? sum : sum + v, 0) / (3 * 448 * 448);
+    }""")
+    assert (light > 160) == (scheme == "light")
+    page.get_by_role("tab", name="Results").click()
+    expect(page.locator(".results table").first).to_be_visible()
+    assert faint(page) == []
+    look = page.locator(".picture img").first.evaluate("image => getComputedStyle(image).filter")
+    assert ("invert" in look) == (scheme == "dark")
+    page.get_by_role("tab", name="How to read it").click()
+    expect(page.get_by_text("The pruners")).to_be_visible()
+    assert faint(page) == []
+
+
+def test_the_keyboard_shows_where_it_is(visit):
+    page = visit()
+    page.locator("#masthead a").first.focus()
+    outlined = set()
+    for _ in range(25):
+        page.keyboard.press("Tab")
+        part = page.evaluate("""() => {
+            const part = document.activeElement, look = getComputedStyle(part);
+            const name = part.id || part.getAttribute("role") || part.tagName;
+            return [name, look.outlineStyle, parseFloat(look.outlineWidth)];
+        }""")
+        if part[0] != "BODY":
+            assert part[1:] == ["solid", 3], part
+            outlined.add(part[0])
+    assert {"ask", "tab"} <= outlined
+
+
+def test_a_pruner_is_explained_when_it_is_chosen(visit):
+    page = visit()
+    expect(page.locator("#explained")).to_contain_text("Keeps the most diverse tokens")
+    page.locator("#pruner input").first.click()
+    page.get_by_role("option", name="grid", exact=True).click()
+    expect(page.locator("#explained")).to_contain_text("Keeps evenly spaced tokens")
 
 
 def test_a_broken_file_is_taken_away_with_a_word(visit, tmp_path, image):
@@ -174,6 +273,8 @@ def test_a_file_that_is_too_large_is_refused(visit, tmp_path):
 
 def test_nothing_to_ask_is_told(visit, image):
     page = visit()
+    clear(page)
+    page.locator("#question textarea, #question input").first.fill("")
     page.locator("#ask").click()
     expect(page.get_by_text("Please choose an image first")).to_be_visible()
     choose(page, image)
@@ -197,15 +298,19 @@ def test_two_at_once_get_their_own_answers(visit, image, tmp_path):
         expect(page.locator("#image img")).to_be_visible()
         page.locator("#question textarea, #question input").first.fill(QUESTION)
     for page in pages:
+        page.locator(".cards").evaluate("cards => cards.dataset.old = 1")
         page.locator("#ask").click()
     for page, expected in zip(pages, alone, strict=True):
-        expect(page.locator("#cards figure img")).to_have_count(3)
+        expect(page.locator(".cards:not([data-old]) figure img")).to_have_count(3)
         assert pictures(page) == expected
 
 
 def test_it_fits_a_phone(visit, image):
     page = visit(PHONE)
+    assert page.locator("#cards").bounding_box()["y"] > PHONE[1] / 2
     ask(page, image)
+    page.wait_for_function("() => document.getElementById('cards').getBoundingClientRect().top < 80")
+    keep(page, "phone-asked", whole=False)
     assert wider_than_page(page) <= 0
     boxes = [card.bounding_box() for card in page.locator("#cards article").all()]
     assert len({round(box["x"]) for box in boxes}) == 1  # below each other

@@ -9,6 +9,7 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import inference
 import numpy as np
@@ -17,7 +18,7 @@ import slots as places
 import torch
 import views
 from inference import Answer, Checkpoint, InputError, check_question, pruner_names, read_image
-from overlay import COLOURS, drawn_shape
+from overlay import COLOURS, EXAMPLES, PHOTO_QUESTIONS, drawn_shape, write_examples
 from PIL import Image
 from slots import Pair, Slot, ask, chosen_names, load_slot
 from tiny_models import FAMILIES, picture
@@ -162,6 +163,19 @@ def test_the_placeholder_of_images_is_no_question(checkpoints):
         checkpoints["baseline"].answer(IMAGE, "what is <image>?")
 
 
+def test_the_latency_is_the_median_after_a_warm_up(checkpoints, monkeypatch):
+    checkpoint = checkpoints["dualspeed"]
+    times = iter([0.4, 0.03, 0.01, 0.02])
+    monkeypatch.setattr(checkpoint, "_generate", lambda *_: ("blue", 0.5, next(times)))
+    answer = checkpoint.answer(IMAGE, QUESTION)
+    assert (answer.seconds, answer.timed) == (0.02, 3)
+    assert "20 ms</span> <small>median of 3" in views.answer("All tokens", "full", answer)
+    times = iter([0.6])  # slow: visitors wait for no other one
+    answer = checkpoint.answer(IMAGE, QUESTION)
+    assert (answer.seconds, answer.timed) == (0.6, 0)
+    assert "<small>one answer" in views.answer("All tokens", "full", answer)
+
+
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +203,29 @@ def test_kept_tokens_are_in_colour_and_others_grey():
             else:
                 red, green, blue = middle(row, column)
                 assert red == green == blue
+
+
+def test_without_a_veil_the_page_is_seen_through_other_tokens():
+    view = View(Image.new("RGB", (32, 32), (20, 60, 210)), 1, 2, {(0, 0)})
+    out = draw(view, veil=None)
+    pages = [Image.alpha_composite(Image.new("RGBA", out.size, colour), out) for colour in ("white", "black")]
+    kept, other = (100, 100), (kept_tokens.EDGE - 100, 100)
+    assert [page.getpixel(kept)[:3] for page in pages] == 2 * [(20, 60, 210)]
+    white, black = (page.getpixel(other)[:3] for page in pages)
+    assert all(a > 150 and b < 60 for a, b in zip(white, black, strict=True))
+    assert white == pytest.approx(draw(view).getpixel(other), abs=2)
+
+
+def test_examples_are_a_photograph_and_shapes(tmp_path):
+    photos, shapes = list(PHOTO_QUESTIONS), [question for *_, question in EXAMPLES]
+    assert [question for _, question in write_examples(tmp_path, shapes_first=False)] == photos + shapes
+    rows = write_examples(tmp_path, shapes_first=True)
+    assert [question for _, question in rows] == shapes + photos
+    assert min(read_image(rows[-1][0]).size) > 400
+    known = [SimpleNamespace(results=results) for results in ({"datasets": ["easy-vqa"]}, {"datasets": ["a"]}, {})]
+    for checkpoint, alone in zip(known, (True, False, False), strict=True):
+        assert places.know_shapes_alone([Slot("pruned"), Slot("dualspeed", "x", checkpoint)]) == alone
+    assert not places.know_shapes_alone([Slot("pruned")])
 
 
 def test_a_picture_of_another_shape_keeps_it():
@@ -324,12 +361,72 @@ def test_a_checkpoint_comes_from_the_hub_without_code_and_pickles(hub, tiny_runs
     assert "does not exist, or is private" in missing.problem
 
 
+# --- what the results say ---------------------------------------------------------------------------------------
+
+
+def test_a_slot_says_what_its_results_say(slots):
+    """Whatever the slot is called."""
+    for slot, title in zip(slots, ("Full-token baseline", "DualSpeed", "Pruned-trained"), strict=True):
+        assert Slot("dualspeed", "x", slot.checkpoint).title() == title
+    results = {
+        "model": "a model",
+        "datasets": ["some/data"],
+        "accuracy": 0.667,
+        "steps": {"fast": 1365, "slow": 35},
+        "seconds": {"total": 3000.4},
+        "speedup": {"speedup": 2.743},
+        "settings": {"pruning_ratio": 0.9, "pruner": {"pruner_type": "visionzip"}},
+    }
+    slot = Slot("baseline", "x", SimpleNamespace(results=results))
+    assert views.trained(slot) == "a model on some/data: 1,365 steps on 10% of the tokens (by visionzip), 35 on all."
+    card = views.cards([slot])
+    assert all(words in card for words in (">DualSpeed<", ">66.7%<", ">50 min<", ">2.74x<"))
+    results |= {"steps": {"fast": 0, "slow": 400}}
+    assert views.trained(slot) == "a model on some/data: 400 steps on all."
+    unknown = Slot("pruned", "x", SimpleNamespace(results={}))
+    assert unknown.title() == "Pruned-trained"
+    assert "No results.json says how it was trained." in views.cards([unknown])
+
+
+@pytest.mark.parametrize("odd", ["words", 7, [1], None, float("nan"), {"fast": [], "total": {}}])
+def test_results_of_others_may_hold_anything(odd):
+    keys = ("steps", "seconds", "speedup", "settings", "datasets", "model", "accuracy", "machine", "date")
+    slot = Slot("dualspeed", "x", SimpleNamespace(results=dict.fromkeys(keys, odd)))
+    assert "DualSpeed" in views.cards([slot])
+    assert "DualSpeed" in views.runs_table([slot])
+
+
+def test_links_are_those_that_are_known(monkeypatch):
+    monkeypatch.delenv("DEMO_CODE", raising=False)
+    own = SimpleNamespace(results={}, on_hub=False)
+    pushed = SimpleNamespace(results={}, on_hub=True)
+    slots = [Slot("baseline", "runs/own", own), Slot("dualspeed", "user/model", pushed), Slot("pruned", "user/gone")]
+    page = views.header(slots)
+    assert page.count("<a ") == 2
+    assert views.PAPER in page
+    assert '/user/model"' in page
+    monkeypatch.setenv("DEMO_CODE", "https://example.org/code?a=1&b=2")
+    assert 'href="https://example.org/code?a=1&amp;b=2"' in views.header(slots)
+    for bad in ("javascript:alert(1)", "example.org", 'https://a"onclick=', "ftp://a"):
+        monkeypatch.setenv("DEMO_CODE", bad)
+        with pytest.raises(ValueError, match="DEMO_CODE must be the address of the code"):
+            views.header(slots)
+
+
+def test_every_pruner_has_a_line(checkpoints):
+    names = pruner_names(list(checkpoints.values()))
+    lines = inference.explained_pruners(names)
+    assert list(lines) == names
+    assert all(line.endswith(".") and 20 < len(line) < 120 for line in lines.values())
+    assert f"`grid`: {lines['grid']}" in views.about(lines)
+
+
 # --- the page's words ---------------------------------------------------------------------------------------------
 
 
 def test_answers_and_names_are_shown_as_text():
     evil = "<script>alert(1)</script>"
-    slot = Slot("dualspeed", evil, checkpoint=object())
+    slot = Slot("dualspeed", evil, checkpoint=SimpleNamespace(results={}))
     pair = Pair(Answer(evil, 0.0123, 0.5, 64, 64), evil)
     page = views.cards([slot, Slot("pruned", evil, problem=evil)], {"dualspeed": pair})
     assert evil not in page
@@ -344,7 +441,7 @@ def test_small_numbers_and_merging_pruners_are_told_apart():
     assert views.duration(2.5) == "2.50 s"
     answer = Answer("x", 1, 1, 16, 64, 4, View(IMAGE, 8, 8, {(0, 0)}))
     assert "means that stand for others" in views.figure_caption(answer, answer.view, "tome")
-    assert views.figure_caption(answer, answer.view, "grid") == "16 of 64 tokens kept by grid, + 4 learned."
+    assert views.figure_caption(answer, answer.view, "grid") == "16 of 64 tokens (25%) kept by grid, + 4 learned."
 
 
 def test_results_of_the_runs(slots, tmp_path, monkeypatch):
