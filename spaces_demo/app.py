@@ -97,7 +97,16 @@ def _ask_tab(page: limits.Page, slots: list[Slot], pruners: Mapping[str, str], w
     shown = gr.HTML(cards(slots), elem_id="cards")
     inputs = [image, question, pruner, ratio]
     answer, renew = handlers(slots)
-    opened = None
+    # Both events share one limit by its id.
+    limits = {"concurrency_id": "models", "concurrency_limit": 1}
+    asked = [button.click, question.submit]
+    gr.on(asked, answer, inputs, shown, api_name="ask", **limits)
+    changes = [pruner.input, ratio.release]  # "always_last": while busy, only the last change is kept
+    gr.on(changes, renew, inputs, shown, api_visibility="private", trigger_mode="always_last", **limits)
+    checks = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 4}
+    image.upload(checked_upload, image, image, **checks)
+    gr.on(asked, None, [image, question], js=TO_ANSWERS, api_visibility="private")
+    pruner.change(None, pruner, line, js=f"(name) => ({json.dumps(lines)})[name]", api_visibility="private")
     if loaded(slots):
         answered, page.worker = answered_example(slots, *first)
 
@@ -106,16 +115,7 @@ def _ask_tab(page: limits.Page, slots: list[Slot], pruners: Mapping[str, str], w
 
         # It waits in no thread, and ends when the visitor asks something else.
         opened = page.load(example, None, shown, api_visibility="private", concurrency_limit=None)
-    # Both events share one limit by its id.
-    limits = {"concurrency_id": "models", "concurrency_limit": 1, "cancels": opened}
-    asked = [button.click, question.submit]
-    gr.on(asked, None, [image, question], js=TO_ANSWERS, api_visibility="private")
-    gr.on(asked, answer, inputs, shown, api_name="ask", **limits)
-    changes = [pruner.input, ratio.release]  # "always_last": while busy, only the last change is kept
-    gr.on(changes, renew, inputs, shown, api_visibility="private", trigger_mode="always_last", **limits)
-    pruner.change(None, pruner, line, js=f"(name) => ({json.dumps(lines)})[name]", api_visibility="private")
-    checks = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 4}
-    image.upload(checked_upload, image, image, **checks)
+        gr.on([*asked, *changes], None, cancels=opened, api_visibility="private")
 
 
 def answered_example(slots: list[Slot], path: str, question: str) -> tuple[Future[str], Thread]:

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterable
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 
@@ -107,6 +108,7 @@ def ablate(options: argparse.Namespace, path: Path, command: str) -> None:
     head = {
         "format": FORMAT,
         "command": command,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "settings": asdict(settings),
         "seeds": options.seeds,
         "jobs": options.jobs,

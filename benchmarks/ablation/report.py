@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from hf_dualspeed.publishing.plots import figure_of, save_figure
+from hf_dualspeed.publishing.plots import describe, figure_of, save_figure
 from hf_dualspeed.utils.text import markdown_table
 
 from ..common import cell, print_table
@@ -23,6 +23,7 @@ LOOKS = {
     KEPT: ("#009E73", "^"),
     "full tokens": ("#000000", "D"),
 }
+SAME_TIME = "equal time"  # the group that is drawn over time
 PLAIN = {BASELINE, *(of_seven_billion(speed_up).key for speed_up in MEASURED)}
 
 
@@ -94,22 +95,62 @@ def kind_of(key: str, results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Draws accuracy with all tokens: a panel per group, small marks for seeds and large ones for their mean."""
+    """Draws accuracy with all tokens: a panel per group, small marks for seeds and large ones for their mean. Runs that
+    were given the same time are drawn over the time that they took."""
     groups = list(results["groups"])
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
     most = max(len(results["groups"][group]) for group in groups)
-    figure, axes = figure_of(7 * columns, lines * (1.2 + 0.3 * most), lines, columns)
+    figure, axes = figure_of(
+        (9 if groups == [SAME_TIME] else 7) * columns,
+        lines * (1.6 + (0.45 if groups == [SAME_TIME] else 0.3) * most),
+        lines,
+        columns,
+    )
     panels = axes.flatten()
     for axis, group in zip(panels, groups, strict=False):
-        _draw_group(axis, results, group)
+        draw = _draw_times if group == SAME_TIME and results.get("timed", True) else _draw_group
+        draw(axis, results, group)
     for axis in panels[len(groups) :]:
         axis.set_axis_off()
     handles = {
         label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    size, settings = results["settings"]["size"], results["settings"]
+    model = f"language model of {size['layers']} layers of {size['hidden_size']}"
+    title = (
+        f"Grids of Fashion-MNIST, {settings['steps']} steps of {settings['batch_size']}, {len(results['seeds'])} seeds"
+    )
+    describe(figure, title, results, model)
     save_figure(figure, path, dpi=130)
+
+
+def _draw_times(axis: Axes, results: dict, group: str) -> None:
+    ends = []
+    for key, name in results["groups"][group]:
+        kind, own = kind_of(key, results), results["summary"][key]
+        colour, marker = LOOKS[kind]
+        runs = [run for run in results["runs"] if run["way"] == key]
+        axis.scatter(
+            [run["seconds"] for run in runs], [run["full"]["all"] for run in runs], s=12, color=colour, marker=marker
+        )
+        place = (own["seconds"]["mean"], own["full"]["mean"])
+        axis.scatter(*place, s=110, facecolors="none", edgecolors=colour, marker=marker, linewidths=1.8, label=kind)
+        ends.append((place[1], place[0], name, colour))
+    # Names on the left of what lies beside another point of the same height, else on the right.
+    for height, seconds, name, colour in ends:
+        beside = any(abs(height - other) < 0.004 and 0 < later - seconds < 40 for other, later, *_ in ends)
+        look = {"ha": "right", "xytext": (-9, 0)} if beside else {"ha": "left", "xytext": (9, 0)}
+        axis.annotate(
+            name, (seconds, height), textcoords="offset points", va="center", fontsize=9, color=colour, **look
+        )
+    axis.set_xlim(0, 1.15 * max(seconds for _, seconds, *_ in ends))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.set_xlabel("seconds of training (small: each seed, large: their mean)")
+    axis.set_ylabel("accuracy with all tokens")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_group(axis: Axes, results: dict, group: str) -> None:

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from hf_dualspeed.publishing.cards import merge_card, render
 from hf_dualspeed.publishing.model_card import environment_rows, pruning_words, settings_rows
-from hf_dualspeed.publishing.plots import figure_of, save_figure
+from hf_dualspeed.publishing.plots import describe, figure_of, save_figure
 from hf_dualspeed.utils.text import markdown_table
 from hf_dualspeed.utils.writing import write_file
 
@@ -66,7 +66,7 @@ def card(results: dict, picture: str) -> str:
     )
     values = {
         "front_matter": data.to_yaml(),
-        "model": results["model"] if isinstance(results["model"], str) else "a small LLaVA, from scratch",
+        "model": model_words(results),
         "pruned": pruning_words(results["settings"]["pruner"]),
         "mean_steps": own["steps"],
         "chosen": settings_rows({part: results[part] for part in ("settings", "training")}),
@@ -131,7 +131,14 @@ def plot(results: dict, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    title = f"{results['eval_dataset']}, {results['steps']} steps, {len(results['seeds'])} seeds"
+    describe(figure, title, results, model_words(results))
     save_figure(figure, path)
+
+
+def model_words(results: dict) -> str:
+    """The compared model in words."""
+    return results["model"] if isinstance(results["model"], str) else "a small LLaVA, from scratch"
 
 
 def _draw_variant(axis: Axes, results: dict, variant: str, colour: str, marker: str) -> None:

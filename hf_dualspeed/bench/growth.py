@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 
-from ..publishing.plots import figure_of, save_figure
+from ..publishing.plots import describe, figure_of, save_figure
 from ..utils.text import markdown_table
 from ..utils.writing import write_file
 from .options import BenchArguments
-from .plots import LINES
+from .plots import LINES, model_size
 from .report import check_format, expected_speedup, megabytes, print_table, quartiles, setting_line, times_of
 
 KIND = "growth of training steps with visual tokens"
@@ -176,9 +176,9 @@ def plot_growth(results: dict, path: Path) -> Path:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
         axis.legend(frameon=False, fontsize=9, title=fitted, title_fontsize=9, **place)
     run = results["runs"][0]
-    figure.suptitle(
+    title = (
         f"{run['shape']}, batch {run['batch']}, checkpointing {run['checkpointing']}, {settings['pruner']} removing "
-        f"{settings['pruning_ratio']:.0%} ({results['device']}, {results['dtype']})",
-        fontsize=11,
+        f"{settings['pruning_ratio']:.0%}"
     )
+    describe(figure, title, results, model_size(results))
     return save_figure(figure, path)

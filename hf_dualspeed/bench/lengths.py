@@ -17,7 +17,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 
 from ..data.lengths import SampleLengths
-from ..publishing.plots import figure_of, save_figure
+from ..publishing.plots import describe, figure_of, save_figure
 from ..trainer.length_grouping import MEGABATCH, ModeLengthSampler, grouped
 from ..trainer.schedule import FAST, SLOW, ModeSchedule
 from ..utils.progress import Work
@@ -25,7 +25,7 @@ from ..utils.text import markdown_table
 from ..utils.writing import write_file
 from .measure import Bench, order, surroundings
 from .options import BenchArguments
-from .plots import ARMS
+from .plots import ARMS, model_size
 from .report import check_format, milliseconds, print_table, quartiles, run_line, setting_line, spread
 from .shapes import PAD, supervised_tokens
 
@@ -330,9 +330,9 @@ def plot_lengths(results: dict, path: Path) -> Path:
     handles, said = axes[0].get_legend_handles_labels()
     figure.legend(handles, said, frameon=False, loc="outside lower center", ncols=2)
     settings = results["settings"]
-    figure.suptitle(
+    title = (
         f"{run['shape']}, batch {run['batch']}, texts of drawn lengths, {settings['pruner']} removing "
-        f"{settings['pruning_ratio']:.0%} ({results['device']}, {results['dtype']})",
-        fontsize=11,
+        f"{settings['pruning_ratio']:.0%}"
     )
+    describe(figure, title, results, model_size(results))
     return save_figure(figure, path)

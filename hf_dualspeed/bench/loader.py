@@ -34,7 +34,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from ..data.collators import VisionLanguageCollator
 from ..data.media import open_image
 from ..data.pictures import draft_edge
-from ..publishing.plots import figure_of, save_figure
+from ..publishing.plots import describe, figure_of, save_figure
 from ..utils.environment import machine, versions
 from ..utils.progress import Work
 from ..utils.text import markdown_table
@@ -313,4 +313,5 @@ def plot_rates(results: dict, path: Path) -> Path:
     panels[0].set_ylabel("samples per second of one worker")
     handles, words = panels[0].get_legend_handles_labels()
     figure.legend(handles, words, frameon=False, loc="outside lower center", ncols=2, fontsize=9)
+    describe(figure, "From JPEG files to batches: the processors of each model, on one core", results)
     return save_figure(figure, path)

@@ -15,12 +15,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..models.components import language_parts
 from ..models.interface import unwrap
-from ..publishing.plots import figure_of, save_figure
+from ..publishing.plots import describe, figure_of, save_figure
 from ..utils.devices import synchronize
 from ..utils.text import markdown_table
 from ..utils.writing import write_file
 from .options import BenchArguments
-from .plots import PART_STYLE
+from .plots import PART_STYLE, model_size
 from .report import check_format, milliseconds, model_line, print_table, quartiles, setting_line
 
 KIND = "profile of a fast step"
@@ -238,4 +238,7 @@ def plot_profile(results: dict, path: Path) -> Path:
             axis.set_xlabel("milliseconds")
             axis.set_title(f"{run['shape']}, a fast step {title}", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
+    settings = results["settings"]
+    title = f"A fast step with {settings['pruner']} removing {settings['pruning_ratio']:.0%}"
+    describe(figure, title, results, model_size(results))
     return save_figure(figure, path)

@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..publishing.plots import figure_of, save_figure
-from .plots import FULL_STEP, MARK, PART_STYLE
+from ..publishing.plots import describe, figure_of, save_figure
+from .plots import FULL_STEP, MARK, PART_STYLE, model_size
 from .report import FAST_PARTS, PARTS, REST, STEPS, milliseconds
 
 
@@ -30,11 +30,8 @@ def plot_steps(results: dict, path: Path) -> Path:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=3, markerscale=0.5)
     settings = results["settings"]
-    figure.suptitle(
-        f"{settings['pruner']} removing {settings['pruning_ratio']:.0%}, {settings['slow_ratio']:.0%} slow steps "
-        f"({results['device']}, {results['dtype']})",
-        fontsize=11,
-    )
+    title = f"{settings['pruner']} removing {settings['pruning_ratio']:.0%}, {settings['slow_ratio']:.0%} slow steps"
+    describe(figure, title, results, model_size(results))
     return save_figure(figure, path)
 
 

@@ -36,6 +36,13 @@ def figure_of(width: float, height: float, rows: int, columns: int, sharex: bool
     return figure, figure.subplots(rows, columns, sharex=sharex, squeeze=False)
 
 
+def describe(figure: Figure, title: str, results: dict, model: str = "") -> None:
+    """Titles a figure so that it can be read alone: below the title stand model, hardware and date of its results."""
+    machine = results.get("machine", {})
+    facts = [model, machine.get("accelerator") or machine.get("cpu"), str(results.get("date") or "")[:10]]
+    figure.suptitle(f"{title}\n{', '.join(filter(None, facts))}", fontsize=11)
+
+
 def save_figure(figure: Figure, path: str | Path, **options) -> Path:
     """Writes a figure as a PNG file; `options` are those of `Figure.savefig`."""
     buffer = BytesIO()

@@ -80,7 +80,7 @@ def choose(page: Page, path: str) -> None:
 
 
 def clear(page: Page) -> None:
-    page.locator("#image").get_by_role("button", name="Clear").click()
+    page.locator("#image").get_by_role("button", name="Remove Image").click()
     expect(page.locator("#image img")).to_have_count(0)
 
 

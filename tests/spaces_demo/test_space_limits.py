@@ -53,7 +53,8 @@ def test_files_of_the_server_are_no_uploads(space_process, upload):
 def test_the_page_s_own_events_are_checked_too(space_process):
     """A check of an upload answers with the picture: it would copy a file of the server to where it can be fetched."""
     config = space_process.http.get(str(space_process.http.base_url.join("/config"))).json()
-    own = [one["id"] for one in config["dependencies"] if one["api_name"] != "ask"]
+    own = [one for one in config["dependencies"] if one["inputs"] and one["backend_fn"]]
+    own = [one["id"] for one in own if one["api_name"] != "ask"]
     assert len(own) >= 2
     for index in own:
         for value in forms(str(space_process.folder / "private.png")):
@@ -175,7 +176,7 @@ def test_50_at_once_are_answered_or_told_why(space_process, upload):
 
     with ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(visit, range(50)))
-    answered = [answer.startswith("event: complete") for answer in answers]
+    answered = ["event: complete" in answer for answer in answers]  # behind a heartbeat, where it took long
     assert sum(answered) >= 20
     assert all(good or "Queue is full" in answer for good, answer in zip(answered, answers, strict=True))
     assert space_process.ask({"path": upload}).startswith("event: complete")
