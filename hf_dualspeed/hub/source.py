@@ -216,15 +216,24 @@ def save_code(part: object, kind: str, folder: Path) -> dict:
     Returns {} for classes of `__main__`, a notebook or a function: others cannot import them.
     """
     cls = type(part)
-    module, name = sys.modules.get(cls.__module__), cls.__module__.rpartition(".")[2]
-    file = Path(getattr(module, "__file__", None) or "")
-    if name == "__main__" or file.name != f"{name}.py" or getattr(module, cls.__name__, None) is not cls:
+    if not lies_in_module(cls):
         logger.info("%s lies in no module: whoever loads it from %s must register it first.", cls.__name__, folder)
         return {}
     part._auto_class = kind
     config: dict = {}
     custom_object_save(part, folder, config)
     return config
+
+
+def lies_in_module(cls: type) -> bool:
+    """Whether a class stands at the top of a file `name.py` of its own module, which others can import.
+
+    A script is none: it would run wherever it is imported. Nor is a notebook, or the `__init__.py` of a package.
+    """
+    module, name = sys.modules.get(cls.__module__), cls.__module__.rpartition(".")[2]
+    file = Path(getattr(module, "__file__", None) or "")
+    at_top = name != "__main__" and getattr(module, cls.__name__, None) is cls
+    return at_top and file.name == f"{name}.py" and CODE_NAME.fullmatch(file.name) is not None and file.is_file()
 
 
 def code_file(reference: object, source: Source) -> str:

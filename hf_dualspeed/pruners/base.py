@@ -160,7 +160,8 @@ class Pruner(nn.Module):
             results (`dict` or `list[dict]`, *optional*): measured values for the card: names and values, or rows.
 
         Raises:
-            ValueError: `repo_id` is not "user/name", or the published card's front matter cannot be read.
+            ValueError: `repo_id` is not "user/name", the published card's front matter cannot be read, or the class
+                of the pruner lies in no module whose code could be pushed: in a script, a notebook or a function.
             HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached. Nothing local changes.
         """
         return push_pruner(self, repo_id, results, commit_message, private=private, token=token, revision=revision)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo
 
-from ..hub.source import is_repo_id
+from ..hub.source import is_repo_id, lies_in_module
 from ..hub.upload import published_card, push_files
 from ..publishing.cards import code, merge_card, render
-from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from ..utils.constants import CARD_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.validation import checked
 from ..utils.writing import write_file
 from .config import budget
@@ -44,6 +44,13 @@ def push_pruner(
     """Implements [`Pruner.push_to_hub`]; `own_card` is a hand-written card, used if the repo has none yet."""
     if not is_repo_id(repo_id):
         raise ValueError(f"`repo_id` must be a Hub repo 'user/name', got {repo_id!r}.")
+    cls = type(pruner)
+    if is_custom(pruner) and not lies_in_module(cls):
+        raise ValueError(
+            f"The pruner {cls.__name__} is defined in {cls.__module__!r} ({cls.__qualname__}), whose code cannot be pushed "
+            "with it, and without it nobody can load the pruner. Move the class to the top of a file of its own, such as "
+            f"{pruner.config.pruner_type}_pruner.py, import it from there, and push again."
+        )
     existing = published_card(repo_id, hub.get("revision"), hub.get("token"))
     if existing and own_card and own_card != existing:
         logger.warning("%s has a card already: it is renewed, and the local %s left out.", repo_id, CARD_NAME)
@@ -51,11 +58,6 @@ def push_pruner(
     with tempfile.TemporaryDirectory() as folder:
         pruner.save_pretrained(folder)
         write_file(Path(folder) / CARD_NAME, card)
-        if is_custom(pruner) and "auto_map" not in json.loads((Path(folder) / PRUNER_CONFIG_NAME).read_text("utf-8")):
-            logger.warning(
-                "The code of %s lies in no module of its own and is not pushed: whoever loads it must register it.",
-                type(pruner).__name__,
-            )
         contents = {path.name: path for path in Path(folder).iterdir()}
         message = commit_message or f"Upload pruner {pruner.config.pruner_type}"
         return push_files(contents, repo_id, message, stale=lambda name: name == PRUNER_WEIGHTS_NAME, **hub)

@@ -255,9 +255,41 @@ def test_classes_without_a_file_are_saved_without_code(hub, tmp_path, caplog):
     pruner.save_pretrained(tmp_path / "saved")
     assert {p.name for p in (tmp_path / "saved").iterdir()} == {CONFIG}
     assert not caplog.text
-    pruner.push_to_hub(REPO)
-    assert "The code of Inner lies in no module of its own and is not pushed" in caplog.text
-    assert type(AutoPruner.from_pretrained(REPO)) is Inner
-    forget()
-    with pytest.raises(ValueError, match="must be one of .* got 'own_first'"):
-        AutoPruner.from_pretrained(REPO, trust_remote_code=True)
+    assert type(AutoPruner.from_pretrained(tmp_path / "saved")) is Inner
+
+
+def in_a_function():
+    class Mine(base.Pruner):
+        """Keeps the first tokens."""
+
+    return Mine
+
+
+def in_a_script():
+    spec = importlib.util.spec_from_loader("__main__", loader=None)
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = __file__  # a notebook's has none
+    exec("from hf_dualspeed import Pruner\nclass Mine(Pruner):\n    'Keeps the first tokens.'", vars(module))
+    return module.Mine
+
+
+@pytest.mark.parametrize("define", [in_a_function, in_a_script])
+def test_a_pruner_whose_code_cannot_be_pushed_is_refused(hub, monkeypatch, define):
+    cls = registry.register_pruner("own_first")(define())
+    if define is in_a_script:
+        monkeypatch.setattr(sys.modules["__main__"], "Mine", cls, raising=False)
+    with pytest.raises(ValueError, match=r"The pruner Mine is defined in .*Move the class to the top of a file"):
+        AutoPruner.from_name("own_first").push_to_hub(REPO)
+    assert REPO not in hub.repos
+
+
+@pytest.mark.parametrize(("file", "module"), [("mine/__init__.py", "mine"), ("mine-too.py", "mine-too")])
+def test_a_pruner_in_a_file_that_no_reference_can_name_is_refused(hub, tmp_path, file, module):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(CODE.replace("from .helper import ORDER", "ORDER = 1"))
+    importlib.import_module(module)
+    with pytest.raises(ValueError, match=r"The pruner First is defined in 'mine"):
+        AutoPruner.from_name("own_first").push_to_hub(REPO)
+    sys.modules.pop(module)
+    assert REPO not in hub.repos
