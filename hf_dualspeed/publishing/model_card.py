@@ -263,7 +263,7 @@ def _text(value: object) -> str | None:
 
 @contextmanager
 def kept_card(folder: Path, model: object) -> Iterator[None]:
-    """Keeps PEFT from writing into README.md in `folder` while it saves: it would replace tags by its own, in place.
+    """Keeps PEFT from writing into README.md in `folder` while it saves: a form that nobody filled in, and its own tags.
 
     It never looks at the card's contents, so a broken card cannot keep a model from being saved.
     """
@@ -271,7 +271,7 @@ def kept_card(folder: Path, model: object) -> Iterator[None]:
     path, aside = folder / "README.md", folder / "_README.md.kept"
     if aside.is_file() and (not path.is_file() or is_empty_form(path.read_bytes().decode(errors="replace"))):
         aside.replace(path)
-    if not (path.is_file() and hasattr(model, "create_or_update_model_card")):
+    if not hasattr(model, "create_or_update_model_card"):
         yield
         return
     model.create_or_update_model_card = lambda output_dir: None

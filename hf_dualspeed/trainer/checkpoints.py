@@ -64,7 +64,7 @@ class CheckpointMixin:
                 if saves:
                     self._save_fast_view(place, whole or self.dual_forward.state_dict())
         if saves and self.state.global_step and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            self.write_results(folder)
+            self.write_record(folder)
 
     @contextmanager
     def _place_of(self, folder: Path) -> Iterator[Path]:

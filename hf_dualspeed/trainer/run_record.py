@@ -21,6 +21,7 @@ from ..hub.errors import explained
 from ..hub.secrets import check_no_secret
 from ..hub.upload import push_files
 from ..pruners import budget
+from ..publishing.cards import given_keys
 from ..publishing.display import is_silent, print_end
 from ..publishing.files import PARTS, RECORD, left_out, published_files
 from ..publishing.model_card import adopt_published_card, read_card, write_model_card
@@ -173,6 +174,21 @@ class RunRecordMixin:
             results["learning_curve"] = CURVE_NAME
         write_results(folder, results)
         return results
+
+    def write_record(self, folder: Path) -> None:
+        """Writes the results beside a saved model and, beside adapters, the card, in place of PEFT's empty form.
+
+        A card that a person wrote, or that cannot be read, stays as it is.
+        """
+        results, path = self.write_results(folder), folder / CARD_NAME
+        if not results["adapter"]:
+            return
+        try:
+            earlier = read_card(path)
+            if not earlier or given_keys(earlier):
+                write_model_card(folder, results)
+        except ValueError as error:
+            logger.warning("%s is left as it is: %s", path, one_line(error))
 
     @checked
     def create_model_card(

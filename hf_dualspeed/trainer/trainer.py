@@ -13,7 +13,7 @@ import torch
 from accelerate import DistributedDataParallelKwargs
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import Trainer
+from transformers import ProcessorMixin, Trainer
 from transformers.trainer_callback import ExportableState
 
 from ..data.collators import MaskVisualLabels
@@ -108,6 +108,9 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         if not isinstance(args, DualSpeedArguments):
             raise ValueError(f"`args` must be DualSpeedTrainingArguments, got {type(args).__name__}.")
         check_given(kwargs)
+        if kwargs.get("processing_class") is None:  # so that it is saved with the model
+            processor = getattr(kwargs.get("data_collator"), "processor", None)
+            kwargs["processing_class"] = processor if isinstance(processor, ProcessorMixin) else None
         check_loss_func(kwargs.get("compute_loss_func"))
         without_ligers_loss(args)
         check_losses(type(self), DualSpeedMixin, (Trainer, *self.known_losses))

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, batch
-from training import QUIET, history, learned_pruner, make  # noqa: F401
-from transformers import TrainerCallback
+from training import DATA, QUIET, Collator, history, learned_pruner, make  # noqa: F401
+from transformers import AutoProcessor, TrainerCallback
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.models.components import parameter_roles
@@ -242,18 +242,40 @@ def test_virtual_tokens_are_refused(tmp_path):
         make(tmp_path, model=model)
 
 
+def test_adapters_are_saved_with_processor_and_card(tmp_path):
+    base, processor = FAMILIES["llava"].build()
+    trainer = DualSpeedTrainer(
+        get_peft_model(base, lora()),
+        DualSpeedTrainingArguments(tmp_path, **{**QUIET, "save_strategy": "steps"}, save_steps=2, max_steps=2),
+        train_dataset=DATA,
+        data_collator=Collator(FAMILIES["llava"], processor),  # which alone is given the processor
+    )
+    trainer.save_model(tmp_path / "untrained")
+    assert not (tmp_path / "untrained" / "README.md").exists()
+    trainer.train()
+    trainer.save_model(tmp_path / "adapters")
+    card = ModelCard.load(tmp_path / "adapters" / "README.md")
+    assert (card.data.library_name, card.data.tags) == ("peft", ["dualspeed"])
+    assert not (tmp_path / "checkpoint-2" / "README.md").exists()  # its figures would be those of half a run
+    for folder in ("adapters", "checkpoint-2", "untrained"):
+        AutoProcessor.from_pretrained(tmp_path / folder)
+
+
 def test_the_card_is_that_of_an_adapter(tmp_path, monkeypatch):
     base, _ = FAMILIES["llava"].build()
     base.save_pretrained(tmp_path / "base")
     base = type(base).from_pretrained(tmp_path / "base")
     trainer = run(tmp_path / "out", get_peft_model(base, lora()), max_steps=2)
     path = tmp_path / "out" / "README.md"
+    path.parent.mkdir(exist_ok=True)
+    trainer.model.create_or_update_model_card(path.parent)
+    assert "[More Information Needed]" in path.read_text()  # PEFT's empty form, of an earlier version
     trainer.save_model()
-    assert "[More Information Needed]" in path.read_text()  # PEFT's empty form
-    trainer.create_model_card()
+    path.write_text(path.read_text() + "\n## Mine\n\nwords\n")
+    trainer.save_model()  # as pushing does
     text = path.read_text()
-    trainer.save_model()  # as pushing does, after which PEFT would have made the tags its own
-    assert path.read_text() == text
+    assert text.endswith("\n## Mine\n\nwords\n")
+    assert "[More Information Needed]" not in text
     card = ModelCard.load(path)
     assert (card.data.library_name, card.data.tags, card.data.base_model) == ("peft", ["dualspeed"], None)
     assert str(tmp_path) not in text
