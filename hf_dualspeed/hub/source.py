@@ -49,6 +49,7 @@ class Source:
         local (`bool`): whether it is a folder.
         revision, token, cache_dir, force_download, local_files_only: those of [`~huggingface_hub.hf_hub_download`].
         commit (`str`, *optional*): the commit's hash.
+        hurried (`bool`): whether to ask the Hub only once.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Source:
     force_download: bool = False
     local_files_only: bool = False
     commit: str | None = None
+    hurried: bool = False
 
     def __post_init__(self):
         check_fields(self)
@@ -103,7 +105,7 @@ class Source:
             return cached
         try:
             with explained("load", str(self), filename):
-                return self._download(filename, limit, hurried=cached is not None)
+                return self._download(filename, limit, hurried=self.hurried or cached is not None)
         except (RevisionNotFoundError, EntryNotFoundError):
             raise
         except OSError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +12,15 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..hub.source import Source
 from ..hub.upload import card_text, published_card
+from ..utils.constants import CARD_NAME
 from ..utils.validation import checked
 from ..utils.writing import write_file
 from .cards import TEMPLATES, Markdown, adopt_card, code, given_keys, merge_card, plain, render, split_front_matter
+from .results import is_hub_id
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = TEMPLATES / "model_card.md.jinja"
 # What a card says only where the results do.
@@ -33,6 +40,7 @@ OPTIONAL += ("data_wait", "speedup", "steps")
 PEFT_KEYS = {"base_model", "library_name", "pipeline_tag", "tags"}
 PEFT_LINES = ("### Framework versions", "- PEFT ", "## Training procedure")
 QUANTIZED = "The following `bitsandbytes` quantization config was used during training:"
+LICENSE = ("license", "license_name", "license_link")
 # Keys of `Trainer.evaluate` that measure time, not quality.
 EVALUATION_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
@@ -49,8 +57,28 @@ def write_model_card(folder: str | Path, results: dict) -> Path:
         ValueError: the existing card is not UTF-8, or its front matter is not a YAML mapping.
     """
     path = Path(folder) / "README.md"
-    earlier, text = read_card(path), model_card(results)
+    earlier = read_card(path)
+    if "license" in split_front_matter(earlier)[0].keys() - given_keys(earlier):  # a person's, not the base model's
+        results = {**results, "hub": {k: v for k, v in results.get("hub", {}).items() if k not in LICENSE}}
+    text = model_card(results)
     return write_file(path, merge_card(without_stale(earlier, text), text))
+
+
+def license_of(model: str | None, token: str | bool | None = None) -> dict[str, str]:
+    """The licence in the front matter of a model's own card, in a folder or on the Hub, with its name and link.
+
+    {} where it is not known, the Hub cannot be reached, or the card cannot be read.
+    """
+    local = model is not None and Path(model).is_dir()
+    if not local and not is_hub_id(model):
+        return {}
+    source = Source(model, local, token=token, hurried=True)
+    try:
+        head, _ = split_front_matter(card_text(source.fetch(CARD_NAME), f"{CARD_NAME} of {source}"))
+    except (OSError, ValueError) as error:  # errors of the Hub among them
+        logger.debug("The licence of %s is not known: %s", model, error)
+        return {}
+    return {key: head[key] for key in LICENSE if isinstance(head.get(key), str)} if "license" in head else {}
 
 
 def without_stale(earlier: str, generated: str) -> str:
@@ -91,7 +119,7 @@ def model_card(results: dict) -> str:
         datasets=hub.get("datasets") or None,
         language=results.get("language"),
         library_name="peft" if adapter else "transformers",
-        license=results.get("license"),
+        **({"license": results["license"]} if results.get("license") else {k: hub.get(k) for k in LICENSE}),
         pipeline_tag="image-text-to-text",
         tags=list(dict.fromkeys(["dualspeed", *results.get("tags", [])])),
         model_name=_name(results),
@@ -187,7 +215,7 @@ def environment_rows(results: dict) -> list[tuple]:
 
 def _name(results: dict) -> str:
     repo_id = results.get("hub", {}).get("repo_id")
-    return repo_id.split("/")[-1] if repo_id else " ".join(results.get("name", "model").split())
+    return repo_id.split("/")[-1] if repo_id else " ".join(results.get("name", "").split()) or "model"
 
 
 def _eval_results(results: dict) -> list[EvalResult] | None:
@@ -214,7 +242,7 @@ def _eval_results(results: dict) -> list[EvalResult] | None:
     return [
         EvalResult(
             task_type="image-text-to-text",
-            dataset_type=dataset,
+            dataset_type=dataset if is_hub_id(dataset) else dataset_slug(dataset),
             dataset_name=dataset,
             dataset_split=split,
             metric_type=metric,
@@ -224,6 +252,11 @@ def _eval_results(results: dict) -> list[EvalResult] | None:
         for dataset, split, metric, name, value in rows
         if value is not None and math.isfinite(value)  # the Hub rejects others
     ] or None
+
+
+def dataset_slug(name: str) -> str:
+    """A data set's name as the Hub takes it for a type: no folder, and no other signs than `-`, `_` and `.`."""
+    return re.sub(r"[^\w.-]+", "-", name.rstrip("/").rpartition("/")[2], flags=re.ASCII).strip("-") or "data"
 
 
 def _seen(evaluation: dict) -> str:
@@ -263,7 +296,7 @@ def _text(value: object) -> str | None:
 
 @contextmanager
 def kept_card(folder: Path, model: object) -> Iterator[None]:
-    """Keeps PEFT from writing into README.md in `folder` while it saves: a form that nobody filled in, and its own tags.
+    """Keeps PEFT from writing into README.md in `folder` while it saves: an empty form, and tags of its own.
 
     It never looks at the card's contents, so a broken card cannot keep a model from being saved.
     """

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..hub.source import is_repo_id
 from ..utils.constants import RESULTS_NAME
 from ..utils.environment import machine, versions
 from ..utils.text import finite, parse_json, without_paths
@@ -32,6 +33,8 @@ OF_WEIGHTS = (
 )
 # Builders of `datasets` that name a storage format, not a data set.
 STORAGE = ("arrow", "audiofolder", "csv", "generator", "imagefolder", "json", "pandas", "parquet", "text", "webdataset")
+# Of files that hold a data set.
+DATA_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".zip")
 
 # Kinds of values: how an error names one, and whether a value is one. Null passes for a word or a number.
 WORD = ("a word", lambda value: value is None or isinstance(value, str))
@@ -68,7 +71,7 @@ SHAPE = {
     "visual_tokens": {"*": NUMBER},
     "peak_memory": {"bytes": NUMBER, "of": WORD},
     "speedup": {"*": NUMBER},
-    "hub": {"repo_id": WORD, "base_model": WORD, "datasets": WORDS},
+    "hub": {"repo_id": WORD, "base_model": WORD, "datasets": WORDS, "license*": WORD},
 }
 # A card shows each of them.
 MOST_EVALUATIONS = 1000
@@ -113,8 +116,8 @@ def dataset_name(dataset: object) -> str | None:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether `name` looks like a Hub repo and is not a local path."""
-    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    """Whether `name` looks like a Hub repo, "user/name", and is neither a local path nor the name of a data file."""
+    return name is not None and is_repo_id(name) and Path(name).suffix not in DATA_FILES and not Path(name).exists()
 
 
 @checked

@@ -24,7 +24,7 @@ from ..pruners import budget
 from ..publishing.cards import given_keys
 from ..publishing.display import is_silent, print_end
 from ..publishing.files import PARTS, RECORD, left_out, published_files
-from ..publishing.model_card import adopt_published_card, read_card, write_model_card
+from ..publishing.model_card import adopt_published_card, license_of, read_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_results, run_record, write_results
 from ..utils.constants import CARD_NAME
 from ..utils.environment import peak_memory, reset_peak_memory
@@ -73,6 +73,7 @@ class RunRecordMixin:
         self._earlier: dict = {}
         self._speedup: dict | None = None
         self._peak: dict | None = None
+        self._licenses: dict[str | None, dict[str, str]] = {}  # by the name of the base model
         self._failed_pushes: dict[str, str] = {}  # errors of those in the background, by their messages
         # The data set of each metric, by step and name.
         self._evaluated_on: dict[tuple[int, str], str | None] = {}
@@ -141,9 +142,16 @@ class RunRecordMixin:
             "repo_id": repo_id if repo_id and "/" in repo_id else None,
             "base_model": results["base_model"] if is_hub_id(results["base_model"]) else None,
             "datasets": [name for name in results["datasets"] if is_hub_id(name)],
+            **self._base_license(results["base_model"]),
         }
         results |= {"hub": {key: value for key, value in on_hub.items() if value}}
         return without_paths({key: value for key, value in results.items() if is_known(value)})
+
+    def _base_license(self, base: str | None) -> dict[str, str]:
+        """The base model's licence. The Hub is asked once, and by the main process alone."""
+        if base not in self._licenses:
+            self._licenses[base] = license_of(base, self.args.hub_token) if self.is_world_process_zero() else {}
+        return self._licenses[base]
 
     def _evaluated(self) -> tuple[dict | None, str | None]:
         """Metrics of the current weights from the Trainer's evaluation, and their data set if there is exactly one.

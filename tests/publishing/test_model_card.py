@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from hf_dualspeed.publishing.model_card import (
     QUANTIZED,
     adopt_published_card,
     is_empty_form,
+    license_of,
     model_card,
     pruning_words,
     write_model_card,
 )
-from hf_dualspeed.publishing.results import dataset_name, read_results, write_results
+from hf_dualspeed.publishing.results import dataset_name, is_hub_id, read_results, write_results
 from hf_dualspeed.trainer import speedup
 
 RESULTS = {
@@ -86,6 +88,76 @@ def test_the_hub_reads_the_results(card):
     assert (name, results) == ("run", card.data.eval_results)
     assert eval_results_to_model_index(name, results) == index
     ModelCardData(**card.data.to_dict(), ignore_metadata_errors=False)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind"),
+    [
+        ("org/data", "org/data"),
+        ("easy-vqa", "easy-vqa"),
+        ("data/val.json", "val.json"),
+        ("runs/my questions/", "my-questions"),
+        ("C:\\data\\\u00e4", "C-data"),
+    ],
+)
+def test_names_of_data_sets_are_ones_that_the_hub_takes(dataset, kind):
+    """The Hub's own pattern of `dataset.type` in a model index."""
+    scored = {"dataset": dataset, "metric": "anls", "view": "full", "value": 1, "n": 3}
+    data = ModelCard(model_card({**RESULTS, "name": " ", "eval_dataset": dataset, "evaluations": [scored]})).data
+    assert data.model_name == "model"
+    for result in data.eval_results:
+        assert result.dataset_type == kind
+        assert re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", result.dataset_type)
+        assert (result.dataset_name, result.task_type) == (dataset, "image-text-to-text")
+    assert {result.metric_type for result in data.eval_results} == {"accuracy", "anls"}
+    index = data.to_dict()["model-index"]
+    assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
+
+
+@pytest.mark.parametrize(
+    ("card", "known"),
+    [
+        ("license: mit", {"license": "mit"}),
+        (
+            "license: other\nlicense_name: own\nlicense_link: LICENSE",
+            {"license": "other", "license_name": "own", "license_link": "LICENSE"},
+        ),
+        ("license_name: own", {}),
+        ("license: [mit]", {}),
+        ("license: [", {}),
+        ("tags: [a]", {}),
+    ],
+)
+def test_the_licence_is_that_of_the_base_model(hub, tmp_path, card, known):
+    text = f"---\n{card}\n---\nwords"
+    (tmp_path / "README.md").write_text(text)
+    hub.put("org/base", {"README.md": text, "config.json": "{}"})
+    hub.put("org/bare", {"config.json": "{}"})
+    assert license_of(str(tmp_path)) == license_of("org/base") == known
+    for unknown in ("org/bare", "org/missing", str(tmp_path / "missing"), "llava", "", None):
+        assert license_of(unknown) == {}
+    data = ModelCard(model_card({**RESULTS, "hub": known})).data
+    assert {key: data.get(key) for key in known} == known
+    assert data.get("license") == known.get("license")
+
+
+def test_an_unreachable_hub_knows_no_licence(hub):
+    hub.stop()
+    assert license_of("org/base") == {}
+
+
+def test_the_card_of_a_run_has_the_licence_of_its_base_model(hub, tmp_path):
+    hub.put("org/base", {"README.md": "---\nlicense: apache-2.0\n---\n"})
+    trainer = make(tmp_path, max_steps=1)
+    trainer.facts["base_model"] = "org/base"
+    trainer.create_model_card()
+    assert ModelCard.load(tmp_path / "README.md").data.license == "apache-2.0"
+    hub.stop()  # which is not asked again
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")  # a person's stays ...
+    trainer.create_model_card()
+    assert ModelCard.load(tmp_path / "README.md").data.license == "mit"
+    trainer.create_model_card(license="bsd-3-clause")  # ... unless one is given
+    assert ModelCard.load(tmp_path / "README.md").data.license == "bsd-3-clause"
 
 
 @pytest.mark.parametrize(
@@ -373,6 +445,14 @@ def test_data_sets_that_know_their_name():
     assert dataset_name(named(DATA, dataset_name="easy")) == "easy"
     for unknown in (named(DATA, dataset_name="json"), named(DATA), DATA, None, {"a": DATA}):
         assert dataset_name(unknown) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["org/data.json", "../data", "data/train.jsonl", "tests/data", "a/b/c", "easy-vqa", None]
+)
+def test_what_is_no_hub_id(name):
+    assert is_hub_id("org/data.v1")
+    assert not is_hub_id(name)
 
 
 def test_a_plain_trainer_has_a_filled_card(tmp_path):
