@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
-from ..publishing.model_card import read_card, write_model_card
+from ..publishing.model_card import LICENSE, license_of, read_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, is_hub_id, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
 from ..utils.validation import check_tensors, checked, loading
@@ -94,7 +94,8 @@ def _write_record(found: Checkpoint, folder: Path) -> None:
         if file != RESULTS_NAME and (beside / file).is_file():
             copy_file((beside / file).resolve(), folder / file)  # a link in the cache of the Hub
     results |= {"name": folder.name, "adapter": False, "processor": True, "base_model": Path(found.base).name}
-    on_hub = {"datasets": results["hub"]["datasets"]} if results.get("hub", {}).get("datasets") else {}
+    on_hub = {key: results["hub"][key] for key in ("datasets", *LICENSE) if results.get("hub", {}).get(key)}
+    on_hub = {**license_of(found.base), **on_hub}
     if is_hub_id(found.base):
         results["base_model"] = on_hub["base_model"] = found.base
     write_results(folder, {**results, "hub": on_hub})

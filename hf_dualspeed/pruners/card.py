@@ -48,8 +48,8 @@ def push_pruner(
     if is_custom(pruner) and not lies_in_module(cls):
         raise ValueError(
             f"The pruner {cls.__name__} is defined in {cls.__module__!r} ({cls.__qualname__}), whose code cannot be "
-            "pushed with it, and without it nobody can load the pruner. Move the class to the top of a file of its own, "
-            f"such as {pruner.config.pruner_type}_pruner.py, import it from there, and push again."
+            "pushed with it, and without it nobody can load the pruner. Move the class to the top of a file of its "
+            f"own, such as {pruner.config.pruner_type}_pruner.py, import it from there, and push again."
         )
     existing = published_card(repo_id, hub.get("revision"), hub.get("token"))
     if existing and own_card and own_card != existing:

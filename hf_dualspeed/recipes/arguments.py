@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..models.adapters import lora_config
-from ..trainer.training_args import DualSpeedTrainingArguments
+from ..trainer.training_args import DualSpeedArguments, DualSpeedTrainingArguments
 from ..utils.constants import CHECKED_SAMPLES, LONG_SAMPLES, UNREADABLE_IMAGES
 from ..utils.text import one_line
 from ..utils.validation import (
@@ -29,6 +32,60 @@ from ..utils.validation import (
 
 NULL = "tag:yaml.org,2002:null"
 DTYPES = ("float32", "bfloat16", "auto")
+
+# Where `--help` shows the options of a recipe and those of DualSpeed; others follow in the order of their classes.
+TOPICS = {
+    "model": ("model_name_or_path", "tiny_llava", "dtype", "attn_implementation", "lora", "load_in_4bit"),
+    "what is trained, and how long": (
+        "train_vision_tower",
+        "train_projector",
+        "train_language_model",
+        "early_stopping_patience",
+    ),
+    "data": ("dataset", "dataset_split", "max_length", "long_samples", "check_data"),
+    "pictures": (
+        "image_folder",
+        "image_column",
+        "max_pixels",
+        "processor_options",
+        "unreadable_images",
+        "image_cache_mib",
+        "jpeg_draft",
+    ),
+    "evaluation and model card": (
+        "eval_dataset",
+        "eval_split",
+        "eval_image_column",
+        "eval_batch_size",
+        "max_new_tokens",
+        "eval_limit",
+        "card_images",
+    ),
+    "pruning": (
+        "pruner",
+        "pruning_ratio",
+        "pruner_kwargs",
+        "pruner_revision",
+        "isolator_length",
+        "position_ids",
+        "proportional_attention",
+        "video_budget",
+    ),
+    "fast and slow steps": (
+        "slow_mode_ratio",
+        "mode_schedule",
+        "min_slow_mode_ratio",
+        "max_slow_mode_ratio",
+        "min_pruning_ratio",
+        "slow_warmup_steps",
+        "slow_tail_ratio",
+        "distillation_weight",
+        "distillation_temperature",
+        "fast_only_parameters",
+        "slow_only_parameters",
+    ),
+}
+METAVARS = {int: "N", float: "X"}
 
 
 @dataclass
@@ -118,6 +175,13 @@ class RecipeArguments:
         metadata={"help": "Train the projector, and what belongs to neither tower nor language model."},
     )
     train_language_model: bool = field(default=True, metadata={"help": "Train the language model."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations in a row without a lower loss. It needs eval_strategy and "
+            "load_best_model_at_end. Unset: train to the end."
+        },
+    )
     lora: dict | str | None = field(
         default=None,
         metadata={"help": "Train LoRA adapters instead of weights: arguments of peft.LoraConfig (JSON)."},
@@ -168,6 +232,7 @@ class RecipeArguments:
             "max_new_tokens",
             "eval_limit",
             "max_length",
+            "early_stopping_patience",
         ):  # used after the training, when it is too late
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 1)
@@ -201,21 +266,101 @@ class RecipeArguments:
             )
 
 
+def check_evaluation(recipe: RecipeArguments, args: DualSpeedTrainingArguments) -> None:
+    """Checks what evaluation during training needs of both: data, the loss as metric, and what early stopping asks for.
+
+    Raises:
+        ValueError: something is missing, which would show only once the weights are loaded, or in the first evaluation.
+    """
+    evaluates, metric = args.eval_strategy != "no", args.metric_for_best_model
+    if evaluates and recipe.eval_dataset is None:
+        raise ValueError(
+            f"`eval_strategy` is {args.eval_strategy.value!r}, but there is no `eval_dataset`. Set it, or "
+            "eval_strategy=no."
+        )
+    if evaluates and metric not in (None, "loss", "eval_loss"):
+        raise ValueError(
+            f"`metric_for_best_model` is {metric!r}, but evaluation during a recipe's training measures the loss "
+            "alone. Set it to loss."
+        )
+    if evaluates and args.greater_is_better and metric is not None:
+        raise ValueError(
+            "`greater_is_better` is True, but the best checkpoint is chosen by the loss, of which less is better. Set "
+            "it to false."
+        )
+    if recipe.early_stopping_patience is not None and not (evaluates and args.load_best_model_at_end):
+        raise ValueError(
+            f"`early_stopping_patience` is {recipe.early_stopping_patience}, which needs evaluations and their best "
+            f"checkpoint: `eval_strategy` is {args.eval_strategy.value!r} and `load_best_model_at_end` "
+            f"{args.load_best_model_at_end}. Set eval_strategy and save_strategy to epoch, or both to steps, and "
+            "load_best_model_at_end=True."
+        )
+
+
+class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults that say something, and choices below their option, where they can be broken into lines."""
+
+    def _get_help_string(self, action):
+        words = action.help or ""
+        if action.choices is not None and len(action.choices) > 3:
+            words += f" One of {', '.join(map(str, action.choices))}."
+        shown = action.default not in (None, "", [], argparse.SUPPRESS)
+        return f"{words} (default: %(default)s)" if shown else words
+
+    def _format_action_invocation(self, action):
+        action = copy.copy(action)  # `--some-option` is also taken, and not shown
+        action.option_strings = [name for name in action.option_strings if "-" not in name.strip("-")]
+        return super()._format_action_invocation(action)
+
+
 class RecipeParser(HfArgumentParser):
-    """[`~transformers.HfArgumentParser`] with defaults from a YAML file. Errors are exceptions."""
+    """[`~transformers.HfArgumentParser`] with defaults from a YAML file, and help by topic. Errors are exceptions."""
 
     def __init__(self, prog: str | None = None):
         super().__init__(
             (RecipeArguments, DualSpeedTrainingArguments),
             prog=prog,
-            description="Fine-tunes a vision-language model with DualSpeed.",
+            usage="%(prog)s [--config RECIPE.yaml] [--OPTION VALUE ...]",
+            description="Fine-tunes a vision-language model with DualSpeed. Options stand in a recipe, a YAML file, or "
+            "here, which overrides it. A BOOL is true or false, and alone it means true.",
             allow_abbrev=False,
+            formatter_class=RecipeHelp,
         )
-        self.add_argument("--config", help="YAML file of defaults for the options below.")
+        self.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of defaults for the options below.")
+        for action in self._actions:
+            switch = action.nargs == "?" and action.const is True
+            few = action.choices is not None and len(action.choices) <= 3
+            if action.metavar is None and action.nargs != 0 and not few:
+                action.metavar = "BOOL" if switch else METAVARS.get(action.type, "VALUE")
         self.keys = [f.name for kind in self.dataclass_types for f in fields(kind) if f.init]
 
     def error(self, message: str) -> None:
         raise ValueError(message)
+
+    def format_help(self) -> str:
+        """Help by topic: the recipe's options, those of DualSpeed, and last transformers' own."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        for title, names in self._sections():
+            formatter.start_section(title)
+            # `--no_NAME` says the same as `--NAME false`.
+            formatter.add_arguments(
+                [a for a in self._actions if a.dest in names and not a.option_strings[0].startswith("--no_")]
+            )
+            formatter.end_section()
+        return formatter.format_help()
+
+    def _sections(self) -> Iterator[tuple[str, list[str]]]:
+        left = [action.dest for action in self._actions]
+        ours = {f.name for kind in (RecipeArguments, DualSpeedArguments) for f in fields(kind)}
+        others = [name for name in left if name in ours and not any(name in names for names in TOPICS.values())]
+        known = {*ours, *others}
+        yield "recipe", ["help", "config"]
+        yield from TOPICS.items()
+        yield "further options of DualSpeed", others
+        theirs = [name for name in left if name not in known and name not in ("help", "config")]
+        yield "training: transformers' own options", theirs
 
     def set_defaults_from_yaml(self, path: str) -> None:
         """Makes the file's values the defaults, converted as on the command line."""
@@ -270,6 +415,7 @@ def parse_recipe(argv: list[str], prog: str | None = None) -> tuple[RecipeArgume
     if namespace.config is not None:
         parser.set_defaults_from_yaml(namespace.config)
     recipe_args, training_args, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    check_evaluation(recipe_args, training_args)
     return recipe_args, training_args
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    ProcessorMixin,
+    set_seed,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..data.checking import DataReport, check_samples, with_lengths, without_rows
@@ -33,7 +40,7 @@ from ..utils.constants import CHECKED_SAMPLES
 from ..utils.progress import Work
 from ..utils.text import one_line
 from ..utils.validation import check_keys, checked, loading
-from .arguments import RecipeArguments
+from .arguments import RecipeArguments, check_evaluation
 from .tiny_llava import build_tiny_llava
 
 logger = logging.getLogger(__name__)
@@ -50,6 +57,7 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     Returns:
         `dict`: The content of results.json in the main process, empty in the others.
     """
+    check_evaluation(recipe, training_args)
     set_seed(training_args.seed)
     silent = is_silent(training_args)
     with training_args.main_process_first(desc="loading the data"), Work("Reading the data", disable=silent):
@@ -76,6 +84,7 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     if model is None:
         with Work("Loading the model", disable=silent):
             model = load_weights(recipe)
+    stopping = recipe.early_stopping_patience
     trainer = DualSpeedTrainer(
         model=prepare_model(model, recipe),
         args=training_args,
@@ -83,6 +92,7 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
         eval_dataset=None if training_args.eval_strategy == "no" else test,
         processing_class=processor,
         data_collator=collator,
+        callbacks=stopping and [EarlyStoppingCallback(stopping)],
     )
     trainer.facts |= _facts(recipe)
     trainer.display.shows_end = False  # the table has more in it once the answers are scored

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import ParallelismConfig
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
+from transformers.integrations import integration_utils
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
@@ -30,6 +31,14 @@ WIDER = {
     "resume_from_checkpoint": str | bool | None,
     "fsdp": str | list | bool | None,
     "debug": str | list[DebugOption] | None,
+}
+
+# Trackers whose name is not that of transformers' probe, of their package, or of both: probe and package.
+TRACKERS = {
+    **{name: (name, '"hf-dualspeed[tracking]"') for name in ("tensorboard", "trackio")},
+    "azure_ml": ("azureml", "azureml-sdk"),
+    "comet_ml": ("comet", "comet-ml"),
+    "flyte": ("flytekit", "flytekit"),
 }
 
 # Ranges of the numbers of `TrainingArguments` and `SFTConfig`, most of which are taken in silence there.
@@ -307,6 +316,7 @@ class DualSpeedArguments:
         # Batches in pinned memory need not be waited for.
         if self.dataloader_pin_memory and not chosen:
             self.accelerator_config.non_blocking = True
+        check_trackers(self.report_to)
         # With dispatch_batches, accelerate collates streamed data on one rank and cuts every tensor to B rows, but a
         # batch of B samples may hold another number of images.
         if self.accelerator_config.dispatch_batches is None:
@@ -357,6 +367,23 @@ class DualSpeedArguments:
         copied = memo[id(self)] = object.__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises for a tracker of `report_to` that transformers does not know, or finds no package of.
+
+    Raises:
+        ValueError: there is no such tracker.
+        ImportError: its package is not installed; the message has the line that installs it.
+    """
+    for name in names:
+        check_choice("report_to", name, [*integration_utils.INTEGRATION_TO_CALLBACK, "all", "none"])
+        probe, package = TRACKERS.get(name, (name, name))
+        if not getattr(integration_utils, f"is_{probe}_available", bool)():
+            raise ImportError(
+                f"`report_to` has {name!r}, which is not installed or not set up. Run `pip install {package}`, or "
+                "leave it out."
+            )
 
 
 def check_order(options: object, low: str, high: str) -> None:

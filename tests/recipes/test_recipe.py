@@ -1,4 +1,6 @@
 import json
+import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -18,13 +20,16 @@ from hf_dualspeed.evaluation import visualize as kept_tokens
 from hf_dualspeed.evaluation.visualize import FRAME
 from hf_dualspeed.models.components import freeze_roles, parameter_roles
 from hf_dualspeed.publishing.files import published_files
-from hf_dualspeed.recipes.arguments import parse_recipe
+from hf_dualspeed.recipes.arguments import TOPICS, RecipeArguments, parse_recipe
 from hf_dualspeed.recipes.tiny_llava import build_tiny_llava
+from hf_dualspeed.trainer.training_args import DualSpeedArguments, DualSpeedTrainingArguments
 
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "trainer_configs").rglob("*.yaml"))
 ACCELERATE = [path for path in CONFIGS if path.parent.name == "accelerate"]
 RECIPES = [path for path in CONFIGS if path not in ACCELERATE]
 ROLES = ("vision_tower", "projector", "language_model")
+BEST = {"early_stopping_patience": 2, "eval_dataset": "easy-vqa", "load_best_model_at_end": True}
+BEST |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
 
 
 @pytest.fixture
@@ -107,6 +112,59 @@ def test_yaml_values_are_read_as_on_the_command_line(recipe, tmp_path):
 @pytest.mark.parametrize(("given", "read"), [("img", ["img"]), (["a", "b"], ["a", "b"]), ([], []), (None, None)])
 def test_columns_of_pictures(recipe, given, read):
     assert parse_recipe(["--config", recipe(image_column=given)])[0].image_column == read
+
+
+def test_help_begins_with_our_options_and_fits_into_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse_recipe(["--help"], prog="dualspeed train")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "usage: dualspeed train [--config RECIPE.yaml] [--OPTION VALUE ...]"
+    places = [n for n, line in enumerate(lines) if re.fullmatch(r"[a-z].*:", line)]
+    assert [lines[n] for n in places] == [
+        "recipe:",
+        *(f"{topic}:" for topic in TOPICS),
+        "further options of DualSpeed:",
+        "training: transformers' own options:",
+    ]
+    said = [match[1] for line in lines if (match := re.match(r"  --(\w+)", line))]
+    ours, all_of_them = set(), set()
+    for kind in (RecipeArguments, DualSpeedArguments, DualSpeedTrainingArguments):
+        all_of_them |= {option.name for option in fields(kind) if option.init}
+        ours |= all_of_them if kind is not DualSpeedTrainingArguments else set()
+    assert sorted(said) == sorted({*all_of_them, "config"})  # each once
+    assert set(said[: len(ours) + 1]) == {*ours, "config"}
+    assert {name for names in TOPICS.values() for name in names} <= ours
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"eval_strategy": "epoch"}, r"`eval_strategy` is 'epoch', but there is no `eval_dataset`"),
+        ({"early_stopping_patience": 0}, r"`early_stopping_patience` must be .*got 0"),
+        ({"early_stopping_patience": 2}, r"`early_stopping_patience` is 2, .*`eval_strategy` is 'no'"),
+        (
+            {"early_stopping_patience": 2, "eval_strategy": "epoch", "eval_dataset": "easy-vqa"},
+            r"`early_stopping_patience` is 2, .*`load_best_model_at_end` False",
+        ),
+        (
+            {**BEST, "metric_for_best_model": "accuracy"},
+            r"`metric_for_best_model` is 'accuracy', .*measures the loss alone",
+        ),
+        ({**BEST, "greater_is_better": True}, r"`greater_is_better` is True, .*the loss"),
+    ],
+)
+def test_what_early_stopping_needs_is_asked_for_first(recipe, keys, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(["--config", recipe(**keys)])
+
+
+@pytest.mark.parametrize("metric", [None, "loss", "eval_loss"])
+def test_early_stopping_by_the_loss(recipe, metric):
+    recipe_args, args = parse_recipe(["--config", recipe(**BEST, metric_for_best_model=metric)])
+    assert (recipe_args.early_stopping_patience, args.metric_for_best_model) == (2, metric or "loss")
+    assert not args.greater_is_better
 
 
 def test_mappings_on_the_command_line(recipe):

@@ -196,6 +196,30 @@ def test_trackers_get_the_metrics_of_each_mode(tmp_path, monkeypatch):
         assert {name: written[f"train/{name}", entry["step"]] for name in names} == {n: entry[n] for n in names}
 
 
+@pytest.mark.parametrize(
+    ("tracker", "remedy"),
+    [
+        ("tensorboard", r'pip install "hf-dualspeed\[tracking\]"'),
+        ("trackio", r'pip install "hf-dualspeed\[tracking\]"'),
+        ("wandb", "pip install wandb`"),
+        ("comet_ml", "pip install comet-ml`"),
+        ("azure_ml", "pip install azureml-sdk`"),
+        ("flyte", "pip install flytekit`"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_refused_with_the_arguments(tmp_path, monkeypatch, tracker, remedy):
+    probe = {"comet_ml": "comet", "azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
+    monkeypatch.setattr(integration_utils, f"is_{probe}_available", lambda: False)
+    for given in (tracker, [tracker]):
+        with pytest.raises(ImportError, match=f"`report_to` has '{tracker}', which is not installed .*{remedy}"):
+            DualSpeedTrainingArguments(str(tmp_path), report_to=given)
+    monkeypatch.setattr(integration_utils, f"is_{probe}_available", lambda: True)
+    assert DualSpeedTrainingArguments(str(tmp_path), report_to=tracker).report_to == [tracker]
+    with pytest.raises(ValueError, match="`report_to` must be one of .* Did you mean 'tensorboard'"):
+        DualSpeedTrainingArguments(str(tmp_path), report_to="tensorbord")
+    assert DualSpeedTrainingArguments(str(tmp_path), report_to="none").report_to == []
+
+
 def test_slow_tail_counts_the_steps_of_the_epochs(tmp_path):
     trainer = make(tmp_path, max_steps=-1, num_train_epochs=2, slow_mode_ratio=0.0, slow_tail_ratio=0.25)
     modes = [trainer.mode_at(step) for step in range(8)]
