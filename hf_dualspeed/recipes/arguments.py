@@ -35,7 +35,15 @@ DTYPES = ("float32", "bfloat16", "auto")
 
 # Where `--help` shows the options of a recipe and those of DualSpeed; others follow in the order of their classes.
 TOPICS = {
-    "model": ("model_name_or_path", "tiny_llava", "dtype", "attn_implementation", "lora", "load_in_4bit"),
+    "model": (
+        "model_name_or_path",
+        "tiny_llava",
+        "dtype",
+        "attn_implementation",
+        "lora",
+        "load_in_4bit",
+        "trust_remote_code",
+    ),
     "what is trained, and how long": (
         "train_vision_tower",
         "train_projector",

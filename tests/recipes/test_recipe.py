@@ -21,6 +21,7 @@ from hf_dualspeed.evaluation.visualize import FRAME
 from hf_dualspeed.models.components import freeze_roles, parameter_roles
 from hf_dualspeed.publishing.files import published_files
 from hf_dualspeed.recipes.arguments import TOPICS, RecipeArguments, parse_recipe
+from hf_dualspeed.recipes.run import run_recipe
 from hf_dualspeed.recipes.tiny_llava import build_tiny_llava
 from hf_dualspeed.trainer.training_args import DualSpeedArguments, DualSpeedTrainingArguments
 
@@ -165,6 +166,47 @@ def test_early_stopping_by_the_loss(recipe, metric):
     recipe_args, args = parse_recipe(["--config", recipe(**BEST, metric_for_best_model=metric)])
     assert (recipe_args.early_stopping_patience, args.metric_for_best_model) == (2, metric or "loss")
     assert not args.greater_is_better
+
+
+def test_the_recipe_of_small_data_stops_early_and_keeps_the_best_checkpoint(tmp_path):
+    """Its own settings, but for the model, its size and a learning rate of 0, by which no evaluation is better."""
+    keys = yaml.safe_load((ROOT / "trainer_configs" / "small_data.yaml").read_text())
+    for name in ("model_name_or_path", "dtype", "max_pixels", "max_length"):
+        keys.pop(name)
+    keys["lora"] |= {"exclude_modules": ".*vision_tower.*"}
+    for file, count in (("train", 32), ("val", 4)):
+        rows = []
+        for number in range(count):
+            Image.new("RGB", (16, 16), (number * 7, 90, 30)).save(tmp_path / f"{file}{number}.png")
+            rows.append(
+                {"image": f"{file}{number}.png", "question": "which colour?", "answer": ["red", "blue"][number % 2]}
+            )
+        (tmp_path / f"{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    keys |= {
+        "tiny_llava": {**TINY, "patch_size": 8},
+        "image_folder": str(tmp_path),
+        "learning_rate": 0,
+        "use_cpu": True,
+    }
+    keys |= {"dataset": str(tmp_path / "train.jsonl"), "eval_dataset": str(tmp_path / "val.jsonl")}
+    keys |= {
+        "output_dir": str(tmp_path / "run"),
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(keys))
+    results = run_recipe(*parse_recipe(["--config", str(tmp_path / "recipe.yaml")]))
+    steps = 32 // results["training"]["global_batch_size"]  # of an epoch
+    assert results["progress"] == {"step": 3 * steps, "of": keys["num_train_epochs"] * steps}
+    state = json.loads((tmp_path / "run" / f"checkpoint-{3 * steps}" / "trainer_state.json").read_text())
+    assert (state["best_global_step"], state["epoch"]) == (steps, 3)
+    kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{steps}", f"checkpoint-{3 * steps}"}  # the best and the last
+    assert {"eval_loss"} <= results["evaluation"].keys()
+    assert results["n"] == 4
+    assert f"after {3 * steps} of at most" in (tmp_path / "run" / "README.md").read_text()
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
 def test_mappings_on_the_command_line(recipe):
