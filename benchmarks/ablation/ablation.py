@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shlex
 from collections.abc import Iterable
 from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -29,18 +30,22 @@ from hf_dualspeed.utils.writing import write_json
 
 from ..common import KeptRun, pruned_prompts, ratio, stored_results, summary_of, timed_training
 from ..workers import worker_pool
+from .callbacks import DrawnBudgets, LearningCurve, wait_for_device
 from .language import Size
-from .plan import BASELINE, FORMAT, GROUPS, REFERENCE, TIMED, Variant
+from .plan import BASELINE, FORMAT, GROUPS, PLAIN_SETUP, REFERENCE, TIMED, Setup, Variant, setup_of
 from .report import write_report
-from .task import accuracy, build_model, load_task, majority
+from .task import STORE, Task, accuracy, build_model, load_task, majority, patches_of
+from .worlds import world_of
 
+# The groups that one call trains unless told otherwise.
+FIRST = ("parts", "slow ratios", "equal time", "positions", "schedules", "pruning ratios", "pruners")
 COMMAND = "python -m benchmarks.ablation"
 RESULTS = "docs/results/ablation.json"
 RUNS = Path("runs/ablation")
 # The summary's columns, read from a run and the baseline's run of the same seed (None: not trained).
 COLUMNS = {
     "full": lambda run, base: run["full"]["all"],
-    "item": lambda run, base: run["full"]["item"],
+    "item": lambda run, base: run["full"].get("item"),
     "pruned": lambda run, base: run["pruned"] and run["pruned"]["all"],
     "retention": lambda run, base: base and ratio(run["full"]["all"], base["full"]["all"]),
     "seconds": lambda run, base: run["seconds"],
@@ -60,6 +65,25 @@ class Settings:
     size: Size = field(default_factory=Size)
     cpu: bool = True
     threads: int = 0
+    # Where these are as here, they leave fingerprints alone, so that earlier runs stay valid.
+    world: str = PLAIN_SETUP.world
+    decay: float = PLAIN_SETUP.decay
+    curve: int = PLAIN_SETUP.curve
+    bf16: bool = False
+    workers: int = 0  # processes that load batches
+
+    def depends_on(self) -> dict:
+        """All settings but those of later versions that are as ever."""
+        later = {name: getattr(PLAIN, name) for name in ("world", "decay", "curve", "bf16", "workers")}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+
+    def task(self) -> Task:
+        return load_task(self.size, STORE, world_of(self.world))
+
+
+PLAIN = Settings()
+CURVE_QUESTIONS = 240  # that a point of a learning curve asks
+QUESTIONS_TOKENS = 14_400  # visual tokens that are asked at once
 
 
 @dataclass(frozen=True)
@@ -79,7 +103,9 @@ class Run(KeptRun):
     def depends_on(self) -> list:
         """No names: variants of several groups that train alike, for as many steps, are one run."""
         trained = [self.variant.plain, self.variant.options]
-        return [trained, self.seed, self.steps, asdict(self.settings), versions(), _hardware()]
+        if self.variant.budgets:
+            trained.append(self.variant.budgets)
+        return [trained, self.seed, self.steps, self.settings.depends_on(), versions(), _hardware()]
 
 
 def main(argv: list[str]) -> None:
@@ -96,6 +122,10 @@ def main(argv: list[str]) -> None:
     path = Path(options.output)
     if not options.render_only:
         _check(options)
+        missing = missing_world(options.groups)
+        if missing:
+            Console().print(f"{', '.join(options.groups)}: skipped. {missing}", soft_wrap=True)
+            return
         ablate(options, path, shlex.join([*COMMAND.split(), *without_paths(argv)]))
     with surprises_named(f"`output` {options.output!r} holds no results of `{COMMAND}`"):
         write_report(stored_results("output", path), path)
@@ -104,7 +134,7 @@ def main(argv: list[str]) -> None:
 def ablate(options: argparse.Namespace, path: Path, command: str) -> None:
     """Trains the chosen groups. Writes the results so far after each group."""
     settings = _settings(options)
-    task = load_task(settings.size)
+    task = settings.task()
     head = {
         "format": FORMAT,
         "command": command,
@@ -167,24 +197,33 @@ def _begin_process(threads: int) -> None:
 
 def execute(run: Run) -> dict:
     """Trains, answers the test questions from all and from pruned visual tokens, and writes result.json."""
-    task, args = load_task(run.settings.size), _arguments(run)
+    task, args = run.settings.task(), _arguments(run)
+    if run.variant.options.get("pruner") == "kmeans":
+        from . import kmeans  # noqa: F401, which registers it, where it is used alone
     set_seed(run.seed)
     model = build_model(task, run.settings.size)
     kind = Trainer if run.variant.plain else DualSpeedTrainer
     trainer = kind(model=model, args=args, train_dataset=task.train, data_collator=task.collator("train"))
+    few = random.Random(0).sample(task.test, min(CURVE_QUESTIONS, len(task.test)))
+    size = max(1, QUESTIONS_TOKENS // patches_of(task.world))
+    curve = LearningCurve(run.settings.curve, lambda model: accuracy(model, task, None, size, few)["all"])
+    trainer.add_callback(curve)
+    if run.variant.budgets:
+        trainer.add_callback(DrawnBudgets(trainer.dual_forward.pruner, run.variant.budgets, run.seed))
+    wait_for_device()
     clock, seconds = timed_training(trainer)
     shortens = run.variant.plain or not trainer.dual_forward.pruner.in_language_model
     prepare = pruned_prompts(trainer, args) if shortens else None
     result = {
         "way": run.variant.key,
         "seed": run.seed,
-        "seconds": round(seconds, 2),
+        "seconds": round(seconds - curve.paused, 2),
         "steps": dict(clock.steps),
-        "full": accuracy(model, task),
-        "pruned": None if prepare is None else accuracy(model, task, prepare),
+        "full": accuracy(model, task, None, size),
+        "pruned": None if prepare is None else accuracy(model, task, prepare, size),
         "slow_ratios": [entry["slow_mode_ratio"] for entry in trainer.state.log_history if "slow_mode_ratio" in entry],
     }
-    return run.keep(result)
+    return run.keep({**result, "curve": curve.points} if curve.points else result)
 
 
 def _arguments(run: Run) -> DualSpeedTrainingArguments:
@@ -197,7 +236,9 @@ def _arguments(run: Run) -> DualSpeedTrainingArguments:
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
-        lr_scheduler_type="cosine",
+        **_schedule(run),
+        bf16=settings.bf16,
+        dataloader_num_workers=settings.workers,
         logging_steps=max(1, run.steps // 20),
         save_strategy="no",
         report_to=[],
@@ -207,6 +248,24 @@ def _arguments(run: Run) -> DualSpeedTrainingArguments:
         speedup_rounds=0,
         **run.variant.options,
     )
+
+
+def _schedule(run: Run) -> dict:
+    """Options of the learning rate: a cosine, or a plateau with a linear decay to zero."""
+    if not run.settings.decay:
+        return {"lr_scheduler_type": "cosine"}
+    decayed = max(1, round(run.settings.decay * run.steps))
+    kwargs = {"num_decay_steps": decayed, "decay_type": "linear"}
+    return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs}
+
+
+def missing_world(groups: list[str]) -> str | None:
+    """Why groups cannot be trained here: pictures that are not installed."""
+    try:
+        world_of(setup_of(groups[0]).world)
+    except FileNotFoundError as error:
+        return str(error)
+    return None
 
 
 def _steps(variant: Variant, settings: Settings, found: dict[tuple[str, int], dict]) -> int:
@@ -236,10 +295,18 @@ def summarise(found: dict[tuple[str, int], dict], groups: list[str]) -> dict:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    size = Size(**{f.name: getattr(options, f.name) for f in fields(Size)})
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     cpu = options.cpu or not torch.accelerator.is_available()
-    return Settings(options.steps, options.batch_size, options.learning_rate, size=size, cpu=cpu, threads=threads)
+    return settings_of(setup_of(options.groups[0]), vars(options), cpu=cpu, threads=threads)
+
+
+def settings_of(setup: Setup, chosen: dict, **others) -> Settings:
+    """The settings of a setup, but for those that are `chosen`, of which None leaves one alone."""
+    given = {name: value for name, value in chosen.items() if value is not None}
+    size = Size(**{f.name: given.get(f.name, setup.size.get(f.name, f.default)) for f in fields(Size)})
+    own = Settings(size=size, world=setup.world, decay=setup.decay, curve=setup.curve, **others)
+    rest = {"steps": None, "batch_size": setup.batch_size, "learning_rate": setup.learning_rate, **given}
+    return replace(own, **{name: rest[name] for name in list(rest)[:3] if rest[name] is not None})
 
 
 def _hardware() -> dict:
@@ -249,9 +316,15 @@ def _hardware() -> dict:
 
 def _check(options: argparse.Namespace) -> None:
     for name in ("steps", "batch_size", "jobs", *(f.name for f in fields(Size))):
-        check_range(name, getattr(options, name), 1)
+        if getattr(options, name) is not None:
+            check_range(name, getattr(options, name), 1)
     for group in options.groups:
         check_choice("groups", group, tuple(GROUPS))
+    setups = {group: setup_of(group) for group in options.groups}
+    if len(set(setups.values())) > 1:
+        raise ValueError(
+            f"`groups` is {options.groups}, whose tasks or models differ. Give each a call and an --output of its own."
+        )
     for seed in options.seeds:
         check_range("seeds", seed, 0, off="Use --seeds 0 1 2.")
 
@@ -259,13 +332,15 @@ def _check(options: argparse.Namespace) -> None:
 def _parser() -> Parser:
     own = Settings()
     parser = Parser(prog=COMMAND, allow_abbrev=False, description=__doc__.partition(": ")[2].partition("\n")[0])
-    parser.add_argument("--groups", nargs="+", default=list(GROUPS), help=f"Of {', '.join(GROUPS)} (default: all).")
+    parser.add_argument(
+        "--groups", nargs="+", default=list(FIRST), help=f"Of {', '.join(GROUPS)} (default: {', '.join(FIRST)})."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds (default: 0 1 2).")
-    parser.add_argument("--steps", type=int, default=own.steps, help=f"Optimizer steps (default: {own.steps}).")
-    parser.add_argument("--batch_size", type=int, default=own.batch_size)
-    parser.add_argument("--learning_rate", type=float, default=own.learning_rate)
+    parser.add_argument("--steps", type=int, help=f"Optimizer steps (default: {own.steps}).")
+    parser.add_argument("--batch_size", type=int, help=f"(default: {own.batch_size})")
+    parser.add_argument("--learning_rate", type=float, help=f"(default: {own.learning_rate})")
     for name, value in asdict(own.size).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=int, help=f"(default: {value}; groups with a model of their own differ)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Runs at a time (default: one a core).")
     parser.add_argument("--threads", type=int, default=0, help="Of each run (default: cores / jobs).")
     parser.add_argument("--untimed", action="store_true", help="Other work ran beside it: show no seconds.")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
@@ -19,29 +18,29 @@ from hf_dualspeed.data.collators import IGNORED
 from hf_dualspeed.recipes.tiny_llava import language_config, word_tokenizer
 from hf_dualspeed.utils.writing import write_file
 
-from .fashion_grid import ITEMS, NUMBERS, SIDE, Grid, Question, draw_items
+from .fashion_grid import FASHION, Question
+from .worlds import World
 
-WRITTEN_SIDE = 8  # patches in a row of a written grid
+WRITTEN_SIDE = 8  # patches in a row of a written scene
 BATCH, LEARNING_RATE = 32, 1e-3
 
 
 class WrittenGrids(nn.Module):
-    """A language model that answers questions about written grids: embeddings of items and places, no images."""
+    """A language model that answers questions about written scenes: embeddings of items and places, no images."""
 
-    def __init__(self, language: LlamaForCausalLM):
+    def __init__(self, language: LlamaForCausalLM, world: World = FASHION):
         super().__init__()
         self.language = language
         width = language.config.hidden_size
-        self.item, self.place = nn.Embedding(len(ITEMS), width), nn.Embedding(SIDE**2, width)
+        places = max(world.layout) + 1
+        self.item, self.place = nn.Embedding(world.codes, width), nn.Embedding(places, width)
         for table in (self.item, self.place):
             nn.init.normal_(table.weight, std=2 * language.config.initializer_range)
-        half = WRITTEN_SIDE // SIDE
-        # The tile of each of 8 x 8 patches: (64,).
-        tiles = [row // half * SIDE + column // half for row in range(WRITTEN_SIDE) for column in range(WRITTEN_SIDE)]
-        self.register_buffer("tile_of", torch.tensor(tiles), persistent=False)
+        # The place of each of 8 x 8 patches: (64,).
+        self.register_buffer("tile_of", torch.tensor(world.layout), persistent=False)
 
     def forward(self, items: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss of answers `(B, S)` about grids of `items` `(B, 4)`. `input_ids` begin with the BOS."""
+        """The loss of answers `(B, S)` about scenes of `items` `(B, places)`. `input_ids` begin with the BOS."""
         # Embed words (B, S, D) and patches (B, 64, D), and put the patches behind the BOS.
         words = self.language.get_input_embeddings()(input_ids)
         patches = self.item(items[:, self.tile_of]) + self.place(self.tile_of)
@@ -52,17 +51,22 @@ class WrittenGrids(nn.Module):
         return {"loss": self.language(inputs_embeds=embeddings, labels=labels).loss}
 
 
-def pretrained_language_model(size: Size, folder: Path) -> dict[str, torch.Tensor]:
+def pretrained_language_model(size: Size, folder: Path, world: World = FASHION) -> dict[str, torch.Tensor]:
     """The language model's weights without its head, from `folder`, or trained and stored there."""
     steps = size.pretraining_steps
-    path = folder / f"language-{size.hidden_size}x{size.layers}x{size.heads}-{steps}.safetensors"
+    path = folder / f"{prefix_of(world)}language-{size.hidden_size}x{size.layers}x{size.heads}-{steps}.safetensors"
     if not path.is_file():
         torch.manual_seed(0)
-        model = WrittenGrids(LlamaForCausalLM(language_model_config(size, WRITTEN_SIDE**2)))
-        rows = [written(number) for number in range(steps * BATCH)]
+        model = WrittenGrids(LlamaForCausalLM(language_model_config(size, WRITTEN_SIDE**2, world)), world)
+        rows = [written(number, world) for number in range(steps * BATCH)]
         train_plainly(model, rows, collate, steps, BATCH, LEARNING_RATE)
         save_whole(model.language.model.state_dict(), path)
     return load_file(path)
+
+
+def prefix_of(world: World) -> str:
+    """What files of a world begin with; those of the first world with nothing."""
+    return "" if world.name == FASHION.name else f"{world.name}-"
 
 
 def train_plainly(
@@ -82,6 +86,7 @@ def train_plainly(
         save_strategy="no",
         report_to=[],
         use_cpu=not torch.accelerator.is_available(),
+        bf16=torch.cuda.is_available(),
         remove_unused_columns=False,
     )
     Trainer(model, args, train_dataset=rows, data_collator=collate).train()
@@ -99,13 +104,13 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {key: pad_sequence([torch.tensor(row[key]) for row in rows], True, value) for key, value in fill.items()}
 
 
-def written(number: int) -> dict[str, list[int]]:
-    """A row of a written grid with eight questions. The number is its seed."""
+def written(number: int, world: World = FASHION) -> dict[str, list[int]]:
+    """A row of a written scene with eight questions. The number is its seed."""
     generator = random.Random(f"written:{number}")
-    grid = written_grid(generator)
-    ids, labels = talk(grid.questions(generator))
-    start = [tokenizer().bos_token_id]
-    return {"items": list(grid.items), "input_ids": start + ids, "labels": [IGNORED, *labels]}
+    scene = world.drawn(generator)
+    ids, labels = talk(scene.questions(generator), world)
+    start = [tokenizer(world).bos_token_id]
+    return {"items": list(scene.items), "input_ids": start + ids, "labels": [IGNORED, *labels]}
 
 
 @dataclass(frozen=True)
@@ -122,35 +127,29 @@ class Size:
 
 
 @cache
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(world: World = FASHION) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per word of questions and answers."""
-    generator = random.Random(0)
-    asked = [question.text for _ in range(100) for question in written_grid(generator).questions(generator)]
-    return word_tokenizer([*asked, *ITEMS, *NUMBERS, "yes no"])
+    return word_tokenizer(world.texts)
 
 
-def written_grid(generator: random.Random) -> Grid:
-    """A grid of items without tiles."""
-    return Grid(np.empty(0), draw_items(generator))
-
-
-def language_model_config(size: Size, visual_tokens: int) -> LlamaConfig:
+def language_model_config(size: Size, visual_tokens: int, world: World = FASHION) -> LlamaConfig:
     """The configuration of the language model."""
-    config = language_config(tokenizer(), size.hidden_size, size.layers, size.heads, visual_tokens)
+    config = language_config(tokenizer(world), size.hidden_size, size.layers, size.heads, visual_tokens)
     config.initializer_range = 0.04  # a narrow model learns faster than with the usual 0.02
     return config
 
 
-def talk(questions: list[Question]) -> tuple[list[int], list[int]]:
+def talk(questions: list[Question], world: World = FASHION) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation. Only answers are supervised."""
     ids, labels = [], []
     for question in questions:
-        asked, right = _ids(f"USER: {question.text} ASSISTANT:"), [*_ids(question.answer), tokenizer().eos_token_id]
+        asked = _ids(f"USER: {question.text} ASSISTANT:", world)
+        right = [*_ids(question.answer, world), tokenizer(world).eos_token_id]
         ids += [*asked, *right]
         labels += [IGNORED] * len(asked) + right
     return ids, labels
 
 
 @cache
-def _ids(text: str) -> tuple[int, ...]:
-    return tuple(tokenizer()(text, add_special_tokens=False)["input_ids"])
+def _ids(text: str, world: World) -> tuple[int, ...]:
+    return tuple(tokenizer(world)(text, add_special_tokens=False)["input_ids"])

@@ -19,6 +19,28 @@ class Variant:
     plain: bool = False  # transformers.Trainer on all tokens
     same_time: bool = False  # trains for the reference's time, not for its steps
     speed_up: float = 1.0  # divides the number of steps
+    budgets: tuple[tuple[float, float], ...] = ()  # shares of the fast steps, and their pruning ratios
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the groups of one results file have in common, where it is not as in the first groups.
+
+    Args:
+        world (`str`): What the images show.
+        size (`dict`): Fields of [`Size`] that differ.
+        batch_size, learning_rate: Of the settings; None leaves them.
+        decay (`float`): The last share of the steps, in which the learning rate falls evenly from its peak to zero; 0
+            for a cosine.
+        curve (`int`): Points of a learning curve of accuracy with all tokens.
+    """
+
+    world: str = "grids"
+    size: dict[str, int] = field(default_factory=dict, hash=False)
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    decay: float = 0.0
+    curve: int = 0
 
 
 FORMAT = 2  # of result files; in format 1, all variants discarded the pruned tokens
@@ -68,12 +90,19 @@ SLOW_RATIOS = (
         for ratio in (0.0, 0.02, 0.05, 0.1)
     ),
 )
-RATIOS = (0.5, 0.75, 0.9, 0.95)
-PRUNING_RATIOS = tuple(
-    Variant(f"{kind}pruning-{ratio}", f"{name}{ratio:.0%} pruned", {**options, "pruning_ratio": ratio})
-    for kind, name, options in ((PAPER, "the paper's: ", PAPERS[-1].options), ("", "merged: ", DUALSPEED.options))
-    for ratio in RATIOS
-)
+
+
+def at_ratios(*ratios: float) -> tuple[Variant, ...]:
+    """The paper's view and ours at pruning ratios."""
+    kinds = ((PAPER, "the paper's: ", PAPERS[-1].options), ("", "merged: ", DUALSPEED.options))
+    return tuple(
+        Variant(f"{kind}pruning-{ratio}", f"{name}{ratio:.0%} pruned", {**options, "pruning_ratio": ratio})
+        for kind, name, options in kinds
+        for ratio in ratios
+    )
+
+
+PRUNING_RATIOS = at_ratios(0.5, 0.75, 0.9, 0.95)
 # Pruners that read only the tower's output: the stored features have nothing else.
 OTHERS = (
     "random",
@@ -125,6 +154,71 @@ def of_seven_billion(speed_up: float) -> Variant:
     return Variant(f"7b:{speed_up}", f"full tokens, same time at {speed_up}x", plain=True, speed_up=speed_up)
 
 
+# A deeper model of many tokens: 4 x 4 tiles are 576 tokens.
+DEEP = {"hidden_size": 192, "layers": 12, "heads": 6, "test_grids": 300}
+DEEPER = Setup("grids-4x4", DEEP, curve=10)
+
+# When slow steps come, at a learning rate that is still high.
+COOL_DOWN = tuple(
+    Variant(f"{kind}{key}", f"{name}{words}", {**options, **chosen})
+    for kind, name, options in ((PAPER, "the paper's: ", PAPERS_10), ("", "merged: ", DUALSPEED.options))
+    for key, words, chosen in (
+        ("slow-0.0", "no slow", slow(0.0)),
+        ("slow-0.02", "2 % spread", slow(0.02)),
+        ("slow-0.05", "5 % spread", slow(0.05)),
+        ("tail-0.05", "5 %, half of the decay", {**slow(0.0), "slow_tail_ratio": 0.05}),
+        ("tail-0.1", "10 %, all of the decay", {**slow(0.0), "slow_tail_ratio": 0.1}),
+    )
+)
+# 5 % of the steps whole, 10 % at half, 85 % at 7 % of the tokens: 16 % on average. The others cost as much.
+DRAWN = ((0.10, 0.5), (0.85, 0.93))
+BUDGETS = tuple(
+    variant
+    for kind, name, options in ((PAPER, "the paper's: ", PAPERS_5), ("", "merged: ", DUALSPEED.options))
+    for variant in (
+        Variant(f"{kind}fixed-budget", f"{name}5 % whole, others at 11.5 %", {**options, "pruning_ratio": 0.885}),
+        Variant(f"{kind}budgets", f"{name}5 % whole, 10 % at half, 85 % at 7 %", options, budgets=DRAWN),
+        Variant(f"{kind}fixed-0.9", f"{name}5 % whole, others at 10 %", {**options, "pruning_ratio": 0.9}),
+    )
+)
+# Pruners that show all tokens to the first layers.
+FIRST_LAYERS = (
+    Variant(REFERENCE, "divprune", DUALSPEED.options),
+    *(
+        Variant(
+            f"fastv-{layer}",
+            f"fastv, k = {layer}",
+            {**DUALSPEED.options, "pruner": "fastv", "pruner_kwargs": {"layer": layer}},
+        )
+        for layer in (1, 2)
+    ),
+    Variant("pruner-pyramiddrop", "pyramiddrop", {**DUALSPEED.options, "pruner": "pyramiddrop"}),
+)
+# What the choice of tokens is worth once the others are merged into them, and rounds of k-means after it.
+CHOICES, KMEANS_ROUNDS = ("random", "grid", "divprune", "tome"), (1, 2)
+SELECTION = tuple(
+    variant
+    for ratio in (0.9, 0.97)
+    for name in CHOICES
+    for variant in (
+        Variant(
+            f"{name}-{ratio}", f"{name}, {ratio:.0%}", {**DUALSPEED.options, "pruner": name, "pruning_ratio": ratio}
+        ),
+        *(
+            Variant(
+                f"{name}-{ratio}:kmeans-{rounds}",
+                f"{name}, {ratio:.0%}, k-means {rounds}x",
+                {
+                    **DUALSPEED.options,
+                    "pruner": "kmeans",
+                    "pruning_ratio": ratio,
+                    "pruner_kwargs": {"start": name, "rounds": rounds},
+                },
+            )
+            for rounds in KMEANS_ROUNDS
+        ),
+    )
+)
 # The speed-ups of the paper's DualSpeed measured at 7 B parameters, LLaVA-1.5 and LLaVA-NeXT.
 MEASURED = (2.83, 3.81)
 # One table each, in the order of training.
@@ -145,4 +239,36 @@ GROUPS: dict[str, tuple[Variant, ...]] = {
     "schedules": (FULL, *SCHEDULES),
     "pruning ratios": (FULL, *PRUNING_RATIOS),
     "pruners": (FULL, *PRUNERS),
+    "deeper": (FULL, MERGED_ONLY, PAPERS[-1], DUALSPEED, timed(FULL), timed(MERGED_ONLY), timed(PAPERS[-1])),
+    "reading": (FULL, *at_ratios(0.5, 0.75, 0.9)),
+    "objects": (FULL, PAPERS[-1], DUALSPEED, *at_ratios(0.5, 0.75), timed(FULL)),
+    "cool-down": (FULL, *COOL_DOWN),
+    "budgets": (FULL, *BUDGETS),
+    "first-layers": (FULL, *FIRST_LAYERS),
+    "selection": (FULL, *SELECTION),
+    "large": (FULL, DUALSPEED, PAPERS[-1], timed(FULL)),
 }
+# For one GPU: a language model of 71 M parameters.
+LARGE = {
+    "hidden_size": 768,
+    "layers": 12,
+    "heads": 12,
+    "pretraining_steps": 600,
+    "start_steps": 300,
+    "train_grids": 8000,
+    "test_grids": 400,
+}
+# Groups that differ in more than variants from the first ones. Those of one results file have one setup.
+PLAIN_SETUP = Setup()
+SETUPS = {
+    "deeper": DEEPER,
+    "reading": Setup("reading", {"test_grids": 300}),
+    "objects": Setup("objects", DEEP, curve=10),
+    "cool-down": Setup(decay=0.1),
+    "first-layers": DEEPER,
+    "large": Setup("letters", LARGE, batch_size=64, learning_rate=4e-4, curve=10),
+}
+
+
+def setup_of(group: str) -> Setup:
+    return SETUPS.get(group, PLAIN_SETUP)

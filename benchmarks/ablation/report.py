@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
@@ -11,7 +12,8 @@ from hf_dualspeed.publishing.plots import describe, figure_of, save_figure
 from hf_dualspeed.utils.text import markdown_table
 
 from ..common import cell, print_table
-from .plan import BASELINE, FORMAT, MEASURED, ORIGINAL, PAPER, of_seven_billion
+from .plan import BASELINE, FORMAT, MEASURED, ORIGINAL, PAPER, PLAIN_SETUP, of_seven_billion
+from .worlds import SHOWN
 
 HEADER = ("trained with", "all tokens", "pruned tokens", "retention", "seconds", "speed-up", "steps", "slow")
 SECONDS = slice(4, 6)  # the timed columns
@@ -32,6 +34,8 @@ def write_report(results: dict, path: Path) -> None:
     for group in results["groups"]:
         print_table(header(results), group_rows(results, group), group)
     plot(results, path.with_suffix(".png"))
+    if any(run.get("curve") for run in results["runs"]):
+        plot_curves(results, path.with_name(f"{path.stem}_curve.png"))
 
 
 def readme_table(results: dict) -> str:
@@ -43,7 +47,10 @@ def readme_table(results: dict) -> str:
 def caption(results: dict) -> str:
     """Describes the numbers of the tables."""
     settings, here, installed = results["settings"], results["machine"], results["versions"]
-    size = settings["size"]
+    size, shows = settings["size"], SHOWN[settings.get("world", PLAIN_SETUP.world)]
+    scenes = shows.partition(" of ")[0]  # "grids", of "grids of Fashion-MNIST"
+    decay = settings.get("decay")
+    rate = f" Learning rate: a plateau, and a linear decay over the last {decay:.0%} of the steps." if decay else ""
     where = here["cpu"] if settings["cpu"] else here["accelerator"]
     compared = (
         "Retention and speed-up compare with full tokens of the same seed; the vision tower, whose features are "
@@ -53,10 +60,10 @@ def caption(results: dict) -> str:
     )
     return (
         f"{settings['steps']} optimizer steps of {settings['batch_size']} conversations about "
-        f"{size['train_grids'] // 2:,} grids of Fashion-MNIST; accuracy on {results['n']:,} questions about "
-        f"{size['test_grids']:,} grids of the test split, of which the most frequent answer to each kind of question "
-        f"has {results['majority']:.1%}. Mean over {len(results['seeds'])} seed(s), in brackets the smallest and the "
-        f"largest value. {compared} Machine: {where}, {results['jobs']} run(s) at a time with "
+        f"{size['train_grids'] // 2:,} {shows}; accuracy on {results['n']:,} questions about "
+        f"{size['test_grids']:,} {scenes} of the test split, of which the most frequent answer to each kind of "
+        f"question has {results['majority']:.1%}. Mean over {len(results['seeds'])} seed(s), in brackets the "
+        f"smallest and the largest value.{rate} {compared} Machine: {where}, {results['jobs']} run(s) at a time with "
         f"{settings['threads']} CPU thread(s) each; torch {installed['torch']}, transformers "
         f"{installed['transformers']}. Command: `{results['command']}`"
     )
@@ -153,6 +160,28 @@ def _draw_times(axis: Axes, results: dict, group: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def plot_curves(results: dict, path: Path) -> None:
+    """Draws accuracy with all tokens against seconds of training: a line per variant, the mean over its seeds."""
+    figure, axes = figure_of(9, 5, 1, 1)
+    (axis,) = axes.flatten()
+    names = dict(pair for group in results["groups"].values() for pair in group)
+    for number, (key, name) in enumerate(names.items()):
+        curves = [run["curve"] for run in results["runs"] if run["way"] == key and run.get("curve")]
+        # Seeds of one variant measure at the same steps, if they train for as many; others are cut to the shortest.
+        points = [[mean(values) for values in zip(*at, strict=True)] for at in zip(*curves, strict=False)]
+        if points:
+            _, seconds, shares = zip(*points, strict=True)
+            dashes = "-" if key in (BASELINE, *PLAIN) or "full" not in key else "--"
+            axis.plot(seconds, shares, dashes, color=f"C{number % 10}", marker="o", markersize=3, label=name)
+    axis.set_xlabel("seconds of training")
+    axis.set_ylabel("accuracy with all tokens")
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
+    save_figure(figure, path, dpi=130)
+
+
 def _draw_group(axis: Axes, results: dict, group: str) -> None:
     variants = results["groups"][group]
     for row, (key, _) in enumerate(variants):
@@ -160,8 +189,10 @@ def _draw_group(axis: Axes, results: dict, group: str) -> None:
         colour, marker = LOOKS[kind]
         own = [run["full"]["all"] for run in results["runs"] if run["way"] == key]
         axis.scatter(own, [row] * len(own), s=14, color=colour, marker=marker, linewidths=0)
-        mean = results["summary"][key]["full"]["mean"]
-        axis.scatter(mean, row, s=110, facecolors="none", edgecolors=colour, marker=marker, linewidths=1.8, label=kind)
+        center = results["summary"][key]["full"]["mean"]
+        axis.scatter(
+            center, row, s=110, facecolors="none", edgecolors=colour, marker=marker, linewidths=1.8, label=kind
+        )
     base = results["summary"].get(BASELINE)
     if base is not None:
         axis.axvline(base["full"]["mean"], color="#000000", linestyle="--", linewidth=1)

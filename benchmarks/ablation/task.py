@@ -1,8 +1,8 @@
-"""The ablation's model and data: a LLaVA with a small language model, on stored DINOv2 features of [`fashion_grid`].
+"""The ablation's model and data: a LLaVA with a small language model, on stored features of a world's scenes.
 
 The tower is frozen, so each image is encoded once for all runs, as `vision_feature_cache` does within one run.
 
-Shapes: B samples, S positions, N patches (144), D features (384).
+Shapes: B samples, S positions, N patches (144 or 576), D features (384).
 """
 
 from __future__ import annotations
@@ -23,15 +23,27 @@ from transformers import Dinov2Config, LlavaConfig, LlavaForConditionalGeneratio
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_dualspeed.data.collators import IGNORED
-from hf_dualspeed.recipes.assemble import IMAGENET_MEAN, IMAGENET_STD, VISION
+from hf_dualspeed.recipes.assemble import VISION
 from hf_dualspeed.recipes.dinov2_onnx import read_vision_tower
 from hf_dualspeed.recipes.tiny_llava import IMAGE, random_model
 from hf_dualspeed.recipes.wheels import default_cache, fetch
 
-from .fashion_grid import KINDS, Grid, Question, conversations, grids
-from .language import Size, language_model_config, pretrained_language_model, save_whole, talk, tokenizer, train_plainly
+from .fashion_grid import FASHION, Question
+from .language import (
+    Size,
+    language_model_config,
+    prefix_of,
+    pretrained_language_model,
+    save_whole,
+    talk,
+    tokenizer,
+    train_plainly,
+)
+from .letters import LETTERS
+from .tower import letter_tower, pixel_values
+from .worlds import Scene, World
 
-PATCHES, FEATURES = 144, 384
+PATCH, FEATURES = 14, 384
 ENCODED_AT_ONCE = 32
 ASKED = 4  # questions per grid of the test split
 START_BATCH, START_LEARNING_RATE = 16, 1e-3
@@ -39,47 +51,59 @@ START_BATCH, START_LEARNING_RATE = 16, 1e-3
 STORE = Path("runs/ablation/store")
 
 
-def stored_features(split: str, count: int, folder: Path) -> np.ndarray:
-    """The tower's last states, after its norm, of a split's first grids: `(count, 1 + N, D)` in float16.
+def patches_of(world: World) -> int:
+    return (world.pixels // PATCH) ** 2
 
-    They are read from `folder`, or encoded and stored there.
+
+def stored_features(split: str, count: int, folder: Path, world: World = FASHION, steps: int = 0) -> np.ndarray:
+    """The tower's last states, after its norm, of a split's first scenes: `(count, 1 + N, D)` in float16.
+
+    They are read from `folder`, or encoded and stored there. `steps` are those of [`tower_of`].
     """
-    path = folder / f"{split}-{count}.npy"
+    path = folder / f"{prefix_of(world)}{split}-{count}.npy"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         # By way of a second file, so that an interruption leaves no partial file.
         part = path.with_suffix(".part")
-        _encode(grids(split, count), part, f"encoding the {split} images")
+        tower = tower_of(world, folder, steps)
+        _encode(tower, world.scenes(split, count), part, f"encoding the {split} images")
         part.replace(path)
     return np.load(path, mmap_mode="r")
 
 
 @torch.no_grad()
-def _encode(made: list[Grid], path: Path, description: str) -> None:
+def _encode(tower: nn.Module, made: list[Scene], path: Path, description: str) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    tower = read_vision_tower(fetch(VISION, default_cache())).to(device)
-    out = np.lib.format.open_memmap(path, "w+", np.float16, (len(made), 1 + PATCHES, FEATURES))
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    tower.to(device)
+    shape = (len(made), 1 + (made[0].image().width // PATCH) ** 2, FEATURES)
+    out = np.lib.format.open_memmap(path, "w+", np.float16, shape)
     for first in track(range(0, len(made), ENCODED_AT_ONCE), description=description):
-        images = [np.array(grid.image()) for grid in made[first : first + ENCODED_AT_ONCE]]
-        # Pixels (b, H, W, 3) in bytes to (b, 3, H, W), normalised; states (b, 1 + N, D).
-        pixels = torch.from_numpy(np.stack(images)).to(device).movedim(-1, 1) / 255
-        states = tower((pixels - mean) / std).last_hidden_state
-        out[first : first + len(images)] = states.half().cpu().numpy()
+        scenes = made[first : first + ENCODED_AT_ONCE]
+        # States (b, 1 + N, D) of images (b, 3, H, W).
+        states = tower(pixel_values(scenes, device)).last_hidden_state
+        out[first : first + len(scenes)] = states.half().cpu().numpy()
     out.flush()
+
+
+def tower_of(world: World, folder: Path, steps: int) -> nn.Module:
+    """The frozen tower: a pretrained DINOv2-small, or for letters, which need no files, one trained for `steps`."""
+    return (
+        letter_tower(folder, steps) if world.name == LETTERS.name else read_vision_tower(fetch(VISION, default_cache()))
+    )
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows, features `(grids, 1 + N, D)` by split, and the common start's weights.
+    """Rows, features `(scenes, 1 + N, D)` by split, the common start's weights, and what the images show.
 
-    A row has a grid's number, `input_ids`, `labels` and the kind of its last question.
+    A row has a scene's number, `input_ids`, `labels` and the kind of its last question.
     """
 
     train: list[dict[str, Any]]
     test: list[dict[str, Any]]
     features: dict[str, np.ndarray]
     start: dict[str, torch.Tensor]
+    world: World = FASHION
 
     def collator(self, split: str) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
         """The collator for rows of a split."""
@@ -105,36 +129,42 @@ def _collator(features: np.ndarray) -> Callable[[list[dict]], dict[str, torch.Te
 
 
 @cache
-def load_task(size: Size, folder: Path = STORE) -> Task:
+def load_task(size: Size, folder: Path = STORE, world: World = FASHION) -> Task:
     """Rows, features and start. What `folder` lacks is computed and stored there."""
     counts = {"train": size.train_grids, "test": size.test_grids}
-    asked = {split: conversations(split, grids(split, count)) for split, count in counts.items()}
-    train = [encoded(number, questions) for number, questions in enumerate(asked["train"])]
-    test = [encoded(number, [one]) for number, questions in enumerate(asked["test"]) for one in questions[:ASKED]]
-    features = {split: stored_features(split, count, folder) for split, count in counts.items()}
+    asked = {split: world.conversations(split, world.scenes(split, count)) for split, count in counts.items()}
+    train = [encoded(number, questions, world) for number, questions in enumerate(asked["train"])]
+    test = [
+        encoded(number, [one], world) for number, questions in enumerate(asked["test"]) for one in questions[:ASKED]
+    ]
+    features = {
+        split: stored_features(split, count, folder, world, size.pretraining_steps // 2)
+        for split, count in counts.items()
+    }
     # The first half of the images trains the common start, the second half the runs.
     half = len(train) // 2
-    return Task(train[half:], test, features, _start(size, folder, train[:half], _collator(features["train"])))
+    start = _start(size, folder, world, train[:half], _collator(features["train"]))
+    return Task(train[half:], test, features, start, world)
 
 
-def encoded(grid: int, questions: list[Question]) -> dict[str, Any]:
-    """A row of a conversation about a grid: the image's placeholders, then questions and supervised answers."""
-    ids, labels = talk(questions)
-    image = [tokenizer().convert_tokens_to_ids(IMAGE)] * PATCHES
+def encoded(grid: int, questions: list[Question], world: World = FASHION) -> dict[str, Any]:
+    """A row of a conversation about a scene: the image's placeholders, then questions and supervised answers."""
+    ids, labels = talk(questions, world)
+    image = [tokenizer(world).convert_tokens_to_ids(IMAGE)] * patches_of(world)
     return {
         "grid": grid,
-        "input_ids": [tokenizer().bos_token_id, *image, *ids],
-        "labels": [IGNORED] * (1 + PATCHES) + labels,
+        "input_ids": [tokenizer(world).bos_token_id, *image, *ids],
+        "labels": [IGNORED] * (1 + len(image)) + labels,
         "kind": questions[-1].kind,
     }
 
 
 def majority(task: Task) -> float:
     """Accuracy of always giving the most frequent answer to each kind of question. It needs no image."""
-    answers: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    answers: dict[str, list[int]] = {kind: [] for kind in task.world.kinds}
     for row in task.test:
         answers[row["kind"]].append(row["labels"][-2])
-    return sum(max(map(given.count, set(given))) for given in answers.values()) / len(task.test)
+    return sum(max(map(given.count, set(given)), default=0) for given in answers.values()) / len(task.test)
 
 
 class StoredStates(nn.Module):
@@ -146,33 +176,37 @@ class StoredStates(nn.Module):
 
 def build_model(task: Task, size: Size) -> LlavaForConditionalGeneration:
     """The model that all runs start from. It is trained on all tokens, like models that are fine-tuned."""
-    model = _new_model(size, STORE)
+    model = _new_model(size, STORE, task.world)
     model.load_state_dict(task.start, strict=False)
     return model
 
 
-def _new_model(size: Size, folder: Path) -> LlavaForConditionalGeneration:
+def _new_model(size: Size, folder: Path, world: World) -> LlavaForConditionalGeneration:
     """The pretrained language model with a new projector."""
+    patches = patches_of(world)
     config = LlavaConfig(
-        vision_config=Dinov2Config(hidden_size=FEATURES, num_hidden_layers=1, image_size=168, patch_size=14),
-        text_config=language_model_config(size, PATCHES),
-        image_token_id=tokenizer().convert_tokens_to_ids(IMAGE),
-        image_seq_length=PATCHES,
+        vision_config=Dinov2Config(
+            hidden_size=FEATURES, num_hidden_layers=1, image_size=world.pixels, patch_size=PATCH
+        ),
+        text_config=language_model_config(size, patches, world),
+        image_token_id=tokenizer(world).convert_tokens_to_ids(IMAGE),
+        image_seq_length=patches,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
     model = random_model(config, 0)
     model.model.vision_tower = StoredStates()
-    model.model.language_model.load_state_dict(pretrained_language_model(size, folder))
+    model.model.language_model.load_state_dict(pretrained_language_model(size, folder, world))
     return model
 
 
-def _start(size: Size, folder: Path, rows: list[dict], collate: Callable) -> dict[str, torch.Tensor]:
+def _start(size: Size, folder: Path, world: World, rows: list[dict], collate: Callable) -> dict[str, torch.Tensor]:
     """The weights that all runs start from, from `folder`, or trained and stored there."""
-    path = folder / f"start-{size.hidden_size}x{size.layers}x{size.heads}-{size.start_steps}-{len(rows)}.safetensors"
+    shape = f"{size.hidden_size}x{size.layers}x{size.heads}"
+    path = folder / f"{prefix_of(world)}start-{shape}-{size.start_steps}-{len(rows)}.safetensors"
     if not path.is_file():
-        model = _new_model(size, folder)
+        model = _new_model(size, folder, world)
         train_plainly(model, rows, collate, size.start_steps, START_BATCH, START_LEARNING_RATE)
         save_whole(model.state_dict(), path)
     return load_file(path)
@@ -184,6 +218,7 @@ def accuracy(
     task: Task,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     batch_size: int = 100,
+    rows: list[dict[str, Any]] | None = None,
 ) -> dict[str, float]:
     """The share of test questions whose answer, one word, is the most probable next token: in all, and by kind.
 
@@ -192,18 +227,22 @@ def accuracy(
         task ([`Task`]): Questions and features.
         prepare (`Callable`, *optional*): Maps the collator's batch to the model's inputs. It may prune.
         batch_size (`int`, *optional*, defaults to 100): Questions per batch.
+        rows (`list[dict]`, *optional*): The questions; by default all of the test.
     """
+    asked = task.test if rows is None else rows
     model.eval()
     device = next(model.parameters()).device
     collate, hits = task.collator("test"), []
-    for first in range(0, len(task.test), batch_size):
-        batch = {key: value.to(device) for key, value in collate(task.test[first : first + batch_size]).items()}
+    for first in range(0, len(asked), batch_size):
+        batch = {key: value.to(device) for key, value in collate(asked[first : first + batch_size]).items()}
         batch = batch if prepare is None else prepare(batch)
         labels = batch.pop("labels")
         # The answer's place (B,) is the first supervised one; its logits (B, V) stand one place before.
         place = (labels != IGNORED).int().argmax(1)
-        rows = torch.arange(len(labels), device=device)
-        answers = model(**batch).logits[rows, place - 1].argmax(-1)
-        hits += (answers == labels[rows, place]).tolist()
-    shares = {kind: [hit for hit, row in zip(hits, task.test, strict=True) if row["kind"] == kind] for kind in KINDS}
-    return {"all": sum(hits) / len(hits), **{kind: sum(own) / len(own) for kind, own in shares.items()}}
+        each = torch.arange(len(labels), device=device)
+        answers = model(**batch).logits[each, place - 1].argmax(-1)
+        hits += (answers == labels[each, place]).tolist()
+    shares = {
+        kind: [hit for hit, row in zip(hits, asked, strict=True) if row["kind"] == kind] for kind in task.world.kinds
+    }
+    return {"all": sum(hits) / len(hits), **{kind: sum(own) / len(own) for kind, own in shares.items() if own}}

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,8 @@ class Session:
         begun, origin = time.monotonic(), {"depends_on": part.depends_on(), **self.source}
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / f"{part.key}.json"
+            if part.grows and path.is_file():
+                shutil.copy(path, output)
             code, tail = executed(part.command(output), limit)
             entry = {"seconds": round(time.monotonic() - begun, 1)}
             # A part that was stopped may have left what it had, a bench that of whole runs.

@@ -12,6 +12,8 @@ LIBRARY = ("hf_dualspeed/**/*.py",)
 TESTED = (*LIBRARY, "tests/conftest.py", "tests/helpers/**/*.py", "tests/integration/test_gpu.py")
 BENCH = ("-m", "hf_dualspeed.cli", "bench")
 TESTS = ("-m", "benchmarks.gpu.tests")
+ABLATION = ("-m", "benchmarks.ablation.large")
+ABLATED = (*LIBRARY, "benchmarks/common.py", "benchmarks/ablation/*.py")
 FULL = ("--scale", "full")
 # Shapes that a CPU steps in seconds.
 TINY = ("--image-size", "56", "--text-tokens", "12", "--hidden-size", "64", "--layers", "2", "--rounds", "2")
@@ -26,6 +28,7 @@ class Part:
         words (`tuple[str]`): of Python's command line, without `--output`.
         least, most (`int`): seconds that must be left for it to begin, and after which it is stopped.
         reads (`tuple[str]`): patterns of the files in the checkout that its result depends on.
+        grows (`bool`): whether it adds to its earlier result, which it then finds where it writes.
     """
 
     key: str
@@ -33,6 +36,7 @@ class Part:
     least: int
     most: int
     reads: tuple[str, ...] = LIBRARY
+    grows: bool = False
 
     def command(self, output: Path) -> list[str]:
         """The whole command line, which writes the JSON file `output`."""
@@ -61,6 +65,7 @@ def plan(tiny: bool) -> list[Part]:
             bench("memory_llava_1_5", 5, 300, *memory),
             bench("profile", 5, 300, *profile),
             Part("tests", (*TESTS, "-k", "captured or large_images"), 5, 300, TESTED),
+            Part("ablation_large", (*ABLATION, "--tiny", "--seconds", "20"), 20, 300, ABLATED, grows=True),
         ]
     adamw, lora, on = ("--optimizer", "adamw"), ("--lora",), ("--checkpointing", "on")
     next_shape = ("--shape", "llava-next")
@@ -74,4 +79,5 @@ def plan(tiny: bool) -> list[Part]:
         bench("memory_llava_next", 60, 180, *FULL, *memory, *next_shape, *adamw, *on),
         bench("memory_kernels", 90, 240, *FULL, *memory, *shaped, *adamw, *on, "--kernels", "on"),
         bench("memory_lora", 60, 180, *FULL, *memory, *shaped, *lora, *on, "--optimizer", "none", "adamw"),
+        Part("ablation_large", ABLATION, 240, 540, ABLATED, grows=True),
     ]
