@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -114,7 +115,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def add_runs(settings: Settings, card: str, kept: dict[str, dict], end: float, written) -> dict[tuple[str, int], dict]:
+def add_runs(
+    settings: Settings, card: str, kept: dict[str, dict], end: float, written: Callable
+) -> dict[tuple[str, int], dict]:
     """All runs of these settings: those `kept`, by fingerprint, and new ones while the clock is before `end`.
 
     Of a seed, the variants come in the order of the group, and a seed begins when the one before it is whole.
@@ -127,7 +130,7 @@ def add_runs(settings: Settings, card: str, kept: dict[str, dict], end: float, w
             own = kept.get(run.fingerprint())
             if own is None:
                 # The last run of this variant says how long this one takes; of the first, nobody knows.
-                if time.monotonic() + longest.get(variant.key, 0) + RESERVE > end:
+                if not fits(longest.get(variant.key, 0), end):
                     return found
                 begun = time.monotonic()
                 own = execute(run)
@@ -136,6 +139,11 @@ def add_runs(settings: Settings, card: str, kept: dict[str, dict], end: float, w
             found[variant.key, seed] = {**own, "way": variant.key}
             written(found)
         seed += 1
+
+
+def fits(seconds: float, end: float) -> bool:
+    """Whether a run of so many seconds ends in time."""
+    return time.monotonic() + seconds + RESERVE < end
 
 
 def steps_of(variant: Variant, seed: int, steps: int, found: dict[tuple[str, int], dict]) -> int:

@@ -20,7 +20,9 @@ from .language import save_whole
 from .letters import LETTERS, NAMES
 from .worlds import Scene
 
-FEATURES, PATCH, BLOCKS = 384, 14, 4
+FEATURES, PATCH = 384, 14
+# Width, stride and dilation of each 3 x 3 convolution.
+CONVOLUTIONS = ((32, 1, 1), (64, 2, 1), (128, 2, 1), (256, 1, 2))
 BATCH, LEARNING_RATE = 16, 1e-3
 
 
@@ -33,31 +35,24 @@ def pixel_values(scenes: list[Scene], device: torch.device) -> torch.Tensor:
 
 
 class LetterTower(nn.Module):
-    """Patches of 14 pixels, residual blocks that mix 3 x 3 of them and then their features, and a norm."""
+    """Convolutions whose field of view is about a tile, with a normed state for each patch of 14 pixels."""
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Conv2d(3, FEATURES, PATCH, PATCH)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.GroupNorm(1, FEATURES),
-                nn.Conv2d(FEATURES, FEATURES, 3, padding=1, groups=FEATURES),
-                nn.Conv2d(FEATURES, FEATURES, 1),
-                nn.GELU(),
-                nn.Conv2d(FEATURES, FEATURES, 1),
-            )
-            for _ in range(BLOCKS)
-        )
+        layers, width = [], 3
+        for wider, stride, dilation in CONVOLUTIONS:
+            convolution = nn.Conv2d(width, wider, 3, stride, dilation, dilation, bias=False)
+            layers += [convolution, nn.GroupNorm(8, wider), nn.ReLU()]
+            width = wider
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, FEATURES, 1))
         self.norm = nn.LayerNorm(FEATURES)
 
     def forward(self, pixel_values: torch.Tensor) -> BaseModelOutput:
         """States `(B, 1 + H^2, D)` of images `(B, 3, 14 H, 14 H)`; the first is their mean."""
-        # Patches (B, D, H, H), each with its surroundings.
-        states = self.embed(pixel_values)
-        for block in self.blocks:
-            states = states + block(states)
+        # Images with 4 pixels a patch, (B, 3, 4 H, 4 H), to states (B, D, H, H).
+        small = F.adaptive_avg_pool2d(pixel_values, 4 * pixel_values.shape[-1] // PATCH)
         # Normed states (B, H^2, D), with their mean in front, in place of a class token.
-        states = self.norm(states.flatten(2).mT)
+        states = self.norm(self.layers(small).flatten(2).mT)
         return BaseModelOutput(last_hidden_state=torch.cat([states.mean(1, keepdim=True), states], 1))
 
 
@@ -76,9 +71,7 @@ def _train(tower: LetterTower, steps: int) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for module in tower.modules():
-            if isinstance(module, nn.Conv2d):
-                module.reset_parameters()
+        tower.apply(lambda module: module.reset_parameters() if isinstance(module, nn.Conv2d) else None)
         head = nn.Linear(FEATURES, len(NAMES))
     both = nn.ModuleList([tower, head]).to(device).train()
     optimizer = torch.optim.AdamW(both.parameters(), LEARNING_RATE)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.ablation import large
 from benchmarks.gpu import gpu
 from benchmarks.gpu import tests as gpu_tests
-from benchmarks.gpu.parts import BENCH, TESTS, Part, plan
+from benchmarks.gpu.parts import ABLATION, BENCH, TESTS, Part, plan
 from hf_dualspeed.bench.options import parse_arguments
 
 WRITES = "import json, sys; json.dump({'benchmark': 'nothing', 'value': 7}, open(sys.argv[2], 'w'))"
@@ -71,6 +72,20 @@ def test_a_part_ends_at_its_limit_and_leaves_what_it_had(called, tmp_path):
     assert states(called([part("slow", HALF, most=3)], "--dry-run", "--budget", "100")[1]) == states(summary)
 
 
+def test_a_part_that_grows_finds_its_earlier_result(called, tmp_path):
+    adds = (
+        "import json, pathlib, sys; path = pathlib.Path(sys.argv[2]); "
+        "found = json.loads(path.read_text())['runs'] if path.is_file() else []; "
+        "path.write_text(json.dumps({'runs': [*found, len(found)]}))"
+    )
+    growing = Part("first", ("-c", adds), 1, 30, (), grows=True)
+    for expected in ([0], [0, 1]):
+        assert states(called([growing], "--again")[1]) == {"first": "done"}
+        assert json.loads((tmp_path / "out" / "gpu_h100_first.json").read_text())["runs"] == expected
+    assert states(called([part("first", adds)], "--again")[1]) == {"first": "done"}
+    assert json.loads((tmp_path / "out" / "gpu_h100_first.json").read_text())["runs"] == [0]
+
+
 def test_the_budget_is_that_of_all_parts(called):
     _, summary = called([part("slow", HALF), part("next", WRITES, least=2)], "--budget", str(gpu.RESERVE + 3))
     assert states(summary) == {"slow": "stopped at its limit", "next": "no time left"}
@@ -113,7 +128,12 @@ def test_every_part_is_a_command(tiny):
     for one in parts:
         assert one.least <= one.most <= gpu.BUDGET
         words = list(one.words)
-        assert words[:2] == list(TESTS) or words[:3] == list(BENCH)
+        assert words[:2] in (list(TESTS), list(ABLATION)) or words[:3] == list(BENCH)
+        if words[:2] == list(ABLATION):
+            options = large._parser().parse_args([*words[2:], "--output", "x.json"])
+            assert options.tiny is tiny
+            assert one.grows
+            assert options.seconds <= one.most
         if words[:3] == list(BENCH):
             options = parse_arguments([*words[3:], "--output", "x.json"])
             assert (options.scale == "full") is not tiny

@@ -1,0 +1,372 @@
+"""The ablation's deeper, wider and harder groups: worlds, callbacks, k-means, and a tiny run of each kind."""
+
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Pillow
+from tiny import write_fashion_mnist
+from torch.nn.functional import normalize
+from transformers import Dinov2Config, Dinov2Model, LlamaModel, TrainerState, get_scheduler
+
+from benchmarks.ablation import ablation, large, reading
+from benchmarks.ablation import task as ablation_task
+from benchmarks.ablation.callbacks import DrawnBudgets, LearningCurve
+from benchmarks.ablation.fashion_grid import FASHION_4X4, ITEMS, Grid
+from benchmarks.ablation.language import Size, talk, tokenizer
+from benchmarks.ablation.letters import LETTERS, NAMES
+from benchmarks.ablation.plan import GROUPS, SETUPS, setup_of
+from benchmarks.ablation.reading import READING
+from benchmarks.ablation.report import readme_table
+from benchmarks.ablation.worlds import WORLDS, world_of
+from hf_dualspeed import cli
+from hf_dualspeed.pruners import AutoPruner, registry
+from hf_dualspeed.pruners.tokens import VisualTokens
+
+FLAGS = ["--steps", "4", "--batch_size", "2", "--seeds", "0", "--cpu", "--jobs", "1", "--hidden_size", "16"]
+FLAGS += ["--heads", "2", "--pretraining_steps", "2", "--start_steps", "2", "--train_grids", "8", "--test_grids", "2"]
+STAMPS = {"animals/horse": "red", "animals/horse_2": "brown", "food/apple": "green", "space/rocket": "blue"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working directory with small data sets, and a tower in random weights."""
+    folder = tmp_path_factory.mktemp("groups")
+    write_fashion_mnist(folder, tiles=40)
+    for name, colour in STAMPS.items():
+        path = folder / "stamps" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Pillow.new("RGBA", (60, 40), colour).save(path)
+        path.with_suffix(".txt").write_text("A picture.")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FASHION_MNIST", str(folder))
+    patch.setenv("TUXPAINT_STAMPS", str(folder / "stamps"))
+    patch.chdir(folder)
+    patch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # the ablation's own pruner is not the library's
+    tower = Dinov2Model(Dinov2Config(hidden_size=384, num_hidden_layers=1, num_attention_heads=4, image_size=168))
+    patch.setattr(ablation_task, "read_vision_tower", lambda path: tower.eval())
+    patch.setattr(ablation_task, "fetch", lambda *given: "tower.onnx")
+    world_of.cache_clear()
+    yield folder
+    world_of.cache_clear()
+    patch.undo()
+
+
+# The variants of a group that stand for its kinds of runs, in tiny; all of them are built by the tests of the plan.
+KINDS = {
+    "deeper": (3, ("full-tokens", "dualspeed", "time:full-tokens")),
+    "reading": (1, ("full-tokens", "pruning-0.75")),
+    "objects": (1, ("full-tokens", "dualspeed", "time:full-tokens")),
+    "cool-down": (1, ("full-tokens", "tail-0.05", "paper:slow-0.02")),
+    "budgets": (1, ("full-tokens", "budgets")),
+    "first-layers": (4, ("fastv-1", "fastv-2", "pruner-pyramiddrop")),
+    "selection": (1, ("full-tokens", "random-0.9:kmeans-1", "tome-0.97:kmeans-2", "divprune-0.97:kmeans-1")),
+}
+
+
+@pytest.mark.parametrize("group", KINDS)
+def test_each_kind_of_run_trains(place, group, monkeypatch):
+    layers, keys = KINDS[group]
+    chosen = tuple(variant for variant in GROUPS[group] if variant.key in keys)
+    assert len(chosen) == len(keys)
+    monkeypatch.setattr(ablation, "GROUPS", {**GROUPS, group: chosen})
+    ablation.main([*FLAGS, "--layers", str(layers), "--groups", group, "--output", f"{group}.json"])
+    results = json.loads(Path(f"{group}.json").read_text())
+    assert {run["way"] for run in results["runs"]} == set(keys)
+    assert results["settings"]["world"] == setup_of(group).world
+    assert Path(f"{group}_curve.png").is_file() == bool(setup_of(group).curve)
+    for run in results["runs"]:
+        steps = sum(run["steps"].values())
+        assert (steps >= 1) if run["way"].startswith("time:") else (steps == 4)
+        assert len(run.get("curve", ())) == min(setup_of(group).curve, steps)
+    assert f"conversations about 4 {world_of(setup_of(group).world).shows}" in readme_table(results)
+
+
+def test_groups_without_their_pictures_are_skipped_by_name(place, monkeypatch, capsys):
+    monkeypatch.setenv("TUXPAINT_STAMPS", str(place / "elsewhere"))
+    world_of.cache_clear()
+    ablation.main([*FLAGS, "--groups", "objects", "--output", "none.json"])
+    said = capsys.readouterr().out
+    assert "objects: skipped" in said
+    assert "tuxpaint-stamps-default" in said
+    assert not Path("none.json").exists()
+    world_of.cache_clear()
+
+
+def test_groups_of_different_setups_have_a_file_each(capsys):
+    assert cli.call(lambda: ablation.main([*FLAGS, "--groups", "parts", "reading"])) == 2
+    assert "an --output of its own" in " ".join(capsys.readouterr().err.split())
+    assert all(setup_of(group) == setup_of("parts") for group in ablation.FIRST)
+    assert SETUPS.keys() <= GROUPS.keys()
+
+
+def test_settings_of_earlier_runs_are_as_ever():
+    """Fingerprints of the first groups name no later setting, so their runs stay finished."""
+    names = {"steps", "batch_size", "learning_rate", "weight_decay", "warmup", "size", "cpu", "threads"}
+    assert ablation.Settings().depends_on().keys() == names
+    assert ablation.Settings(decay=0.1).depends_on().keys() == {*names, "decay"}
+    plain = ablation.settings_of(setup_of("parts"), {"steps": None, "layers": 5})
+    assert plain == ablation.Settings(size=Size(layers=5))
+    large = ablation.settings_of(setup_of("large"), {"batch_size": 3})
+    assert (large.batch_size, large.learning_rate, large.size.layers) == (3, 4e-4, 12)
+
+
+def test_the_learning_rate_decays_at_the_end():
+    settings = replace(ablation.Settings(), decay=0.1)
+    args = ablation._arguments(ablation.Run(GROUPS["cool-down"][0], 0, 200, settings))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type, optimizer, args.get_warmup_steps(200), 200, args.lr_scheduler_kwargs
+    )
+    rates = []
+    for _ in range(200):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[10:180] == [1.0] * 170
+    assert rates[190] == pytest.approx(0.5)
+    assert rates[199] == pytest.approx(0.05)
+
+
+# --- worlds
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_every_world_has_words_and_pictures(place, name):
+    world = world_of(name)
+    scenes = world.scenes("train", 3)
+    assert [scene.items for scene in scenes] == [scene.items for scene in world.scenes("train", 3)]
+    assert [scene.items for scene in scenes] != [scene.items for scene in world.scenes("test", 3)]
+    places = len(scenes[0].items)
+    assert world.pixels % 14 == 0
+    assert set(world.layout) == set(range(places))
+    assert len(world.layout) == 64
+    for scene, asked in zip(scenes, world.conversations("train", scenes), strict=True):
+        assert scene.image().size == (world.pixels, world.pixels)
+        assert np.array_equal(scene.image(), scene.image())
+        assert max(scene.items) < world.codes
+        ids, _ = talk(asked, world)
+        assert tokenizer(world).unk_token_id not in ids
+        assert {question.kind for question in asked} == set(world.kinds)
+        # The first token of an answer, by which it is scored, tells it from all others.
+        for question in asked:
+            first = tokenizer(world)(question.answer, add_special_tokens=False)["input_ids"][0]
+            assert tokenizer(world).decode([first]) == question.answer.partition("-")[0]
+
+
+def test_answers_about_large_grids_are_right():
+    items = tuple(random.Random(0).choices(range(len(ITEMS)), k=16))
+    grid, kinds = Grid(np.zeros((16, 28, 28), np.uint8), items), Counter()
+    for number in range(20):
+        for question in grid.questions(random.Random(number)):
+            kinds[question.kind] += 1
+            digits = [int(digit) - 1 for digit in re.findall(r"\d", question.text)]
+            at = [items[4 * row + column] for row, column in zip(digits[::2], digits[1::2], strict=False)]
+            if question.kind == "item":
+                assert question.answer == ITEMS[at[0]]
+            elif question.kind == "same":
+                assert question.answer == ("yes" if at[0] == at[1] else "no")
+            else:
+                row = items[4 * digits[0] : 4 * digits[0] + 4]
+                counted = next(index for index, item in enumerate(ITEMS) if f" {item} " in question.text)
+                assert question.answer == ("zero", "one", "two", "three", "four")[row.count(counted)]
+    assert kinds == {"item": 80, "count": 40, "same": 40}
+    assert [FASHION_4X4.layout[8 * row + column] for row, column in ((0, 0), (1, 1), (2, 1), (7, 7))] == [0, 0, 4, 15]
+
+
+def test_answers_about_a_page_are_right():
+    page = READING.drawn(random.Random(5))
+    assert page.words == [reading.WORDS[code] for code in page.items[:4]]
+    highest = "bcde"[page.heights.index(max(page.heights))]
+    for number in range(20):
+        for question in page.questions(random.Random(number)):
+            last = question.text.rstrip("?").split()[-1]
+            if question.kind == "word":
+                assert question.answer == page.words[int(last) - 1]
+            elif question.kind == "number":
+                assert question.answer == page.numbers[int(last) - 1]
+            elif question.kind == "beside":
+                assert question.answer == page.numbers[page.words.index(last)]
+            else:
+                expected = highest if "highest" in question.text else str(page.heights["bcde".index(last)])
+                assert question.answer == expected
+
+
+def test_bars_are_as_high_as_they_are_said_to_be():
+    """The share of coloured pixels below each bar's place grows with its height."""
+    page = reading.Page((0, 1, 2, 3, *(len(reading.WORDS) + number - 1 for number in (10, 20, 30, 40, 9, 6, 3, 1))))
+    pixels = np.asarray(page.image(), dtype=int)[168:]
+    coloured = (np.ptp(pixels, axis=2) > 30).sum(0)
+    heights = [int(part.max()) for part in np.array_split(coloured[34:326], 4)]
+    assert heights == sorted(heights, reverse=True)
+    assert heights[0] / heights[2] == pytest.approx(3, abs=0.3)
+
+
+def test_letters_need_no_files_and_splits_differ():
+    first, other = LETTERS.pictures("train"), LETTERS.pictures("test")
+    assert len(first[0]) == 200 * len(NAMES)
+    assert not any(np.array_equal(other[0][0], tile) for tile in first[0][:200])
+    assert len(set(map(len, first[1]))) == 1
+
+
+def test_stamps_of_one_name_are_one_item(place):
+    world = world_of("objects")
+    assert world.names == ("apple", "horse", "rocket")
+    tiles, indices = world.pictures("train")
+    assert [len(own) for own in indices] == [1, 2, 1]
+    assert tuple(tiles[0][42, 42]) == (0, 128, 0)
+    assert tuple(tiles[0][0, 0]) == (255, 255, 255)
+
+
+# --- callbacks
+
+
+def test_a_curve_leaves_its_own_time_out(monkeypatch):
+    now = iter([0.0, 5.0, 105.0, 107.0, 207.0])  # begin; then before and after each of two measurements of 100 s
+    monkeypatch.setattr("benchmarks.ablation.callbacks.time.perf_counter", lambda: next(now))
+    model, values = torch.nn.Linear(1, 1).eval(), iter([0.25, 0.5])
+    curve = LearningCurve(2, lambda given: next(values))
+    curve.on_train_begin(None, None, None)
+    for step in range(1, 9):
+        curve.on_step_end(None, TrainerState(global_step=step, max_steps=8), None, model)
+    assert curve.points == [[4, 5.0, 0.25], [8, 7.0, 0.5]]
+    assert curve.paused == 200
+    assert model.training
+
+
+def test_budgets_are_drawn_by_step_and_end_as_they_were():
+    pruner = AutoPruner.from_name("divprune", pruning_ratio=0.9)
+    drawn = DrawnBudgets(pruner, ((0.1, 0.5), (0.85, 0.93)), 0)
+    ratios = Counter(drawn.ratio_at(step) for step in range(2000))
+    assert ratios.keys() == {0.5, 0.93}
+    assert ratios[0.5] / 2000 == pytest.approx(0.1 / 0.95, abs=0.03)
+    step = next(step for step in range(2000) if drawn.ratio_at(step) == 0.5)
+    tokens = VisualTokens(torch.randn(1, 100, 8))
+    drawn.on_step_begin(None, TrainerState(global_step=step), None)
+    assert pruner(tokens).lengths == [50]
+    drawn.on_train_end(None, None, None)
+    assert pruner(tokens).lengths == [10]
+
+
+# --- k-means
+
+
+@pytest.mark.parametrize("start", ["random", "grid", "divprune", "tome"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_kmeans_is_what_a_loop_finds(place, start, ragged):
+    from benchmarks.ablation import kmeans  # registers itself
+
+    torch.manual_seed(0)
+    features = torch.randn(2, 36, 8)
+    lengths, kept = ([36, 20], [6, 3]) if ragged else ([36, 36], [6, 6])
+    valid = torch.arange(36) < torch.tensor(lengths)[:, None] if ragged else None
+    pruner = kmeans.KMeans(kmeans.KMeans.config_class(pruning_ratio=5 / 6, start=start, rounds=2))
+    tokens = VisualTokens(features, valid, generator=torch.Generator().manual_seed(1))
+    first = pruner.first.reduce(tokens, kept)
+    tokens.generator.manual_seed(1)
+    pruned = pruner(tokens)
+    assert pruned.lengths == kept
+    for image, (count, k) in enumerate(zip(lengths, kept, strict=True)):
+        units = normalize(features[image, :count], dim=-1)
+        seeds = first.positions[image, :k].tolist()
+        nearest = (units @ units[seeds].T).argmax(1).tolist()
+        owner = [seeds.index(n) if n in seeds else nearest[n] for n in range(count)]
+        for _ in range(2):
+            own = [[n for n in range(count) if owner[n] == slot] for slot in range(k)]
+            centres = normalize(torch.stack([units[members].mean(0) for members in own]), dim=-1)
+            seeds = [
+                members[int((units[members] @ centre).argmax())] for members, centre in zip(own, centres, strict=True)
+            ]
+            nearest = (units @ centres.T).argmax(1).tolist()
+            owner = [seeds.index(n) if n in seeds else nearest[n] for n in range(count)]
+        order = sorted(range(k), key=lambda slot: seeds[slot])
+        assert pruned.positions[image, :k].tolist() == sorted(seeds)
+        assert pruned.sizes[image, :k].tolist() == [owner.count(slot) for slot in order]
+        own = torch.tensor(owner)
+        means = torch.stack([features[image, :count][own == slot].mean(0) for slot in order])
+        torch.testing.assert_close(pruned.features[image, :k], means)
+
+
+# --- on one GPU
+
+
+@pytest.fixture
+def trained(place, tmp_path, monkeypatch):
+    """Trains in a tiny size, as many runs as are asked for; returns the results and how many were trained."""
+    executed, count = large.execute, Counter()
+
+    def call(most, *words):
+        def execute(run):
+            if run.seed < 2**20:  # others warm up
+                count["runs"] += 1
+            return executed(run)
+
+        def end(*given):
+            return count["runs"] < most
+
+        count.clear()
+        monkeypatch.setattr(large, "execute", execute)
+        monkeypatch.setattr(large, "fits", end)
+        code = large.main(["--tiny", "--earlier", str(tmp_path), *words])
+        file = tmp_path / "gpu_cpu_tiny_ablation_large.json"
+        return code, json.loads(file.read_text()) if file.is_file() else None, count["runs"]
+
+    return call
+
+
+def test_each_call_adds_the_next_seed_to_the_results_of_the_card(trained, tmp_path):
+    code, results, count = trained(5)
+    assert (code, count) == (0, 5)
+    done = [(run["way"], run["seed"]) for run in results["runs"]]
+    assert done == [(variant.key, 0) for variant in GROUPS["large"]] + [("full-tokens", 1)]
+    assert results["seeds"] == [0, 1]
+    assert results["card"] == "cpu"
+    assert all(len(run["curve"]) == 2 for run in results["runs"])
+    steps = {run["way"]: sum(run["steps"].values()) for run in results["runs"]}
+    seconds = {run["way"]: run["seconds"] for run in results["runs"] if run["seed"] == 0}
+    assert steps["dualspeed"] == steps["paper:dualspeed"] == 4
+    assert steps["time:full-tokens"] == max(1, round(4 * seconds["dualspeed"] / seconds["full-tokens"]))
+    # A second call goes on, in another file too, from what the card's own has.
+    _, more, count = trained(3, "--output", str(tmp_path / "other.json"))
+    assert count == 3
+    other = json.loads((tmp_path / "other.json").read_text())
+    assert [(run["way"], run["seed"]) for run in other["runs"]][5:] == [
+        (variant.key, 1) for variant in GROUPS["large"][1:]
+    ]
+    assert other["runs"][:5] == results["runs"] == more["runs"]
+    assert "4 x 4 grids of letters" in readme_table(other)
+    assert (tmp_path / "other_curve.png").is_file()
+
+
+def test_a_run_is_known_by_the_card_alone(place, monkeypatch):
+    options = large._parser().parse_args(["--tiny"])
+    settings = large.settings_for(options)
+    variant = GROUPS["large"][0]
+    here = large.CardRun(variant, 0, 4, settings, "h100").fingerprint()
+    monkeypatch.setattr(ablation, "machine", lambda: {"cpu": "another", "cores": 1, "threads": 1, "accelerator": None})
+    assert large.CardRun(variant, 0, 4, settings, "h100").fingerprint() == here
+    assert large.CardRun(variant, 0, 4, settings, "h200").fingerprint() != here
+    assert large.CardRun(variant, 0, 5, settings, "h100").fingerprint() != here
+
+
+def test_a_gpu_is_needed(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="finds no GPU. Use --tiny"):
+        large.main([])
+
+
+def test_its_model_is_large_and_its_images_are_many_tokens():
+    own = large.settings_for(large._parser().parse_args([]))
+    shape = ablation_task.language_model_config(own.size, 576, world_of(own.world))
+    with torch.device("meta"):
+        parameters = sum(one.numel() for one in LlamaModel(shape).parameters())
+    assert parameters > 30e6
+    assert ablation_task.patches_of(world_of(own.world)) == 576
+    assert (own.bf16, own.cpu, own.curve) == (True, False, 10)
+    assert large.SECONDS < 12 * 60
