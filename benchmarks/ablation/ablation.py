@@ -70,15 +70,15 @@ class Settings:
     decay: float = PLAIN_SETUP.decay
     curve: int = PLAIN_SETUP.curve
     bf16: bool = False
-    workers: int = 0  # processes that load batches
+    numbered: bool = False  # features lie on the device, which batches need not bring
 
     def depends_on(self) -> dict:
         """All settings but those of later versions that are as ever."""
-        later = {name: getattr(PLAIN, name) for name in ("world", "decay", "curve", "bf16", "workers")}
+        later = {name: getattr(PLAIN, name) for name in ("world", "decay", "curve", "bf16", "numbered")}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
     def task(self) -> Task:
-        return load_task(self.size, STORE, world_of(self.world))
+        return load_task(self.size, STORE, world_of(self.world), self.numbered)
 
 
 PLAIN = Settings()
@@ -238,7 +238,6 @@ def _arguments(run: Run) -> DualSpeedTrainingArguments:
         warmup_steps=settings.warmup,
         **_schedule(run),
         bf16=settings.bf16,
-        dataloader_num_workers=settings.workers,
         logging_steps=max(1, run.steps // 20),
         save_strategy="no",
         report_to=[],

@@ -52,7 +52,6 @@ TINY = Setup(
     curve=2,
 )
 STEPS, TINY_STEPS, WARM_UP = 400, 4, 6
-WORKERS = 4
 RESERVE = 5  # seconds for the last report
 
 
@@ -182,8 +181,8 @@ def settings_for(options: argparse.Namespace) -> Settings:
     """The settings on a GPU, or tiny ones."""
     given = {"steps": TINY_STEPS if options.tiny else STEPS}
     if options.tiny:
-        return settings_of(TINY, given, threads=torch.get_num_threads())
-    return settings_of(SETUPS[GROUP], given, cpu=False, bf16=True, workers=WORKERS)
+        return settings_of(TINY, given, threads=1, numbered=True)
+    return settings_of(SETUPS[GROUP], given, cpu=False, bf16=True, numbered=True)
 
 
 def _parser() -> Parser:

@@ -104,20 +104,35 @@ class Task:
     features: dict[str, np.ndarray]
     start: dict[str, torch.Tensor]
     world: World = FASHION
+    numbered: bool = False  # batches hold numbers of scenes, whose features the model holds
 
     def collator(self, split: str) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
         """The collator for rows of a split."""
+        if self.numbered:
+            # In the table, those of the test come behind those of the training.
+            return _collator(np.arange(len(self.features[split])) + self.first(split))
         return _collator(self.features[split])
+
+    def first(self, split: str) -> int:
+        return 0 if split == "train" else len(self.features["train"])
+
+    def table(self) -> torch.Tensor:
+        """Features of all scenes, `(scenes, 1 + N, D)` in float16."""
+        return torch.from_numpy(np.concatenate([self.features["train"], self.features["test"]]))
 
 
 def _collator(features: np.ndarray) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-    """Collates rows to ids, mask and labels `(B, S)`, and stored features `(B, 1 + N, D)` as pixel values."""
+    """Collates rows to ids, mask and labels `(B, S)`, and stored features `(B, 1 + N, D)` as pixel values.
+
+    Where `features` are numbers `(scenes,)`, pixel values are numbers `(B, 1, 1, 1)`.
+    """
     pad = tokenizer().pad_token_id
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True, pad)
         labels = pad_sequence([torch.tensor(row["labels"]) for row in rows], True, IGNORED)
         stored = np.stack([features[row["grid"]] for row in rows]).astype(np.float32)
+        stored = stored.reshape(-1, 1, 1, 1) if stored.ndim == 1 else stored
         return {
             "input_ids": ids,
             "attention_mask": (ids != pad).long(),
@@ -129,7 +144,7 @@ def _collator(features: np.ndarray) -> Callable[[list[dict]], dict[str, torch.Te
 
 
 @cache
-def load_task(size: Size, folder: Path = STORE, world: World = FASHION) -> Task:
+def load_task(size: Size, folder: Path = STORE, world: World = FASHION, numbered: bool = False) -> Task:
     """Rows, features and start. What `folder` lacks is computed and stored there."""
     counts = {"train": size.train_grids, "test": size.test_grids}
     asked = {split: world.conversations(split, world.scenes(split, count)) for split, count in counts.items()}
@@ -144,7 +159,7 @@ def load_task(size: Size, folder: Path = STORE, world: World = FASHION) -> Task:
     # The first half of the images trains the common start, the second half the runs.
     half = len(train) // 2
     start = _start(size, folder, world, train[:half], _collator(features["train"]))
-    return Task(train[half:], test, features, start, world)
+    return Task(train[half:], test, features, start, world, numbered)
 
 
 def encoded(grid: int, questions: list[Question], world: World = FASHION) -> dict[str, Any]:
@@ -168,16 +183,24 @@ def majority(task: Task) -> float:
 
 
 class StoredStates(nn.Module):
-    """A tower that returns its input `(B, 1 + N, D)`, the stored states."""
+    """A tower that returns stored states `(B, 1 + N, D)`: its input, or those of a table that its input numbers."""
+
+    def __init__(self, table: torch.Tensor | None = None):
+        super().__init__()
+        self.register_buffer("table", table, persistent=False)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=pixel_values, hidden_states=(pixel_values,))
+        # Numbers (B, 1, 1, 1) to states (B, 1 + N, D).
+        states = pixel_values if self.table is None else self.table[pixel_values.flatten().long()].float()
+        return BaseModelOutput(last_hidden_state=states, hidden_states=(states,))
 
 
 def build_model(task: Task, size: Size) -> LlavaForConditionalGeneration:
     """The model that all runs start from. It is trained on all tokens, like models that are fine-tuned."""
     model = _new_model(size, STORE, task.world)
     model.load_state_dict(task.start, strict=False)
+    if task.numbered:
+        model.model.vision_tower = StoredStates(task.table())
     return model
 
 

@@ -370,3 +370,18 @@ def test_its_model_is_large_and_its_images_are_many_tokens():
     assert ablation_task.patches_of(world_of(own.world)) == 576
     assert (own.bf16, own.cpu, own.curve) == (True, False, 10)
     assert large.SECONDS < 12 * 60
+
+
+def test_numbers_stand_for_the_same_features(place):
+    """A model that holds the features answers as one whose batches bring them."""
+    size = Size(16, 2, 2, 2, 2, train_grids=4, test_grids=2)
+    plain, numbered = (ablation_task.load_task(size, world=world_of("letters"), numbered=own) for own in (False, True))
+    rows = {"train": plain.train[:2], "test": plain.test[-2:]}
+    for split, own in rows.items():
+        logits = []
+        for task in (plain, numbered):
+            batch = task.collator(split)(own)
+            batch.pop("labels")
+            logits.append(ablation_task.build_model(task, size).eval()(**batch).logits)
+        assert batch["pixel_values"].shape == (2, 1, 1, 1)
+        torch.testing.assert_close(*logits)
