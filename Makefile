@@ -9,7 +9,7 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart demo chromium compare ablation cards bench bench-gpu gpu conformance test test-min test-deepspeed \
+.PHONY: help quickstart demo chromium compare ablation ablation-large ablation-estimate cards bench bench-gpu gpu conformance test test-min test-deepspeed \
 	lint docs
 
 help:
@@ -17,6 +17,9 @@ help:
 	@echo "make demo        ask the quickstart, and two runs of it without fast or slow steps, in the browser"
 	@echo "make compare     train with and without DualSpeed and compare them"
 	@echo "make ablation    measure what each part, ratio, pruner and schedule is worth (hours; rerun it to resume)"
+	@echo "make ablation-GROUP one more of deeper, reading, objects, cool-down, budgets, first-layers, selection (hours each)"
+	@echo "make ablation-estimate how long each of them would take here (minutes)"
+	@echo "make ablation-large full tokens, the paper's way and ours on one GPU of 80 GB; rerun it for the next seeds"
 	@echo "make cards       render the cards in model_cards anew, that of the quickstart from its last run"
 	@echo "make bench       time training steps, their growth with the tokens, and batches of like length (1 to 2 hours)"
 	@echo "make bench-gpu   time training steps of 7 B parameters on a GPU of 80 GB, GPU=its name (minutes)"
@@ -64,6 +67,13 @@ ablation: $(STAMP)
 	$(ABLATION)_schedules.json --groups schedules
 	$(ABLATION)_longer.json --steps 800 --groups parts "equal time"
 
+# One of the deeper, wider and harder groups: its name is the group's.
+ablation-%: $(STAMP)
+	$(ABLATION)_$*.json --groups $*
+
+ablation-estimate: $(STAMP)
+	$(BIN)/python -m benchmarks.ablation.estimate
+
 CARD := model_cards/quickstart
 cards: $(STAMP)
 	mkdir -p $(CARD)
@@ -98,6 +108,13 @@ gpu:
 	$(if $(WHEELS),$(PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl)
 	PYTHONPATH=$(CURDIR):$(CURDIR)/$(SITE):$$PYTHONPATH $(PY) -m benchmarks.gpu --output $(OUTPUT) \
 		$(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
+
+# Needs no files: pictures are drawn, and the tower is trained. SECONDS bounds a call.
+SECONDS ?= 700
+ablation-large:
+	$(if $(WHEELS),$(PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(SITE):$$PYTHONPATH $(PY) -m benchmarks.ablation.large --earlier $(OUTPUT) \
+		--seconds $(SECONDS) $(ARGS)
 
 conformance: $(STAMP)
 	$(BIN)/python tests/helpers/supported_models.py

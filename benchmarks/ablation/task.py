@@ -153,8 +153,7 @@ def load_task(size: Size, folder: Path = STORE, world: World = FASHION, numbered
         encoded(number, [one], world) for number, questions in enumerate(asked["test"]) for one in questions[:ASKED]
     ]
     features = {
-        split: stored_features(split, count, folder, world, size.pretraining_steps // 2)
-        for split, count in counts.items()
+        split: stored_features(split, count, folder, world, size.pretraining_steps) for split, count in counts.items()
     }
     # The first half of the images trains the common start, the second half the runs.
     half = len(train) // 2

@@ -15,7 +15,7 @@ from tiny import write_fashion_mnist
 from torch.nn.functional import normalize
 from transformers import Dinov2Config, Dinov2Model, LlamaModel, TrainerState, get_scheduler
 
-from benchmarks.ablation import ablation, large, reading
+from benchmarks.ablation import ablation, estimate, large, reading
 from benchmarks.ablation import task as ablation_task
 from benchmarks.ablation.callbacks import DrawnBudgets, LearningCurve
 from benchmarks.ablation.fashion_grid import FASHION_4X4, ITEMS, Grid
@@ -385,3 +385,36 @@ def test_numbers_stand_for_the_same_features(place):
             logits.append(ablation_task.build_model(task, size).eval()(**batch).logits)
         assert batch["pixel_values"].shape == (2, 1, 1, 1)
         torch.testing.assert_close(*logits)
+
+
+# --- estimates
+
+
+def test_groups_are_estimated_from_one_step_of_each_kind(place, monkeypatch, capsys):
+    size = Size(16, 1, 2, 2, 2, train_grids=4, test_grids=2)
+    tiny = replace(ablation.Settings(steps=4, batch_size=2, threads=1), size=size)
+    monkeypatch.setattr(estimate, "settings_of", lambda setup, given, **others: replace(tiny, world=setup.world))
+    monkeypatch.setenv("TUXPAINT_STAMPS", str(place / "elsewhere"))
+    world_of.cache_clear()
+    threads = torch.get_num_threads()
+    estimate.main(["--groups", "budgets", "objects", "--output", "estimate.json"])
+    torch.set_num_threads(threads)
+    world_of.cache_clear()
+    results = json.loads(Path("estimate.json").read_text())
+    own = results["groups"]["budgets"]
+    assert own["runs"] == 3 * 7
+    assert all(seconds > 0 for seconds in own["seconds"].values())
+    assert "tuxpaint" in results["groups"]["objects"]["skipped"]
+    assert "| `budgets` | 21 |" in estimate.readme_table(results)
+    assert estimate.readme_table(results) in capsys.readouterr().out
+
+
+def test_steps_cost_what_their_modes_do():
+    settings, seconds = ablation.Settings(steps=100), {"full": 10.0, "fast": 1.0, "slow": 12.0}
+    variants = {variant.key: variant for group in GROUPS.values() for variant in group}
+    costs = {key: estimate.steps_cost(variant, settings, seconds) for key, variant in variants.items()}
+    assert costs["full-tokens"] == 1000
+    assert costs["pruned-only"] == pytest.approx(100)
+    assert costs["dualspeed"] == costs["time:full-tokens"] == pytest.approx(5 * 12 + 95)
+    assert costs["paper:tail-0.05"] == pytest.approx(5 * 12 + 95)
+    assert costs["pruning-0.5"] == pytest.approx(5 * 12 + 95 * 5)

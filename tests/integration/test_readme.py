@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, batch, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hf_dualspeed
+from benchmarks.ablation import estimate as ablation_estimate
 from benchmarks.ablation import report as ablation_report
 from benchmarks.compare import report as compare_report
 from hf_dualspeed import cli
@@ -139,11 +140,13 @@ TABLES = {
     "ablation_schedules": ablation_report.readme_table,
     "ablation_pruners": ablation_report.readme_table,
     "ablation_pruners_paper": ablation_report.readme_table,
+    "estimate_ablation": ablation_estimate.readme_table,
 }
 CPU = ["bench_batch8", "bench_batch6"]
 TABLES_OF = {
     "docs/speed.md": ["compare", *(name for name in TABLES if name.startswith("bench"))],
     "docs/ablation.md": [name for name in TABLES if name.startswith("ablation")],
+    "benchmarks/README.md": ["estimate_ablation"],
 }
 
 
