@@ -9,7 +9,8 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart demo chromium compare ablation ablation-large ablation-estimate cards bench bench-gpu gpu conformance test test-min test-deepspeed \
+.PHONY: help quickstart demo chromium compare ablation ablation-deeper ablation-reading ablation-objects ablation-cool-down \
+	ablation-budgets ablation-first-layers ablation-selection ablation-large ablation-estimate cards bench bench-gpu gpu conformance test test-min test-deepspeed \
 	lint docs
 
 help:
@@ -68,8 +69,8 @@ ablation: $(STAMP)
 	$(ABLATION)_longer.json --steps 800 --groups parts "equal time"
 
 # One of the deeper, wider and harder groups: its name is the group's.
-ablation-%: $(STAMP)
-	$(ABLATION)_$*.json --groups $*
+ablation-deeper ablation-reading ablation-objects ablation-cool-down ablation-budgets ablation-first-layers ablation-selection: $(STAMP)
+	$(ABLATION)_$(@:ablation-%=%).json --groups $(@:ablation-%=%)
 
 ablation-estimate: $(STAMP)
 	$(BIN)/python -m benchmarks.ablation.estimate

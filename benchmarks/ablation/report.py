@@ -12,7 +12,7 @@ from hf_dualspeed.publishing.plots import describe, figure_of, save_figure
 from hf_dualspeed.utils.text import markdown_table
 
 from ..common import cell, print_table
-from .plan import BASELINE, FORMAT, MEASURED, ORIGINAL, PAPER, PLAIN_SETUP, of_seven_billion
+from .plan import BASELINE, FORMAT, MEASURED, ORIGINAL, PAPER, PLAIN_SETUP, TIMED, of_seven_billion
 from .worlds import SHOWN
 
 HEADER = ("trained with", "all tokens", "pruned tokens", "retention", "seconds", "speed-up", "steps", "slow")
@@ -171,8 +171,15 @@ def plot_curves(results: dict, path: Path) -> None:
         points = [[mean(values) for values in zip(*at, strict=True)] for at in zip(*curves, strict=False)]
         if points:
             _, seconds, shares = zip(*points, strict=True)
-            dashes = "-" if key in (BASELINE, *PLAIN) or "full" not in key else "--"
-            axis.plot(seconds, shares, dashes, color=f"C{number % 10}", marker="o", markersize=3, label=name)
+            axis.plot(
+                seconds,
+                shares,
+                "--" if key.startswith(TIMED) else "-",
+                color=f"C{number % 10}",
+                marker="o",
+                markersize=3,
+                label=name,
+            )
     axis.set_xlabel("seconds of training")
     axis.set_ylabel("accuracy with all tokens")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from hf_dualspeed.bench.measure import PART
 from hf_dualspeed.utils.environment import machine, versions
 from hf_dualspeed.utils.text import without_paths
 from hf_dualspeed.utils.validation import Parser, check_choice, check_range
-from hf_dualspeed.utils.writing import write_json
+from hf_dualspeed.utils.writing import write_file, write_json
 
 from ..common import print_table
 from .parts import ROOT, Part, plan
@@ -128,7 +127,7 @@ class Session:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / f"{part.key}.json"
             if part.grows and path.is_file():
-                shutil.copy(path, output)
+                write_file(output, path.read_bytes())
             code, tail = executed(part.command(output), limit)
             entry = {"seconds": round(time.monotonic() - begun, 1)}
             # A part that was stopped may have left what it had, a bench that of whole runs.
