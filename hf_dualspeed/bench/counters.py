@@ -31,16 +31,7 @@ FLOP_COUNTING = (
 
 def flops_of(run: Callable[[], object]) -> int:
     """The floating-point operations of a call, with its backward if it runs one."""
-    # FlopCounterMode has no formulas for the CPU's flash attention.
-    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    formulas = {
-        cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, *with_heads_of(query, key, value)),
-        backward: lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(
-            gradient, query, *with_heads_of(query, key, value)
-        ),
-    }
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
         run()
     return counter.get_total_flops()
 
@@ -52,6 +43,16 @@ def with_heads_of(query: torch.Size, *shapes: torch.Size) -> list[tuple[int, ...
     """
     return [(shape[0], query[1], *shape[2:]) for shape in shapes]
 
+
+# FlopCounterMode has no formulas for the CPU's flash attention.
+CPU_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query, *with_heads_of(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, query, key, value, *_, **__: (
+        sdpa_backward_flop_count(gradient, query, *with_heads_of(query, key, value))
+    ),
+}
 
 MEMORY_COUNTING = (
     "bytes of live tensors at the peak of a call, less those from before it (weights, and gradients, which exist "

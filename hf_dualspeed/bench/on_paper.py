@@ -1,0 +1,181 @@
+"""Steps on paper: what a training step needs, without weights, memory or an accelerator.
+
+The model's parameters and the batch's pixels are fake tensors, which have shapes and no data. The trainers' own
+`training_step` runs on them, forward and backward, and [`LiveMemory`] and FLOP formulas count what it makes as they do of
+a real one. Integer inputs stay real, because shapes follow from them: where placeholders stand, what is supervised,
+which tokens are kept. So the pruner is `random`, which keeps as many tokens as any other and reads no features; memory
+that a selecting pruner needs while it selects is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+
+from ..models.interface import unwrap
+from ..trainer.schedule import FAST, SLOW
+from ..trainer.trainer import SMALL
+from ..trainer.training_args import DualSpeedTrainingArguments
+from .counters import CPU_FORMULAS, LiveMemory
+from .measure import SteppedTrainer
+
+PLAIN = "plain"
+PRUNER = "random"
+aten = torch.ops.aten
+
+
+class Answers(TorchDispatchMode):
+    """Answers the few questions that models ask of the values of tensors without data.
+
+    Checks (`all`) pass, numbers are one, and a real mask selects by its places.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        fake = bool(args) and isinstance(args[0], FakeTensor)
+        if fake and function is aten._local_scalar_dense.default:
+            return torch.ones((), dtype=args[0].dtype).item()
+        if fake and function in (aten.all.default, aten._is_all_true.default):
+            return torch.ones((), dtype=torch.bool)
+        if fake and function is aten.index.Tensor:
+            places = []
+            for index in args[1]:
+                mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+                places += index.nonzero(as_tuple=True) if mask else [index]
+            args = (args[0], places)
+        return function(*args, **(kwargs or {}))
+
+
+FORMULAS = {**flop_registry, **{packet: shape_wrapper(formula) for packet, formula in CPU_FORMULAS.items()}}
+
+
+class Counts(LiveMemory):
+    """Counts operations beside memory, by the formulas of `flops_of`, whose hooks on modules would keep tensors."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        formula = FORMULAS.get(function.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class PaperTrainer(SteppedTrainer):
+    """A trainer of a model without data, which cannot be moved."""
+
+    def _move_model_to_device(self, model, device):
+        pass
+
+
+class PlainPaperTrainer(Trainer):
+    """The same for plain training."""
+
+    def _move_model_to_device(self, model, device):
+        pass
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a configuration on the meta device: shapes alone."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+
+
+def without_data(model: nn.Module) -> FakeTensorMode:
+    """Gives the parameters and buffers of a model on the meta device a place, though no data. Returns their mode."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    with mode:
+        model.to_empty(device="cpu")
+    unwrap(model).tie_weights()  # each of the names of a shared table got one of its own
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
+    return mode
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a step needs: bytes of activations and inputs at its peak, and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+class Steps:
+    """The steps of two trainers on one model and one kind of sample.
+
+    Args:
+        model (`nn.Module`): without data, or a real one on the CPU.
+        sample (`Mapping`): a collated batch of one sample. Batches repeat it.
+        mode (`FakeTensorMode`, *optional*): of the model's tensors; None if they are real.
+        folder (`str`): for the trainers, which write nothing.
+        pruning_ratio, checkpointing: those of training.
+        autocast (`bool`): whether steps run under bfloat16 autocast, as with `bf16=True`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: Mapping[str, torch.Tensor],
+        mode: FakeTensorMode | None,
+        folder: str,
+        pruning_ratio: float = 0.9,
+        checkpointing: bool = True,
+        autocast: bool = False,
+    ):
+        common = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": autocast}
+        common |= {"activation_checkpointing": checkpointing, "disable_tqdm": True}
+        settings = {"pruner": PRUNER, "pruning_ratio": pruning_ratio, "slow_mode_splits": "auto"}
+        self.model, self.sample, self.mode = model, sample, mode
+        with Answers():  # the isolator is drawn by the spread of the embeddings
+            self.dual = PaperTrainer(model=model, args=DualSpeedTrainingArguments(**settings, **common))
+        self.plain = PlainPaperTrainer(model=model, args=TrainingArguments(**common))
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        for trainer in (self.plain, self.dual):
+            trainer.current_gradient_accumulation_steps = 1
+            trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+        self.length = sample["input_ids"].shape[1]
+        self.fast_length = 0  # tokens of a sample in a fast step, known after the first
+
+    def batch(self, rows: int) -> dict[str, torch.Tensor]:
+        """`rows` samples. Processors put images one after another along the first dimension, as samples."""
+
+        def repeated(value: torch.Tensor) -> torch.Tensor:
+            if self.mode is not None and value.is_floating_point():
+                value = self.mode.from_tensor(value)
+            return value.repeat(rows, *[1] * (value.dim() - 1))
+
+        return {key: repeated(value) for key, value in self.sample.items()}
+
+    def need(self, name: str, rows: int) -> Need:
+        """What a step needs: "plain", "fast", or "slow", which comes after a fast one."""
+        batch = self.batch(rows)
+        items = (batch["labels"] != -100).sum()
+        self.dual.mode, trainer = name, self.plain if name == PLAIN else self.dual
+        self.dual.clock.fast_tokens = rows * self.fast_length if name == SLOW else 0
+        # Gradients exist beforehand, as in gradient accumulation.
+        known = [*self.model.parameters(), *self.model.buffers(), *batch.values(), items]
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                known.append(parameter.grad)
+        with Answers(), Counts(known) as counts:
+            trainer.training_step(self.model, batch, items)
+        self.model.zero_grad()
+        if name == FAST:
+            self.fast_length = self.dual.clock.fast_tokens // rows
+        return Need(counts.peak + sum(value.nbytes for value in batch.values()), counts.flops)
+
+    @property
+    def whole_part(self) -> int:
+        """The fewest samples of a batch from which a slow step's parts count as small: see `slow_mode_splits`."""
+        return max(1, math.ceil(self.length / (SMALL * self.fast_length)))
