@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module:function in `commands`
     "assemble": ("assemble:main", "join two small pretrained models to a LLaVA"),
     "demo": ("space:demo_command", "ask models side by side in the browser"),
     "space": ("space:space_command", "publish the demo as a Space on the Hub"),
+    "estimate": ("estimate:main", "tell memory, batch size and speed-up before training"),
     "bench": ("bench:main", "time fast and slow training steps"),
 }
 

@@ -1,10 +1,10 @@
 """Steps on paper: what a training step needs, without weights, memory or an accelerator.
 
-The model's parameters and the batch's pixels are fake tensors, which have shapes and no data. The trainers' own
-`training_step` runs on them, forward and backward, and [`LiveMemory`] and FLOP formulas count what it makes as they do of
-a real one. Integer inputs stay real, because shapes follow from them: where placeholders stand, what is supervised,
-which tokens are kept. So the pruner is `random`, which keeps as many tokens as any other and reads no features; memory
-that a selecting pruner needs while it selects is not counted.
+The model's parameters are fake tensors, which have shapes and no data, and so is all that is computed from them. The
+trainers' own `training_step` runs on them, forward and backward, and [`Counts`] counts what it makes as it does of a
+real one. The batch is real, because shapes follow from it: where placeholders stand, what is supervised, which tokens
+are kept. So the pruner is `random`, which keeps as many tokens as any other and reads no features; memory that a
+selecting pruner needs while it selects is not counted.
 """
 
 from __future__ import annotations
@@ -35,22 +35,29 @@ aten = torch.ops.aten
 class Answers(TorchDispatchMode):
     """Answers the few questions that models ask of the values of tensors without data.
 
-    Checks (`all`) pass, numbers are one, and a real mask selects by its places.
+    Masks without data hold everywhere, `any` does not, and numbers are one. Real masks select by their places.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        fake = bool(args) and isinstance(args[0], FakeTensor)
-        if fake and function is aten._local_scalar_dense.default:
-            return torch.ones((), dtype=args[0].dtype).item()
-        if fake and function in (aten.all.default, aten._is_all_true.default):
-            return torch.ones((), dtype=torch.bool)
-        if fake and function is aten.index.Tensor:
+        if function is aten.index.Tensor:
             places = []
             for index in args[1]:
-                mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
-                places += index.nonzero(as_tuple=True) if mask else [index]
-            args = (args[0], places)
+                places += places_of(index) if index is not None and index.dtype == torch.bool else [index]
+            return function(args[0], places)
+        if args and isinstance(args[0], FakeTensor):
+            if function is aten._local_scalar_dense.default:
+                return torch.ones((), dtype=args[0].dtype).item()
+            if function in (aten.all.default, aten._is_all_true.default, aten.any.default):
+                return torch.tensor(function is not aten.any.default)
+            if function is aten.nonzero.default:
+                return torch.ones(args[0].shape).nonzero()
         return function(*args, **(kwargs or {}))
+
+
+def places_of(mask: torch.Tensor) -> list[torch.Tensor]:
+    """The places that a mask selects, one tensor for each dimension."""
+    real = torch.ones(mask.shape) if isinstance(mask, FakeTensor) else mask
+    return list(real.nonzero(as_tuple=True))
 
 
 FORMULAS = {**flop_registry, **{packet: shape_wrapper(formula) for packet, formula in CPU_FORMULAS.items()}}
@@ -89,16 +96,15 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         return AutoModelForImageTextToText.from_config(config, dtype=dtype)
 
 
-def without_data(model: nn.Module) -> FakeTensorMode:
-    """Gives the parameters and buffers of a model on the meta device a place, though no data. Returns their mode."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+def without_data(model: nn.Module) -> nn.Module:
+    """Gives the parameters and buffers of a model on the meta device a place on the CPU, though no data."""
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    with mode:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
     unwrap(model).tie_weights()  # each of the names of a shared table got one of its own
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained[name])
-    return mode
+    return model
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,6 @@ class Steps:
     Args:
         model (`nn.Module`): without data, or a real one on the CPU.
         sample (`Mapping`): a collated batch of one sample. Batches repeat it.
-        mode (`FakeTensorMode`, *optional*): of the model's tensors; None if they are real.
         folder (`str`): for the trainers, which write nothing.
         pruning_ratio, checkpointing: those of training.
         autocast (`bool`): whether steps run under bfloat16 autocast, as with `bf16=True`.
@@ -125,7 +130,6 @@ class Steps:
         self,
         model: nn.Module,
         sample: Mapping[str, torch.Tensor],
-        mode: FakeTensorMode | None,
         folder: str,
         pruning_ratio: float = 0.9,
         checkpointing: bool = True,
@@ -134,7 +138,7 @@ class Steps:
         common = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": autocast}
         common |= {"activation_checkpointing": checkpointing, "disable_tqdm": True}
         settings = {"pruner": PRUNER, "pruning_ratio": pruning_ratio, "slow_mode_splits": "auto"}
-        self.model, self.sample, self.mode = model, sample, mode
+        self.model, self.sample = model, sample
         with Answers():  # the isolator is drawn by the spread of the embeddings
             self.dual = PaperTrainer(model=model, args=DualSpeedTrainingArguments(**settings, **common))
         self.plain = PlainPaperTrainer(model=model, args=TrainingArguments(**common))
@@ -145,23 +149,19 @@ class Steps:
             trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
         self.length = sample["input_ids"].shape[1]
         self.fast_length = 0  # tokens of a sample in a fast step, known after the first
+        self.visual = {"full": 0, "kept": 0}  # its visual tokens before and after pruning, without the isolator's
 
     def batch(self, rows: int) -> dict[str, torch.Tensor]:
         """`rows` samples. Processors put images one after another along the first dimension, as samples."""
-
-        def repeated(value: torch.Tensor) -> torch.Tensor:
-            if self.mode is not None and value.is_floating_point():
-                value = self.mode.from_tensor(value)
-            return value.repeat(rows, *[1] * (value.dim() - 1))
-
-        return {key: repeated(value) for key, value in self.sample.items()}
+        return {key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in self.sample.items()}
 
     def need(self, name: str, rows: int) -> Need:
         """What a step needs: "plain", "fast", or "slow", which comes after a fast one."""
         batch = self.batch(rows)
         items = (batch["labels"] != -100).sum()
         self.dual.mode, trainer = name, self.plain if name == PLAIN else self.dual
-        self.dual.clock.fast_tokens = rows * self.fast_length if name == SLOW else 0
+        clock = self.dual.clock
+        clock.fast_tokens, clock.visual_tokens = rows * self.fast_length if name == SLOW else 0, {"full": 0, "kept": 0}
         # Gradients exist beforehand, as in gradient accumulation.
         known = [*self.model.parameters(), *self.model.buffers(), *batch.values(), items]
         for parameter in self.model.parameters():
@@ -172,10 +172,11 @@ class Steps:
             trainer.training_step(self.model, batch, items)
         self.model.zero_grad()
         if name == FAST:
-            self.fast_length = self.dual.clock.fast_tokens // rows
+            self.fast_length = clock.fast_tokens // rows
+            self.visual = {key: count // rows for key, count in clock.visual_tokens.items()}
         return Need(counts.peak + sum(value.nbytes for value in batch.values()), counts.flops)
 
     @property
-    def whole_part(self) -> int:
-        """The fewest samples of a batch from which a slow step's parts count as small: see `slow_mode_splits`."""
+    def small_from(self) -> int:
+        """Samples from which on a slow step's parts are about as small as a fast step's batch."""
         return max(1, math.ceil(self.length / (SMALL * self.fast_length)))

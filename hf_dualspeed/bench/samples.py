@@ -57,8 +57,8 @@ def image_id(config: PreTrainedConfig) -> int:
 
 
 def tiles_of(count: int, edge: int) -> torch.Tensor:
-    """Black tiles `(count, 3, edge, edge)`."""
-    return torch.zeros(count, 3, edge, edge)
+    """White tiles `(count, 3, edge, edge)`; black ones count as padding in some families."""
+    return torch.ones(count, 3, edge, edge)
 
 
 def edge_of(config: PreTrainedConfig, name: str) -> int:
@@ -96,7 +96,7 @@ def qwen(config: PreTrainedConfig, width: int, height: int) -> Made:
     )
     values = 3 * edge_of(config, "temporal_patch_size") * patch**2
     inputs = {
-        "pixel_values": torch.zeros(rows * columns, values),
+        "pixel_values": torch.ones(rows * columns, values),
         "image_grid_thw": torch.tensor([[1, rows, columns]]),
     }
     tokens = [image_id(config)] * (rows * columns // merge**2)
@@ -112,7 +112,10 @@ def idefics(config: PreTrainedConfig, width: int, height: int) -> Made:
     )
     count, rows, columns = processor.get_number_of_image_patches(height, width)
     # Any ids serve as marks: two before each tile, a line break after each row, and four around the whole image.
-    mark, tile = 9, [image_id(config)] * math.ceil((edge // edge_of(config, "patch_size")) ** 2 / config.scale_factor**2)
+    mark, tile = (
+        9,
+        [image_id(config)] * math.ceil((edge // edge_of(config, "patch_size")) ** 2 / config.scale_factor**2),
+    )
     image = ([mark, mark, *tile] * columns + [mark]) * rows + [mark, mark, mark, *tile, mark]
     pixels = tiles_of(count, edge)[None]
     return {"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, :, 0]).long()}, image

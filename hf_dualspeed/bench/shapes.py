@@ -344,8 +344,11 @@ def given_model(
     return prepared(model, lora), AutoProcessor.from_pretrained(name)
 
 
-def given_batch(processor: ProcessorMixin, rows: int, text_tokens: int, image_size: int) -> dict[str, torch.Tensor]:
-    """A batch of drawn images, each with a question and an answer, together about `text_tokens` tokens."""
+def given_batch(
+    processor: ProcessorMixin, rows: int, text_tokens: int, width: int, height: int | None = None
+) -> dict[str, torch.Tensor]:
+    """A batch of drawn images, square without a height, each with a question and an answer, together about
+    `text_tokens` tokens."""
     words = " ".join(f"{number} and" for number in range(text_tokens))
     ids = processor.tokenizer(words, add_special_tokens=False)["input_ids"]
     supervised = supervised_tokens(text_tokens)
@@ -356,5 +359,5 @@ def given_batch(processor: ProcessorMixin, rows: int, text_tokens: int, image_si
         {"role": "user", "content": said},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
-    image = pattern(image_size, image_size)
+    image = pattern(width, height or width)
     return dict(VisionLanguageCollator(processor)([{"messages": turns, "images": [image]}] * rows))

@@ -1,0 +1,287 @@
+"""`dualspeed estimate`: what training a model takes and what it gains, before anything is downloaded or trained.
+
+Memory is the sum of weights, gradients and the optimizer's state, which follow from the parameters, and of what a step
+makes at its peak, which is measured on paper ([`Steps`]) at two batch sizes and is linear in between and beyond. Slow
+steps run in parts (`slow_mode_splits="auto"`), so they have two such lines: up to the batch whose parts are small, and
+from there on.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from ..models.adapters import add_lora
+from ..models.components import freeze_roles, parameter_roles
+from ..models.interface import ModelInterface
+from ..trainer.schedule import FAST, SLOW
+from ..utils.environment import versions
+from ..utils.text import markdown_table
+from .on_paper import PLAIN, PRUNER, Steps, empty_model, without_data
+from .samples import sample_from_config
+from .shapes import given_batch
+
+TRAINS = ("full", "lora", "qlora")
+DTYPES = ("bfloat16", "float32")
+WORDS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+ROLES = ("vision_tower", "projector", "language_model")
+ROWS = (1, 8)  # batch sizes at which steps are measured
+MOST = 1024  # samples; larger batches are not looked for
+USABLE = 0.9  # of a GPU's memory: the rest goes to CUDA's context, gaps between tensors and kernels' workspaces
+GIB = 2**30
+# Bytes of a weight in 4-bit NormalFloat: half a byte, and the scale of each block of 64, itself in 8 bits and blocks of
+# 256 ("double quantization").
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+COUNTING = (
+    "activations: bytes of live tensors at the peak of the trainers' own training_step on tensors without data, with "
+    "the batch's; gradients exist beforehand, as in gradient accumulation; pruner 'random', so that what a selecting "
+    "pruner needs while it selects is left out. Weights, gradients and AdamW's two moments, in the parameters' own "
+    "precision, and 4-bit weights are arithmetic"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is estimated.
+
+    Args:
+        image_size (`tuple[int, int]`): width and height in pixels of a sample's one image.
+        text_tokens (`int`): tokens of a sample's text, marks around the image not counted.
+        pruning_ratio, slow_mode_ratio (`float`): those of training.
+        dtype (`str`): of the weights. Under bfloat16, steps run as with `bf16=True`.
+        lora_rank (`int`): of the adapters on all linear layers of the language model.
+    """
+
+    image_size: tuple[int, int] = (1024, 768)
+    text_tokens: int = 200
+    pruning_ratio: float = 0.9
+    slow_mode_ratio: float = 0.05
+    dtype: str = "bfloat16"
+    lora_rank: int = 16
+
+
+@dataclass
+class Subject:
+    """A model to be: its name, configuration, and processor if its files are at hand."""
+
+    name: str
+    config: PreTrainedConfig
+    processor: ProcessorMixin | None
+
+    def sample(self, settings: Settings) -> dict[str, torch.Tensor]:
+        """One collated sample in the precision of training."""
+        size, text, dtype = settings.image_size, settings.text_tokens, getattr(torch, settings.dtype)
+        if self.processor is None:
+            sample = sample_from_config(self.config, *size, text)
+        else:
+            sample = given_batch(self.processor, 1, text, *size)
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in sample.items()}
+
+
+def subject_of(name: str) -> Subject:
+    """The model of a Hub id, a folder, or a configuration's file, of which no weights are read.
+
+    Raises:
+        OSError, ValueError: there is no such model, or transformers does not know its kind.
+    """
+    path = Path(name)
+    alone = path.is_file() or (path.is_dir() and not any((path / file).is_file() for file in PROCESSOR_FILES))
+    config = AutoConfig.from_pretrained(name)
+    processor = None if alone else AutoProcessor.from_pretrained(name)
+    return Subject(path.stem if path.is_file() else name, config, processor)
+
+
+def quantized(model: nn.Module) -> set[str]:
+    """The names of the weights that QLoRA keeps in 4 bits: those of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return {f"{name}.weight" for name in layers}
+
+
+def trained_model(config: PreTrainedConfig, train: str, settings: Settings) -> tuple[nn.Module, dict]:
+    """The model on the meta device as it is trained, with a frozen tower, and the bytes that its training holds."""
+    model = empty_model(config, getattr(torch, settings.dtype))
+    ModelInterface(model).check_protocol()
+    small = quantized(model) if train == "qlora" else set()
+    if train == "qlora":  # PEFT's `prepare_model_for_kbit_training` keeps the others in float32
+        for name, parameter in model.named_parameters():
+            if name not in small:
+                parameter.data = parameter.data.float()
+    weights = {name: p.numel() * NF4 if name in small else p.nbytes for name, p in model.named_parameters()}
+    outer = model if train == "full" else with_adapters(model, settings.lora_rank)
+    freeze_roles(model, train_projector=train == "full")
+    trainable = [p for p in outer.parameters() if p.requires_grad]
+    adapters = 0 if train == "full" else sum(p.nbytes for p in trainable)
+    gradients = sum(p.nbytes for p in trainable)
+    return outer, {
+        "trainable": sum(p.numel() for p in trainable),
+        "weights_bytes": round(sum(weights.values())) + adapters,
+        "gradients_bytes": gradients,
+        "optimizer_bytes": 2 * gradients,
+    }
+
+
+def with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
+    """The model with LoRA adapters on all linear layers of its language model, as the recipes have them."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear)}
+    targets = [name for name, module in model.named_modules() if id(module) in inside]
+    options = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05, "target_modules": targets}
+    with torch.device("meta"):
+        return add_lora(model, options)
+
+
+def parameters_of(config: PreTrainedConfig) -> dict[str, int]:
+    """Parameters by role."""
+    model = empty_model(config, torch.bfloat16)
+    roles, counts = parameter_roles(model), dict.fromkeys(ROLES, 0)
+    for name, parameter in model.named_parameters():
+        counts[roles[name]] += parameter.numel()
+    return counts
+
+
+def estimate(
+    subject: Subject,
+    settings: Settings,
+    trains: list[str],
+    checkpointing: list[str],
+    say: Callable[[str], None] = lambda words: None,
+) -> dict:
+    """What training takes, for each way to train and setting of activation checkpointing.
+
+    Args:
+        say (`Callable`): is told what is being measured, which takes up to a minute each for 8 B parameters.
+
+    Raises:
+        ValueError: the model cannot be trained with DualSpeed, or its inputs cannot be made.
+    """
+    sample, runs, visual = subject.sample(settings), [], {}
+    for train in trains:
+        for setting in checkpointing:
+            say(f"{subject.name}: {WORDS[train]}, activation checkpointing {setting}")
+            model, held = trained_model(subject.config, train, settings)
+            model = without_data(model)
+            with tempfile.TemporaryDirectory() as folder:
+                ratio, autocast = settings.pruning_ratio, settings.dtype == "bfloat16"
+                steps = Steps(model, sample, folder, ratio, setting == "on", autocast)
+                runs.append({"train": train, "checkpointing": setting, **held, **measured(steps)})
+            visual = steps.visual
+    return {
+        "model": subject.name,
+        "kind": subject.config.model_type,
+        "sample_from": "config" if subject.processor is None else "processor",
+        "settings": asdict(settings),
+        "visual_tokens": visual["full"],
+        "kept_tokens": visual["kept"],
+        "tokens": sample["input_ids"].shape[1],
+        "parameters": parameters_of(subject.config),
+        "pruner": PRUNER,
+        "counting": COUNTING,
+        "versions": versions(),
+        "runs": runs,
+    }
+
+
+def measured(steps: Steps) -> dict:
+    """Bytes at the peak of each step by the batch's samples, and operations for each sample."""
+    found = {name: {rows: steps.need(name, rows) for rows in ROWS} for name in (PLAIN, FAST)}
+    few = steps.small_from
+    found[SLOW] = {rows: steps.need(SLOW, rows) for rows in sorted({ROWS[0], few, 4 * few})}
+    return {
+        "activation_bytes": {name: {str(rows): n.bytes for rows, n in by.items()} for name, by in found.items()},
+        "flops": {name: by[max(by)].flops / max(by) for name, by in found.items()},
+    }
+
+
+def activations(run: dict, name: str, rows: int) -> float:
+    """Bytes at the peak of a step of `rows` samples: on the line through the two measured sizes around, or the last."""
+    points = sorted((int(key), value) for key, value in run["activation_bytes"][name].items())
+    pairs = list(pairwise(points))
+    (first, low), (second, high) = next((pair for pair in pairs if rows <= pair[1][0]), pairs[-1])
+    return low + (high - low) * (rows - first) / (second - first)
+
+
+def needed(run: dict, name: str, rows: int) -> float:
+    """Bytes that training holds at most: `name` is "plain" or "ours", whose peak is that of a fast or a slow step."""
+    peak = activations(run, PLAIN, rows) if name == PLAIN else max(activations(run, n, rows) for n in (FAST, SLOW))
+    return run["weights_bytes"] + run["gradients_bytes"] + run["optimizer_bytes"] + peak
+
+
+def largest(run: dict, name: str, gib: float) -> int:
+    """The most samples of a micro-batch that fit into a GPU of `gib` GiB; 0 if one does not."""
+    return max((rows for rows in range(1, MOST + 1) if needed(run, name, rows) <= USABLE * gib * GIB), default=0)
+
+
+def speedup(run: dict, slow_ratio: float) -> float:
+    """How many times fewer operations a step has on average: the limit of the speed-up at equal batch."""
+    flops = run["flops"]
+    return flops[PLAIN] / ((1 - slow_ratio) * flops[FAST] + slow_ratio * flops[SLOW])
+
+
+def gpu_size(words: str) -> float:
+    """GiB from words such as "24gb" or "24".
+
+    Raises:
+        ValueError: they are no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)?", words.strip().lower())
+    if match is None or not float(match[1]):
+        raise ValueError(f"`gpu` must be sizes such as 24gb, got {words!r}.")
+    return float(match[1])
+
+
+def samples(count: int) -> str:
+    """A number of samples in words."""
+    return "-" if not count else f"{MOST}+" if count == MOST else str(count)
+
+
+def pair(run: dict, gib: float) -> str:
+    """The largest micro-batches, plain and ours."""
+    return " / ".join(samples(largest(run, name, gib)) for name in (PLAIN, "ours"))
+
+
+HEADER = ("model", "image", "tokens", "trained", "weights", "+ optimizer")
+
+
+def table_rows(results: dict) -> Iterator[tuple]:
+    """Rows of the table: a model and a way to train it, with the largest micro-batches, plain and ours."""
+    for found in results["models"]:
+        width, height = found["settings"]["image_size"]
+        size, tokens = sum(found["parameters"].values()), f"{found['visual_tokens']:,} → {found['kept_tokens']:,}"
+        for run in found["runs"]:
+            state = run["weights_bytes"] + run["gradients_bytes"] + run["optimizer_bytes"]
+            batches = (pair(run, gib) for gib in results["gpus"])
+            yield (
+                f"{found['model']}, {size / 1e9:.2f} B",
+                f"{width} x {height}",
+                tokens,
+                f"{WORDS[run['train']]}, {run['trainable'] / 1e6:,.0f} M",
+                f"{run['weights_bytes'] / GIB:.1f}",
+                f"{state / GIB:.1f}",
+                *batches,
+                f"{speedup(run, found['settings']['slow_mode_ratio']):.2f} x",
+            )
+
+
+def readme_table(results: dict) -> str:
+    """The table of `docs/memory.md`."""
+    first = results["models"][0]
+    settings, used = first["settings"], first["versions"]
+    checkpointing = sorted({run["checkpointing"] for run in first["runs"]}, reverse=True)
+    said = (
+        f"{settings['dtype']}, activation checkpointing {' and '.join(checkpointing)}, {settings['text_tokens']} "
+        f"text tokens, {settings['pruning_ratio']:.0%} pruned, {settings['slow_mode_ratio']:.0%} slow steps, LoRA of "
+        f"rank {settings['lora_rank']}; GiB of the weights, and with gradients and AdamW's state; the largest "
+        f"micro-batch by GPU, Trainer / DualSpeed; torch {used['torch']}, transformers {used['transformers']}."
+    )
+    header = (*HEADER, *(f"{gib:g} GB" for gib in results["gpus"]), "FLOP limit")
+    return f"{said}\n\n{markdown_table(header, table_rows(results))}"

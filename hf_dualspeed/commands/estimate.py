@@ -1,0 +1,165 @@
+"""`dualspeed estimate`: what training a model takes and what it gains, from its configuration alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from ..bench.estimate import (
+    DTYPES,
+    GIB,
+    PLAIN,
+    ROLES,
+    ROWS,
+    TRAINS,
+    USABLE,
+    WORDS,
+    Settings,
+    activations,
+    estimate,
+    gpu_size,
+    pair,
+    readme_table,
+    speedup,
+    subject_of,
+)
+from ..bench.options import SETTINGS
+from ..trainer.schedule import FAST, SLOW
+from ..utils.text import without_paths
+from ..utils.validation import Parser, check_range
+from ..utils.writing import write_file, write_json
+
+DESCRIPTION = """Tells parameters, visual tokens before and after pruning, memory, the largest batch that fits and the
+expected speed-up. Reads the config, and the processor where there is one; no weights. Takes up to two minutes for each
+way to train a model of 8 B parameters."""
+MARKED = re.compile(r"(<!-- memory-table-start -->\n).*?(\n<!-- memory-table-end -->)", re.DOTALL)
+
+
+def main(argv: list[str]) -> None:
+    """Estimates, prints tables or JSON, and writes what is asked for."""
+    options = parse(argv)
+    logging.set_verbosity_error()
+    path = Path(options.json) if options.json not in (None, "-") else None
+    gpus = sorted(map(gpu_size, options.gpu))
+    results = {"models": [], "gpus": gpus}
+    if path is not None and path.is_file():  # further models join those of earlier calls
+        results = {**json.loads(path.read_text(encoding="utf-8")), "gpus": gpus}
+    console, progress = Console(), Console(stderr=True)
+    for name in options.model:
+        subject = subject_of(name)
+        for size in options.image_size:
+            settings = settings_of(options, size)
+            found = without_paths(estimate(subject, settings, options.train, options.checkpointing, progress.print))
+            replaced = [m for m in results["models"] if key_of(m) != key_of(found)]
+            results["models"] = sorted([*replaced, found], key=key_of)
+            if path is not None:
+                write_json(path, results)
+            if options.json != "-":
+                show(console, found, gpus)
+    if options.json == "-":
+        print(json.dumps(results, indent=2))
+    if options.page is not None:
+        write_table(Path(options.page), results)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parses and checks the command line.
+
+    Raises:
+        ValueError: an option is unknown or out of range, or there is nothing to do.
+    """
+    default = Settings()
+    parser = Parser(prog="dualspeed estimate", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("model", nargs="*", help="Hub ids, folders, or files such as config.json")
+    add = parser.add_argument
+    add("--image_size", nargs="+", default=["x".join(map(str, default.image_size))], help="WIDTHxHEIGHT, or several")
+    add("--text_tokens", type=int, default=default.text_tokens, help="of a sample, beside its image")
+    add("--pruning_ratio", type=float, default=default.pruning_ratio)
+    add("--slow_mode_ratio", type=float, default=default.slow_mode_ratio)
+    add("--train", nargs="+", choices=TRAINS, default=list(TRAINS))
+    add("--lora_rank", type=int, default=default.lora_rank)
+    add("--dtype", choices=DTYPES, default=default.dtype, help="of the weights")
+    add("--checkpointing", nargs="+", choices=SETTINGS, default=["on"], help="activation checkpointing")
+    add("--gpu", nargs="+", default=["16gb", "24gb", "48gb", "80gb"], help="memory sizes such as 24gb")
+    add("--json", nargs="?", const="-", help="print JSON in place of tables, or also add the results to a JSON file")
+    add("--page", help="put the table of all results of the --json file into a marked place of a Markdown page")
+    options = parser.parse_args(argv)
+    if not options.model and (options.page is None or options.json in (None, "-")):
+        raise ValueError("`model` is missing. Name a Hub id, a folder or a config.json; --page needs a --json file.")
+    check_range("text_tokens", options.text_tokens, 4, off="200 is usual.")
+    check_range("pruning_ratio", options.pruning_ratio, 0, 1, right_open=True, off="0.9 is usual.")
+    check_range("slow_mode_ratio", options.slow_mode_ratio, 0, 1, off="0.05 is usual.")
+    check_range("lora_rank", options.lora_rank, 1, off="16 is usual.")
+    options.image_size = [image_size(words) for words in options.image_size]
+    for words in options.gpu:
+        gpu_size(words)
+    return options
+
+
+def image_size(words: str) -> tuple[int, int]:
+    """Width and height from words such as "1024x768"; one number is both."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", words.lower())
+    if match is None or not all(map(int, filter(None, match.groups()))):
+        raise ValueError(f"`image_size` must be pixels such as 1024x768, got {words!r}.")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def settings_of(options: argparse.Namespace, size: tuple[int, int]) -> Settings:
+    """The settings of one image size."""
+    return Settings(
+        size, options.text_tokens, options.pruning_ratio, options.slow_mode_ratio, options.dtype, options.lora_rank
+    )
+
+
+def key_of(found: dict) -> tuple:
+    """What tells two estimates in one file apart."""
+    return found["model"].lower(), tuple(found["settings"]["image_size"])
+
+
+def show(console: Console, found: dict, gpus: list[float]) -> None:
+    """Prints an estimate in tables of at most 80 columns."""
+    parameters, settings = found["parameters"], found["settings"]
+    roles = ", ".join(f"{role.replace('_', ' ')} {parameters[role] / 1e6:,.0f} M" for role in ROLES)
+    console.print(f"\n[bold]{found['model']}[/] ({found['kind']}), {sum(parameters.values()) / 1e9:.2f} B parameters")
+    console.print(roles)
+    width, height = settings["image_size"]
+    console.print(
+        f"an image of {width} x {height}: [bold]{found['visual_tokens']:,}[/] visual tokens, "
+        f"[bold]{found['kept_tokens']:,}[/] after pruning {settings['pruning_ratio']:.0%} "
+        f"(from the {found['sample_from']}); {found['tokens']:,} tokens with text"
+    )
+    rows = ROWS[-1]
+    memory = Table("trained", "ckpt", "weights", "grads", "AdamW", "plain", "fast", "slow")
+    memory.title = f"GiB held, and activations of {rows} samples, {settings['dtype']}"
+    fits = Table("trained", "ckpt", *(f"{gib:g} GB" for gib in gpus), "FLOP limit")
+    fits.title = "largest micro-batch, Trainer / DualSpeed; limit of the speed-up"
+    for run in found["runs"]:
+        label = f"{WORDS[run['train']]}, {run['trainable'] / 1e6:,.0f} M"
+        held = (run[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes"))
+        peaks = (activations(run, name, rows) for name in (PLAIN, FAST, SLOW))
+        memory.add_row(label, run["checkpointing"], *(f"{size / GIB:.2f}" for size in (*held, *peaks)))
+        limit = f"{speedup(run, settings['slow_mode_ratio']):.2f} x"
+        fits.add_row(label, run["checkpointing"], *(pair(run, gib) for gib in gpus), limit)
+    console.print(memory)
+    console.print(fits)
+    console.print(
+        f"{1 - USABLE:.0%} of a GPU is left free. 4-bit weights are arithmetic; what a selecting pruner needs while it "
+        "selects is not counted.",
+        style="dim",
+    )
+
+
+def write_table(page: Path, results: dict) -> None:
+    """Puts the table between its marks in a Markdown page."""
+    text = page.read_text(encoding="utf-8")
+    table = readme_table(results)
+    written, count = MARKED.subn(lambda marks: marks[1] + table + marks[2], text)
+    if not count:
+        raise ValueError(f"`page` {str(page)!r} has no line '<!-- memory-table-start -->' with an end. Add both.")
+    write_file(page, written)
