@@ -25,7 +25,7 @@ from ..models.interface import ModelInterface
 from ..trainer.schedule import FAST, SLOW
 from ..utils.environment import versions
 from ..utils.text import markdown_table
-from .on_paper import PLAIN, PRUNER, Steps, empty_model, without_data
+from .on_paper import PLAIN, PRUNER, RECOMPUTED, Steps, empty_model, without_data
 from .samples import sample_from_config
 from .shapes import given_batch
 
@@ -173,7 +173,7 @@ def estimate(
             with tempfile.TemporaryDirectory() as folder:
                 ratio, autocast = settings.pruning_ratio, settings.dtype == "bfloat16"
                 steps = Steps(model, sample, folder, ratio, setting == "on", autocast)
-                runs.append({"train": train, "checkpointing": setting, **held, **measured(steps)})
+                runs.append({"train": train, "checkpointing": setting, **held, **measured(steps, setting == "on")})
             visual = steps.visual
     return {
         "model": subject.name,
@@ -191,11 +191,17 @@ def estimate(
     }
 
 
-def measured(steps: Steps) -> dict:
-    """Bytes at the peak of each step by the batch's samples, and operations for each sample."""
+def measured(steps: Steps, recomputes: bool) -> dict:
+    """Bytes at the peak of each step by the batch's samples, and operations for each sample.
+
+    Where activation checkpointing is on, fast steps are measured without and with it.
+    """
     found = {name: {rows: steps.need(name, rows) for rows in ROWS} for name in (PLAIN, FAST)}
     few = steps.small_from
     found[SLOW] = {rows: steps.need(SLOW, rows) for rows in sorted({ROWS[0], few, 4 * few})}
+    if recomputes:
+        for name, sizes in ((FAST, ROWS), (SLOW, (ROWS[0], 4 * few))):
+            found[name + RECOMPUTED] = {rows: steps.need(name + RECOMPUTED, rows) for rows in sizes}
     return {
         "activation_bytes": {name: {str(rows): n.bytes for rows, n in by.items()} for name, by in found.items()},
         "flops": {name: by[max(by)].flops / max(by) for name, by in found.items()},
@@ -210,21 +216,27 @@ def activations(run: dict, name: str, rows: int) -> float:
     return low + (high - low) * (rows - first) / (second - first)
 
 
-def needed(run: dict, name: str, rows: int) -> float:
-    """Bytes that training holds at most: `name` is "plain" or "ours", whose peak is that of a fast or a slow step."""
-    peak = activations(run, PLAIN, rows) if name == PLAIN else max(activations(run, n, rows) for n in (FAST, SLOW))
-    return run["weights_bytes"] + run["gradients_bytes"] + run["optimizer_bytes"] + peak
+def ways(run: dict) -> dict[str, tuple[str, ...]]:
+    """The kinds of steps of each way to train that was measured: the Trainer's, ours, and ours with recomputation."""
+    found = {"plain": (PLAIN,), "ours": (FAST, SLOW), "recomputed": (FAST + RECOMPUTED, SLOW + RECOMPUTED)}
+    return {way: names for way, names in found.items() if names[0] in run["flops"]}
 
 
-def largest(run: dict, name: str, gib: float) -> int:
+def needed(run: dict, way: str, rows: int) -> float:
+    """Bytes that a way to train holds at most, in the step with the highest peak."""
+    held = run["weights_bytes"] + run["gradients_bytes"] + run["optimizer_bytes"]
+    return held + max(activations(run, name, rows) for name in ways(run)[way])
+
+
+def largest(run: dict, way: str, gib: float) -> int:
     """The most samples of a micro-batch that fit into a GPU of `gib` GiB; 0 if one does not."""
-    return max((rows for rows in range(1, MOST + 1) if needed(run, name, rows) <= USABLE * gib * GIB), default=0)
+    return max((rows for rows in range(1, MOST + 1) if needed(run, way, rows) <= USABLE * gib * GIB), default=0)
 
 
-def speedup(run: dict, slow_ratio: float) -> float:
+def speedup(run: dict, way: str, slow_ratio: float) -> float:
     """How many times fewer operations a step has on average: the limit of the speed-up at equal batch."""
-    flops = run["flops"]
-    return flops[PLAIN] / ((1 - slow_ratio) * flops[FAST] + slow_ratio * flops[SLOW])
+    fast, slow = (run["flops"][name] for name in ways(run)[way])
+    return run["flops"][PLAIN] / ((1 - slow_ratio) * fast + slow_ratio * slow)
 
 
 def gpu_size(words: str) -> float:
@@ -244,9 +256,18 @@ def samples(count: int) -> str:
     return "-" if not count else f"{MOST}+" if count == MOST else str(count)
 
 
-def pair(run: dict, gib: float) -> str:
-    """The largest micro-batches, plain and ours."""
-    return " / ".join(samples(largest(run, name, gib)) for name in (PLAIN, "ours"))
+def batches(run: dict, gib: float) -> str:
+    """The largest micro-batches: the Trainer's, ours, and ours with recomputation in brackets."""
+    found = {way: samples(largest(run, way, gib)) for way in ways(run)}
+    last = f" ({found['recomputed']})" if "recomputed" in found else ""
+    return f"{found['plain']} / {found['ours']}{last}"
+
+
+def limits(run: dict, slow_ratio: float) -> str:
+    """The limits of the speed-up, with recomputation in brackets."""
+    found = {way: f"{speedup(run, way, slow_ratio):.2f}" for way in ways(run) if way != "plain"}
+    last = f" ({found['recomputed']})" if "recomputed" in found else ""
+    return f"{found['ours']}{last} x"
 
 
 HEADER = ("model", "image", "tokens", "trained", "weights", "+ optimizer")
@@ -259,7 +280,6 @@ def table_rows(results: dict) -> Iterator[tuple]:
         size, tokens = sum(found["parameters"].values()), f"{found['visual_tokens']:,} → {found['kept_tokens']:,}"
         for run in found["runs"]:
             state = run["weights_bytes"] + run["gradients_bytes"] + run["optimizer_bytes"]
-            batches = (pair(run, gib) for gib in results["gpus"])
             yield (
                 f"{found['model']}, {size / 1e9:.2f} B",
                 f"{width} x {height}",
@@ -267,8 +287,8 @@ def table_rows(results: dict) -> Iterator[tuple]:
                 f"{WORDS[run['train']]}, {run['trainable'] / 1e6:,.0f} M",
                 f"{run['weights_bytes'] / GIB:.1f}",
                 f"{state / GIB:.1f}",
-                *batches,
-                f"{speedup(run, found['settings']['slow_mode_ratio']):.2f} x",
+                *(batches(run, gib) for gib in results["gpus"]),
+                limits(run, found["settings"]["slow_mode_ratio"]),
             )
 
 
@@ -281,7 +301,8 @@ def readme_table(results: dict) -> str:
         f"{settings['dtype']}, activation checkpointing {' and '.join(checkpointing)}, {settings['text_tokens']} "
         f"text tokens, {settings['pruning_ratio']:.0%} pruned, {settings['slow_mode_ratio']:.0%} slow steps, LoRA of "
         f"rank {settings['lora_rank']}; GiB of the weights, and with gradients and AdamW's state; the largest "
-        f"micro-batch by GPU, Trainer / DualSpeed; torch {used['torch']}, transformers {used['transformers']}."
+        f"micro-batch by GPU, Trainer / DualSpeed, in brackets with `fast_mode_checkpointing`; torch {used['torch']}, "
+        f"transformers {used['transformers']}."
     )
     header = (*HEADER, *(f"{gib:g} GB" for gib in results["gpus"]), "FLOP limit")
     return f"{said}\n\n{markdown_table(header, table_rows(results))}"

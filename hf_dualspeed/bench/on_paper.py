@@ -28,6 +28,7 @@ from .counters import CPU_FORMULAS, LiveMemory
 from .measure import SteppedTrainer
 
 PLAIN = "plain"
+RECOMPUTED = "_recomputed"  # a fast or slow step with `fast_mode_checkpointing`
 PRUNER = "random"
 aten = torch.ops.aten
 
@@ -142,6 +143,8 @@ class Steps:
         with Answers():  # the isolator is drawn by the spread of the embeddings
             self.dual = PaperTrainer(model=model, args=DualSpeedTrainingArguments(**settings, **common))
         self.plain = PlainPaperTrainer(model=model, args=TrainingArguments(**common))
+        if autocast:  # wraps `forward`, as training does
+            self.plain.accelerator.prepare_model(model, device_placement=False)
         if checkpointing:
             model.activation_checkpointing_enable()
         for trainer in (self.plain, self.dual):
@@ -156,12 +159,17 @@ class Steps:
         return {key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in self.sample.items()}
 
     def need(self, name: str, rows: int) -> Need:
-        """What a step needs: "plain", "fast", or "slow", which comes after a fast one."""
+        """What a step needs: "plain", "fast" or "slow", the last two with [`RECOMPUTED`] or not; "fast" comes first."""
         batch = self.batch(rows)
         items = (batch["labels"] != -100).sum()
-        self.dual.mode, trainer = name, self.plain if name == PLAIN else self.dual
-        clock = self.dual.clock
-        clock.fast_tokens, clock.visual_tokens = rows * self.fast_length if name == SLOW else 0, {"full": 0, "kept": 0}
+        trainer, clock, mode = (
+            self.plain if name == PLAIN else self.dual,
+            self.dual.clock,
+            name.removesuffix(RECOMPUTED),
+        )
+        self.dual.mode, self.dual.selective_checkpointing.always = mode, mode != name
+        # The size of a fast step decides on the parts of a slow one.
+        clock.fast_tokens, clock.visual_tokens = rows * self.fast_length if mode == SLOW else 0, {"full": 0, "kept": 0}
         # Gradients exist beforehand, as in gradient accumulation.
         known = [*self.model.parameters(), *self.model.buffers(), *batch.values(), items]
         for parameter in self.model.parameters():

@@ -22,12 +22,13 @@ from ..bench.estimate import (
     WORDS,
     Settings,
     activations,
+    batches,
     estimate,
     gpu_size,
-    pair,
+    limits,
     readme_table,
-    speedup,
     subject_of,
+    ways,
 )
 from ..bench.options import SETTINGS
 from ..trainer.schedule import FAST, SLOW
@@ -139,13 +140,15 @@ def show(console: Console, found: dict, gpus: list[float]) -> None:
     memory.title = f"GiB held, and activations of {rows} samples, {settings['dtype']}"
     fits = Table("trained", "ckpt", *(f"{gib:g} GB" for gib in gpus), "FLOP limit")
     fits.title = "largest micro-batch, Trainer / DualSpeed; limit of the speed-up"
+    if any("recomputed" in ways(run) for run in found["runs"]):
+        fits.title += "\n(in brackets: with fast_mode_checkpointing, to which training falls back)"
     for run in found["runs"]:
         label = f"{WORDS[run['train']]}, {run['trainable'] / 1e6:,.0f} M"
         held = (run[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes"))
         peaks = (activations(run, name, rows) for name in (PLAIN, FAST, SLOW))
         memory.add_row(label, run["checkpointing"], *(f"{size / GIB:.2f}" for size in (*held, *peaks)))
-        limit = f"{speedup(run, settings['slow_mode_ratio']):.2f} x"
-        fits.add_row(label, run["checkpointing"], *(pair(run, gib) for gib in gpus), limit)
+        limit = limits(run, settings["slow_mode_ratio"])
+        fits.add_row(label, run["checkpointing"], *(batches(run, gib) for gib in gpus), limit)
     console.print(memory)
     console.print(fits)
     console.print(
