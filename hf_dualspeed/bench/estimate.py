@@ -1,13 +1,15 @@
 """`dualspeed estimate`: what training a model takes and what it gains, before anything is downloaded or trained.
 
 Memory is the sum of weights, gradients and the optimizer's state, which follow from the parameters, and of what a step
-makes at its peak, which is measured on paper ([`Steps`]) at two batch sizes and is linear in between and beyond. Slow
-steps run in parts (`slow_mode_splits="auto"`), so they have two such lines: up to the batch whose parts are small, and
-from there on.
+makes at its peak, which is measured on paper ([`Steps`]) at two batch sizes and two depths of the language model, and is
+linear in between and beyond. Slow steps run in parts (`slow_mode_splits="auto"`), so that from the batch on whose parts
+are small, what counts is the samples of a part.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from ..models.adapters import add_lora
 from ..models.components import freeze_roles, parameter_roles
 from ..models.interface import ModelInterface
 from ..trainer.schedule import FAST, SLOW
+from ..trainer.trainer import SMALL
 from ..utils.environment import versions
 from ..utils.text import markdown_table
 from .on_paper import PLAIN, PRUNER, RECOMPUTED, Steps, empty_model, without_data
@@ -34,6 +37,7 @@ DTYPES = ("bfloat16", "float32")
 WORDS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 ROLES = ("vision_tower", "projector", "language_model")
 ROWS = (1, 8)  # batch sizes at which steps are measured
+LEAST_LAYERS = 3  # of the shallower of the two models that stand for a deep one
 MOST = 1024  # samples; larger batches are not looked for
 USABLE = 0.9  # of a GPU's memory: the rest goes to CUDA's context, gaps between tensors and kernels' workspaces
 GIB = 2**30
@@ -149,6 +153,50 @@ def parameters_of(config: PreTrainedConfig) -> dict[str, int]:
     return counts
 
 
+def layers_of(config: PreTrainedConfig) -> int:
+    """Layers of the language model."""
+    return config.get_text_config().num_hidden_layers
+
+
+def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The configuration with so many layers in the language model."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if layers != text.num_hidden_layers:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def depths_of(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The layers at which steps are measured: two small numbers, from which the whole follows on a line, or all.
+
+    All where the model is shallow, or its parameters do not lie on the line, because its layers differ.
+    """
+    layers, types = layers_of(config), getattr(config.get_text_config(), "layer_types", None) or []
+    # Whole periods of the kinds of layers (sliding and full attention), and at least those that deepstack reaches.
+    period = next(n for n in range(1, layers + 1) if types[n:] == types[: max(0, len(types) - n)])
+    few = period * math.ceil(LEAST_LAYERS / period)
+    if layers <= 2 * few:
+        return (layers,)
+    counts = {depth: sum(parameters_of(shallow(config, depth)).values()) for depth in (few, 2 * few, layers)}
+    return (few, 2 * few) if line(few, counts[few], 2 * few, counts[2 * few], layers) == counts[layers] else (layers,)
+
+
+def line(first: float, low: float, second: float, high: float, place: float) -> float:
+    """The value at `place` on the line through `low` at `first` and `high` at `second`."""
+    return low + (high - low) * (place - first) / (second - first)
+
+
+def deeper(few: tuple[int, dict], more: tuple[int, dict], layers: int) -> dict:
+    """What was measured at two depths, continued to the whole model's."""
+    (first, low), (second, high) = few, more
+    if not isinstance(low, dict):
+        return round(line(first, low, second, high, layers))
+    return {key: deeper((first, low[key]), (second, high[key]), layers) for key in low}
+
+
 def estimate(
     subject: Subject,
     settings: Settings,
@@ -159,21 +207,25 @@ def estimate(
     """What training takes, for each way to train and setting of activation checkpointing.
 
     Args:
-        say (`Callable`): is told what is being measured, which takes up to a minute each for 8 B parameters.
+        say (`Callable`): is told what is being measured, which takes up to a minute each on a large model.
 
     Raises:
         ValueError: the model cannot be trained with DualSpeed, or its inputs cannot be made.
     """
-    sample, runs, visual = subject.sample(settings), [], {}
+    sample, depths, runs, visual = subject.sample(settings), depths_of(subject.config), [], {}
     for train in trains:
         for setting in checkpointing:
             say(f"{subject.name}: {WORDS[train]}, activation checkpointing {setting}")
-            model, held = trained_model(subject.config, train, settings)
-            model = without_data(model)
-            with tempfile.TemporaryDirectory() as folder:
-                ratio, autocast = settings.pruning_ratio, settings.dtype == "bfloat16"
-                steps = Steps(model, sample, folder, ratio, setting == "on", autocast)
-                runs.append({"train": train, "checkpointing": setting, **held, **measured(steps, setting == "on")})
+            _, held = trained_model(subject.config, train, settings)
+            found = {}
+            for depth in depths:
+                model, _ = trained_model(shallow(subject.config, depth), train, settings)
+                with tempfile.TemporaryDirectory() as folder:
+                    ratio, autocast = settings.pruning_ratio, settings.dtype == "bfloat16"
+                    steps = Steps(without_data(model), sample, folder, ratio, setting == "on", autocast)
+                    found[depth] = measured(steps, setting == "on")
+            run = found[depths[0]] if len(depths) == 1 else deeper(*found.items(), layers_of(subject.config))
+            runs.append({"train": train, "checkpointing": setting, **held, **run})
             visual = steps.visual
     return {
         "model": subject.name,
@@ -185,6 +237,7 @@ def estimate(
         "tokens": sample["input_ids"].shape[1],
         "parameters": parameters_of(subject.config),
         "pruner": PRUNER,
+        "measured_layers": list(depths),
         "counting": COUNTING,
         "versions": versions(),
         "runs": runs,
@@ -197,12 +250,14 @@ def measured(steps: Steps, recomputes: bool) -> dict:
     Where activation checkpointing is on, fast steps are measured without and with it.
     """
     found = {name: {rows: steps.need(name, rows) for rows in ROWS} for name in (PLAIN, FAST)}
-    few = steps.small_from
-    found[SLOW] = {rows: steps.need(SLOW, rows) for rows in sorted({ROWS[0], few, 4 * few})}
+    sizes = {"tokens": steps.length, "fast_tokens": steps.fast_length}
+    few = few_rows(sizes)
+    found[SLOW] = {rows: steps.need(SLOW, rows) for rows in sorted({1, few, 4 * few})}
     if recomputes:
-        for name, sizes in ((FAST, ROWS), (SLOW, (ROWS[0], 4 * few))):
-            found[name + RECOMPUTED] = {rows: steps.need(name + RECOMPUTED, rows) for rows in sizes}
+        found[FAST + RECOMPUTED] = {rows: steps.need(FAST + RECOMPUTED, rows) for rows in ROWS}
+        found[SLOW + RECOMPUTED] = {rows: steps.need(SLOW + RECOMPUTED, rows) for rows in (1, 4 * few)}
     return {
+        **sizes,
         "activation_bytes": {name: {str(rows): n.bytes for rows, n in by.items()} for name, by in found.items()},
         "flops": {name: by[max(by)].flops / max(by) for name, by in found.items()},
     }
@@ -213,7 +268,21 @@ def activations(run: dict, name: str, rows: int) -> float:
     points = sorted((int(key), value) for key, value in run["activation_bytes"][name].items())
     pairs = list(pairwise(points))
     (first, low), (second, high) = next((pair for pair in pairs if rows <= pair[1][0]), pairs[-1])
-    return low + (high - low) * (rows - first) / (second - first)
+    places = [first, second, rows]
+    if name.startswith(SLOW) and first >= few_rows(run):
+        places = [part_rows(run, place) for place in places]
+    return line(places[0], low, places[1], high, places[2])
+
+
+def part_rows(run: dict, rows: int) -> int:
+    """Samples of the largest part of a slow step of `rows` samples, as the trainer chooses them."""
+    together = int(SMALL * rows * run["fast_tokens"] / run["tokens"])
+    return math.ceil(rows / math.ceil(rows / max(1, together)))
+
+
+def few_rows(run: dict) -> int:
+    """The fewest samples of a batch whose slow step has small parts."""
+    return max(1, math.ceil(run["tokens"] / (SMALL * run["fast_tokens"])))
 
 
 def ways(run: dict) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,6 @@ selecting pruner needs while it selects is not counted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from ..models.interface import unwrap
 from ..trainer.schedule import FAST, SLOW
-from ..trainer.trainer import SMALL
 from ..trainer.training_args import DualSpeedTrainingArguments
 from .counters import CPU_FORMULAS, LiveMemory
 from .measure import SteppedTrainer
@@ -183,8 +181,3 @@ class Steps:
             self.fast_length = clock.fast_tokens // rows
             self.visual = {key: count // rows for key, count in clock.visual_tokens.items()}
         return Need(counts.peak + sum(value.nbytes for value in batch.values()), counts.flops)
-
-    @property
-    def small_from(self) -> int:
-        """Samples from which on a slow step's parts are about as small as a fast step's batch."""
-        return max(1, math.ceil(self.length / (SMALL * self.fast_length)))

@@ -37,8 +37,8 @@ from ..utils.validation import Parser, check_range
 from ..utils.writing import write_file, write_json
 
 DESCRIPTION = """Tells parameters, visual tokens before and after pruning, memory, the largest batch that fits and the
-expected speed-up. Reads the config, and the processor where there is one; no weights. Takes up to two minutes for each
-way to train a model of 8 B parameters."""
+expected speed-up. Reads the config, and the processor where there is one; no weights. Takes about half a minute for
+each way to train."""
 MARKED = re.compile(r"(<!-- memory-table-start -->\n).*?(\n<!-- memory-table-end -->)", re.DOTALL)
 
 

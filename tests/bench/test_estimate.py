@@ -1,0 +1,310 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bench_cases import TINY, tiny_bench
+from tiny import IMAGE_SIZE, PATCH_SIZE
+from tiny_models import FAMILIES
+from tiny_processors import FAMILIES as PROCESSORS
+from torch import nn
+from transformers import Gemma3Config, Idefics3Config, InternVLConfig, LlavaConfig, PaliGemmaConfig
+
+from hf_dualspeed import cli
+from hf_dualspeed.bench import estimate as est
+from hf_dualspeed.bench import samples
+from hf_dualspeed.bench.on_paper import Steps, empty_model, without_data
+from hf_dualspeed.bench.samples import sample_from_config
+from hf_dualspeed.bench.shapes import IMAGE_ID, given_batch
+from hf_dualspeed.models.interface import visual_token_ids
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+STEPS = ("plain", "fast", "slow")
+# Of each shape: an edge of the image in pixels that gives few tokens, with little text.
+PIXELS = {"llava-1.5": 56, "llava-next": 56, "qwen2.5-vl": 448}
+
+
+def small_config(**extra) -> LlavaConfig:
+    text = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 2}
+    vision = {**text, "hidden_size": 32, "intermediate_size": 64, "image_size": 56, "patch_size": 14}
+    parts = {
+        "text_config": {"model_type": "llama", "vocab_size": 128, **text},
+        "vision_config": {"model_type": "clip_vision_model", **vision},
+    }
+    return LlavaConfig(**parts, image_token_index=IMAGE_ID, **extra)
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small.json"
+    path.write_text(json.dumps(small_config().to_dict()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(config_file):
+    """An estimate of a small model in all ways."""
+    settings = est.Settings((80, 40), 30, 0.5, 0.1)
+    return est.estimate(est.subject_of(str(config_file)), settings, list(est.TRAINS), ["on"])
+
+
+# --- against what is measured on real tensors -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "train", "checkpointing"),
+    [
+        ("llava-1.5", "full", "on"),
+        ("llava-1.5", "lora", "off"),
+        ("llava-next", "full", "off"),
+        ("llava-next", "lora", "on"),
+        ("qwen2.5-vl", "full", "on"),
+        ("qwen2.5-vl", "lora", "off"),
+    ],
+)
+def test_memory_and_operations_are_those_of_real_steps(tmp_path, shape, train, checkpointing):
+    rows, edge = 6, PIXELS[shape]
+    options = {**TINY, "image_size": edge if shape == "llava-1.5" else None, "text_tokens": 40, "batch": rows}
+    like = None
+    if shape != "llava-1.5":  # whose size alone is an option
+        from dataclasses import replace
+
+        from hf_dualspeed.bench.shapes import SHAPES
+
+        like = replace(SHAPES[shape], image_size=edge)
+    options |= {"shape": [shape], "pruning_ratio": 0.8, "slow_splits": "auto", "lora": train == "lora"}
+    real = tiny_bench(tmp_path, checkpointing, like, pruner="random", **options)
+    settings = est.Settings(
+        (2 * edge, 2 * edge) if shape == "llava-next" else (edge, edge), 40, 0.8, 0.1, "float32", 128
+    )
+    subject = est.Subject(shape, real.subject.model.config, None)
+    (run,) = est.estimate(subject, settings, [train], [checkpointing])["runs"]
+    held = real.run([])
+    assert run["gradients_bytes"] == pytest.approx(held["gradients_bytes"], rel=0.15)
+    assert run["weights_bytes"] == pytest.approx(held["weights_bytes"], rel=0.15)
+    batch = sum(value.nbytes for value in real.batch.values())
+    for name in STEPS:
+        assert est.activations(run, name, rows) == pytest.approx(real.count_memory(name) + batch, rel=0.15), name
+        assert rows * run["flops"][name] == pytest.approx(real.count_flops(name), rel=0.15), name
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_steps_without_data_are_equal_to_steps_with(tmp_path, checkpointing):
+    config = small_config()
+    sample = sample_from_config(config, 80, 40, 30)
+    real, paper = empty_model(config, torch.float32), empty_model(config, torch.float32)
+    real.to_empty(device="cpu")
+    for parameter in real.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    both = [Steps(model, sample, str(tmp_path), 0.5, checkpointing == "on") for model in (real, without_data(paper))]
+    for name in (*STEPS, "fast_recomputed", "slow_recomputed"):
+        first, second = (steps.need(name, 3) for steps in both)
+        assert first == second, name
+
+
+def test_a_gpu_at_7_b_measured_the_same():
+    """The published table's activations, against those that the bench measured on an H100."""
+    models = json.loads((RESULTS / "memory.json").read_text())["models"]
+    (found,) = [found for found in models if found["model"] == "llava-1.5-7b"]
+    (run,) = [run for run in found["runs"] if (run["train"], run["checkpointing"]) == ("full", "on")]
+    bench = json.loads((RESULTS / "bench_h100_llava_1_5.json").read_text())["runs"]
+    (real,) = [run for run in bench if run["checkpointing"] == "on"]
+    assert (found["visual_tokens"], found["settings"]["text_tokens"]) == (real["visual_tokens"], real["text_tokens"])
+    for name in STEPS:
+        assert est.activations(run, name, real["batch"]) == pytest.approx(real["memory"][name], rel=0.15), name
+    assert run["weights_bytes"] == pytest.approx(real["weights_bytes"], rel=0.01)
+    assert run["gradients_bytes"] == pytest.approx(real["gradients_bytes"], rel=0.01)
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_gradients_and_moments_follow_from_the_parameters(found):
+    model = empty_model(small_config(), torch.bfloat16)
+    tower = sum(p.numel() for p in model.model.vision_tower.parameters())
+    every = sum(p.numel() for p in model.parameters())
+    full, lora, qlora = found["runs"]
+    assert sum(found["parameters"].values()) == every
+    assert found["parameters"]["vision_tower"] == tower
+    assert full["trainable"] == every - tower
+    assert (full["weights_bytes"], full["gradients_bytes"]) == (2 * every, 2 * (every - tower))
+    assert full["optimizer_bytes"] == 2 * full["gradients_bytes"]
+    # Rank 16 on the seven linear layers of each of two blocks, in float32.
+    adapters = 2 * 16 * (4 * (64 + 64) + 3 * (64 + 128))
+    assert lora["trainable"] == qlora["trainable"] == adapters
+    assert lora["weights_bytes"] == 2 * every + 4 * adapters
+    assert lora["gradients_bytes"] == 4 * adapters
+    # Linear layers but the head in 4 bits and their scales; embeddings, head, norms and convolution in float32.
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    linear = sum(m.weight.numel() for m in layers)
+    expected = linear * (0.5 + 1 / 64 + 4 / 16384) + 4 * (every - linear) + 4 * adapters
+    assert qlora["weights_bytes"] == pytest.approx(expected, abs=1)
+
+
+def test_pruned_tokens_are_told(found):
+    assert (found["visual_tokens"], found["kept_tokens"]) == (16, 8)
+    assert found["tokens"] == 46
+    assert found["sample_from"] == "config"
+
+
+def test_the_largest_batch_is_the_last_that_fits(found):
+    run = found["runs"][0]
+    for way in est.ways(run):
+        gib = est.needed(run, way, 37) / est.USABLE / est.GIB
+        assert est.largest(run, way, gib) == 37
+        assert est.largest(run, way, gib * 0.999) == 36
+    assert est.largest(run, "plain", 1e-6) == 0
+    assert est.samples(est.largest(run, "plain", 1e6)) == "1024+"
+
+
+def test_activations_lie_on_lines():
+    run = {"activation_bytes": {"slow": {"1": 10, "3": 50, "12": 140}}, "flops": {}}
+    assert [est.activations(run, "slow", rows) for rows in (1, 2, 3, 6, 12, 24)] == [10, 30, 50, 80, 140, 260]
+
+
+def test_fewer_operations_are_the_limit(found):
+    run = found["runs"][0]
+    flops = run["flops"]
+    assert est.speedup(run, "ours", 0.25) == flops["plain"] / (0.75 * flops["fast"] + 0.25 * flops["slow"])
+    assert est.speedup(run, "recomputed", 0.0) == flops["plain"] / flops["fast_recomputed"]
+    assert flops["fast"] < flops["fast_recomputed"] < flops["plain"]
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+SQUARE = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
+
+
+def config_like(name: str, processor):
+    """A configuration for a tiny processor."""
+    if name in FAMILIES:
+        return FAMILIES[name].build()[0].config
+    token = processor.tokenizer.convert_tokens_to_ids
+    if name == "gemma3":
+        marks = {"boi_token_index": token("<start_of_image>"), "eoi_token_index": token("<end_of_image>")}
+        return Gemma3Config(
+            vision_config=SQUARE, image_token_index=token("<image_soft_token>"), mm_tokens_per_image=4, **marks
+        )
+    if name == "internvl":
+        processor.image_processor.max_patches = 12
+        edges = {key: [value] * 2 for key, value in SQUARE.items()}
+        return InternVLConfig(vision_config=edges, image_token_id=token("<IMG_CONTEXT>"), image_seq_length=4)
+    return Idefics3Config(vision_config=SQUARE, image_token_id=token("<image>"), scale_factor=2)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "gemma3", "idefics3", "internvl"])
+def test_a_configuration_alone_gives_what_the_processor_gives(name, monkeypatch):
+    monkeypatch.setattr(samples, "QWEN2_PIXELS", (8 * 8, 32 * 32))
+    monkeypatch.setattr(samples, "IDEFICS_EDGE", 2)
+    processor = FAMILIES[name].processor() if name in FAMILIES else PROCESSORS[name].build("right")
+    config = config_like(name, processor)
+    for width, height in ((40, 24), (16, 16), (20, 44)):
+        made = given_batch(processor, 1, 20, width, height)
+        alone = sample_from_config(config, width, height, 20)
+        assert alone.keys() == made.keys()
+        ids = torch.tensor(visual_token_ids(config))
+        visual = [torch.isin(batch["input_ids"], ids).sum() for batch in (alone, made)]
+        assert visual[0] == visual[1]
+        for key in alone.keys() - {"input_ids", "attention_mask", "labels", *samples.TYPE_IDS.values()}:
+            assert alone[key].shape == made[key].shape, key
+        assert (alone["labels"] != -100).sum() == 10
+
+
+def test_other_families_are_refused_with_the_remedy(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PaliGemmaConfig().to_dict()))
+    assert cli.main(["estimate", str(path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no processor beside the config of this 'paligemma' model" in said
+    assert "Put the processor's files" in said
+
+
+def test_a_folder_s_processor_makes_the_sample(tmp_path):
+    model, processor = FAMILIES["llava"].build()
+    model.config.save_pretrained(tmp_path)
+    assert est.subject_of(str(tmp_path)).processor is None
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")  # nothing reads them
+    subject = est.subject_of(str(tmp_path))
+    settings = est.Settings((30, 20), 20, 0.5, 0.1)
+    found = est.estimate(subject, settings, ["full"], ["off"])
+    assert found["sample_from"] == "processor"
+    assert found["visual_tokens"] == (IMAGE_SIZE // PATCH_SIZE) ** 2
+    assert found["kept_tokens"] == found["visual_tokens"] // 2
+    assert list(est.ways(found["runs"][0])) == ["plain", "ours"]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+FLAGS = [
+    "--image_size",
+    "80x40",
+    "--text_tokens",
+    "30",
+    "--pruning_ratio",
+    "0.5",
+    "--train",
+    "full",
+    "--gpu",
+    "1gb",
+    "2",
+]
+
+
+def test_tables_results_and_page(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    path, page = tmp_path / "memory.json", tmp_path / "page.md"
+    other = tmp_path / "other.json"
+    shutil.copy(config_file, other)
+    page.write_text("Before\n<!-- memory-table-start -->\nold\n<!-- memory-table-end -->\nAfter\n")
+    assert cli.main(["estimate", str(config_file), *FLAGS, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "16 visual tokens, 8 after pruning 50%" in " ".join(printed.split())
+    assert "1024+ / 1024+ (1024+)" in printed
+    assert cli.main(["estimate", str(other), *FLAGS, "--json", str(path), "--page", str(page)]) == 0
+    results = json.loads(path.read_text())
+    assert [found["model"] for found in results["models"]] == ["other", "small"]
+    assert results["gpus"] == [1.0, 2.0]
+    assert str(tmp_path) not in path.read_text()
+    assert page.read_text() == (
+        f"Before\n<!-- memory-table-start -->\n{est.readme_table(results)}\n<!-- memory-table-end -->\nAfter\n"
+    )
+    row = re.search(r"\| small, .*", page.read_text())[0]
+    assert "| 80 x 40 | 16 → 8 | full, 0 M | 0.0 | 0.0 |" in row
+
+
+def test_json_alone_is_printed(config_file, capsys):
+    assert cli.main(["estimate", str(config_file), *FLAGS, "--checkpointing", "off", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["models"]
+    assert (found["model"], found["kind"]) == ("small", "llava")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], r"`model` is missing. Name a Hub id"),
+        (["--page", "page.md"], r"--page needs a --json file"),
+        (["m", "--gpu", "big"], r"`gpu` must be sizes such as 24gb, got 'big'"),
+        (["m", "--image_size", "0x3"], r"`image_size` must be pixels such as 1024x768, got '0x3'"),
+        (["m", "--pruning_ratio", "1"], r"`pruning_ratio` must be in \[0, 1\)"),
+        (["m", "--slow_mode_ratio", "2"], r"`slow_mode_ratio` must be in \[0, 1\]"),
+        (["m", "--text_tokens", "2"], r"`text_tokens` must be in \[4"),
+        (["m", "--lora_rank", "0"], r"`lora_rank` must be in \[1"),
+        (["m", "--train", "dora"], r"argument --train: invalid choice: 'dora'"),
+        (["m", "--ratio", "2"], r"unrecognized arguments: --ratio"),
+    ],
+)
+def test_bad_flags_are_named(words, message, capsys):
+    assert cli.main(["estimate", *words]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_page_without_a_place_is_an_error(tmp_path):
+    (tmp_path / "memory.json").write_text(json.dumps({"models": [], "gpus": []}))
+    (tmp_path / "page.md").write_text("nothing")
+    words = ["--json", str(tmp_path / "memory.json"), "--page", str(tmp_path / "page.md")]
+    assert cli.main(["estimate", *words]) == 2
