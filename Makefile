@@ -10,7 +10,8 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(THREADS)
 
 .PHONY: help quickstart demo chromium compare ablation ablation-deeper ablation-reading ablation-objects ablation-cool-down \
-	ablation-budgets ablation-first-layers ablation-selection ablation-large ablation-estimate cards bench bench-gpu gpu conformance test test-min test-deepspeed \
+	ablation-budgets ablation-first-layers ablation-selection ablation-large ablation-estimate cards bench bench-gpu gpu \
+	memory conformance test test-min test-deepspeed \
 	lint docs
 
 help:
@@ -25,6 +26,7 @@ help:
 	@echo "make bench       time training steps, their growth with the tokens, and batches of like length (1 to 2 hours)"
 	@echo "make bench-gpu   time training steps of 7 B parameters on a GPU of 80 GB, GPU=its name (minutes)"
 	@echo "make gpu         all that one GPU of 80 GB shows, in nine minutes; rerun it to go on (OUTPUT=folder, WHEELS=folder)"
+	@echo "make memory      estimate memory and batch sizes of known models, for docs/memory.md (half an hour)"
 	@echo "make conformance check every model family and write docs/supported_models.md"
 	@echo "make test        run the tests"
 	@echo "make test-min    run them on the lowest versions that pyproject.toml allows"
@@ -116,6 +118,9 @@ ablation-large:
 	$(if $(WHEELS),$(PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl)
 	PYTHONPATH=$(CURDIR):$(CURDIR)/$(SITE):$$PYTHONPATH $(PY) -m benchmarks.ablation.large --earlier $(OUTPUT) \
 		--seconds $(SECONDS) $(ARGS)
+MEMORY := docs/results/memory.json
+memory: $(STAMP)
+	$(BIN)/dualspeed estimate docs/results/configs/*.json --json $(MEMORY) --page docs/memory.md
 
 conformance: $(STAMP)
 	$(BIN)/python tests/helpers/supported_models.py

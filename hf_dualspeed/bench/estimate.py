@@ -1,7 +1,7 @@
 """`dualspeed estimate`: what training a model takes and what it gains, before anything is downloaded or trained.
 
 Memory is the sum of weights, gradients and the optimizer's state, which follow from the parameters, and of what a step
-makes at its peak, which is measured on paper ([`Steps`]) at two batch sizes and two depths of the language model, and is
+makes at its peak. That is measured on paper ([`Steps`]) at two batch sizes and two depths of the language model, and is
 linear in between and beyond. Slow steps run in parts (`slow_mode_splits="auto"`), so that from the batch on whose parts
 are small, what counts is the samples of a part.
 """
@@ -200,47 +200,42 @@ def deeper(few: tuple[int, dict], more: tuple[int, dict], layers: int) -> dict:
 def estimate(
     subject: Subject,
     settings: Settings,
-    trains: list[str],
-    checkpointing: list[str],
+    train: str,
+    checkpointing: str,
     say: Callable[[str], None] = lambda words: None,
 ) -> dict:
-    """What training takes, for each way to train and setting of activation checkpointing.
+    """What training takes, for a way to train and a setting of activation checkpointing.
 
     Args:
-        say (`Callable`): is told what is being measured, which takes up to a minute each on a large model.
+        say (`Callable`): is told what is being measured, which takes half a minute on a large model.
 
     Raises:
         ValueError: the model cannot be trained with DualSpeed, or its inputs cannot be made.
     """
-    sample, depths, runs, visual = subject.sample(settings), depths_of(subject.config), [], {}
-    for train in trains:
-        for setting in checkpointing:
-            say(f"{subject.name}: {WORDS[train]}, activation checkpointing {setting}")
-            _, held = trained_model(subject.config, train, settings)
-            found = {}
-            for depth in depths:
-                model, _ = trained_model(shallow(subject.config, depth), train, settings)
-                with tempfile.TemporaryDirectory() as folder:
-                    ratio, autocast = settings.pruning_ratio, settings.dtype == "bfloat16"
-                    steps = Steps(without_data(model), sample, folder, ratio, setting == "on", autocast)
-                    found[depth] = measured(steps, setting == "on")
-            run = found[depths[0]] if len(depths) == 1 else deeper(*found.items(), layers_of(subject.config))
-            runs.append({"train": train, "checkpointing": setting, **held, **run})
-            visual = steps.visual
+    sample, config, found = subject.sample(settings), subject.config, {}
+    say(f"{subject.name}: {WORDS[train]}, activation checkpointing {checkpointing}")
+    _, held = trained_model(config, train, settings)
+    for depth in depths_of(config):
+        model, _ = trained_model(shallow(config, depth), train, settings)
+        with tempfile.TemporaryDirectory() as folder:
+            on, autocast = checkpointing == "on", settings.dtype == "bfloat16"
+            steps = Steps(without_data(model), sample, folder, settings.pruning_ratio, on, autocast)
+            found[depth] = measured(steps, on)
+    run = deeper(*found.items(), layers_of(config)) if len(found) > 1 else found[layers_of(config)]
     return {
         "model": subject.name,
-        "kind": subject.config.model_type,
+        "kind": config.model_type,
         "sample_from": "config" if subject.processor is None else "processor",
-        "settings": asdict(settings),
-        "visual_tokens": visual["full"],
-        "kept_tokens": visual["kept"],
-        "tokens": sample["input_ids"].shape[1],
-        "parameters": parameters_of(subject.config),
+        "settings": {**asdict(settings), "image_size": list(settings.image_size)},
+        "visual_tokens": steps.visual["full"],
+        "kept_tokens": steps.visual["kept"],
+        "tokens": steps.length,
+        "parameters": parameters_of(config),
+        "measured_layers": list(found),
         "pruner": PRUNER,
-        "measured_layers": list(depths),
         "counting": COUNTING,
         "versions": versions(),
-        "runs": runs,
+        "runs": [{"train": train, "checkpointing": checkpointing, **held, **run}],
     }
 
 
@@ -268,10 +263,9 @@ def activations(run: dict, name: str, rows: int) -> float:
     points = sorted((int(key), value) for key, value in run["activation_bytes"][name].items())
     pairs = list(pairwise(points))
     (first, low), (second, high) = next((pair for pair in pairs if rows <= pair[1][0]), pairs[-1])
-    places = [first, second, rows]
-    if name.startswith(SLOW) and first >= few_rows(run):
-        places = [part_rows(run, place) for place in places]
-    return line(places[0], low, places[1], high, places[2])
+    if name.startswith(SLOW) and part_rows(run, first) < part_rows(run, second):
+        first, second, rows = (part_rows(run, place) for place in (first, second, rows))
+    return line(first, low, second, high, rows)
 
 
 def part_rows(run: dict, rows: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -55,14 +56,14 @@ def main(argv: list[str]) -> None:
     for name in options.model:
         subject = subject_of(name)
         for size in options.image_size:
-            settings = settings_of(options, size)
-            found = without_paths(estimate(subject, settings, options.train, options.checkpointing, progress.print))
-            replaced = [m for m in results["models"] if key_of(m) != key_of(found)]
-            results["models"] = sorted([*replaced, found], key=key_of)
-            if path is not None:
-                write_json(path, results)
+            shown, settings = [], settings_of(options, size)
+            for train, setting in product(options.train, options.checkpointing):
+                found = without_paths(estimate(subject, settings, train, setting, progress.print))
+                results["models"], shown = joined(results["models"], found), joined(shown, found)
+                if path is not None:
+                    write_json(path, results)
             if options.json != "-":
-                show(console, found, gpus)
+                show(console, shown[0], gpus)
     if options.json == "-":
         print(json.dumps(results, indent=2))
     if options.page is not None:
@@ -118,9 +119,19 @@ def settings_of(options: argparse.Namespace, size: tuple[int, int]) -> Settings:
     )
 
 
-def key_of(found: dict) -> tuple:
-    """What tells two estimates in one file apart."""
-    return found["model"].lower(), tuple(found["settings"]["image_size"])
+def joined(models: list[dict], found: dict) -> list[dict]:
+    """The estimates with one more. It replaces those of the same settings, but for ways to train that it lacks."""
+
+    def key(model: dict) -> tuple:
+        return model["model"].lower(), json.dumps(model["settings"], sort_keys=True)
+
+    def way(run: dict) -> tuple:
+        return TRAINS.index(run["train"]), SETTINGS.index(run["checkpointing"])
+
+    before = [run for model in models if key(model) == key(found) for run in model["runs"]]
+    runs = {way(run): run for run in (*before, *found["runs"])}
+    others = [model for model in models if key(model) != key(found)]
+    return sorted([*others, {**found, "runs": [runs[number] for number in sorted(runs)]}], key=key)
 
 
 def show(console: Console, found: dict, gpus: list[float]) -> None:
@@ -161,6 +172,8 @@ def show(console: Console, found: dict, gpus: list[float]) -> None:
 def write_table(page: Path, results: dict) -> None:
     """Puts the table between its marks in a Markdown page."""
     text = page.read_text(encoding="utf-8")
+    if not results["models"]:
+        raise ValueError("There are no estimates for the table yet. Name models.")
     table = readme_table(results)
     written, count = MARKED.subn(lambda marks: marks[1] + table + marks[2], text)
     if not count:

@@ -259,6 +259,12 @@ class DualSpeedArguments:
         Raises:
             ValueError: one is outside its range; the message names it, its value and the remedy.
         """
+        if isinstance(self.per_device_train_batch_size, str):
+            raise ValueError(
+                f"`per_device_train_batch_size` must be a number, got {self.per_device_train_batch_size!r}: it is not "
+                "chosen for you. `dualspeed estimate MODEL --gpu 24gb` tells the largest that fits; set it, "
+                "slow_mode_splits='auto', and gradient_accumulation_steps for the global batch."
+            )
         check_fields(self, [option.name for option in fields(DualSpeedArguments)], WIDER)
         self.pruner_kwargs = as_dict("pruner_kwargs", self.pruner_kwargs)
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")

@@ -17,6 +17,7 @@ from benchmarks.ablation import estimate as ablation_estimate
 from benchmarks.ablation import report as ablation_report
 from benchmarks.compare import report as compare_report
 from hf_dualspeed import cli
+from hf_dualspeed.bench import estimate as bench_estimate
 from hf_dualspeed.bench import growth as bench_growth
 from hf_dualspeed.bench import lengths as bench_lengths
 from hf_dualspeed.bench import loader as bench_loader
@@ -132,6 +133,7 @@ TABLES = {
     "bench_profile": bench_profile.readme_table,
     "bench_selection": bench_selection.readme_table,
     "bench_same_memory": bench_same_memory.readme_table,
+    "memory": bench_estimate.readme_table,
     "ablation": ablation_report.readme_table,
     "ablation_longer": ablation_report.readme_table,
     "ablation_slow_ratios": ablation_report.readme_table,
@@ -145,6 +147,7 @@ TABLES = {
 CPU = ["bench_batch8", "bench_batch6"]
 TABLES_OF = {
     "docs/speed.md": ["compare", *(name for name in TABLES if name.startswith("bench"))],
+    "docs/memory.md": ["memory"],
     "docs/ablation.md": [name for name in TABLES if name.startswith("ablation")],
     "benchmarks/README.md": ["estimate_ablation"],
 }
