@@ -9,10 +9,9 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart demo chromium compare ablation ablation-deeper ablation-reading ablation-objects ablation-cool-down \
-	ablation-budgets ablation-first-layers ablation-selection ablation-large ablation-estimate cards bench bench-gpu gpu \
-	memory conformance test test-min test-deepspeed \
-	lint docs
+.PHONY: help quickstart demo chromium compare ablation ablation-deeper ablation-reading ablation-objects \
+	ablation-cool-down ablation-budgets ablation-first-layers ablation-selection ablation-large ablation-estimate \
+	cards bench bench-gpu gpu memory conformance test test-min test-deepspeed lint docs
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
@@ -118,6 +117,7 @@ ablation-large:
 	$(if $(WHEELS),$(PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl)
 	PYTHONPATH=$(CURDIR):$(CURDIR)/$(SITE):$$PYTHONPATH $(PY) -m benchmarks.ablation.large --earlier $(OUTPUT) \
 		--seconds $(SECONDS) $(ARGS)
+
 MEMORY := docs/results/memory.json
 memory: $(STAMP)
 	$(BIN)/dualspeed estimate docs/results/configs/*.json --json $(MEMORY) --page docs/memory.md
