@@ -40,7 +40,7 @@ from ..utils.writing import write_file, write_json
 DESCRIPTION = """Tells parameters, visual tokens before and after pruning, memory, the largest batch that fits and the
 expected speed-up. Reads the config, and the processor where there is one; no weights. Takes about half a minute for
 each way to train."""
-MARKED = re.compile(r"(<!-- memory-table-start -->\n).*?(\n<!-- memory-table-end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- memory-table-start -->\n).*?(<!-- memory-table-end -->)", re.DOTALL)
 
 
 def main(argv: list[str]) -> None:
@@ -175,7 +175,7 @@ def write_table(page: Path, results: dict) -> None:
     if not results["models"]:
         raise ValueError("There are no estimates for the table yet. Name models.")
     table = readme_table(results)
-    written, count = MARKED.subn(lambda marks: marks[1] + table + marks[2], text)
+    written, count = MARKED.subn(lambda marks: f"{marks[1]}{table}\n{marks[2]}", text)
     if not count:
         raise ValueError(f"`page` {str(page)!r} has no line '<!-- memory-table-start -->' with an end. Add both.")
     write_file(page, written)
