@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from accelerate.utils import ParallelismConfig
@@ -24,7 +25,7 @@ FUSED_HEAD_LOSSES = ("auto", "on", "off")
 DICTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 # Options that allow more types than their annotations say, which are for a command-line parser.
 WIDER = {
-    "slow_mode_splits": str | int,
+    "slow_mode_splits": Any,  # a count or "auto", checked by name below
     "fused_head_loss": str | bool,
     "accelerator_config": dict | str | AcceleratorConfig | None,
     "parallelism_config": ParallelismConfig | None,

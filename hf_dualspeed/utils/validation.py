@@ -270,10 +270,15 @@ def loading(name: str | Path) -> Iterator[None]:
 
 @contextmanager
 def surprises_named(what: str) -> Iterator[None]:
-    """Around code that walks through a file's contents: what is not as expected there becomes a `ValueError`."""
+    """Around code that walks through a file's contents: what is not as expected there becomes a `ValueError`.
+
+    An error of ours, which begins with the name of an argument, stays as it is.
+    """
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        if isinstance(error, ValueError) and str(error).startswith("`"):
+            raise
         reason = f"{type(error).__name__}: {shortened(error.args[0] if error.args else '')}"
         raise ValueError(f"{what}: {reason}. Restore it, or measure again.") from error
 

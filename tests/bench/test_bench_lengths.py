@@ -104,7 +104,7 @@ def test_results_and_page(measured):
 
 def test_files_of_another_kind_and_options_that_do_not_go_together_are_named(measured):
     path, results = measured
-    with pytest.raises(ValueError, match="holds 'steps on batches of like length'.*Give --growth or --lengths"):
+    with pytest.raises(ValueError, match="holds 'steps on batches of like length'.*Give --growth, --lengths"):
         bench_report.readme_table(results)
     assert cli.main(["bench", *FLAGS, "--render-only", "--output", str(path)]) == 0
     defaults = parse_arguments(["--lengths"])
@@ -120,5 +120,5 @@ def test_files_of_another_kind_and_options_that_do_not_go_together_are_named(mea
     ):
         with pytest.raises(ValueError, match=message):
             parse_arguments(["--lengths", *flags])
-    with pytest.raises(ValueError, match="`steps` is 5, but only --lengths has a number of steps"):
+    with pytest.raises(ValueError, match="`steps` is 5, but only --lengths reads it"):
         parse_arguments(["--steps", "5"])

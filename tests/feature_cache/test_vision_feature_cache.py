@@ -571,10 +571,10 @@ def test_folders_and_bounds_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"`vision_feature_cache_gib` must be in \(0, inf\), got 0"):
         DualSpeedTrainingArguments("out", vision_feature_cache_gib=0)
     for bound in (float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=rf"`vision_feature_cache_gib` must be in \(0, inf\), got {bound}"):
+        with pytest.raises(ValueError, match=f"`vision_feature_cache_gib` must be a finite number, got {bound}"):
             DualSpeedTrainingArguments("out", vision_feature_cache_gib=bound)
     for value in (True, False, 5, ["folder"]):
-        with pytest.raises(ValueError, match="`vision_feature_cache` must be a folder, got .* Use .*=None"):
+        with pytest.raises(ValueError, match="`vision_feature_cache` must be a text or None, got"):
             DualSpeedTrainingArguments("out", vision_feature_cache=value)
 
 

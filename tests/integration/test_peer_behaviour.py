@@ -113,7 +113,7 @@ cases(
 cases(
     "duration",
     one_step={"max_steps": 1},
-    no_epoch={"max_steps": -1, "num_train_epochs": 0},
+    no_epoch={"max_steps": -1, "num_train_epochs": 0, "refused": "`num_train_epochs` must be in"},
     half_an_epoch={"max_steps": -1, "num_train_epochs": 0.5},
     an_epoch={"max_steps": -1, "num_train_epochs": 1},
     epoch_and_a_half={"max_steps": -1, "num_train_epochs": 1.5},
@@ -176,7 +176,7 @@ cases(
     off={"max_grad_norm": 0},
     small={"max_grad_norm": 1e-3},
     large={"max_grad_norm": 1e6},
-    none={"max_grad_norm": None, "raises": TypeError},
+    none={"max_grad_norm": None, "refused": "`max_grad_norm` must be a finite number", "raises": TypeError},
     with_accumulation={"max_grad_norm": 0.1, "gradient_accumulation_steps": 2},
 )
 cases(
@@ -1516,13 +1516,14 @@ cases(
     two_optimizers={"given": lambda model: own_optimizer(model) | own_class(model), "raises": RuntimeError},
     collator_without_call={
         "given": lambda model: {"data_collator": SimpleNamespace(collate_batch=print)},
+        "refused": "`data_collator` must be a function",
         "raises": TypeError,
     },
     unknown_option={"learning_rat": 0.1, "raises": TypeError},
     unknown_argument={"given": lambda model: {"modle": model}, "raises": TypeError},
     persistent_without_workers={"dataloader_persistent_workers": True},
-    negative_workers={"dataloader_num_workers": -1},
-    batch_of_none={"per_device_train_batch_size": 0},
+    negative_workers={"dataloader_num_workers": -1, "refused": "`dataloader_num_workers` must be in"},
+    batch_of_none={"per_device_train_batch_size": 0, "refused": "`per_device_train_batch_size` must be"},
     unknown_schedule_option={"lr_scheduler_kwargs": {"guess": 1}, "lr_scheduler_type": "cosine", "raises": TypeError},
     dictionary_of_arguments={"accelerator_config": {"guess": 1}, "raises": TypeError},
     early_stopping_without_evaluation={

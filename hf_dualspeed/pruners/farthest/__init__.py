@@ -23,6 +23,7 @@ TRITON_DEVICES = ("cuda",)
 _broken: list[Exception] = []  # why the kernel could not run
 
 
+@torch.no_grad()
 def farthest_first(tokens: VisualTokens, lengths: list[int], plain: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Chooses `lengths[b]` tokens of image b: first the one whose nearest neighbour is farthest, then always the one
     that is farthest from all chosen ones, by cosine. Of equally far ones the first wins.
@@ -36,7 +37,7 @@ def farthest_first(tokens: VisualTokens, lengths: list[int], plain: bool = False
         Chosen positions in the order of choice, `(B, K)` with anything behind `lengths[b]` of them, and for each token
         the rank in that order of the one that it is most similar to, itself if it is chosen, `(B, N)`.
     """
-    features, valid, counts = tokens.features.detach(), tokens.valid, tokens.lengths
+    features, valid, counts = tokens.features, tokens.valid, tokens.lengths
     plain = plain or torch.compiler.is_compiling()
     if not plain and batched.fitting(features.shape[1]) and triton_runs(features.device):
         from . import kernel

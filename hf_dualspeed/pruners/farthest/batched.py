@@ -22,7 +22,7 @@ def fitting(count: int) -> int:
 
 def units_of(features: torch.Tensor) -> torch.Tensor:
     """Unit vectors in float32."""
-    return F.normalize(features.detach().float(), dim=-1)
+    return F.normalize(features.float(), dim=-1)
 
 
 def farthest_first(
@@ -35,12 +35,14 @@ def farthest_first(
         lengths (`list[int]`): tokens to choose of each image.
     """
     units = units_of(features)
-    # Groups of as many images as fit in MATRIX_BYTES; if not even one fits, the whole batch without matrices.
-    whole = fitting(units.shape[1])
-    together = units.split(whole or len(units))
-    masks = [None] * len(together) if valid is None else valid.split(whole or len(units))
-    chosen = [choose(*group, max(lengths), whole=whole > 0) for group in zip(together, masks, strict=True)]
-    ranked, similarity = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+    whole, most = fitting(units.shape[1]), max(lengths)
+    if 0 < len(units) <= whole:
+        ranked, similarity = choose(units, valid, most, whole=True)
+    else:  # groups of as many images as fit in MATRIX_BYTES; if not even one fits, the whole batch without matrices
+        together = units.split(whole or len(units))
+        masks = [None] * len(together) if valid is None else valid.split(whole or len(units))
+        chosen = [choose(*group, most, whole=whole > 0) for group in zip(together, masks, strict=True)]
+        ranked, similarity = (torch.cat(parts) for parts in zip(*chosen, strict=True))
     # Most similar of an image's ranks, (B, N); on a CPU, `max` is ten times as fast as `argmax`. Both take the first.
     within = kept_mask(lengths, units.device)
     similarity = similarity if within is None else similarity.masked_fill_(~within[..., None], float("-inf"))
@@ -57,44 +59,44 @@ def choose(
     Returns:
         Chosen tokens `(B, most)`, and similarities of all tokens to them `(B, most, N)`, infinite to themselves.
     """
-    batch, count, _ = units.shape
-    # Row of each image's first token in the flattened batch, (B,).
-    first_rows = torch.arange(batch, device=units.device) * count
+    images = torch.arange(len(units), device=units.device)
     # The first pick (B,) is the token least similar to its nearest neighbour; padding is never picked.
-    padding = 0.0 if valid is None else torch.where(valid, 0.0, float("inf"))
-    nearest, similarity = similarities(units, valid, whole)
-    pick = (nearest + padding).argmin(dim=1)
+    padding = None if valid is None else ~valid
+    nearest, similarity = similarities(units, padding, whole)
+    pick = (nearest if padding is None else nearest.masked_fill_(padding, float("inf"))).argmin(dim=1)
     # Infinite similarity to itself keeps a chosen token from being picked again.
     if similarity is not None:
         similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-    # nearest (B, N): similarity of each token to its nearest chosen one. rows (B * N, N), or (B * N, D) without matrix.
-    nearest = torch.full_like(units[..., 0], FARTHEST) + padding
+    # rows (B, N, N), or (B, N, D) without matrix. nearest (B, N): similarity of each token to its nearest chosen one.
     rows = units if similarity is None else similarity
-    rows, chosen, similar = rows.flatten(0, 1), [pick], []
+    nearest, chosen, similar = None, [pick], []
     while True:
         # Similarity of every token to the pick, (B, N): a row of the matrix, or a product.
-        to_pick = rows.index_select(0, first_rows + pick)
+        to_pick = rows[images, pick]
         if similarity is None:
             to_pick = (units @ to_pick[..., None])[..., 0].scatter_(1, pick[:, None], float("inf"))
         similar.append(to_pick)
         if len(chosen) == most:
             return torch.stack(chosen, dim=1), torch.stack(similar, dim=1)
         # Running maximum; the next pick is the token least similar to all chosen ones.
-        nearest = torch.maximum(nearest, to_pick)
+        if nearest is not None:
+            nearest = torch.maximum(nearest, to_pick)
+        else:
+            nearest = to_pick if padding is None else to_pick.masked_fill(padding, float("inf"))
         pick = nearest.argmin(dim=1)
         chosen.append(pick)
 
 
 def similarities(
-    units: torch.Tensor, valid: torch.Tensor | None, whole: bool
+    units: torch.Tensor, padding: torch.Tensor | None, whole: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Similarity of each token to its nearest other one, `(B, N)`, and, if `whole`, all similarities `(B, N, N)`.
 
-    Each pair is multiplied once; the other half of the symmetric matrix is a copy.
+    Each pair is multiplied once; the other half of the symmetric matrix is a copy. `padding` `(B, N)` counts for none.
     """
     batch, count, _ = units.shape
     matrix = units.new_empty(batch, count, count) if whole else None
-    nearest = torch.full_like(units[..., 0], FARTHEST)
+    nearest = units.new_full((batch, count), FARTHEST)
     for start in range(0, count, BLOCK):
         end = min(start + BLOCK, count)
         # Rows start:end of the upper triangle, (B, n, N - start).
@@ -102,12 +104,15 @@ def similarities(
         # Fill these rows of the matrix; the part left of the diagonal is a transposed earlier block.
         if matrix is not None:
             matrix[:, start:end, start:] = part
-            matrix[:, start:end, :start] = matrix[:, :start, start:end].mT
+            if start:
+                matrix[:, start:end, :start] = matrix[:, :start, start:end].mT
         # Leave out a token's similarity to itself and to padding.
         part.diagonal(dim1=1, dim2=2).fill_(FARTHEST)
-        if valid is not None:
-            part.masked_fill_(~(valid[:, start:end, None] & valid[:, None, start:]), FARTHEST)
+        if padding is not None:
+            part.masked_fill_(padding[:, start:end, None] | padding[:, None, start:], FARTHEST)
         # Update the block's tokens by row and the later tokens by column.
-        nearest[:, start:end] = torch.maximum(nearest[:, start:end], part.amax(dim=2))
-        nearest[:, end:] = torch.maximum(nearest[:, end:], part[:, :, end - start :].amax(dim=1))
+        own = part.amax(dim=2)
+        nearest[:, start:end] = torch.maximum(nearest[:, start:end], own) if start else own
+        if end < count:
+            nearest[:, end:] = torch.maximum(nearest[:, end:], part[:, :, end - start :].amax(dim=1))
     return nearest, matrix
