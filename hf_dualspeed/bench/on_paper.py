@@ -48,6 +48,8 @@ class Answers(TorchDispatchMode):
                 return torch.ones((), dtype=args[0].dtype).item()
             if function in (aten.all.default, aten._is_all_true.default, aten.any.default):
                 return torch.tensor(function is not aten.any.default)
+            if function is aten.aminmax.default:  # a pruner asks whether features are finite
+                return torch.zeros(()), torch.zeros(())
             if function is aten.nonzero.default:
                 return torch.ones(args[0].shape).nonzero()
         return function(*args, **(kwargs or {}))

@@ -45,8 +45,15 @@ MARKED = re.compile(r"(<!-- memory-table-start -->\n).*?(<!-- memory-table-end -
 
 def main(argv: list[str]) -> None:
     """Estimates, prints tables or JSON, and writes what is asked for."""
-    options = parse(argv)
+    options, verbosity = parse(argv), logging.get_verbosity()
     logging.set_verbosity_error()
+    try:
+        run(options)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def run(options: argparse.Namespace) -> None:
     path = Path(options.json) if options.json not in (None, "-") else None
     gpus = sorted(map(gpu_size, options.gpu))
     results = {"models": [], "gpus": gpus}

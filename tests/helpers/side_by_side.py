@@ -299,6 +299,8 @@ def observed(case: Case, cls: type, folder: Path) -> dict:
         seen |= shown(trainer)
         seen["random"] = [random.random(), np.random.random(), torch.rand(()).item()]
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    # PEFT's empty form beside the adapters of a checkpoint, where ours leaves none.
+    paths = [path for path in paths if not (path.name == "README.md" and path.parent.name.startswith("checkpoint-"))]
     seen["files"] = {str(path.relative_to(folder)): contents(path) for path in paths if path.name not in ADDED_FILES}
     return seen
 

@@ -113,7 +113,7 @@ def started(
         port = free.getsockname()[1]
     names = {f"DEMO_{role.upper()}": run for role, run in runs.items()}
     offline = {"HF_HUB_OFFLINE": "1", "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1"}
-    environment = {**os.environ, **names, **offline, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **names, **offline, "PYTHONUNBUFFERED": "1", "DEMO_TIMED": "0"}
     environment["PYTHONPATH"] = str(ROOT) if app is None else ""
     command = [python, str(app or Path(space.__file__).with_name("app.py"))]
     with (folder / "log.txt").open("w") as log:

@@ -450,7 +450,7 @@ def test_samples_that_cannot_be_read_are_named_with_the_remedy(tmp_path):
     trainer = make(tmp_path, [{"index": 0, "length": 4}])
     assert len(trainer.get_train_dataloader()) == 1
     trainer = make(tmp_path, talks(1))
-    trainer.given_collator = lambda examples: {}
+    trainer.given_collator, trainer.processing_class = lambda examples: {}, None
     with pytest.raises(ValueError, match=r"`processing_class` is NoneType, which has no tokenizer"):
         trainer.get_train_dataloader()
 

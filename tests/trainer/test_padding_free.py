@@ -220,6 +220,7 @@ def test_the_option_is_followed_from_the_start_or_never(tmp_path):
     assert not make(tmp_path, padding_free=True, plain_path=True, **OPTIONS).dual_forward.padding_free
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ddp_equals_one_process_that_pads(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
