@@ -14,6 +14,7 @@ from loopback_hub import hub  # noqa: F401
 from space_server import server, space_process  # noqa: F401
 from tiny_runs import slots, tiny_runs  # noqa: F401
 from training import learned_pruner  # noqa: F401
+from transformers.utils import logging
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,3 +23,11 @@ def little_to_collect():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "gc", SimpleNamespace(collect=int))
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_verbosity():
+    """A trainer sets transformers' level of logging for the whole process, by which later ones may be silent."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)

@@ -12,6 +12,9 @@ def main(argv: list[str]) -> None:
         argv (`list[str]`): The words after `dualspeed train`.
     """
     arguments = parse_recipe(argv, prog="dualspeed train")
-    from ..recipes.run import run_recipe  # imported late: a wrong option is reported at once
+    from accelerate import PartialState  # imported late: a wrong option is reported at once
+
+    from ..recipes.run import run_recipe
 
     run_recipe(*arguments)
+    PartialState().destroy_process_group()  # whose threads may abort a process that ends with them

@@ -190,6 +190,7 @@ def main() -> None:
         "history": history(trainer, "loss", "grad_norm", "fast_loss", "slow_loss", "distillation_loss"),
     }
     (options.out / f"rank{rank}.json").write_text(json.dumps(report))
+    PartialState().destroy_process_group()  # whose threads may abort a process that ends with them
 
 
 if __name__ == "__main__":
