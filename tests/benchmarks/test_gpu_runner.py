@@ -1,6 +1,9 @@
 """`python -m benchmarks.gpu`: parts within a budget, each with a result of its own."""
 
+import contextlib
 import json
+import os
+import select
 import subprocess
 import sys
 
