@@ -337,7 +337,8 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         self.state.stateful_callbacks = {type(c).__name__: c.state() for c in exported} | saved
 
     def get_train_dataloader(self):
-        if self.feature_cache is None and not self.encodes_once:
+        # A batch that is collated for all ranks and cut into theirs says nothing of the images of one.
+        if self.feature_cache is None and (self.accelerator.dispatch_batches or not self.encodes_once):
             return super().get_train_dataloader()
         # The Trainer takes `data_collator` for all loaders. Training looks its images up in the cache, or for those
         # that come again; evaluation does not.

@@ -160,7 +160,7 @@ def test_outcomes_are_written_after_each_test(tmp_path):
         "import pytest\n\ndef test_good(): pass\n\ndef test_bad(): assert 1 == 2\n\n"
         "@pytest.mark.skip\ndef test_left(): pass\n"
     )
-    pytest.main(["-p", "no:cacheprovider", "-p", "no:terminal", "-c", "/dev/null", str(script)], [outcomes])
+    pytest.main(["-p", "no:cacheprovider", "-c", "/dev/null", str(script)], [outcomes])
     found = json.loads((tmp_path / "tests.json").read_text())
     assert (found["outcomes"], found["whole"]) == ({"passed": 1, "failed": 1, "skipped": 1}, False)
     assert "assert 1 == 2" in found["tests"]["test_bad"]["error"]

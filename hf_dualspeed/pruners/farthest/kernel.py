@@ -44,7 +44,7 @@ def warps_for(block: int) -> int:
 def similarities(features: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines of all tokens `(B, N, N)`, and of each with its most similar other one `(B, N)`."""
     if features.dtype not in HALF:
-        alone, matrix = batched.similarities(batched.units_of(features), valid, whole=True)
+        alone, matrix = batched.similarities(batched.units_of(features), None if valid is None else ~valid, whole=True)
         return matrix, alone
     # Products of half precision are exact in float32, and many times as fast as those of float32.
     if features.is_cuda:
