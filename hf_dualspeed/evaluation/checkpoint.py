@@ -87,16 +87,21 @@ class Checkpoint:
 
     def model(self) -> PreTrainedModel:
         """Loads the model, on the accelerator where there is one."""
+        model = self.without_adapter()
+        if self.base is not None:
+            model = self.adapted(model)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        return model.to(device).eval()
+
+    def without_adapter(self) -> PreTrainedModel:
+        """Loads the whole model, which is the base model of an adapter, on the CPU."""
         options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
         options |= {"revision": self.base_commit if self.base else self.commit}
         name = self.base or self.name
         with loading(name):
             model, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
         check_tensors(name, info["missing_keys"])
-        if self.base is not None:
-            model = self.adapted(model)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        return model.to(device).eval()
+        return model
 
     def adapted(self, model: PreTrainedModel) -> PreTrainedModel:
         """The base model with the checkpoint's adapter around it.

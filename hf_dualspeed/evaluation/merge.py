@@ -6,13 +6,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
 from ..publishing.model_card import LICENSE, license_of, read_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, is_hub_id, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
-from ..utils.validation import check_tensors, checked, loading
+from ..utils.validation import checked
 from ..utils.writing import check_new_folder, copy_file, sync_files, write_file
 from .checkpoint import BESIDE, Checkpoint, find_checkpoint
 
@@ -48,10 +48,7 @@ def merge(
         raise ValueError(f"{name!r} holds no adapter but a whole model, so there is nothing to merge.")
 
     processor = found.processor()
-    options = {"revision": found.base_commit, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    with loading(found.base):
-        model, info = AutoModelForImageTextToText.from_pretrained(found.base, output_loading_info=True, **options)
-    check_tensors(found.base, info["missing_keys"])
+    model = found.without_adapter()
     if getattr(model, "is_quantized", False):
         model = unpacked(model, None if dtype == "auto" else getattr(torch, dtype))
     model = found.adapted(model).merge_and_unload(safe_merge=True)

@@ -98,16 +98,16 @@ def shorten_inputs(
     one_row = padding_free and packing is None and len(inputs["input_ids"]) > 1
     if not encodings and not one_row and (multiple == 1 or layer_pass is not None):
         return ShortenedBatch(dict(inputs))
-    prompt = isolator() if isolator is not None and isolator.length else None
-    # Select: the isolator (l, D), and per modality the kept tokens of all units, (sum (l + K_i), D).
-    kept = {e.modality: keep_tokens(e, pruner, prompt, generator, progress) for e in encodings}
-    check_placeholders(interface, encodings)
-    # Shorten: (B, S) -> (B, S'). Dropped placeholders leave every tensor, isolator tokens enter it.
     if packing is not None and multiple > 1:
         raise ValueError(
             f"`fast_length_multiple` is {multiple}, but the batch holds packed samples, which are told apart without "
             "padding. Set fast_length_multiple=1, or pad the batch instead of packing it."
         )
+    prompt = isolator() if isolator is not None and isolator.length else None
+    # Select: the isolator (l, D), and per modality the kept tokens of all units, (sum (l + K_i), D).
+    kept = {e.modality: keep_tokens(e, pruner, prompt, generator, progress) for e in encodings}
+    check_placeholders(interface, encodings)
+    # Shorten: (B, S) -> (B, S'). Dropped placeholders leave every tensor, isolator tokens enter it.
     mask = mask_of(inputs)
     finite = [of.finite for of in kept.values() if of.finite is not None]
     copies = {e.token_id: kept[e.modality].repeats for e in encodings}

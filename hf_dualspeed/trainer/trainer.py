@@ -337,8 +337,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         self.state.stateful_callbacks = {type(c).__name__: c.state() for c in exported} | saved
 
     def get_train_dataloader(self):
-        # A batch that is collated for all ranks and cut into theirs says nothing of the images of one.
-        if self.feature_cache is None and (self.accelerator.dispatch_batches or not self.encodes_once):
+        if self.feature_cache is None and not self.encodes_once:
             return super().get_train_dataloader()
         # The Trainer takes `data_collator` for all loaders. Training looks its images up in the cache, or for those
         # that come again; evaluation does not.
@@ -352,7 +351,9 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
     @property
     def encodes_once(self) -> bool:
         """Whether images that a batch holds several times may share an encoding: not one that is random or compiled,
-        nor one that depends on the batch."""
+        nor one that depends on the batch, nor those of a batch that is collated for all ranks and cut into theirs."""
+        if self.accelerator.dispatch_batches:
+            return False
         tower = image_tower(self.dual_forward.interface.outer)
         if tower is None or self.args.plain_path or self.args.torch_compile or self.is_sharded:
             return False
