@@ -47,15 +47,15 @@ class KeptRun:
         return result
 
 
-def timed_training(trainer: Trainer) -> tuple[ModeClock, float]:
-    """Trains; returns the steps by mode and the seconds that `train()` took."""
+def timed_training(trainer: Trainer, now: Callable[[], float] = time.perf_counter) -> tuple[ModeClock, float]:
+    """Trains; returns the steps by mode and the seconds that `train()` took by the clock `now()`."""
     # All steps of the plain trainer are on all tokens, which is slow mode.
     clock = trainer.clock if isinstance(trainer, DualSpeedTrainer) else ModeClock(SLOW)
     if not isinstance(trainer, DualSpeedTrainer):
         trainer.add_callback(clock)
-    started = time.perf_counter()
+    started = now()
     trainer.train()
-    return clock, time.perf_counter() - started
+    return clock, now() - started
 
 
 def pruned_prompts(trainer: Trainer, args: DualSpeedTrainingArguments) -> PrunedPrompts | None:

@@ -9,7 +9,8 @@ import argparse
 import os
 import random
 import shlex
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -69,7 +70,7 @@ class Settings:
     world: str = PLAIN_SETUP.world
     decay: float = PLAIN_SETUP.decay
     curve: int = PLAIN_SETUP.curve
-    bf16: bool = False
+    bf16: bool = PLAIN_SETUP.bf16
     numbered: bool = False  # features lie on the device, which batches need not bring
 
     def depends_on(self) -> dict:
@@ -77,8 +78,13 @@ class Settings:
         later = {name: getattr(PLAIN, name) for name in ("world", "decay", "curve", "bf16", "numbered")}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
+    @property
+    def by_processor(self) -> bool:
+        """Whether seconds are processor time, which other work beside a run of one thread hardly changes."""
+        return self.cpu and self.threads == 1
+
     def task(self) -> Task:
-        return load_task(self.size, STORE, world_of(self.world), self.numbered)
+        return load_task(self.size, STORE, world_of(self.world), self.numbered, self.bf16)
 
 
 PLAIN = Settings()
@@ -105,7 +111,8 @@ class Run(KeptRun):
         trained = [self.variant.plain, self.variant.options]
         if self.variant.budgets:
             trained.append(self.variant.budgets)
-        return [trained, self.seed, self.steps, self.settings.depends_on(), versions(), _hardware()]
+        clock = ["processor time"] if self.settings.by_processor else []
+        return [trained, self.seed, self.steps, self.settings.depends_on(), versions(), *clock, _hardware()]
 
 
 def main(argv: list[str]) -> None:
@@ -143,6 +150,7 @@ def ablate(options: argparse.Namespace, path: Path, command: str) -> None:
         "seeds": options.seeds,
         "jobs": options.jobs,
         "timed": not options.untimed,
+        "by_processor": settings.by_processor,
         "n": len(task.test),
         "majority": majority(task),
         "versions": versions(),
@@ -206,12 +214,17 @@ def execute(run: Run) -> dict:
     trainer = kind(model=model, args=args, train_dataset=task.train, data_collator=task.collator("train"))
     few = random.Random(0).sample(task.test, min(CURVE_QUESTIONS, len(task.test)))
     size = max(1, QUESTIONS_TOKENS // patches_of(task.world))
-    curve = LearningCurve(run.settings.curve, lambda model: accuracy(model, task, None, size, few)["all"])
+    now = time.process_time if run.settings.by_processor else time.perf_counter
+
+    def answered(prepare: Callable | None = None, asked: list[dict] | None = None) -> dict[str, float]:
+        return accuracy(model, task, prepare, size, asked)
+
+    curve = LearningCurve(run.settings.curve, lambda model: answered(asked=few)["all"], now)
     trainer.add_callback(curve)
     if run.variant.budgets:
         trainer.add_callback(DrawnBudgets(trainer.dual_forward.pruner, run.variant.budgets, run.seed))
     wait_for_device()
-    clock, seconds = timed_training(trainer)
+    clock, seconds = timed_training(trainer, now)
     shortens = run.variant.plain or not trainer.dual_forward.pruner.in_language_model
     prepare = pruned_prompts(trainer, args) if shortens else None
     result = {
@@ -219,8 +232,8 @@ def execute(run: Run) -> dict:
         "seed": run.seed,
         "seconds": round(seconds - curve.paused, 2),
         "steps": dict(clock.steps),
-        "full": accuracy(model, task, None, size),
-        "pruned": None if prepare is None else accuracy(model, task, prepare, size),
+        "full": answered(),
+        "pruned": None if prepare is None else answered(prepare),
         "slow_ratios": [entry["slow_mode_ratio"] for entry in trainer.state.log_history if "slow_mode_ratio" in entry],
     }
     return run.keep({**result, "curve": curve.points} if curve.points else result)
@@ -303,7 +316,7 @@ def settings_of(setup: Setup, chosen: dict, **others) -> Settings:
     """The settings of a setup, but for those that are `chosen`, of which None leaves one alone."""
     given = {name: value for name, value in chosen.items() if value is not None}
     size = Size(**{f.name: given.get(f.name, setup.size.get(f.name, f.default)) for f in fields(Size)})
-    own = Settings(size=size, world=setup.world, decay=setup.decay, curve=setup.curve, **others)
+    own = Settings(size=size, world=setup.world, decay=setup.decay, curve=setup.curve, bf16=setup.bf16, **others)
     rest = {"steps": None, "batch_size": setup.batch_size, "learning_rate": setup.learning_rate, **given}
     return replace(own, **{name: rest[name] for name in list(rest)[:3] if rest[name] is not None})
 

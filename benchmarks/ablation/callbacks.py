@@ -15,16 +15,18 @@ from hf_dualspeed.pruners import Pruner
 class LearningCurve(TrainerCallback):
     """Measures at even distances while a model trains. That time, `paused` in seconds, is none of the training's.
 
-    `points` are lists of a step, the seconds of training so far, and what `measure(model)` gave.
+    `points` are lists of a step, the seconds of training so far by the clock `now()`, and what `measure(model)` gave.
     """
 
-    def __init__(self, count: int, measure: Callable[[torch.nn.Module], float]):
-        self.count, self.measure = count, measure
+    def __init__(
+        self, count: int, measure: Callable[[torch.nn.Module], float], now: Callable[[], float] = time.perf_counter
+    ):
+        self.count, self.measure, self.now = count, measure, now
         self.points: list[list[float]] = []
         self.started = self.paused = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others) -> None:
-        self.started = time.perf_counter()
+        self.started = self.now()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **others
@@ -33,11 +35,11 @@ class LearningCurve(TrainerCallback):
         if not every or done // every == (done - 1) // every:
             return
         wait_for_device()
-        begun = time.perf_counter()
+        begun = self.now()
         value = self.measure(model)
         model.train()
         self.points.append([done, round(begun - self.started - self.paused, 3), value])
-        self.paused += time.perf_counter() - begun
+        self.paused += self.now() - begun
 
 
 class DrawnBudgets(TrainerCallback):

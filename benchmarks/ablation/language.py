@@ -51,26 +51,34 @@ class WrittenGrids(nn.Module):
         return {"loss": self.language(inputs_embeds=embeddings, labels=labels).loss}
 
 
-def pretrained_language_model(size: Size, folder: Path, world: World = FASHION) -> dict[str, torch.Tensor]:
+def pretrained_language_model(
+    size: Size, folder: Path, world: World = FASHION, bf16: bool = False
+) -> dict[str, torch.Tensor]:
     """The language model's weights without its head, from `folder`, or trained and stored there."""
     steps = size.pretraining_steps
-    path = folder / f"{prefix_of(world)}language-{size.hidden_size}x{size.layers}x{size.heads}-{steps}.safetensors"
+    path = folder / f"{prefix_of(world, bf16)}language-{size.hidden_size}x{size.layers}x{size.heads}-{steps}.safetensors"
     if not path.is_file():
         torch.manual_seed(0)
         model = WrittenGrids(LlamaForCausalLM(language_model_config(size, WRITTEN_SIDE**2, world)), world)
         rows = [written(number, world) for number in range(steps * BATCH)]
-        train_plainly(model, rows, collate, steps, BATCH, LEARNING_RATE)
+        train_plainly(model, rows, collate, steps, BATCH, LEARNING_RATE, bf16)
         save_whole(model.language.model.state_dict(), path)
     return load_file(path)
 
 
-def prefix_of(world: World) -> str:
-    """What files of a world begin with; those of the first world with nothing."""
-    return "" if world.name == FASHION.name else f"{world.name}-"
+def prefix_of(world: World, bf16: bool = False) -> str:
+    """What files of a world and a precision begin with; those of the first world in float32 with nothing."""
+    return ("" if world.name == FASHION.name else f"{world.name}-") + ("bf16-" if bf16 else "")
 
 
 def train_plainly(
-    model: nn.Module, rows: list[dict], collate: Callable, steps: int, batch: int, learning_rate: float
+    model: nn.Module,
+    rows: list[dict],
+    collate: Callable,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    bf16: bool = False,
 ) -> None:
     """Trains with `transformers.Trainer` and moves the model to the CPU."""
     args = TrainingArguments(
@@ -86,7 +94,7 @@ def train_plainly(
         save_strategy="no",
         report_to=[],
         use_cpu=not torch.accelerator.is_available(),
-        bf16=torch.cuda.is_available(),
+        bf16=bf16 or torch.cuda.is_available(),
         remove_unused_columns=False,
     )
     Trainer(model, args, train_dataset=rows, data_collator=collate).train()

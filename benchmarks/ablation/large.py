@@ -182,7 +182,7 @@ def settings_for(options: argparse.Namespace) -> Settings:
     given = {"steps": TINY_STEPS if options.tiny else STEPS}
     if options.tiny:
         return settings_of(TINY, given, threads=1, numbered=True)
-    return settings_of(SETUPS[GROUP], given, cpu=False, bf16=True, numbered=True)
+    return settings_of(SETUPS[GROUP], given, cpu=False, numbered=True)
 
 
 def _parser() -> Parser:

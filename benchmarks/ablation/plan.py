@@ -33,6 +33,7 @@ class Setup:
         decay (`float`): The last share of the steps, in which the learning rate falls evenly from its peak to zero; 0
             for a cosine.
         curve (`int`): Points of a learning curve of accuracy with all tokens.
+        bf16 (`bool`): Whether matrix products are in bfloat16, which new processors multiply several times as fast.
     """
 
     world: str = "grids"
@@ -41,6 +42,7 @@ class Setup:
     learning_rate: float | None = None
     decay: float = 0.0
     curve: int = 0
+    bf16: bool = False
 
 
 FORMAT = 2  # of result files; in format 1, all variants discarded the pruned tokens
@@ -155,8 +157,8 @@ def of_seven_billion(speed_up: float) -> Variant:
 
 
 # A deeper model of many tokens: 4 x 4 tiles are 576 tokens.
-DEEP = {"hidden_size": 192, "layers": 12, "heads": 6, "test_grids": 300}
-DEEPER = Setup("grids-4x4", DEEP, curve=10)
+DEEP = {"hidden_size": 128, "layers": 12, "heads": 2, "test_grids": 300}
+DEEPER = Setup("grids-4x4", DEEP, curve=10, bf16=True)
 
 # When slow steps come, at a learning rate that is still high.
 COOL_DOWN = tuple(
@@ -263,10 +265,10 @@ PLAIN_SETUP = Setup()
 SETUPS = {
     "deeper": DEEPER,
     "reading": Setup("reading", {"test_grids": 300}),
-    "objects": Setup("objects", DEEP, curve=10),
+    "objects": Setup("objects", DEEP, curve=10, bf16=True),
     "cool-down": Setup(decay=0.1),
     "first-layers": DEEPER,
-    "large": Setup("letters", LARGE, batch_size=64, learning_rate=4e-4, curve=10),
+    "large": Setup("letters", LARGE, batch_size=64, learning_rate=4e-4, curve=10, bf16=True),
 }
 
 

@@ -52,9 +52,10 @@ def caption(results: dict) -> str:
     decay = settings.get("decay")
     rate = f" Learning rate: a plateau, and a linear decay over the last {decay:.0%} of the steps." if decay else ""
     where = here["cpu"] if settings["cpu"] else here["accelerator"]
+    clock = " Seconds are processor time of one thread." if results.get("by_processor") else ""
     compared = (
-        "Retention and speed-up compare with full tokens of the same seed; the vision tower, whose features are "
-        "stored, is in no time."
+        f"Retention and speed-up compare with full tokens of the same seed; the vision tower, whose features are "
+        f"stored, is in no time.{clock}"
         if results.get("timed", True)
         else "Retention compares with full tokens of the same seed. Other work ran beside some runs, so none is timed."
     )
@@ -180,7 +181,7 @@ def plot_curves(results: dict, path: Path) -> None:
                 markersize=3,
                 label=name,
             )
-    axis.set_xlabel("seconds of training")
+    axis.set_xlabel("processor seconds of training" if results.get("by_processor") else "seconds of training")
     axis.set_ylabel("accuracy with all tokens")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.grid(alpha=0.3)

@@ -55,24 +55,26 @@ def patches_of(world: World) -> int:
     return (world.pixels // PATCH) ** 2
 
 
-def stored_features(split: str, count: int, folder: Path, world: World = FASHION, steps: int = 0) -> np.ndarray:
+def stored_features(
+    split: str, count: int, folder: Path, world: World = FASHION, steps: int = 0, bf16: bool = False
+) -> np.ndarray:
     """The tower's last states, after its norm, of a split's first scenes: `(count, 1 + N, D)` in float16.
 
     They are read from `folder`, or encoded and stored there. `steps` are those of [`tower_of`].
     """
-    path = folder / f"{prefix_of(world)}{split}-{count}.npy"
+    path = folder / f"{prefix_of(world, bf16)}{split}-{count}.npy"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         # By way of a second file, so that an interruption leaves no partial file.
         part = path.with_suffix(".part")
         tower = tower_of(world, folder, steps)
-        _encode(tower, world.scenes(split, count), part, f"encoding the {split} images")
+        _encode(tower, world.scenes(split, count), part, f"encoding the {split} images", bf16)
         part.replace(path)
     return np.load(path, mmap_mode="r")
 
 
 @torch.no_grad()
-def _encode(tower: nn.Module, made: list[Scene], path: Path, description: str) -> None:
+def _encode(tower: nn.Module, made: list[Scene], path: Path, description: str, bf16: bool) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     tower.to(device)
     shape = (len(made), 1 + (made[0].image().width // PATCH) ** 2, FEATURES)
@@ -80,7 +82,8 @@ def _encode(tower: nn.Module, made: list[Scene], path: Path, description: str) -
     for first in track(range(0, len(made), ENCODED_AT_ONCE), description=description):
         scenes = made[first : first + ENCODED_AT_ONCE]
         # States (b, 1 + N, D) of images (b, 3, H, W).
-        states = tower(pixel_values(scenes, device)).last_hidden_state
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cpu"):
+            states = tower(pixel_values(scenes, device)).last_hidden_state
         out[first : first + len(scenes)] = states.half().cpu().numpy()
     out.flush()
 
@@ -105,6 +108,7 @@ class Task:
     start: dict[str, torch.Tensor]
     world: World = FASHION
     numbered: bool = False  # batches hold numbers of scenes, whose features the model holds
+    bf16: bool = False  # products of matrices, in training and in answers
 
     def collator(self, split: str) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
         """The collator for rows of a split."""
@@ -144,7 +148,9 @@ def _collator(features: np.ndarray) -> Callable[[list[dict]], dict[str, torch.Te
 
 
 @cache
-def load_task(size: Size, folder: Path = STORE, world: World = FASHION, numbered: bool = False) -> Task:
+def load_task(
+    size: Size, folder: Path = STORE, world: World = FASHION, numbered: bool = False, bf16: bool = False
+) -> Task:
     """Rows, features and start. What `folder` lacks is computed and stored there."""
     counts = {"train": size.train_grids, "test": size.test_grids}
     asked = {split: world.conversations(split, world.scenes(split, count)) for split, count in counts.items()}
@@ -153,12 +159,13 @@ def load_task(size: Size, folder: Path = STORE, world: World = FASHION, numbered
         encoded(number, [one], world) for number, questions in enumerate(asked["test"]) for one in questions[:ASKED]
     ]
     features = {
-        split: stored_features(split, count, folder, world, size.pretraining_steps) for split, count in counts.items()
+        split: stored_features(split, count, folder, world, size.pretraining_steps, bf16)
+        for split, count in counts.items()
     }
     # The first half of the images trains the common start, the second half the runs.
     half = len(train) // 2
-    start = _start(size, folder, world, train[:half], _collator(features["train"]))
-    return Task(train[half:], test, features, start, world, numbered)
+    start = _start(size, folder, world, train[:half], _collator(features["train"]), bf16)
+    return Task(train[half:], test, features, start, world, numbered, bf16)
 
 
 def encoded(grid: int, questions: list[Question], world: World = FASHION) -> dict[str, Any]:
@@ -196,14 +203,14 @@ class StoredStates(nn.Module):
 
 def build_model(task: Task, size: Size) -> LlavaForConditionalGeneration:
     """The model that all runs start from. It is trained on all tokens, like models that are fine-tuned."""
-    model = _new_model(size, STORE, task.world)
+    model = _new_model(size, STORE, task.world, task.bf16)
     model.load_state_dict(task.start, strict=False)
     if task.numbered:
         model.model.vision_tower = StoredStates(task.table())
     return model
 
 
-def _new_model(size: Size, folder: Path, world: World) -> LlavaForConditionalGeneration:
+def _new_model(size: Size, folder: Path, world: World, bf16: bool = False) -> LlavaForConditionalGeneration:
     """The pretrained language model with a new projector."""
     patches = patches_of(world)
     config = LlavaConfig(
@@ -219,17 +226,19 @@ def _new_model(size: Size, folder: Path, world: World) -> LlavaForConditionalGen
     )
     model = random_model(config, 0)
     model.model.vision_tower = StoredStates()
-    model.model.language_model.load_state_dict(pretrained_language_model(size, folder, world))
+    model.model.language_model.load_state_dict(pretrained_language_model(size, folder, world, bf16))
     return model
 
 
-def _start(size: Size, folder: Path, world: World, rows: list[dict], collate: Callable) -> dict[str, torch.Tensor]:
+def _start(
+    size: Size, folder: Path, world: World, rows: list[dict], collate: Callable, bf16: bool
+) -> dict[str, torch.Tensor]:
     """The weights that all runs start from, from `folder`, or trained and stored there."""
     shape = f"{size.hidden_size}x{size.layers}x{size.heads}"
-    path = folder / f"{prefix_of(world)}start-{shape}-{size.start_steps}-{len(rows)}.safetensors"
+    path = folder / f"{prefix_of(world, bf16)}start-{shape}-{size.start_steps}-{len(rows)}.safetensors"
     if not path.is_file():
-        model = _new_model(size, folder, world)
-        train_plainly(model, rows, collate, size.start_steps, START_BATCH, START_LEARNING_RATE)
+        model = _new_model(size, folder, world, bf16)
+        train_plainly(model, rows, collate, size.start_steps, START_BATCH, START_LEARNING_RATE, bf16)
         save_whole(model.state_dict(), path)
     return load_file(path)
 
@@ -257,12 +266,14 @@ def accuracy(
     collate, hits = task.collator("test"), []
     for first in range(0, len(asked), batch_size):
         batch = {key: value.to(device) for key, value in collate(asked[first : first + batch_size]).items()}
-        batch = batch if prepare is None else prepare(batch)
-        labels = batch.pop("labels")
+        with torch.autocast(device.type, torch.bfloat16, enabled=task.bf16):
+            batch = batch if prepare is None else prepare(batch)
+            labels = batch.pop("labels")
+            logits = model(**batch).logits
         # The answer's place (B,) is the first supervised one; its logits (B, V) stand one place before.
         place = (labels != IGNORED).int().argmax(1)
         each = torch.arange(len(labels), device=device)
-        answers = model(**batch).logits[each, place - 1].argmax(-1)
+        answers = logits[each, place - 1].argmax(-1)
         hits += (answers == labels[each, place]).tolist()
     shares = {
         kind: [hit for hit, row in zip(hits, asked, strict=True) if row["kind"] == kind] for kind in task.world.kinds
