@@ -56,7 +56,7 @@ def pretrained_language_model(
 ) -> dict[str, torch.Tensor]:
     """The language model's weights without its head, from `folder`, or trained and stored there."""
     steps = size.pretraining_steps
-    path = folder / f"{prefix_of(world, bf16)}language-{size.hidden_size}x{size.layers}x{size.heads}-{steps}.safetensors"
+    path = folder / f"{prefix_of(world, bf16)}language-{size.shape}-{steps}.safetensors"
     if not path.is_file():
         torch.manual_seed(0)
         model = WrittenGrids(LlamaForCausalLM(language_model_config(size, WRITTEN_SIDE**2, world)), world)
@@ -132,6 +132,11 @@ class Size:
     start_steps: int = 250
     train_grids: int = 4000
     test_grids: int = 600
+
+    @property
+    def shape(self) -> str:
+        """The language model's, in file names."""
+        return f"{self.hidden_size}x{self.layers}x{self.heads}"
 
 
 @cache

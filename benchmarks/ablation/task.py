@@ -234,8 +234,7 @@ def _start(
     size: Size, folder: Path, world: World, rows: list[dict], collate: Callable, bf16: bool
 ) -> dict[str, torch.Tensor]:
     """The weights that all runs start from, from `folder`, or trained and stored there."""
-    shape = f"{size.hidden_size}x{size.layers}x{size.heads}"
-    path = folder / f"{prefix_of(world, bf16)}start-{shape}-{size.start_steps}-{len(rows)}.safetensors"
+    path = folder / f"{prefix_of(world, bf16)}start-{size.shape}-{size.start_steps}-{len(rows)}.safetensors"
     if not path.is_file():
         model = _new_model(size, folder, world, bf16)
         train_plainly(model, rows, collate, size.start_steps, START_BATCH, START_LEARNING_RATE, bf16)
