@@ -6,7 +6,6 @@ Pruning hurts here: an answer depends on a few of the image's tokens, and only t
 from __future__ import annotations
 
 import gzip
-import math
 import os
 import random
 from collections.abc import Callable
@@ -27,9 +26,8 @@ LABELS = {0: "t-shirt", 1: "trousers", 3: "dress", 5: "sandal", 7: "sneaker", 8:
 ITEMS = tuple(LABELS.values())
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("item", "count", "same")
-SIDE = 2  # tiles in a row, and in a column, of the first grids
-KINDS_SHOWN = 7  # at most, in a grid that has room for them
-TILE = 84  # pixels, three times those of the data set
+SIDE = 2  # tiles in a row, and in a column
+TILE, LARGE_TILE = 84, 168  # pixels, three and six times those of the data set
 # The folder of Debian's package dataset-fashion-mnist. FASHION_MNIST names another one.
 FOLDER = "/usr/share/datasets/fashion-mnist"
 FILES = {"train": "train", "test": "t10k"}
@@ -47,50 +45,45 @@ class Question:
 
 @dataclass(frozen=True)
 class Grid:
-    """Tiles row by row, grey `(side^2, h, w)` or RGB `(side^2, h, w, 3)`, and their items as indices into `names`."""
+    """Four tiles row by row, grey `(4, h, w)` or RGB `(4, h, w, 3)`, and their items as indices into `names`."""
 
     tiles: np.ndarray
     items: tuple[int, ...]
     names: tuple[str, ...] = ITEMS
 
-    @property
-    def side(self) -> int:
-        return math.isqrt(len(self.items))
+    edge: int = TILE  # pixels of a tile in the image
 
     def image(self) -> Pillow.Image:
-        """The grid as an image of 84 pixels a tile: 168 x 168 for 2 x 2 tiles."""
-        whole = Pillow.new("RGB", (self.side * TILE, self.side * TILE))
+        """The grid as an image: 168 x 168 pixels for tiles of 84."""
+        whole = Pillow.new("RGB", (SIDE * self.edge, SIDE * self.edge))
         for place, tile in enumerate(self.tiles):
-            row, column = divmod(place, self.side)
-            enlarged = Pillow.fromarray(tile).resize((TILE, TILE), Pillow.Resampling.BILINEAR)
-            whole.paste(enlarged, (column * TILE, row * TILE))
+            row, column = divmod(place, SIDE)
+            enlarged = Pillow.fromarray(tile).resize((self.edge, self.edge), Pillow.Resampling.BILINEAR)
+            whole.paste(enlarged, (column * self.edge, row * self.edge))
         return whole
 
     def questions(self, generator: random.Random) -> list[Question]:
-        """Eight questions in random order: four items, two counts, two comparisons. Large grids count within a row."""
-        small = self.side == SIDE
+        """Eight questions in random order: all four items, two counts, two comparisons."""
         asked = [
-            Question("item", f"which item is in {self._place(place)}?", self.names[self.items[place]])
-            for place in (range(SIDE**2) if small else generator.sample(range(len(self.items)), 4))
+            Question("item", f"which item is in {_place(place)}?", self.names[item])
+            for place, item in enumerate(self.items)
         ]
         # The first count is of an item that is there, the second of any item.
         for there in (True, False):
-            row = 0 if small else generator.randrange(self.side)
-            counted = self.items if small else self.items[row * self.side : (row + 1) * self.side]
-            item = generator.choice(counted) if there else generator.randrange(len(self.names))
-            where = "" if small else f" in row {row + 1}"
-            number = NUMBERS[counted.count(item)]
-            asked.append(Question("count", f"how often is there a {self.names[item]}{where}?", number))
+            item = generator.choice(self.items) if there else generator.randrange(len(self.names))
+            number = NUMBERS[self.items.count(item)]
+            asked.append(Question("count", f"how often is there a {self.names[item]}?", number))
         pairs = [(one, other) for other in range(len(self.items)) for one in range(other)]
         for one, other in generator.sample(pairs, 2):
             answer = "yes" if self.items[one] == self.items[other] else "no"
-            asked.append(Question("same", f"is the item in {self._place(one)} that in {self._place(other)}?", answer))
+            asked.append(Question("same", f"is the item in {_place(one)} that in {_place(other)}?", answer))
         generator.shuffle(asked)
         return asked
 
-    def _place(self, index: int) -> str:
-        row, column = divmod(index, self.side)
-        return f"row {row + 1}, column {column + 1}"
+
+def _place(index: int) -> str:
+    row, column = divmod(index, SIDE)
+    return f"row {row + 1}, column {column + 1}"
 
 
 # Pictures `(n, h, w)` or `(n, h, w, 3)` of a split, and for each item the indices of its pictures.
@@ -99,29 +92,29 @@ Pictures = tuple[np.ndarray, list[list[int]]]
 
 @dataclass(frozen=True)
 class Grids:
-    """A world of grids: what a task's images show, and how they are asked about.
+    """A world of grids of 2 x 2 tiles: what a task's images show, and how they are asked about.
 
     Args:
         name (`str`): In file names and in results.
         shows (`str`): In captions.
-        side (`int`): Tiles in a row.
         names (`tuple[str, ...]`): Of the items, one word each.
         pictures (`Callable`): The pictures of a split.
         seed (`str`): Of the grids and their questions.
+        edge (`int`): Pixels of a tile in an image.
     """
 
     name: str
     shows: str
-    side: int
     names: tuple[str, ...]
     pictures: Callable[[str], Pictures]
     seed: str
+    edge: int = TILE
     kinds: tuple[str, ...] = KINDS
 
     @property
     def pixels(self) -> int:
         """The edge of an image."""
-        return self.side * TILE
+        return SIDE * self.edge
 
     @property
     def codes(self) -> int:
@@ -130,8 +123,8 @@ class Grids:
     @property
     def layout(self) -> list[int]:
         """The place of each of 8 x 8 patches."""
-        per = 8 // self.side
-        return [row // per * self.side + column // per for row in range(8) for column in range(8)]
+        per = 8 // SIDE
+        return [row // per * SIDE + column // per for row in range(8) for column in range(8)]
 
     @property
     def texts(self) -> list[str]:
@@ -142,7 +135,7 @@ class Grids:
 
     def drawn(self, generator: random.Random) -> Grid:
         """A grid of items without tiles."""
-        return Grid(np.empty(0), draw_items(generator, self.side, len(self.names)), self.names)
+        return Grid(np.empty(0), draw_items(generator, len(self.names)), self.names, self.edge)
 
     def scenes(self, split: str, count: int) -> list[Grid]:
         """The first `count` grids of a split. They are the same in every call."""
@@ -152,11 +145,11 @@ class Grids:
         taken = [0] * len(self.names)
         made = []
         for _ in range(count):
-            items, tiles = draw_items(generator, self.side, len(self.names)), []
+            items, tiles = draw_items(generator, len(self.names)), []
             for item in items:
                 tiles.append(stacks[item][taken[item] % len(stacks[item])])
                 taken[item] += 1
-            made.append(Grid(images[tiles], items, self.names))
+            made.append(Grid(images[tiles], items, self.names, self.edge))
         return made
 
     def conversations(self, split: str, made: list[Grid]) -> list[list[Question]]:
@@ -181,10 +174,10 @@ def grids(split: str, count: int | None = None) -> list[Grid]:
     return FASHION.scenes(split, count)
 
 
-def draw_items(generator: random.Random, side: int = SIDE, known: int = len(ITEMS)) -> tuple[int, ...]:
-    """Items of a grid, of two to four kinds, or seven, so that comparisons and counts have several answers."""
-    shown = generator.sample(range(known), generator.randint(2, min(side**2, known, KINDS_SHOWN)))
-    return tuple(generator.choices(shown, k=side**2))
+def draw_items(generator: random.Random, known: int = len(ITEMS)) -> tuple[int, ...]:
+    """Items of a grid, of two to four kinds, so that comparisons and counts have several answers."""
+    shown = generator.sample(range(known), generator.randint(2, min(SIDE**2, known)))
+    return tuple(generator.choices(shown, k=SIDE**2))
 
 
 def conversations(split: str, made: list[Grid]) -> list[list[Question]]:
@@ -198,8 +191,9 @@ def fashion_pictures(split: str) -> Pictures:
     return images, [np.flatnonzero(labels == label).tolist() for label in LABELS]
 
 
-FASHION = Grids("grids", "grids of Fashion-MNIST", SIDE, ITEMS, fashion_pictures, NAME)
-FASHION_4X4 = Grids("grids-4x4", "4 x 4 grids of Fashion-MNIST", 4, ITEMS, fashion_pictures, f"{NAME}-4x4")
+FASHION = Grids("grids", "grids of Fashion-MNIST", ITEMS, fashion_pictures, NAME)
+# The same grids, four times as large: 576 visual tokens.
+FASHION_336 = Grids("grids-336", "large grids of Fashion-MNIST", ITEMS, fashion_pictures, NAME, LARGE_TILE)
 
 
 def _read(split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """`python -m benchmarks.ablation.large`: full tokens, the paper's way and ours on one GPU, in a few minutes.
 
-A language model of 70 M parameters answers questions about 4 x 4 grids of letters, 576 visual tokens. It needs no
+A language model of 70 M parameters answers questions about grids of 2 x 2 letters, 576 visual tokens. It needs no
 files: letters are drawn, and the tower that reads them is trained first. Each call trains as many seeds as fit into its
 time, beginning with the first that is missing, and adds them to the results of the card. All is written after each run.
 """

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
-from .fashion_grid import Grids, Pictures
+from .fashion_grid import LARGE_TILE, Grids, Pictures
 
 EDGE = 28  # pixels of a tile
 EACH = {"train": 200, "test": 40}  # pictures of a letter
@@ -45,4 +45,4 @@ def _tile(letter: str, generator: random.Random) -> np.ndarray:
     )
 
 
-LETTERS = Grids("letters", "4 x 4 grids of letters", 4, NAMES, pictures, "letters")
+LETTERS = Grids("letters", "grids of letters", NAMES, pictures, "letters", LARGE_TILE)

@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pillow
 
-from .fashion_grid import TILE, Grids, Pictures
+from .fashion_grid import LARGE_TILE, Grids, Pictures
 
 # The folder of the package. TUXPAINT_STAMPS names another one.
 FOLDER = "/usr/share/tuxpaint/stamps"
 PACKAGE = "tuxpaint-stamps-default"
-OBJECTS_SHOWN = "4 x 4 grids of objects"
+OBJECTS_SHOWN = "grids of objects"
 LEFT_OUT = "symbols"  # letters, digits and coins
 
 
 def objects() -> Grids:
-    """Grids of 4 x 4 objects.
+    """Grids of 2 x 2 objects.
 
     Raises:
         FileNotFoundError: the pictures are not there.
@@ -37,7 +37,7 @@ def objects() -> Grids:
             tiles += [_tile(path) for path in named[name]]
         return np.stack(tiles), indices
 
-    return Grids("objects", OBJECTS_SHOWN, 4, names, pictures, "objects")
+    return Grids("objects", OBJECTS_SHOWN, names, pictures, "objects", LARGE_TILE)
 
 
 def stamps() -> dict[str, list[Path]]:
@@ -58,9 +58,9 @@ def stamps() -> dict[str, list[Path]]:
 
 
 def _tile(path: Path) -> np.ndarray:
-    """A picture on white, `(84, 84, 3)`."""
+    """A picture on white, `(168, 168, 3)`."""
     picture = Pillow.open(path).convert("RGBA")
-    picture.thumbnail((TILE, TILE))
-    whole = Pillow.new("RGBA", (TILE, TILE), "white")
-    whole.alpha_composite(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
+    picture.thumbnail((LARGE_TILE, LARGE_TILE))
+    whole = Pillow.new("RGBA", (LARGE_TILE, LARGE_TILE), "white")
+    whole.alpha_composite(picture, ((LARGE_TILE - picture.width) // 2, (LARGE_TILE - picture.height) // 2))
     return np.asarray(whole.convert("RGB"))

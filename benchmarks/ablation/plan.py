@@ -156,9 +156,9 @@ def of_seven_billion(speed_up: float) -> Variant:
     return Variant(f"7b:{speed_up}", f"full tokens, same time at {speed_up}x", plain=True, speed_up=speed_up)
 
 
-# A deeper model of many tokens: 4 x 4 tiles are 576 tokens.
+# A deeper model of many tokens: images of 336 pixels are 576 tokens.
 DEEP = {"hidden_size": 128, "layers": 12, "heads": 2, "test_grids": 300}
-DEEPER = Setup("grids-4x4", DEEP, curve=10, bf16=True)
+DEEPER = Setup("grids-336", DEEP, curve=10, bf16=True)
 
 # When slow steps come, at a learning rate that is still high.
 COOL_DOWN = tuple(
@@ -264,7 +264,7 @@ LARGE = {
 PLAIN_SETUP = Setup()
 SETUPS = {
     "deeper": DEEPER,
-    "reading": Setup("reading", {"test_grids": 300}),
+    "reading": Setup("reading", {"heads": 2, "test_grids": 300}, bf16=True),
     "objects": Setup("objects", DEEP, curve=10, bf16=True),
     "cool-down": Setup(decay=0.1),
     "first-layers": DEEPER,

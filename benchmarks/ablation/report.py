@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from hf_dualspeed.publishing.plots import describe, figure_of, save_figure
@@ -25,6 +26,8 @@ LOOKS = {
     KEPT: ("#009E73", "^"),
     "full tokens": ("#000000", "D"),
 }
+# In learning curves.
+CURVES = {"pruned-only": "#56B4E9"}
 SAME_TIME = "equal time"  # the group that is drawn over time
 PLAIN = {BASELINE, *(of_seven_billion(speed_up).key for speed_up in MEASURED)}
 
@@ -47,9 +50,9 @@ def readme_table(results: dict) -> str:
 def caption(results: dict) -> str:
     """Describes the numbers of the tables."""
     settings, here, installed = results["settings"], results["machine"], results["versions"]
-    size, shows = settings["size"], SHOWN[settings.get("world", PLAIN_SETUP.world)]
+    size, shows = settings["size"], SHOWN[world_named(settings)]
     scenes = shows.partition(" of ")[0]  # "grids", of "grids of Fashion-MNIST"
-    decay = settings.get("decay")
+    decay, precision = settings.get("decay"), " Products of matrices are in bfloat16." if settings.get("bf16") else ""
     rate = f" Learning rate: a plateau, and a linear decay over the last {decay:.0%} of the steps." if decay else ""
     where = here["cpu"] if settings["cpu"] else here["accelerator"]
     clock = " Seconds are processor time of one thread." if results.get("by_processor") else ""
@@ -64,8 +67,8 @@ def caption(results: dict) -> str:
         f"{size['train_grids'] // 2:,} {shows}; accuracy on {results['n']:,} questions about "
         f"{size['test_grids']:,} {scenes} of the test split, of which the most frequent answer to each kind of "
         f"question has {results['majority']:.1%}. Mean over {len(results['seeds'])} seed(s), in brackets the "
-        f"smallest and the largest value.{rate} {compared} Machine: {where}, {results['jobs']} run(s) at a time with "
-        f"{settings['threads']} CPU thread(s) each; torch {installed['torch']}, transformers "
+        f"smallest and the largest value.{rate}{precision} {compared} Machine: {where}, {results['jobs']} run(s) at a "
+        f"time with {settings['threads']} CPU thread(s) each; torch {installed['torch']}, transformers "
         f"{installed['transformers']}. Command: `{results['command']}`"
     )
 
@@ -125,12 +128,7 @@ def plot(results: dict, path: Path) -> None:
         label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    size, settings = results["settings"]["size"], results["settings"]
-    model = f"language model of {size['layers']} layers of {size['hidden_size']}"
-    title = (
-        f"Grids of Fashion-MNIST, {settings['steps']} steps of {settings['batch_size']}, {len(results['seeds'])} seeds"
-    )
-    describe(figure, title, results, model)
+    _describe(figure, results)
     save_figure(figure, path, dpi=130)
 
 
@@ -162,32 +160,48 @@ def _draw_times(axis: Axes, results: dict, group: str) -> None:
 
 
 def plot_curves(results: dict, path: Path) -> None:
-    """Draws accuracy with all tokens against seconds of training: a line per variant, the mean over its seeds."""
-    figure, axes = figure_of(9, 5, 1, 1)
+    """Draws accuracy with all tokens against seconds of training: a line per variant, the mean over its seeds, in a
+    band from their smallest to their largest value. Variants that were given the same time are dashed."""
+    figure, axes = figure_of(9, 5.5, 1, 1)
     (axis,) = axes.flatten()
     names = dict(pair for group in results["groups"].values() for pair in group)
-    for number, (key, name) in enumerate(names.items()):
+    for key, name in names.items():
         curves = [run["curve"] for run in results["runs"] if run["way"] == key and run.get("curve")]
         # Seeds of one variant measure at the same steps, if they train for as many; others are cut to the shortest.
-        points = [[mean(values) for values in zip(*at, strict=True)] for at in zip(*curves, strict=False)]
-        if points:
-            _, seconds, shares = zip(*points, strict=True)
-            axis.plot(
-                seconds,
-                shares,
-                "--" if key.startswith(TIMED) else "-",
-                color=f"C{number % 10}",
-                marker="o",
-                markersize=3,
-                label=name,
-            )
+        points = list(zip(*curves, strict=False))
+        if not points:
+            continue
+        colour = CURVES.get(key.removeprefix(TIMED), LOOKS[kind_of(key, results)][0])
+        seconds = [mean(second for _, second, _ in at) for at in points]
+        shares = [[share for *_, share in at] for at in points]
+        axis.fill_between(
+            seconds, list(map(min, shares)), list(map(max, shares)), color=colour, alpha=0.12, linewidth=0
+        )
+        line = "--" if key.startswith(TIMED) else "-"
+        axis.plot(seconds, list(map(mean, shares)), line, color=colour, marker="o", markersize=3, label=name)
     axis.set_xlabel("processor seconds of training" if results.get("by_processor") else "seconds of training")
     axis.set_ylabel("accuracy with all tokens")
+    axis.set_xlim(left=0)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    _describe(figure, results)
     save_figure(figure, path, dpi=130)
+
+
+def _describe(figure: Figure, results: dict) -> None:
+    settings = results["settings"]
+    size, world = settings["size"], world_named(settings)
+    shows = SHOWN[world]
+    model = f"language model of {size['layers']} layers of {size['hidden_size']}"
+    steps = f"{settings['steps']} steps of {settings['batch_size']}, {len(results['seeds'])} seeds"
+    describe(figure, f"{shows[0].upper()}{shows[1:]}, {steps}", results, model)
+
+
+def world_named(settings: dict) -> str:
+    """The world of results, which the first ones do not name."""
+    return settings.get("world", PLAIN_SETUP.world)
 
 
 def _draw_group(axis: Axes, results: dict, group: str) -> None:

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_dualspeed.recipes.assemble import IMAGENET_MEAN, IMAGENET_STD
 
+from .fashion_grid import SIDE
 from .language import save_whole
 from .letters import LETTERS, NAMES
 from .worlds import Scene
@@ -81,7 +82,7 @@ def _train(tower: LetterTower, steps: int) -> None:
     for first in range(0, len(made), BATCH):
         scenes = made[first : first + BATCH]
         # The letter of each patch: (B, H^2).
-        letters = torch.tensor([scene.items for scene in scenes], device=device).view(-1, 1, 4, 4).float()
+        letters = torch.tensor([scene.items for scene in scenes], device=device).view(-1, 1, SIDE, SIDE).float()
         letters = F.interpolate(letters, (side, side)).long().flatten(1)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = F.cross_entropy(

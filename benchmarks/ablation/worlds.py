@@ -10,7 +10,7 @@ from PIL import Image as Pillow
 
 from hf_dualspeed.utils.validation import check_choice
 
-from .fashion_grid import FASHION, FASHION_4X4, Question
+from .fashion_grid import FASHION, FASHION_336, Question
 from .letters import LETTERS
 from .objects import OBJECTS_SHOWN, objects
 from .reading import READING
@@ -55,13 +55,13 @@ class World(Protocol):
 
 WORLDS = {
     FASHION.name: lambda: FASHION,
-    FASHION_4X4.name: lambda: FASHION_4X4,
+    FASHION_336.name: lambda: FASHION_336,
     LETTERS.name: lambda: LETTERS,
     READING.name: lambda: READING,
     "objects": objects,
 }
 # What each shows, for captions, without a look at its files.
-SHOWN = {one.name: one.shows for one in (FASHION, FASHION_4X4, LETTERS, READING)} | {"objects": OBJECTS_SHOWN}
+SHOWN = {one.name: one.shows for one in (FASHION, FASHION_336, LETTERS, READING)} | {"objects": OBJECTS_SHOWN}
 
 
 @cache

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import Dinov2Config, Dinov2Model, LlamaModel, TrainerState, ge
 from benchmarks.ablation import ablation, estimate, large, reading
 from benchmarks.ablation import task as ablation_task
 from benchmarks.ablation.callbacks import DrawnBudgets, LearningCurve
-from benchmarks.ablation.fashion_grid import FASHION_4X4, ITEMS, Grid
+from benchmarks.ablation.fashion_grid import FASHION, FASHION_336
 from benchmarks.ablation.language import Size, talk, tokenizer
 from benchmarks.ablation.letters import LETTERS, NAMES
 from benchmarks.ablation.plan import GROUPS, SETUPS, setup_of
@@ -160,24 +159,12 @@ def test_every_world_has_words_and_pictures(place, name):
             assert tokenizer(world).decode([first]) == question.answer.partition("-")[0]
 
 
-def test_answers_about_large_grids_are_right():
-    items = tuple(random.Random(0).choices(range(len(ITEMS)), k=16))
-    grid, kinds = Grid(np.zeros((16, 28, 28), np.uint8), items), Counter()
-    for number in range(20):
-        for question in grid.questions(random.Random(number)):
-            kinds[question.kind] += 1
-            digits = [int(digit) - 1 for digit in re.findall(r"\d", question.text)]
-            at = [items[4 * row + column] for row, column in zip(digits[::2], digits[1::2], strict=False)]
-            if question.kind == "item":
-                assert question.answer == ITEMS[at[0]]
-            elif question.kind == "same":
-                assert question.answer == ("yes" if at[0] == at[1] else "no")
-            else:
-                row = items[4 * digits[0] : 4 * digits[0] + 4]
-                counted = next(index for index, item in enumerate(ITEMS) if f" {item} " in question.text)
-                assert question.answer == ("zero", "one", "two", "three", "four")[row.count(counted)]
-    assert kinds == {"item": 80, "count": 40, "same": 40}
-    assert [FASHION_4X4.layout[8 * row + column] for row, column in ((0, 0), (1, 1), (2, 1), (7, 7))] == [0, 0, 4, 15]
+def test_large_grids_are_the_small_ones_enlarged(place):
+    small, large = (world.scenes("test", 3) for world in (FASHION, FASHION_336))
+    for one, other in zip(small, large, strict=True):
+        assert one.items == other.items
+        assert (one.image().size, other.image().size) == ((168, 168), (336, 336))
+    assert [FASHION_336.layout[8 * row + column] for row, column in ((0, 0), (3, 4), (4, 3), (7, 7))] == [0, 1, 2, 3]
 
 
 def test_answers_about_a_page_are_right():
@@ -220,7 +207,7 @@ def test_stamps_of_one_name_are_one_item(place):
     assert world.names == ("apple", "horse", "rocket")
     tiles, indices = world.pictures("train")
     assert [len(own) for own in indices] == [1, 2, 1]
-    assert tuple(tiles[0][42, 42]) == (0, 128, 0)
+    assert tuple(tiles[0][84, 84]) == (0, 128, 0)
     assert tuple(tiles[0][0, 0]) == (255, 255, 255)
 
 
@@ -339,7 +326,7 @@ def test_each_call_adds_the_next_seed_to_the_results_of_the_card(trained, tmp_pa
         (variant.key, 1) for variant in GROUPS["large"][1:]
     ]
     assert other["runs"][:5] == results["runs"] == more["runs"]
-    assert "4 x 4 grids of letters" in readme_table(other)
+    assert "grids of letters" in readme_table(other)
     assert (tmp_path / "other_curve.png").is_file()
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hf_dualspeed
 from benchmarks.ablation import estimate as ablation_estimate
+from benchmarks.ablation import expected
 from benchmarks.ablation import report as ablation_report
 from benchmarks.compare import report as compare_report
 from hf_dualspeed import cli
@@ -163,9 +164,17 @@ def test_tables_show_the_published_results(page, name):
     assert marked[1].strip() == table_of(name)
 
 
+def test_what_to_expect_is_what_was_measured():
+    marked = re.search(
+        r"<!-- expected-table-start -->(.*?)<!-- expected-table-end -->", text_of("docs/ablation.md"), re.S
+    )
+    assert marked[1].strip() == expected.table()
+
+
 def test_every_marked_table_is_checked():
     marked = {(page, name) for page in PAGES for name in re.findall(r"<!-- (\w+)-table-start -->", text_of(page))}
-    assert marked == {(page, name) for page, names in TABLES_OF.items() for name in names}
+    tables = {(page, name) for page, names in TABLES_OF.items() for name in names}
+    assert marked == {*tables, ("docs/ablation.md", "expected")}
 
 
 def test_the_first_figures_are_those_of_the_bench():
