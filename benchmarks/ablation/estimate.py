@@ -89,7 +89,7 @@ def readme_table(results: dict) -> str:
 def estimated(group: str, cores: int, known: dict) -> dict:
     """What a group would take: processor seconds of each kind of work, and hours with a run on each core."""
     settings = settings_of(setup_of(group), {}, threads=1)
-    key = (settings.world, settings.size)
+    key = (settings.world, settings.size, settings.bf16)
     if key not in known:
         known[key] = measured(settings)
     seconds = known[key]
@@ -136,7 +136,7 @@ def measured(settings: Settings) -> dict[str, float]:
     asked = [encoded(number, [one[0]], world) for number, one in enumerate(world.conversations("train", scenes))]
     shape = (len(rows), 1 + patches_of(world), tasks.FEATURES)
     features = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
-    task = Task(rows * STEPS, asked, {"train": features, "test": features}, {}, world)
+    task = Task(rows * STEPS, asked, {"train": features, "test": features}, {}, world, bf16=settings.bf16)
     with patch.object(tasks, "pretrained_language_model", lambda *given: weights_of(settings)):
         full, fast, slow = (
             step_of(task, settings, Variant("estimate", "", options, plain))
@@ -145,11 +145,13 @@ def measured(settings: Settings) -> dict[str, float]:
         model = tasks.build_model(task, size).eval()
         question = clocked(lambda: accuracy(model, task, None, QUESTIONS_TOKENS // patches_of(world)))
     tower = tasks.tower_of(world, Path(tasks.STORE), 0)
-    with torch.no_grad():
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16)
+    with torch.no_grad(), precision:
         image = clocked(lambda: tower(tasks.pixel_values(scenes[:4], torch.device("cpu"))))
     writing = WrittenGrids(language_of(settings), world)
     batch = collate([written(number, world) for number in range(BATCH)])
-    pretraining = clocked(lambda: writing(**batch)["loss"].backward())
+    with precision:
+        pretraining = clocked(lambda: writing(**batch)["loss"].backward())
     return {
         "full": full,
         "fast": fast,
