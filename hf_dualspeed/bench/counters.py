@@ -5,23 +5,22 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..feature_cache.cache import FeatureCache
 from ..feature_cache.units import UNITS, units_of
 from ..pruning.encoding import encode
 from ..trainer.trainer import DualSpeedTrainer
+from ..utils.memory import LiveMemory, peak_memory
+
+__all__ = ["LiveMemory", "cached_batch", "count_syncs", "device_waits", "flops_of", "peak_memory"]
 
 FLOP_COUNTING = (
     "torch.utils.flop_counter.FlopCounterMode over one training_step with SDPA; CPU flash attention by "
@@ -59,63 +58,6 @@ MEMORY_COUNTING = (
     "beforehand as in gradient accumulation); on CUDA by the allocator, on a CPU by each tensor's storage, "
     "without what kernels use inside"
 )
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside it. `peak` is the most that lived at one time.
-
-    Args:
-        known (`Iterable[torch.Tensor]`): Tensors from before. They and their views do not count.
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor]):
-        super().__init__()
-        self.live = self.peak = 0
-        # By the id of a storage's Python object, which lives as long as the storage.
-        self._seen: dict[int, weakref.ref | None] = {}
-        for tensor in known:
-            self._seen[id(tensor.untyped_storage())] = None
-        self._known = list(known)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._seen:
-            return
-
-        def free(_: weakref.ref) -> None:
-            self.live -= size
-            del self._seen[key]
-
-        self._seen[key] = weakref.ref(storage, free)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
-def peak_memory(run: Callable[[], object], known: list[torch.Tensor]) -> int:
-    """The most bytes that `run` held at one time, without what lived before it.
-
-    Args:
-        run (`Callable`): A call on CUDA or a CPU.
-        known (`list[torch.Tensor]`): All tensors from before that it uses. CUDA reads only their device.
-    """
-    if known[0].is_cuda:
-        gc.collect()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveMemory(known) as memory:
-        run()
-    return memory.peak
 
 
 # Methods that hand a tensor's values to Python. On an accelerator, each waits for all earlier work.

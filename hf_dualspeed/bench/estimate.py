@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrained
 from ..models.adapters import add_lora
 from ..models.components import freeze_roles, parameter_roles
 from ..models.interface import ModelInterface
+from ..trainer.batch_splitting import SMALL, parts_of
 from ..trainer.schedule import FAST, SLOW
-from ..trainer.trainer import SMALL
 from ..utils.environment import versions
 from ..utils.text import markdown_table
 from .on_paper import PLAIN, PRUNER, RECOMPUTED, Steps, empty_model, without_data
@@ -270,8 +270,7 @@ def activations(run: dict, name: str, rows: int) -> float:
 
 def part_rows(run: dict, rows: int) -> int:
     """Samples of the largest part of a slow step of `rows` samples, as the trainer chooses them."""
-    together = int(SMALL * rows * run["fast_tokens"] / run["tokens"])
-    return math.ceil(rows / math.ceil(rows / max(1, together)))
+    return math.ceil(rows / parts_of(rows, run["tokens"], rows * run["fast_tokens"], "auto")[0])
 
 
 def few_rows(run: dict) -> int:

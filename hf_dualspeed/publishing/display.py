@@ -86,6 +86,15 @@ class RunDisplay(ProgressCallback):
         if self._seen is not None and not self._seen and lengths:
             self._seen = {"lengths": {name: list(units) for name, units in lengths.items()}, "all": visual_tokens}
 
+    def tell_size(self, args: TrainingArguments, size: dict) -> None:
+        """Says in one line how large the micro-batch is, what it takes and what would fit."""
+        if is_silent(args):
+            return
+        if to_people():
+            screen_print(f"batch: {size_words(size)}")
+        else:
+            print_json({"batch": size})
+
     # --- training -------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -214,10 +223,50 @@ def panel_rows(facts: dict) -> list[tuple[str, str]]:
     left = f" of {facts['max_steps']:,}, from step {done:,} on" if done else ""
     total = f"{steps['fast'] + steps['slow']:,} steps{left} of {facts['samples']:,} samples"
     rows.append(("to come", f"{total}: {steps['fast']:,} fast, {steps['slow']:,} slow"))
+    if facts.get("batch"):
+        rows.append(("batch", size_words(facts["batch"])))
     rows.append(("time", "measured from the first steps on"))
     held = f"{in_bytes(facts['weights_bytes'])} of weights"
     rows.append(("memory", held + (f", on {facts['processes']} processes" if facts["processes"] > 1 else "")))
     return rows
+
+
+def size_words(size: dict) -> str:
+    """The size of the micro-batch in words; see [`SizingMixin.size`]."""
+    if "why" in size:
+        return f"its size is not told: {size['why']}"
+    rows, splits = size["micro_batch"], size["slow_mode_splits"]
+    words = [
+        f"{rows:,} samples of a micro-batch"
+        + (", the largest that fit" if "tokens" in size and size.get("chosen") else "")
+    ]
+    if size.get("resumed"):
+        words.append(f", slow_mode_splits={splits}, as in the run that goes on")
+    if "tokens" in size:
+        held = {mode: size.get(f"{mode}_bytes", 0) for mode in ("fast", "slow")}
+        parts = {
+            "fast": "a fast step",
+            "slow": "a slow one" + (f" with slow_mode_splits={splits}" if splits != 1 else ""),
+        }
+        taken = [
+            f"{parts[mode]} takes {in_bytes(value)}" if value else f"{parts[mode]} does not fit"
+            for mode, value in held.items()
+            if value != 0
+        ]
+        words.append(f" of up to {size['tokens']:,} tokens: {', '.join(taken)}, of {in_bytes(size['budget_bytes'])}")
+    if "fits" in size:
+        more = size["fits_slow_mode_splits"]
+        words.append(
+            f"; about {size['fits']:,} would fit" + (f", with slow_mode_splits={more}" if more != 1 else "")
+            if size["fits"]
+            else "; not even one would fit"
+        )
+    if size.get("chosen"):
+        words.append(
+            f"; {size['global_batch_size']:,} of an optimizer step, {rows:,} x {size['gradient_accumulation_steps']} "
+            f"micro-batches x {size['processes']} processes"
+        )
+    return "".join(words)
 
 
 def token_words(facts: dict) -> list[str]:

@@ -219,6 +219,9 @@ def _training_settings(args: DualSpeedTrainingArguments) -> dict:
     return {
         "processes": args.world_size,
         "global_batch_size": batch,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "slow_mode_splits": args.slow_mode_splits,
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": args.lr_scheduler_type.value,
         "warmup_steps": args.warmup_steps,

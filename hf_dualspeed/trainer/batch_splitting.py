@@ -10,6 +10,7 @@ Shapes: B batch, b samples of a part, S sequence, U units (images, clips), T tok
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import accumulate
@@ -21,6 +22,25 @@ from ..pruning.encoding import VisualEncoding
 from ..pruning.inputs import absent_inputs, full_positions, mask_of
 from ..pruning.instructions import unit_places
 from ..pruning.packing import is_packed
+
+# A part of a slow batch counts as small up to this multiple of the tokens of a fast step's batch.
+SMALL = 1.25
+
+
+def parts_of(rows: int, length: int, fast_tokens: int, splits: int | str, whole: bool = False) -> tuple[int, bool]:
+    """The number of parts of a slow batch, and whether each is about as small as a fast step's batch.
+
+    Args:
+        rows, length (`int`): samples of the batch, and tokens of each.
+        fast_tokens (`int`): those of a fast step's batch; 0 before the first one.
+        splits (`int` or `str`): `slow_mode_splits`.
+        whole (`bool`): whether the batch cannot be split.
+    """
+    # Samples that fit into a small part.
+    together = int(SMALL * fast_tokens / length)
+    wanted = math.ceil(rows / max(1, together)) if splits == "auto" else splits
+    parts = 1 if whole else min(rows, wanted)
+    return parts, splits != 1 and math.ceil(rows / parts) <= together
 
 
 class BatchParts:

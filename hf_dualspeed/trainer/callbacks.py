@@ -140,6 +140,7 @@ class ModeClock(TrainerCallback, ExportableState):
     """
 
     def __init__(self, mode: str | None = None):
+        self.size: dict = {}  # of a micro-batch, so that a run resumes with the same
         self._restore({})
         self._mode = mode  # of the last micro-batch; of all steps if micro-batches are not counted
         self._begun = 0.0
@@ -231,7 +232,7 @@ class ModeClock(TrainerCallback, ExportableState):
         self.pass_time()
         values = {"steps": self.steps, "seconds": self.seconds, "total_seconds": self.total_seconds}
         values |= {"visual_tokens": self.all_visual_tokens, "fast_tokens": self.fast_tokens}
-        values |= {"data_times": dict(self.data.sums)}
+        values |= {"data_times": dict(self.data.sums), "size": self.size}
         return {"args": {}, "attributes": values}
 
 

@@ -250,6 +250,7 @@ class RunRecordMixin:
             "steps": self.steps_left(),
             "samples": self.get_total_train_batch_size(self.args),
             "processes": self.args.world_size,
+            "batch": self.size,
         }
 
     # --- pushing --------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
@@ -29,7 +28,7 @@ from ..publishing.display import RunDisplay, takes_the_place_of_defaults
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
 from ..utils.validation import checked
 from .adaptive_schedule import AdaptiveSchedule, adaptive_schedule_of
-from .batch_splitting import can_be_split
+from .batch_splitting import can_be_split, parts_of
 from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
 from .deepspeed_engine import DeepSpeedMixin
@@ -59,18 +58,18 @@ from .setup import (
     slow_ratio,
     wrap_existing_layers,
 )
-from .training_args import Default, DualSpeedArguments, DualSpeedTrainingArguments
+from .sizing.mixin import SizingMixin
+from .training_args import Chosen, Default, DualSpeedArguments, DualSpeedTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 if find_spec("peft") is not None:  # which the Trainer has imported by now
     remember_origins()
 
-# A part of a slow batch counts as small up to this multiple of the tokens of a fast step's batch.
-SMALL = 1.25
 
-
-class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvaluationMixin, LengthGroupingMixin):
+class DualSpeedMixin(
+    RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvaluationMixin, LengthGroupingMixin, SizingMixin
+):
     """What DualSpeed adds to a `Trainer`; put it before any subclass of [`~transformers.Trainer`].
 
     Fast steps train on the mode isolator and pruned visual tokens. Slow steps train on all visual tokens, with the
@@ -217,6 +216,7 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
                 f"`slow_mode_splits` is {args.slow_mode_splits!r}, but sharded training runs each batch in one piece. "
                 "Set slow_mode_splits=1, or use DDP."
             )
+        self._check_sizing()
         interface = self.dual_forward.interface
         check_router_loss(interface, self._pruner)
         if args.compile_regions is not None:
@@ -268,12 +268,14 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         searches = self.hp_search_backend is not None and trial is not None
         before = dict(vars(self.args))
         if searches:  # the Trainer casts to the type of the old value, and "auto" is no number
+            self._forget_size()
             self.args.slow_mode_splits = str(self.args.slow_mode_splits)
         super()._hp_search_setup(trial)
         if searches:
             for name, value in vars(self.args).items():
-                if isinstance(value, Default) and value is not before.get(name):
-                    setattr(self.args, name, float(value))  # the trial's choice is no default
+                if isinstance(value, (Default, Chosen)) and value is not before.get(name):
+                    plain = float if isinstance(value, Default) else int
+                    setattr(self.args, name, plain(value))  # the trial's choice is no default
             self.args.check_options()
         if self.model_init is not None:
             self._attach(self.model, self.args)
@@ -337,6 +339,11 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
         self.state.stateful_callbacks = {type(c).__name__: c.state() for c in exported} | saved
 
     def get_train_dataloader(self):
+        if self.train_dataset is not None and not self._train_batch_size:
+            raise ValueError(
+                "`per_device_train_batch_size` is 'auto', which is chosen when training begins. Call train() first, or "
+                "set a number."
+            )
         if self.feature_cache is None and not self.encodes_once:
             return super().get_train_dataloader()
         # The Trainer takes `data_collator` for all loaders. Training looks its images up in the cache, or for those
@@ -527,15 +534,9 @@ class DualSpeedMixin(RunRecordMixin, CheckpointMixin, DeepSpeedMixin, PlainEvalu
 
     def _slow_parts(self, model, inputs, num_items_in_batch) -> tuple[int, bool]:
         """The number of parts of a slow micro-batch, and whether each is about as small as a fast step's batch."""
-        rows, length = inputs["input_ids"].shape
-        # Samples that fit into a small part; 0 before the first fast step, which gives the number of tokens.
-        together = int(SMALL * self.clock.fast_tokens / length)
-        wanted = self.args.slow_mode_splits
-        if wanted == "auto":
-            wanted = math.ceil(rows / max(1, together))
         whole = num_items_in_batch is None or not can_be_split(self.dual_forward.interface, inputs)
-        parts = 1 if whole else min(rows, wanted)
-        return parts, self.args.slow_mode_splits != 1 and math.ceil(rows / parts) <= together
+        rows, length = inputs["input_ids"].shape
+        return parts_of(rows, length, self.clock.fast_tokens, self.args.slow_mode_splits, whole)
 
     def _step_generator(self) -> torch.Generator | None:
         """Random generator for pruners, seeded by seed, step, micro-batch and rank, so a resumed run draws the same."""

@@ -15,7 +15,7 @@ from transformers.integrations import integration_utils
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
-from ..utils.validation import as_count, as_dict, check_choice, check_fields, check_range
+from ..utils.validation import as_count, as_dict, check_choice, check_fields, check_range, shortened
 
 MODE_SCHEDULES = ("random", "periodic", "growing", "shrinking", "adaptive")
 
@@ -26,6 +26,7 @@ DICTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 # Options that allow more types than their annotations say, which are for a command-line parser.
 WIDER = {
     "slow_mode_splits": Any,  # a count or "auto", checked by name below
+    "per_device_train_batch_size": Any,
     "fused_head_loss": str | bool,
     "accelerator_config": dict | str | AcceleratorConfig | None,
     "parallelism_config": ParallelismConfig | None,
@@ -46,9 +47,7 @@ TRACKERS = {
 COUNT, SHARE, SEED = {"low": 1}, {"low": 0, "high": 1, "right_open": True}, {"low": 0, "high": 2**32 - 1}
 ABOVE_0, NOT_BELOW_0 = {"low": 0, "left_open": True}, {"low": 0}
 RANGES = {
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), COUNT
-    ),
+    **dict.fromkeys(("per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size"), COUNT),
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
     **dict.fromkeys(("save_total_limit", "max_length", "dataset_num_proc", "ddp_timeout"), COUNT),
     **dict.fromkeys(("save_steps", "logging_steps", "eval_steps", "num_train_epochs", "neftune_noise_alpha"), ABOVE_0),
@@ -60,8 +59,26 @@ RANGES = {
 }
 
 
+# What a launcher writes into the environment.
+TRUE = ("1", "true", "True", "yes")
+
+
 class Default(float):
     """A number that the user has not set: equal to the same number, but of another type."""
+
+
+class Chosen(int):
+    """A number that the trainer chooses when training begins; 0 until then.
+
+    Args:
+        value (`int`): the number.
+        asked (`int` or `str`): what the user has set.
+    """
+
+    def __new__(cls, value: int = 0, asked: int | str = "auto"):
+        chosen = super().__new__(cls, value)
+        chosen.asked = asked
+        return chosen
 
 
 @dataclass
@@ -172,6 +189,35 @@ class DualSpeedArguments:
             "fast steps fits; 'auto': in parts about as large as a fast step's batch."
         },
     )
+    per_device_train_batch_size: str = field(  # or a number
+        default=8,
+        metadata={
+            "help": "Samples of a micro-batch on each device; 'auto': the largest fast micro-batch that fits into "
+            "memory, measured when training begins, with more slow_mode_splits where slow steps need them."
+        },
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples of an optimizer step, of all micro-batches and processes together, which "
+            "per_device_train_batch_size='auto' keeps by its choice of gradient_accumulation_steps. None: "
+            "gradient_accumulation_steps stays, and the step grows with the micro-batch."
+        },
+    )
+    memory_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB that a step may hold on each device, weights, gradients and optimizer included, where the "
+            "size of the micro-batch is told or chosen. None: nine tenths of what is free on the GPU."
+        },
+    )
+    tell_size: bool = field(
+        default=True,
+        metadata={
+            "help": "When training begins, measure on a GPU, or within memory_gib, what the micro-batch takes and what "
+            "would fit, and say it. It takes about as long as three steps."
+        },
+    )
     fast_mode_checkpointing: bool = field(
         default=False,
         metadata={
@@ -260,12 +306,7 @@ class DualSpeedArguments:
         Raises:
             ValueError: one is outside its range; the message names it, its value and the remedy.
         """
-        if isinstance(self.per_device_train_batch_size, str):
-            raise ValueError(
-                f"`per_device_train_batch_size` must be a number, got {self.per_device_train_batch_size!r}: it is not "
-                "chosen for you. `dualspeed estimate MODEL --gpu 24gb` tells the largest that fits; set it, "
-                "slow_mode_splits='auto', and gradient_accumulation_steps for the global batch."
-            )
+        self._check_batch_size()
         check_fields(self, [option.name for option in fields(DualSpeedArguments)], WIDER)
         self.pruner_kwargs = as_dict("pruner_kwargs", self.pruner_kwargs)
         check_range("pruning_ratio", self.pruning_ratio, 0, 1, right_open=True, off="Use 0.0 to turn pruning off.")
@@ -336,6 +377,47 @@ class DualSpeedArguments:
                 check_range(name, getattr(self, name), **allowed)
         if self.max_steps != -1:
             check_range("max_steps", self.max_steps, 1, off="Use -1 to train for num_train_epochs.")
+
+    def _check_batch_size(self) -> None:
+        size = self.per_device_train_batch_size
+        if size == "auto":
+            size = Chosen()
+        elif isinstance(size, str) and size.strip().lstrip("-").isdecimal():
+            size = int(size)
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise ValueError(
+                f"`per_device_train_batch_size` is {shortened(size)}, which is neither a whole number of at least 1 "
+                "nor 'auto'."
+            )
+        self.per_device_train_batch_size = size
+        if self.memory_gib is not None:
+            check_range("memory_gib", self.memory_gib, 0, left_open=True, off="Use None for the GPU's free memory.")
+        if not isinstance(size, Chosen):
+            check_range("per_device_train_batch_size", size, **COUNT)
+            if self.global_batch_size is not None:
+                raise ValueError(
+                    f"`global_batch_size` is {self.global_batch_size}, but with per_device_train_batch_size={size} a "
+                    "step has that many samples, times gradient_accumulation_steps and processes. Leave it out, or "
+                    "set per_device_train_batch_size='auto'."
+                )
+            return
+        passes = self.gradient_accumulation_steps
+        if self.global_batch_size is not None and passes != 1 and not isinstance(passes, Chosen):
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {passes}, but it follows from "
+                f"global_batch_size={self.global_batch_size} and the micro-batch that is chosen. Leave one of them out."
+            )
+        sharded = {"deepspeed": self.deepspeed, "fsdp": self.fsdp}
+        launched = (name for name in sharded if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "") in TRUE)
+        by = next((name for name, value in sharded.items() if value), next(launched, None))
+        others = {"auto_find_batch_size=True": self.auto_find_batch_size, f"{by}": by}
+        other = next((name for name, value in others.items() if value), None)
+        if other is not None:
+            raise ValueError(
+                f"`per_device_train_batch_size` is 'auto', which does not go with {other}"
+                f"{', of which one process cannot run a step to measure it' if other == by else ', which tries too'}. "
+                "Set a number: `dualspeed estimate MODEL` tells one."
+            )
 
     def _check_adaptive_schedule(self) -> None:
         adaptive = "mode_schedule='adaptive'"
