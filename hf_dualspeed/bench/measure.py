@@ -38,6 +38,7 @@ from ..utils.environment import machine, versions
 from ..utils.text import one_line, without_paths
 from ..utils.writing import write_file, write_json
 from .counters import FLOP_COUNTING, MEMORY_COUNTING, cached_batch, count_syncs, device_waits, flops_of, peak_memory
+from .largest_batch import largest_batch, size_lines
 from .options import BenchArguments
 from .report import PARTS, STEPS, check_format, derive, markdown, print_report
 from .shapes import Shape, build_batch, build_model, encoder_ratio, given_batch, given_model
@@ -57,6 +58,8 @@ def report(results: dict, path: Path) -> None:
     """Prints the tables; writes Markdown and plot beside the JSON file `path`."""
     check_format(results)
     print_report(results)
+    for words in size_lines(results):
+        print(words)
     plot = plot_steps(results, path.with_suffix(".png"))
     write_file(path.with_suffix(".md"), markdown(results, plot.name))
 
@@ -142,14 +145,16 @@ class Subject:
     model: nn.Module
     batch: dict[str, torch.Tensor]
     said: dict
+    sample: dict[str, torch.Tensor] | None = None  # a batch of one sample, of a model that the options name
 
 
 def build_subject(options: BenchArguments, shape: Shape | None, device: torch.device) -> Subject:
     """The model and batch of a shape in random weights, or of the model that the options name."""
-    dtype, rows = default_dtype(device), options.rows(shape)
+    dtype, rows, sample = default_dtype(device), options.rows(shape), None
     if shape is None:
         model, processor = given_model(options.model, dtype, device, options.lora)
         batch = given_batch(processor, rows, options.text_tokens, options.image_size or 336)
+        sample = given_batch(processor, 1, options.text_tokens, options.image_size or 336)
         said = {"shape": Path(options.model).name, "like": type(unwrap(model)).__name__}
     else:
         if options.scale == "full" and device.type != "cuda":
@@ -159,9 +164,15 @@ def build_subject(options: BenchArguments, shape: Shape | None, device: torch.de
         batch = build_batch(shape, sizes, rows, options.text_tokens, SEEDS["batch"])
         ratios = {"encoder_ratio": encoder_ratio(shape, sizes), "real_encoder_ratio": encoder_ratio(shape, shape.real)}
         said = {"shape": shape.name, "like": shape.like, **ratios}
-    floating = {key: value.to(dtype) for key, value in batch.items() if value.is_floating_point()}
-    batch = {key: value.to(device) for key, value in {**batch, **floating}.items()}
-    return Subject(model, batch, {**said, **counted(unwrap(model), batch)})
+    batch, sample = (on_device(made, dtype, device) for made in (batch, sample))
+    return Subject(model, batch, {**said, **counted(unwrap(model), batch)}, sample)
+
+
+def on_device(batch: dict[str, torch.Tensor] | None, dtype: torch.dtype, device: torch.device) -> dict | None:
+    """A batch on a device, its pixels in the precision of training."""
+    if batch is None:
+        return None
+    return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in batch.items()}
 
 
 def counted(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict:
@@ -222,6 +233,7 @@ class Bench:
         common |= {"use_cpu": self.device.type == "cpu"}
         self.splits = options.splits(checkpointing)
         settings = {"pruner": options.pruner, "pruning_ratio": options.pruning_ratio, "slow_mode_splits": self.splits}
+        settings |= {"memory_gib": options.memory_gib}
         self.dual = SteppedTrainer(model=self.model, args=DualSpeedTrainingArguments(**settings, **common))
         self.plain = Trainer(model=self.model, args=TrainingArguments(**common))
         self._begin()
@@ -301,6 +313,7 @@ class Bench:
             "weights_bytes": sum(p.nbytes for p in self.model.parameters()),
             "gradients_bytes": gradients,
             **counts,
+            "largest_batch": largest_batch(self),
             "seconds_by_round": self.measure(names),
             "losses": self.losses,
         }

@@ -73,7 +73,8 @@ HELP = {
     "steps": "Steps of --lengths, with each kind of batches. Unset: 24.",
     "same_memory": "Measure each trainer at the largest micro-batch that fits instead, in steps of as many samples.",
     "memory_gib": "GiB that --same-memory may fill: weights, gradients, optimizer and activations. A CPU needs it. "
-    "Unset: 95 %% of what is free on the card.",
+    "Unset: 95 %% of what is free on the card. With --model, it tells the largest fast micro-batch within them; unset: "
+    "within 90 %% of what is free on the card.",
     "optimizer": "With --same-memory: steps without the optimizer's, 'none', with AdamW's, 'adamw', or both. Unset: "
     "none and adamw.",
     "kernels": "With --same-memory: Liger's kernels, where installed, and compiled layers 'off', 'on' or both, in both "
@@ -149,7 +150,8 @@ class BenchArguments:
         if Path(self.output).suffix != ".json":
             raise ValueError(f"`output` must end in .json, got {self.output!r}. Use bench.json, for example.")
         for option, kind in OWN.items():
-            if getattr(self, option) is not None and kind != self.kind:
+            sizes = option == "memory_gib" and self.kind == "steps" and self.model is not None
+            if getattr(self, option) is not None and kind != self.kind and not sizes:
                 raise ValueError(
                     f"`{option}` is {getattr(self, option)!r}, but only {flag(kind)} reads it. Leave it out, or give "
                     f"{flag(kind)}."

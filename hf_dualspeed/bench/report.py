@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..utils.text import markdown_table
+from .largest_batch import size_line
 
 STEPS = {
     "plain": "Trainer",
@@ -295,6 +296,7 @@ def markdown(results: dict, plot: str) -> str:
     ]
     for run in results["runs"]:
         parts += [f"## {run['shape']}, checkpointing {run['checkpointing']}", run_line(run)]
+        parts += [size_line(run)] if run.get("largest_batch") else []
         parts += [markdown_table(STEP_HEADER, step_rows(run))]
         parts += [waits_line(run)] if "device_waits" in run else []
     parts += [f"FLOPs: {results['flop_counting']}.", f"Memory: {results['memory_counting']}."]

@@ -232,41 +232,41 @@ def panel_rows(facts: dict) -> list[tuple[str, str]]:
 
 
 def size_words(size: dict) -> str:
-    """The size of the micro-batch in words; see [`SizingMixin.size`]."""
+    """The size of the micro-batch in words: what its steps take, what would fit, and what an optimizer step has.
+
+    Args:
+        size (`dict`): that of a trainer.
+    """
     if "why" in size:
-        return f"its size is not told: {size['why']}"
-    rows, splits = size["micro_batch"], size["slow_mode_splits"]
-    words = [
-        f"{rows:,} samples of a micro-batch"
-        + (", the largest that fit" if "tokens" in size and size.get("chosen") else "")
-    ]
-    if size.get("resumed"):
-        words.append(f", slow_mode_splits={splits}, as in the run that goes on")
+        return f"not measured: {size['why']}"
+    rows, splits, chosen = size["micro_batch"], size["slow_mode_splits"], size.get("chosen")
+    words = f"{rows:,} samples"
     if "tokens" in size:
-        held = {mode: size.get(f"{mode}_bytes", 0) for mode in ("fast", "slow")}
-        parts = {
-            "fast": "a fast step",
-            "slow": "a slow one" + (f" with slow_mode_splits={splits}" if splits != 1 else ""),
-        }
-        taken = [
-            f"{parts[mode]} takes {in_bytes(value)}" if value else f"{parts[mode]} does not fit"
-            for mode, value in held.items()
-            if value != 0
-        ]
-        words.append(f" of up to {size['tokens']:,} tokens: {', '.join(taken)}, of {in_bytes(size['budget_bytes'])}")
-    if "fits" in size:
-        more = size["fits_slow_mode_splits"]
-        words.append(
-            f"; about {size['fits']:,} would fit" + (f", with slow_mode_splits={more}" if more != 1 else "")
-            if size["fits"]
-            else "; not even one would fit"
-        )
-    if size.get("chosen"):
-        words.append(
-            f"; {size['global_batch_size']:,} of an optimizer step, {rows:,} x {size['gradient_accumulation_steps']} "
-            f"micro-batches x {size['processes']} processes"
-        )
-    return "".join(words)
+        words += f" of up to {size['tokens']:,} tokens" + (", the largest micro-batch that fits" if chosen else "")
+        names = {"fast": "a fast step", "slow": "a slow one" + with_splits(splits)}
+        taken = [f"{words} {held_words(size, mode)}" for mode, words in names.items() if f"{mode}_bytes" in size]
+        words += f": {', '.join(taken)}, of {in_bytes(size['budget_bytes'])}"
+    elif size.get("resumed"):
+        words += f"{with_splits(splits) or ','} as in the run that is resumed"
+    if size.get("fits"):
+        words += f"; about {size['fits']:,} would fit{with_splits(size['fits_slow_mode_splits']).rstrip(',')}"
+    elif "fits" in size:
+        words += "; not even one would fit"
+    if chosen:
+        count = f"{rows:,} x {size['gradient_accumulation_steps']:,} micro-batches x {size['processes']:,} processes"
+        words += f"; {size['global_batch_size']:,} samples of an optimizer step: {count}"
+    return words
+
+
+def with_splits(splits: int | str) -> str:
+    """The parts of slow steps, where there are several."""
+    return f", with slow_mode_splits={splits}," if splits != 1 else ""
+
+
+def held_words(size: dict, mode: str) -> str:
+    """What a step takes; memory that ran out has no number."""
+    held = size[f"{mode}_bytes"]
+    return "takes more than there is" if held is None or held > size["budget_bytes"] else f"takes {in_bytes(held)}"
 
 
 def token_words(facts: dict) -> list[str]:

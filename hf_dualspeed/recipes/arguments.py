@@ -79,6 +79,14 @@ TOPICS = {
         "proportional_attention",
         "video_budget",
     ),
+    "batch and memory": (
+        "per_device_train_batch_size",
+        "global_batch_size",
+        "gradient_accumulation_steps",
+        "slow_mode_splits",
+        "memory_gib",
+        "tell_size",
+    ),
     "fast and slow steps": (
         "slow_mode_ratio",
         "mode_schedule",
@@ -305,6 +313,11 @@ def check_evaluation(recipe: RecipeArguments, args: DualSpeedTrainingArguments) 
         )
 
 
+def count_or_auto(word: str) -> int | str:
+    """A number on the command line, or "auto"."""
+    return word if word == "auto" else int(word)
+
+
 class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter):
     """Names defaults that say something, and choices below their option, where they can be broken into lines."""
 
@@ -340,6 +353,8 @@ class RecipeParser(HfArgumentParser):
             few = action.choices is not None and len(action.choices) <= 3
             if action.metavar is None and action.nargs != 0 and not few:
                 action.metavar = "BOOL" if switch else METAVARS.get(action.type, "VALUE")
+            if action.dest == "per_device_train_batch_size":
+                action.type = count_or_auto
         self.keys = [f.name for kind in self.dataclass_types for f in fields(kind) if f.init]
 
     def error(self, message: str) -> None:

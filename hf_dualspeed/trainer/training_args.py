@@ -15,7 +15,7 @@ from transformers.integrations import integration_utils
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
-from ..utils.validation import as_count, as_dict, check_choice, check_fields, check_range, shortened
+from ..utils.validation import as_count, as_dict, check_choice, check_fields, check_range
 
 MODE_SCHEDULES = ("random", "periodic", "growing", "shrinking", "adaptive")
 
@@ -26,7 +26,6 @@ DICTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 # Options that allow more types than their annotations say, which are for a command-line parser.
 WIDER = {
     "slow_mode_splits": Any,  # a count or "auto", checked by name below
-    "per_device_train_batch_size": Any,
     "fused_head_loss": str | bool,
     "accelerator_config": dict | str | AcceleratorConfig | None,
     "parallelism_config": ParallelismConfig | None,
@@ -47,7 +46,8 @@ TRACKERS = {
 COUNT, SHARE, SEED = {"low": 1}, {"low": 0, "high": 1, "right_open": True}, {"low": 0, "high": 2**32 - 1}
 ABOVE_0, NOT_BELOW_0 = {"low": 0, "left_open": True}, {"low": 0}
 RANGES = {
-    **dict.fromkeys(("per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size"), COUNT),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "global_batch_size"), COUNT),
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
     **dict.fromkeys(("save_total_limit", "max_length", "dataset_num_proc", "ddp_timeout"), COUNT),
     **dict.fromkeys(("save_steps", "logging_steps", "eval_steps", "num_train_epochs", "neftune_noise_alpha"), ABOVE_0),
@@ -189,7 +189,7 @@ class DualSpeedArguments:
             "fast steps fits; 'auto': in parts about as large as a fast step's batch."
         },
     )
-    per_device_train_batch_size: str = field(  # or a number
+    per_device_train_batch_size: int = field(  # or "auto", which becomes a number that is still to be chosen
         default=8,
         metadata={
             "help": "Samples of a micro-batch on each device; 'auto': the largest fast micro-batch that fits into "
@@ -344,6 +344,8 @@ class DualSpeedArguments:
         check_choice("fused_head_loss", self.fused_head_loss, FUSED_HEAD_LOSSES)
 
     def __post_init__(self):
+        if self.per_device_train_batch_size == "auto":
+            self.per_device_train_batch_size = Chosen()
         check_fields(self, wider=WIDER)
         # A text that is no mapping would be an error of Python's in the middle of the training.
         for name in DICTS:
@@ -373,27 +375,17 @@ class DualSpeedArguments:
     def _check_ranges(self) -> None:
         """Checks the numbers of the arguments behind this class, which its own `__post_init__` may take in silence."""
         for name, allowed in RANGES.items():
-            if getattr(self, name, None) is not None:
-                check_range(name, getattr(self, name), **allowed)
+            value = getattr(self, name, None)
+            if value is not None and not isinstance(value, Chosen):
+                check_range(name, value, **allowed)
         if self.max_steps != -1:
             check_range("max_steps", self.max_steps, 1, off="Use -1 to train for num_train_epochs.")
 
     def _check_batch_size(self) -> None:
         size = self.per_device_train_batch_size
-        if size == "auto":
-            size = Chosen()
-        elif isinstance(size, str) and size.strip().lstrip("-").isdecimal():
-            size = int(size)
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise ValueError(
-                f"`per_device_train_batch_size` is {shortened(size)}, which is neither a whole number of at least 1 "
-                "nor 'auto'."
-            )
-        self.per_device_train_batch_size = size
         if self.memory_gib is not None:
             check_range("memory_gib", self.memory_gib, 0, left_open=True, off="Use None for the GPU's free memory.")
         if not isinstance(size, Chosen):
-            check_range("per_device_train_batch_size", size, **COUNT)
             if self.global_batch_size is not None:
                 raise ValueError(
                     f"`global_batch_size` is {self.global_batch_size}, but with per_device_train_batch_size={size} a "

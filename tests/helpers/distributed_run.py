@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--adaptive", action="store_true", help="slow steps that follow the losses")
     parser.add_argument("--evaluate", action="store_true", help="on the training samples, after training")
     parser.add_argument("--fused", action="store_true", help="the loss of fast steps by a stand-in for Liger's")
+    parser.add_argument("--rooms", type=int, nargs="*", help="choose the batch by each rank's bytes of memory")
     parser.add_argument("--cache", help="the folder of vision features")
     parser.add_argument("--push", help="the Hub repo to push to at each save")
     parser.add_argument("--zero", type=json.loads, help="DeepSpeed's settings of ZeRO")
@@ -129,7 +130,8 @@ def main() -> None:
         ShardedOnCpu if os.environ.get("ACCELERATE_USE_FSDP") == "true" else DualSpeedTrainer,
         data=data,
         train_sampling_strategy="group_by_length" if options.by_length else "random",
-        per_device_train_batch_size=options.batch,
+        per_device_train_batch_size="auto" if options.rooms else options.batch,
+        memory_gib=options.rooms[int(os.environ["RANK"])] / 2**30 if options.rooms else None,
         per_device_eval_batch_size=1,
         fused_head_loss="on" if options.fused else "auto",
         gradient_accumulation_steps=2,
@@ -185,6 +187,7 @@ def main() -> None:
         "modes": [trainer.mode_at(step) for step in range(options.max_steps)],
         "steps": trainer.summary()["steps"],
         "record": trainer.record(),
+        "size": trainer.size,
         "eval_loss": evaluated,
         "hit_rates": [rate for (rate,) in history(trainer, "vision_cache_hit_rate")],
         "history": history(trainer, "loss", "grad_norm", "fast_loss", "slow_loss", "distillation_loss"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 
 import datasets
@@ -81,7 +81,7 @@ class Probe:
         optimizer (`int`): bytes of the optimizer's state.
     """
 
-    def __init__(self, trainer, samples: dict[str, object], collator, before: int, optimizer: int):
+    def __init__(self, trainer, samples: dict[str, object], collator: Callable, before: int, optimizer: int):
         self.trainer, self.model, self.device = trainer, trainer.model, trainer.args.device
         self.samples, self.collator = samples, collator
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -160,8 +160,12 @@ class Probe:
 
 
 @contextmanager
-def probing(trainer) -> Iterator[Probe]:
-    """Steps before the first one, after which the trainer is as it was: weights, buffers, random states and all."""
+def probing(trainer, given: tuple[dict, Callable] | None = None) -> Iterator[Probe]:
+    """Steps before the first one, after which the trainer is as it was: weights, buffers, random states and all.
+
+    Args:
+        given (`tuple`, *optional*): a sample for each mode, and the collator, in place of those of the training data.
+    """
     model, args, clock, selective = trainer.model, trainer.args, trainer.clock, trainer.selective_checkpointing
     kept = [(args, "slow_mode_splits"), (clock, "fast_tokens"), (selective, "always"), (selective, "_checkpointed")]
     kept += [(trainer, name) for name in ("_micro", "_items", "is_in_train", "current_gradient_accumulation_steps")]
@@ -180,7 +184,7 @@ def probing(trainer) -> Iterator[Probe]:
             # Not the first micro-batch of its step: one that runs out of memory is not tried again.
             trainer._micro, trainer.is_in_train, trainer.current_gradient_accumulation_steps = (0, 1), False, 1
             selective.on_train_begin(args, trainer.state, trainer.control, model=model)
-            yield Probe(trainer, *samples_of(trainer), held, optimizer)
+            yield Probe(trainer, *(given or samples_of(trainer)), held, optimizer)
     finally:
         trainer._pruner.reconfigure(pruning_ratio=ratio)
         for owner, name, value in before:
