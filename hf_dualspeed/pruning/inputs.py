@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import record_function
 
-from ..models.interface import RAW_KEYS, ModelInterface, argument_names
+from ..models.interface import RAW_KEYS, ModelInterface
 from ..pruners import PrunedTokens, Pruner
 from ..pruners.ops import unpruned
 from ..utils.validation import as_type
@@ -22,6 +22,7 @@ from .decoder import LayerPass, check_layers
 from .encoding import VisualEncoding
 from .isolator import ModeIsolator
 from .packing import Packing, one_sample, separate_rows
+from .positions import numbered
 from .sample_rows import SampleRows
 from .shortening import FILL, Shortening, plan_shortening
 
@@ -394,11 +395,9 @@ def compact_positions(
     given, owner = inputs.get("position_ids"), interface.positions_owner
     if given is not None:
         return compact.expand(*given.shape[:-2], -1, -1)
-    return (
-        compact
-        if owner is None
-        else compact.expand(*full_positions(interface, inputs, mask_of(inputs)).shape[:-2], -1, -1)
-    )
+    if owner is None:
+        return compact
+    return compact.expand(*full_positions(interface, inputs, mask_of(inputs)).shape[:-2], -1, -1)
 
 
 def full_positions(interface: ModelInterface, inputs: Mapping, mask: torch.Tensor) -> torch.Tensor:
@@ -410,19 +409,5 @@ def full_positions(interface: ModelInterface, inputs: Mapping, mask: torch.Tenso
     ids, owner = inputs["input_ids"], interface.positions_owner
     if owner is None:
         return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    # The model numbers images by the type of each token, and some models take a missing type for text.
-    rope = interface.owner_of("get_rope_index")
-    asks = rope is not None and "mm_token_type_ids" in argument_names(rope.get_rope_index)
-    if asks and inputs.get("mm_token_type_ids") is None:
-        raise ValueError(
-            "`inputs` lacks `mm_token_type_ids`, without which the model numbers image tokens as text. "
-            "Let the collator pass on all that the processor returns."
-        )
-    # M-RoPE: the model's own function, (3, B, S), without a trace of the call on the model.
-    arguments = {key: inputs.get(key) for key in argument_names(owner.compute_3d_position_ids)}
-    if inputs.get("feature_attention_mask") is not None:  # `forward` counts mel frames this way, too
-        arguments["audio_feature_lengths"] = inputs["feature_attention_mask"].sum(1)
-    before = getattr(owner, "rope_deltas", None)  # the call overwrites them
-    positions = owner.compute_3d_position_ids(**{**arguments, "attention_mask": mask, "past_key_values": None})
-    owner.rope_deltas = before
+    positions = numbered(owner, inputs, mask)
     return torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions

@@ -22,6 +22,7 @@ from ..models.adapters import check_adapter, remember_origins
 from ..models.components import parameter_counts
 from ..models.interface import ModelInterface, argument_names
 from ..pruners import Pruner, available_pruners
+from ..pruning import positions
 from ..pruning.isolator import ModeIsolator
 from ..pruning.repeats import REPEATS, WithRepeats
 from ..publishing.display import RunDisplay, takes_the_place_of_defaults
@@ -344,12 +345,15 @@ class DualSpeedMixin(
                 "`per_device_train_batch_size` is 'auto', which is chosen when training begins. Call train() first, or "
                 "set a number."
             )
-        if self.feature_cache is None and not self.encodes_once:
-            return super().get_train_dataloader()
         # The Trainer takes `data_collator` for all loaders. Training looks its images up in the cache, or for those
-        # that come again; evaluation does not.
-        collator, cache = self.data_collator, self.feature_cache
-        self.data_collator = WithRepeats(collator) if cache is None else WithImageUnits(collator, cache)
+        # that come again, and numbers tokens ahead of the step; evaluation does not.
+        collator, interface = self.data_collator, self.dual_forward.interface
+        if self.feature_cache is not None:
+            self.data_collator = WithImageUnits(collator, self.feature_cache)
+        elif self.encodes_once:
+            self.data_collator = WithRepeats(collator)
+        if interface.positions_owner is not None and not self.args.plain_path:
+            self.data_collator = positions.WithPositions(self.data_collator, interface)
         try:
             return super().get_train_dataloader()
         finally:
@@ -419,12 +423,15 @@ class DualSpeedMixin(
         repeats = inputs.get(REPEATS)
         if repeats is not None:
             inputs = {key: value for key, value in inputs.items() if key != REPEATS}
+        # Positions on several axes, which the collator has numbered.
+        inputs, places = positions.taken(inputs)
         # Keep some micro-batches to measure the speed-up after training.
         if self.is_in_train:
             micro_batches = self.current_gradient_accumulation_steps
             self.speedup_meter.observe(inputs, step, self.state.max_steps, self._micro[1], micro_batches)
 
         # Encode, prune, forward, loss and backward.
+        inputs = {**inputs, **places}
         loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served, repeats)
         self.clock.count(mode, done.tokens, *done.visual_tokens)
         self.display.saw(mode, done.lengths, done.visual_tokens)
