@@ -157,13 +157,17 @@ def build_subject(options: BenchArguments, shape: Shape | None, device: torch.de
         sample = given_batch(processor, 1, options.text_tokens, options.image_size or 336)
         said = {"shape": Path(options.model).name, "like": type(unwrap(model)).__name__}
     else:
-        if options.scale == "full" and device.type != "cuda":
-            raise ValueError("`scale` is 'full', but PyTorch finds no GPU, which 7 B parameters need. Use small.")
+        if options.scale == "full" and device.type != "cuda" and options.layers is None:
+            raise ValueError(
+                "`scale` is 'full', but PyTorch finds no GPU, which 7 B parameters need. Use small, or give --layers 2 "
+                "for so many layers of that width."
+            )
         sizes = shape.sizes(options.scale, options.hidden_size, options.layers)
         model = build_model(shape, sizes, options.text_tokens, dtype, device, SEEDS["weights"], options.lora)
         batch = build_batch(shape, sizes, rows, options.text_tokens, SEEDS["batch"])
         ratios = {"encoder_ratio": encoder_ratio(shape, sizes), "real_encoder_ratio": encoder_ratio(shape, shape.real)}
         said = {"shape": shape.name, "like": shape.like, **ratios}
+        said |= {"layers": sizes.layers, "tower_layers": sizes.tower_layers}
     batch, sample = (on_device(made, dtype, device) for made in (batch, sample))
     return Subject(model, batch, {**said, **counted(unwrap(model), batch)}, sample)
 
@@ -275,7 +279,7 @@ class Bench:
         with torch.no_grad():
             encodings = encode(interface, self.batch, pruner.needs)
         generator = torch.Generator(self.device).manual_seed(SEEDS["training"])
-        tokens = encodings[0].tokens(generator)
+        tokens = self.tokens = encodings[0].tokens(generator)
         pruned = pruner(tokens)
         shorten = partial(shorten_inputs, interface, self.batch, encodings, FixedPruner(pruned))
 

@@ -1,9 +1,14 @@
-"""`dualspeed bench --selection`: what choosing tokens costs, in plain PyTorch and in the way of the device."""
+"""`dualspeed bench --selection`: what choosing tokens costs, beside the fast step and of single images.
+
+With a part of a real model's layers (`--scale full --layers N`) two depths are measured, from which the time of a step
+of all layers follows.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -13,6 +18,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from ..pruners import AutoPruner, Pruner, VisualTokens
+from ..pruners.farthest import batched, triton_runs
 from ..publishing.plots import figure_of, save_figure
 from ..trainer.schedule import FAST
 from ..utils.devices import synchronize
@@ -21,20 +27,25 @@ from ..utils.writing import write_file
 from .options import BenchArguments
 from .plots import LINES
 from .report import check_format, milliseconds, print_table, quartiles, setting_line, times_of
+from .shapes import SHAPES
 
 KIND = "selection of visual tokens"
-WAYS = {"plain": "plain PyTorch", "fast": "as in fast steps"}
+# What is timed, and what it is called: as in fast steps; in plain PyTorch, where that is another way; and how much of
+# that the similarities of all pairs are.
+OWN, PLAIN, PAIRS = "selection", "selection_plain", "similarities"
+WAYS = {OWN: "as in fast steps", PLAIN: "plain PyTorch", PAIRS: "similarities of all pairs"}
+STYLES = {OWN: LINES["fast"], PLAIN: LINES["plain"], PAIRS: LINES["mix"]}
 TOKENS, WIDTHS = (576, 1024, 2928), (1024, 4096)
 IMAGES = {"regions": "regions", "noise": "noise"}
-HEADER = ("shape", "batch", "visual tokens", "fast step, ms", "plain, ms", "share", "as in fast steps, ms", "share")
-SIZE_HEADER = ("tokens", "visual tokens", "width", "plain, ms", "as in fast steps, ms", "times as fast")
 
 
 def measure(options: BenchArguments) -> dict:
     """Selection of each shape beside its fast step, and of single images of several sizes."""
     from .measure import default_device, default_dtype, measured
 
-    results = measured(options, [], derive, timed)
+    depths = depths_of(options)
+    measurements = [measured(replace(options, layers=depth), [], derive, timed) for depth in depths]
+    runs = [run for results in measurements for run in results["runs"]]
     device, threads = default_device(), torch.get_num_threads()
     try:
         if options.threads is not None:
@@ -44,15 +55,45 @@ def measure(options: BenchArguments) -> dict:
         found = [sized(pruner, *size, device, default_dtype(device), options.rounds) for size in sizes]
     finally:
         torch.set_num_threads(threads)
-    return {**results, "benchmark": KIND, "sizes": found}
+    whole = whole_models(runs) if len(depths) > 1 else []
+    return {**measurements[-1], "benchmark": KIND, "runs": runs, "whole": whole, "sizes": found}
+
+
+def depths_of(options: BenchArguments) -> list[int | None]:
+    """The layers to measure with: those of the options, and half as many of them if they are a part of a real model."""
+    if options.scale != "full" or options.layers is None:
+        return [options.layers]
+    if options.layers < 2:
+        raise ValueError(
+            f"`layers` is {options.layers}, but --selection compares two depths of a real model. Use --layers 2 or "
+            "more, or --scale small."
+        )
+    return [options.layers // 2, options.layers]
+
+
+def ways_of(pruner: Pruner, tokens: VisualTokens) -> dict[str, Callable[[], object]]:
+    """What of selecting from `tokens` is timed. Plain PyTorch is another way only where DivPrune's kernel runs."""
+    ways = {OWN: partial(pruner, tokens)}
+    if pruner.config.pruner_type != "divprune":
+        return ways
+    if triton_runs(tokens.features.device):
+        ways[PLAIN] = partial(plainly, pruner, ways[OWN])
+    return {**ways, PAIRS: partial(pairs, tokens)}
+
+
+def pairs(tokens: VisualTokens) -> object:
+    """The similarities of all pairs, which the choice in plain PyTorch begins with."""
+    units = batched.units_of(tokens.features)
+    padding = None if tokens.valid is None else ~tokens.valid
+    return batched.similarities(units, padding, whole=0 < len(units) <= batched.fitting(units.shape[1]))
 
 
 def timed(bench, names: list[str]) -> dict:
-    """Seconds by round of the fast step, and of selection both ways, on its tokens."""
+    """Seconds by round of the fast step, of its encoder, and of selection from its tokens."""
     bench.dual.mode = FAST
-    pruner, select = bench.dual.dual_forward.pruner, bench.variants["selection"]
-    bench.variants["selection_plain"] = partial(plainly, pruner, select)
-    return {**bench.subject.said, "seconds_by_round": bench.measure(["fast", "selection", "selection_plain"])}
+    bench.variants |= ways_of(bench.dual.dual_forward.pruner, bench.tokens)
+    names = ["fast", "encoder", *(name for name in WAYS if name in bench.variants)]
+    return {**bench.subject.said, "seconds_by_round": bench.measure(names)}
 
 
 def plainly(pruner: Pruner, select: Callable[[], object]) -> None:
@@ -65,36 +106,53 @@ def plainly(pruner: Pruner, select: Callable[[], object]) -> None:
 
 
 def derive(run: dict, slow_ratio: float) -> dict:
-    """Medians and quartiles of the times, and of their ratios within a round."""
+    """Medians and quartiles of the times, and of their shares of the fast step within a round."""
     times = {name: torch.tensor(values, dtype=torch.float64) for name, values in run["seconds_by_round"].items()}
-    ratios = {
-        "share": times["selection"] / times["fast"],
-        "plain_share": times["selection_plain"] / times["fast"],
-        "gain": times["selection_plain"] / times["selection"],
-    }
-    return {
-        "seconds": {name: quartiles(values) for name, values in times.items()},
-        "ratios": {name: quartiles(values) for name, values in ratios.items()},
-    }
+    shares = {name: quartiles(times[name] / times["fast"]) for name in WAYS if name in times}
+    return {"seconds": {name: quartiles(values) for name, values in times.items()}, "shares": shares}
+
+
+def whole_models(runs: list[dict]) -> list[dict]:
+    """For each shape, the fast step of all layers and selection's share of it, as lines through two depths say.
+
+    What a step takes without the encoder grows by as much with each layer of the language model, and the encoder with
+    each of the tower.
+    """
+    found = []
+    for shape in dict.fromkeys(run["shape"] for run in runs):
+        few, many = ({**run, **run["seconds"]} for run in runs if run["shape"] == shape)
+        real = SHAPES[shape].real
+        body = [run["fast"]["median"] - run["encoder"]["median"] for run in (few, many)]
+        layer = (body[1] - body[0]) / (many["layers"] - few["layers"])
+        encoder, more = many["encoder"]["median"], many["tower_layers"] - few["tower_layers"]
+        # Of towers as deep as each other all of the encoder's time counts as that of layers.
+        tower = (encoder - few["encoder"]["median"]) / more if more else encoder / many["tower_layers"]
+        fast = body[1] + layer * (real.layers - many["layers"])
+        fast += encoder + tower * (real.tower_layers - many["tower_layers"])
+        own = many[OWN]["median"]
+        said = {"layers": real.layers, "tower_layers": real.tower_layers, "layer": layer, "tower_layer": tower}
+        found.append({"shape": shape, **said, "fast": fast, "selection": own, "share": own / fast})
+    return found
 
 
 def sized(
     pruner: Pruner, kind: str, count: int, width: int, device: torch.device, dtype: torch.dtype, rounds: int
 ) -> dict:
-    """Seconds of selecting from one image of `count` tokens, both ways, one after the other in each round."""
-    tokens = VisualTokens(image(kind, count, width).to(device, dtype))
-    seconds = {"plain": [], "fast": []}
+    """Seconds of selecting from one image of `count` tokens, each way after the other in each round."""
+    ways = ways_of(pruner, VisualTokens(image(kind, count, width).to(device, dtype)))
+    seconds = {name: [] for name in ways}
     for number in range(-1, rounds):  # one to warm up
-        for name in seconds:
+        for name, run in ways.items():
             synchronize(device)
             begun = time.perf_counter()
-            plainly(pruner, partial(pruner, tokens)) if name == "plain" else pruner(tokens)
+            run()
             synchronize(device)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - begun)
-    gain = median(p / f for p, f in zip(*seconds.values(), strict=True))
+    own = seconds[OWN]
+    over = {name: median(v / o for v, o in zip(values, own, strict=True)) for name, values in seconds.items()}
     spreads = {name: quartiles(torch.tensor(values, dtype=torch.float64)) for name, values in seconds.items()}
-    return {"tokens": kind, "visual_tokens": count, "width": width, "seconds": spreads, "gain": gain}
+    return {"tokens": kind, "visual_tokens": count, "width": width, "seconds": spreads, "over_own": over}
 
 
 def image(kind: str, count: int, width: int) -> torch.Tensor:
@@ -117,45 +175,61 @@ def report(results: dict, path: Path) -> None:
     check_format(results, KIND)
     console = Console()
     console.print(setting_line(results), highlight=False)
-    print_table(console, HEADER, run_rows(results))
-    print_table(console, SIZE_HEADER, size_rows(results))
+    for header, rows in tables(results):
+        print_table(console, header, rows)
+    for line in whole_lines(results):
+        console.print(line, highlight=False)
     plot = plot_selection(results, path.with_suffix(".png"))
     write_file(path.with_suffix(".md"), markdown(results, plot.name))
 
 
-def run_rows(results: dict) -> list[tuple[str, ...]]:
-    """A row per shape: its fast step, and selection both ways."""
-    rows = []
-    for run in results["runs"]:
-        seconds, ratios = run["seconds"], run["ratios"]
-        plain, own = (times_of(seconds[name]) for name in ("selection_plain", "selection"))
-        shares = [f"{ratios[name]['median']:.1%}" for name in ("plain_share", "share")]
-        step = milliseconds(seconds["fast"]["median"])
-        rows.append(
-            (run["shape"], str(run["batch"]), f"{run['visual_tokens']:.0f}", step, plain, shares[0], own, shares[1])
+def tables(results: dict) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Header and rows of both tables: a row per run, and a row per kind and size of image."""
+    ways = {name: label for name, label in WAYS.items() if name in results["runs"][0]["seconds"]}
+    header = ("shape", "layers", "batch", "visual tokens", "fast step, ms")
+    header += tuple(title for label in ways.values() for title in (f"{label}, ms", "share"))
+    rows = [
+        (
+            run["shape"],
+            f"{run['layers']} and {run['tower_layers']}" if "layers" in run else "-",
+            str(run["batch"]),
+            f"{run['visual_tokens']:,.0f}",
+            milliseconds(run["seconds"]["fast"]["median"]),
+            *(cell for way in ways for cell in (times_of(run["seconds"][way]), f"{run['shares'][way]['median']:.1%}")),
         )
-    return rows
-
-
-def size_rows(results: dict) -> list[tuple[str, ...]]:
-    """A row per kind and size of image."""
-    return [
+        for run in results["runs"]
+    ]
+    others = [way for way in ways if way != OWN]
+    size_header = ("tokens", "visual tokens", "width", *(f"{label}, ms" for label in ways.values()))
+    size_header += tuple(f"{WAYS[way]}: times the first" for way in others)
+    size_rows = [
         (
             IMAGES[size["tokens"]],
             f"{size['visual_tokens']:,}",
             f"{size['width']:,}",
-            *(times_of(size["seconds"][name]) for name in WAYS),
-            f"{size['gain']:.1f} x",
+            *(times_of(size["seconds"][way]) for way in ways),
+            *(f"{size['over_own'][way]:.2f}" for way in others),
         )
         for size in results["sizes"]
+    ]
+    return [(header, rows), (size_header, size_rows)]
+
+
+def whole_lines(results: dict) -> list[str]:
+    """What follows for the whole models, in words."""
+    return [
+        f"{of['shape']} with all {of['layers']} layers and {of['tower_layers']} of the tower, computed from the two "
+        f"depths ({milliseconds(of['layer'])} ms for each layer, {milliseconds(of['tower_layer'])} ms for each of the "
+        f"tower): a fast step of {of['fast']:.0f} s, of which selection is {of['share']:.2%}."
+        for of in results["whole"]
     ]
 
 
 def readme_table(results: dict) -> str:
     """Settings and tables, for a page that shows the plot itself."""
     check_format(results, KIND)
-    tables = (markdown_table(HEADER, run_rows(results)), markdown_table(SIZE_HEADER, size_rows(results)))
-    return "\n\n".join([setting_line(results), *tables])
+    runs, sizes = (markdown_table(*table) for table in tables(results))
+    return "\n\n".join([setting_line(results), runs, *whole_lines(results), sizes])
 
 
 def markdown(results: dict, plot: str) -> str:
@@ -163,8 +237,9 @@ def markdown(results: dict, plot: str) -> str:
     parts = [
         "# Selecting visual tokens",
         "Selection alone, with merging and sizes: of the tokens of a shape's batch, beside its fast step, and of one "
-        "image. 'Regions' are tokens near 16 directions, most of them with a near twin; 'noise' has nothing in "
-        "common. Both ways are measured one after the other in each round.",
+        "image. Layers are those of the language model and of the tower. 'Regions' are tokens near 16 directions, most "
+        "of them with a near twin; 'noise' has nothing in common. All ways are measured one after the other in each "
+        "round; similarities of all pairs are the part of it that DivPrune in plain PyTorch cannot do without.",
         readme_table(results),
         f"![Selection]({plot})",
         f"Measured {results['date']} UTC with `dualspeed bench --selection`.",
@@ -174,15 +249,16 @@ def markdown(results: dict, plot: str) -> str:
 
 def plot_selection(results: dict, path: Path) -> Path:
     """Draws the time of each way against the number of tokens, for each kind of image and width."""
-    figure, axes = figure_of(9, 4, 1, len(WIDTHS))
-    for axis, width in zip(axes[0], WIDTHS, strict=True):
+    widths = list(dict.fromkeys(size["width"] for size in results["sizes"]))
+    figure, axes = figure_of(9, 4, 1, len(widths))
+    for axis, width in zip(axes[0], widths, strict=True):
         for kind, style in zip(IMAGES, ("-", ":"), strict=True):
             sizes = [size for size in results["sizes"] if (size["tokens"], size["width"]) == (kind, width)]
             counts = [size["visual_tokens"] for size in sizes]
-            for way, label in WAYS.items():
-                colour, marker = LINES[way]
+            for way in sizes[0]["seconds"]:
+                colour, marker = STYLES[way]
                 values = [1000 * size["seconds"][way]["median"] for size in sizes]
-                said = f"{label}, {IMAGES[kind]}"
+                said = f"{WAYS[way]}, {IMAGES[kind]}"
                 axis.plot(counts, values, style, color=colour, marker=marker, linewidth=1.8, label=said)
         axis.set_xlabel("visual tokens")
         axis.set_ylabel("milliseconds an image")

@@ -24,22 +24,69 @@ def path(tmp_path_factory):
     return path
 
 
-def test_both_ways_are_measured_beside_the_fast_step(path):
+def test_each_way_is_measured_once_beside_the_fast_step(path):
     results = json.loads(path.read_text())
     (run,) = results["runs"]
     times = run["seconds_by_round"]
-    assert {name: len(values) for name, values in times.items()} == {"fast": 2, "selection": 2, "selection_plain": 2}
-    assert 0 < run["ratios"]["share"]["median"] < 1
+    # Without a kernel, as on a CPU, fast steps choose in plain PyTorch: there is no second way.
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys(
+        ("fast", "encoder", "selection", "similarities"), 2
+    )
+    assert 0 < run["shares"]["selection"]["median"] < 1
     low, high = sorted(own / step for own, step in zip(times["selection"], times["fast"], strict=True))
-    assert low <= run["ratios"]["share"]["median"] <= high
+    assert low <= run["shares"]["selection"]["median"] <= high
     sizes = [(size["tokens"], size["visual_tokens"], size["width"]) for size in results["sizes"]]
     assert sizes == [(kind, count, width) for kind in ("regions", "noise") for count in (16, 600) for width in (16, 32)]
+    assert results["whole"] == []
+
+
+def test_plain_pytorch_is_a_second_way_where_the_kernel_runs(monkeypatch):
+    tokens = selection.VisualTokens(selection.image("noise", 16, 8))
+    pruners = {name: selection.AutoPruner.from_name(name, pruning_ratio=0.5) for name in ("divprune", "grid")}
+    assert list(selection.ways_of(pruners["divprune"], tokens)) == ["selection", "similarities"]
+    monkeypatch.setattr(selection, "triton_runs", lambda device: True)
+    assert list(selection.ways_of(pruners["divprune"], tokens)) == ["selection", "selection_plain", "similarities"]
+    assert list(selection.ways_of(pruners["grid"], tokens)) == ["selection"]
+
+
+def run_of(layers: int, tower_layers: int) -> dict:
+    """A run in which each layer takes 2 s, each of the tower 0.5 s, the encoder 1 s besides, and all else 3 s."""
+    encoder = 1 + 0.5 * tower_layers
+    seconds = {"fast": 3 + 2 * layers + encoder, "encoder": encoder, "selection": 0.8}
+    seconds = {name: {"median": value} for name, value in seconds.items()}
+    return {"shape": "llava-next", "layers": layers, "tower_layers": tower_layers, "seconds": seconds}
+
+
+def test_the_step_of_all_layers_follows_from_two_depths():
+    (whole,) = selection.whole_models([run_of(2, 2), run_of(4, 3)])
+    assert (whole["layers"], whole["tower_layers"]) == (32, 24)
+    assert whole["fast"] == pytest.approx(3 + 2 * 32 + 1 + 0.5 * 24)
+    assert whole["share"] == pytest.approx(0.8 / 80)
+    # Towers as deep as each other: all of the encoder counts as that of their layers.
+    (whole,) = selection.whole_models([run_of(1, 2), run_of(2, 2)])
+    assert whole["fast"] == pytest.approx(3 + 2 * 32 + 24)
+
+
+def test_two_depths_of_a_real_model_are_compared():
+    assert selection.depths_of(BenchArguments(selection=True)) == [None]
+    assert selection.depths_of(BenchArguments(selection=True, layers=3)) == [3]
+    assert selection.depths_of(BenchArguments(selection=True, layers=4, scale="full")) == [2, 4]
+    with pytest.raises(ValueError, match="`layers` is 1, but --selection compares two depths"):
+        selection.depths_of(BenchArguments(selection=True, layers=1, scale="full"))
+
+
+def test_a_report_says_what_follows_for_the_whole_model(path, tmp_path):
+    results = json.loads(path.read_text())
+    whole = selection.whole_models([run_of(2, 2), run_of(4, 3)])
+    page = selection.readme_table({**results, "whole": whole})
+    assert "llava-next with all 32 layers and 24 of the tower" in page
+    assert "a fast step of 80 s, of which selection is 1.00%" in page
 
 
 def test_the_report_has_both_tables_and_a_plot(path):
     page = path.with_suffix(".md").read_text()
     assert "| regions | 600 | 32 |" in page
-    assert "| llava-1.5 | 2 | 16 |" in page
+    assert "| llava-1.5 | 2 and 2 | 2 | 16 |" in page
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert cli.main(["bench", "--selection", "--render-only", "--output", str(path)]) == 0
     with pytest.raises(ValueError, match="holds 'selection of visual tokens', not .* or --selection"):
