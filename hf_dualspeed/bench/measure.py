@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -35,6 +34,7 @@ from ..trainer.trainer import DualSpeedTrainer
 from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.devices import synchronize
 from ..utils.environment import machine, versions
+from ..utils.progress import Work
 from ..utils.text import one_line, without_paths
 from ..utils.writing import write_file, write_json
 from .counters import FLOP_COUNTING, MEMORY_COUNTING, cached_batch, count_syncs, device_waits, flops_of, peak_memory
@@ -349,13 +349,12 @@ class Bench:
     def measure(self, names: list[str]) -> dict[str, list[float]]:
         """Seconds of each variant by round."""
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        with Progress(transient=True) as progress:
-            said = f"{self.subject.said['shape']}, checkpointing {self.checkpointing}"
-            task = progress.add_task(said, total=(self.options.rounds + WARM_UP_ROUNDS) * len(names))
+        said = f"{self.subject.said['shape']}, checkpointing {self.checkpointing}"
+        with Work(said, (self.options.rounds + WARM_UP_ROUNDS) * len(names)) as work:
             for number in range(-WARM_UP_ROUNDS, self.options.rounds):
                 for name in order(names, number):
                     taken = self._time(name)
-                    progress.advance(task)
+                    work.advance()
                     if number >= 0:
                         seconds[name].append(taken)
         return seconds

@@ -20,7 +20,6 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from accelerate.utils.other import is_repeated_blocks
 from rich.console import Console
-from rich.progress import Progress
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
@@ -28,6 +27,7 @@ from ..models.interface import unwrap
 from ..publishing.plots import figure_of, save_figure
 from ..trainer.schedule import FAST, SLOW
 from ..utils.devices import synchronize
+from ..utils.progress import Work
 from ..utils.text import markdown_table
 from ..utils.writing import write_file
 from .counters import flops_of, peak_memory
@@ -279,8 +279,7 @@ class Fitted:
 
         rounds = self.bench.options.rounds
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        with Progress(transient=True) as progress:
-            task = progress.add_task(self.bench.subject.said["shape"], total=(rounds + WARM_UP_ROUNDS) * len(names))
+        with Work(self.bench.subject.said["shape"], (rounds + WARM_UP_ROUNDS) * len(names)) as work:
             for number in range(-WARM_UP_ROUNDS, rounds):
                 for name in order(names, number):
                     batches = self.batches(name)
@@ -290,7 +289,7 @@ class Fitted:
                     synchronize(self.device)
                     taken = time.perf_counter() - begun
                     self.bench._clean(name)
-                    progress.advance(task)
+                    work.advance()
                     if number >= 0:
                         seconds[name].append(taken)
         return seconds

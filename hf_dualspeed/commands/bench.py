@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..bench.measure import PART, write
 from ..bench.options import parse_arguments
+from ..utils.progress import Work
 from ..utils.text import parse_json, without_paths
 from ..utils.validation import surprises_named
 
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> None:
             kind.report(parse_json(path.read_bytes()), path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    results = without_paths(kind.measure(options))
+    with Work("Measuring"):  # building models and counting what they do take long, too
+        results = without_paths(kind.measure(options))
     write(results, path)
     path.with_suffix(PART).unlink(missing_ok=True)
     kind.report(results, path)

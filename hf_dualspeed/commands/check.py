@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     interface = ModelInterface(model)
     interface.check_protocol()
     interface.position_scheme(options.position_ids)
-    with loading(options.model):
+    with loading(options.model), Work("Loading the processor"):
         processor = AutoProcessor.from_pretrained(options.model)
     checks = check_model(model, batch_of(model, processor, images, options.position_ids))
     show(checks, type(model).__name__)
@@ -45,10 +45,12 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="dualspeed check", description=__doc__)
+    description = "Checks whether a model works with DualSpeed: forward, gradients and generation on pruned tokens."
+    parser = Parser(prog="dualspeed check", description=description)
     parser.add_argument("model", help="a Hub id or a folder with model and processor")
     parser.add_argument("--image", nargs="+", default=[], help="image files; without any, patterns are drawn")
-    parser.add_argument("--position_ids", choices=POSITION_IDS[1:], default="original")
+    places = "where kept tokens lie: in their own places, or renumbered (default: original)"
+    parser.add_argument("--position_ids", choices=POSITION_IDS[1:], default="original", help=places)
     return parser.parse_args(argv)
 
 
@@ -85,7 +87,10 @@ def removal_is_masking(model: PreTrainedModel, ids: torch.Tensor) -> bool:
 
 
 def show(checks: list[Check], name: str) -> None:
-    table = Table(Column("check", min_width=12), Column(name, no_wrap=True), Column("why", overflow="fold"))
+    columns = [Column("check", min_width=12), Column(name, no_wrap=True)]
+    if any(check.detail for check in checks):
+        columns.append(Column("why", overflow="fold"))
+    table = Table(*columns)
     for check in checks:
-        table.add_row(check.name, WORDS[check.passed], Text(check.detail))
+        table.add_row(*(check.name, WORDS[check.passed], Text(check.detail))[: len(columns)])
     Console().print(table)

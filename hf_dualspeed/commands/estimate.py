@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from ..bench.estimate import (
 )
 from ..bench.options import SETTINGS
 from ..trainer.schedule import FAST, SLOW
+from ..utils.progress import Work
 from ..utils.text import without_paths
 from ..utils.validation import Parser, check_range
 from ..utils.writing import write_file, write_json
@@ -59,13 +61,15 @@ def run(options: argparse.Namespace) -> None:
     results = {"models": [], "gpus": gpus}
     if path is not None and path.is_file():  # further models join those of earlier calls
         results = {**json.loads(path.read_text(encoding="utf-8")), "gpus": gpus}
-    console, progress = Console(), Console(stderr=True)
+    console = Console()
     for name in options.model:
-        subject = subject_of(name)
+        with Work(f"Reading {name}"):
+            subject = subject_of(name)
         for size in options.image_size:
             shown, settings = [], settings_of(options, size)
             for train, setting in product(options.train, options.checkpointing):
-                found = without_paths(estimate(subject, settings, train, setting, progress.print))
+                with Work(f"Estimating {subject.name}"):
+                    found = without_paths(estimate(subject, settings, train, setting, tell))
                 results["models"], shown = joined(results["models"], found), joined(shown, found)
                 if path is not None:
                     write_json(path, results)
@@ -75,6 +79,10 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(results, indent=2))
     if options.page is not None:
         write_table(Path(options.page), results)
+
+
+def tell(words: str) -> None:
+    print(words, file=sys.stderr)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -87,15 +95,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="dualspeed estimate", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("model", nargs="*", help="Hub ids, folders, or files such as config.json")
     add = parser.add_argument
-    add("--image_size", nargs="+", default=["x".join(map(str, default.image_size))], help="WIDTHxHEIGHT, or several")
-    add("--text_tokens", type=int, default=default.text_tokens, help="of a sample, beside its image")
-    add("--pruning_ratio", type=float, default=default.pruning_ratio)
-    add("--slow_mode_ratio", type=float, default=default.slow_mode_ratio)
-    add("--train", nargs="+", choices=TRAINS, default=list(TRAINS))
-    add("--lora_rank", type=int, default=default.lora_rank)
-    add("--dtype", choices=DTYPES, default=default.dtype, help="of the weights")
-    add("--checkpointing", nargs="+", choices=SETTINGS, default=["on"], help="activation checkpointing")
-    add("--gpu", nargs="+", default=["16gb", "24gb", "48gb", "80gb"], help="memory sizes such as 24gb")
+    size = "x".join(map(str, default.image_size))
+    add("--image_size", nargs="+", default=[size], help=f"of an image: WIDTHxHEIGHT, or several (default: {size})")
+    add("--text_tokens", type=int, default=default.text_tokens, help="beside the image (default: %(default)s)")
+    removed = "fraction of the visual tokens removed in fast steps (default: %(default)s)"
+    add("--pruning_ratio", type=float, default=default.pruning_ratio, help=removed)
+    slow = "fraction of slow steps (default: %(default)s)"
+    add("--slow_mode_ratio", type=float, default=default.slow_mode_ratio, help=slow)
+    add("--train", nargs="+", choices=TRAINS, default=list(TRAINS), help="what is trained (default: each of the three)")
+    add("--lora_rank", type=int, default=default.lora_rank, help="of the adapters (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default=default.dtype, help="of the weights (default: %(default)s)")
+    add("--checkpointing", nargs="+", choices=SETTINGS, default=["on"], help="activation checkpointing (default: on)")
+    sizes = ["16gb", "24gb", "48gb", "80gb"]
+    add("--gpu", nargs="+", default=sizes, help=f"memory sizes (default: {' '.join(sizes)})")
     add("--json", nargs="?", const="-", help="print JSON in place of tables, or also add the results to a JSON file")
     add("--page", help="put the table of all results of the --json file into a marked place of a Markdown page")
     options = parser.parse_args(argv)

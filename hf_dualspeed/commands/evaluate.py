@@ -13,8 +13,6 @@ from ..metrics import CLASSES
 from ..recipes.arguments import DTYPES
 from ..utils.validation import Parser, check_range
 
-INTERRUPTED = 130
-
 
 def main(argv: list[str]) -> int:
     """Evaluates, and prints the scores and the places of answers and results.
@@ -35,9 +33,8 @@ def main(argv: list[str]) -> int:
         raise
     try:
         entries = evaluate(evaluation)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted. Rerun the same command to resume.")
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("Rerun the same command to resume.") from stop
     record(evaluation, entries)
     show(evaluation, entries)
     return 0
@@ -46,7 +43,7 @@ def main(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     words = Parser(
         prog="dualspeed evaluate",
-        description=__doc__,
+        description="Answers a data set's questions from all visual tokens and from pruned ones, and scores them.",
         epilog="Rerun an interrupted command to resume. docs/evaluation.md has examples.",
     )
     words.add_argument("checkpoint", help="a run's folder, any checkpoint's, or a Hub repo")

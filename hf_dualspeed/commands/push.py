@@ -12,6 +12,7 @@ from ..publishing.model_card import read_card
 from ..publishing.push import push, render
 from ..publishing.results import read_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
+from ..utils.progress import Work
 from ..utils.validation import Parser
 
 
@@ -33,7 +34,8 @@ def push_command(argv: list[str]) -> None:
     parser.add_argument("--commit_message", help="what the repo's history says")
     options = parser.parse_args(argv)
     folder = Path(options.folder)
-    commit = push(folder, options.repo, options.private or None, options.revision, options.commit_message)
+    with Work(f"Pushing {folder}"):
+        commit = push(folder, options.repo, options.private or None, options.revision, options.commit_message)
     errors = Console(stderr=True, soft_wrap=True)
     if not read_results(folder):
         errors.print(Text(f"No {RESULTS_NAME} in {folder}: the card says nothing of the training."))
@@ -54,4 +56,7 @@ def card_command(argv: list[str]) -> None:
         description=f"Writes README.md anew from {RESULTS_NAME}; sections that a person wrote there stay.",
     )
     parser.add_argument("folder", help="the run's output folder")
-    print(render(Path(parser.parse_args(argv).folder)))
+    folder = Path(parser.parse_args(argv).folder)
+    with Work("Writing the card"):  # which may ask the Hub for licences
+        path = render(folder)
+    print(path)

@@ -14,6 +14,7 @@ from ..hub.upload import card_text, push_files
 from ..metrics import CLASSES, metric_folder
 from ..publishing.cards import merge_card
 from ..utils.constants import CARD_NAME
+from ..utils.progress import Work
 from ..utils.validation import Parser
 
 HERE = "path/to/this/folder"
@@ -27,7 +28,7 @@ launch_gradio_widget(evaluate.load("{repo_id}"))
 def main(argv: list[str]) -> None:
     parser = Parser(
         prog="dualspeed push-metric",
-        description=__doc__,
+        description="Publishes one of this library's metrics as a Space, where `evaluate.load` finds it.",
         epilog="The token is that of `hf auth login` or of the environment variable HF_TOKEN.",
     )
     parser.add_argument("metric", choices=CLASSES, metavar="metric", help=f"one of {', '.join(CLASSES)}")
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--private", action="store_true", help="make a new Space private")
     parser.add_argument("--commit_message", help="what the Space's history says")
     options = parser.parse_args(argv)
-    commit = push_metric(options.metric, options.repo, options.private or None, options.commit_message)
+    with Work(f"Pushing {options.metric}"):
+        commit = push_metric(options.metric, options.repo, options.private or None, options.commit_message)
     print(f'{commit.commit_url}\n\nTo use it:\n\nimport evaluate\n\nmetric = evaluate.load("{options.repo}")')
 
 

@@ -13,6 +13,7 @@ from ..pruners import AutoPruner, Pruner, available_pruners, pruner_class
 from ..pruners.card import TAGS, push_pruner, usage
 from ..publishing.cards import split_front_matter
 from ..utils.constants import CARD_NAME
+from ..utils.progress import Work
 from ..utils.text import parse_json
 from ..utils.validation import Parser, check_keys
 
@@ -23,22 +24,23 @@ def main(argv: list[str]) -> None:
     if options.pruning_ratio is not None:
         settings["pruning_ratio"] = options.pruning_ratio
     pruner = build(options.pruner, settings, options.trust_remote_code)
-    commit = push_pruner(
-        pruner,
-        options.repo,
-        read_results(options.results),
-        options.commit_message,
-        own_card=local_card(Path(options.pruner)),
-        private=options.private or None,
-        revision=options.revision,
-    )
+    with Work(f"Pushing {options.pruner}"):
+        commit = push_pruner(
+            pruner,
+            options.repo,
+            read_results(options.results),
+            options.commit_message,
+            own_card=local_card(Path(options.pruner)),
+            private=options.private or None,
+            revision=options.revision,
+        )
     print(f"{commit.commit_url}\n\nTo use it:\n\n{usage(pruner, options.repo, options.revision)}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="dualspeed push-pruner",
-        description=__doc__,
+        description="Publishes a pruner on the Hub, with its card.",
         epilog="The token is that of `hf auth login` or of the environment variable HF_TOKEN.",
     )
     parser.add_argument("pruner", help="a registered pruner (see `dualspeed pruners`) or the folder of a saved one")

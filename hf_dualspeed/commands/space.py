@@ -16,6 +16,7 @@ from pathlib import Path
 from ..hub.source import is_repo_id
 from ..hub.upload import push_files
 from ..publishing.results import read_results
+from ..utils.progress import Work
 from ..utils.validation import Parser, check_range
 from ..utils.writing import copy_file, write_file, write_json
 
@@ -89,7 +90,9 @@ def space_command(argv: list[str]) -> None:
     )
     options = parser.parse_args(argv)
     names = published_names({key: getattr(options, key) for key in RUNS})
-    print(push_space(options.push, names, options.private or None, compare_file(options.compare)))
+    with Work("Pushing the Space"):
+        address = push_space(options.push, names, options.private or None, compare_file(options.compare))
+    print(address)
     if not names:
         print(
             "The Space has no model yet. Push one by `dualspeed push runs/quickstart user/model`, then run this again "

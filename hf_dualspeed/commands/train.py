@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..recipes.arguments import parse_recipe
+from ..utils.progress import Work
 
 
 def main(argv: list[str]) -> None:
@@ -12,9 +13,14 @@ def main(argv: list[str]) -> None:
         argv (`list[str]`): The words after `dualspeed train`.
     """
     arguments = parse_recipe(argv, prog="dualspeed train")
-    from accelerate import PartialState  # imported late: a wrong option is reported at once
+    with Work("Loading the libraries"):  # late: a wrong option is reported at once
+        from accelerate import PartialState
 
-    from ..recipes.run import run_recipe
+        from ..recipes.run import run_recipe
 
-    run_recipe(*arguments)
+    try:
+        run_recipe(*arguments)
+    except KeyboardInterrupt as stop:
+        remedy = "--resume_from_checkpoint last goes on from the last checkpoint, if one was saved."
+        raise KeyboardInterrupt(remedy) from stop
     PartialState().destroy_process_group()  # whose threads may abort a process that ends with them

@@ -23,6 +23,7 @@ from ..publishing.model_card import read_card
 from ..publishing.push import render
 from ..publishing.results import merged_evaluations, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
+from ..utils.progress import Work
 from ..utils.text import one_line, parse_json, without_paths
 from ..utils.writing import write_json
 from .checkpoint import Checkpoint, find_checkpoint
@@ -151,7 +152,8 @@ def evaluate(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 def answer(evaluation: Evaluation, stores: list[Predictions]) -> None:
     """Loads the model and generates the missing answers."""
-    processor, model = evaluation.processor, evaluation.checkpoint.model()
+    with Work("Loading the model"):
+        processor, model = evaluation.processor, evaluation.checkpoint.model()
     prepares = [prompts_of(evaluation, view, model) for view in evaluation.views]
     dataset, options = evaluation.questions.dataset, evaluation.options
     sample = next((row for row in dataset if question(row)[0]["images"]), dataset[0])
@@ -194,7 +196,8 @@ def keep(store: Predictions, table: list[dict[str, Any]], batches: Generator[lis
             rows = [{**one, "prediction": text, "seconds": seconds} for one, text in zip(asked, texts, strict=True)]
             store.append(rows)
             began = time.perf_counter()
-    store.finish()
+    with Work("Writing the answers"):
+        store.finish()
 
 
 def score(metric: str, table: list[dict[str, Any]], predictions: list[str]) -> float:

@@ -43,11 +43,14 @@ WITHOUT = {
     "seconds_left",
     "least_seconds_left",
     "visual_tokens_saved",
+    "speedup_over_slow_steps",
 }
 WITHOUT |= {"fast_step_seconds", "slow_step_seconds", "data_wait", "step"}
 # What the end shows of results.json, and why the speed-up was not measured.
 END = ("accuracy", "n", "majority_accuracy", "evaluation", "steps", "seconds", "data_wait", "speedup", "why")
 END += ("visual_tokens", "peak_memory")
+# Endings of the names of times that evaluation notes, too, and that no line has.
+TIMES = ("_runtime", "_per_second", "_time")
 # The share of waiting that a line names.
 WAITS = 0.05
 
@@ -221,7 +224,7 @@ def panel_rows(facts: dict) -> list[tuple[str, str]]:
         rows.append(("adapters", ", ".join(facts["adapters"])))
     rows += [("visual tokens", words) for words in token_words(facts)]
     left = f" of {facts['max_steps']:,}, from step {done:,} on" if done else ""
-    total = f"{steps['fast'] + steps['slow']:,} steps{left} of {facts['samples']:,} samples"
+    total = f"{counted(steps['fast'] + steps['slow'], 'step')}{left} of {counted(facts['samples'], 'sample')}"
     rows.append(("to come", f"{total}: {steps['fast']:,} fast, {steps['slow']:,} slow"))
     if facts.get("batch"):
         rows.append(("batch", size_words(facts["batch"])))
@@ -309,11 +312,12 @@ def end_rows(found: dict) -> list[tuple[str, str]]:
         rows.append(("accuracy", f"{found['accuracy']:.1%} of {found['n']:,} questions, from all visual tokens"))
     if "majority_accuracy" in found:
         rows.append(("guessing", f"{found['majority_accuracy']:.1%}: the most frequent answer, without the image"))
-    times = ("_runtime", "_per_second", "_time")
-    measured = {key: value for key, value in found.get("evaluation", {}).items() if not key.endswith(times)}
+    measured = {key: value for key, value in found.get("evaluation", {}).items() if not key.endswith(TIMES)}
     if measured:
         rows.append(("evaluation", ", ".join(f"{k.replace('_', ' ')} {short(v)}" for k, v in measured.items())))
-    modes = [f"{steps[mode]:,} {mode} steps in {seconds[mode]:.1f} s" for mode in ("fast", "slow") if steps[mode]]
+    modes = [
+        f"{counted(steps[mode], f'{mode} step')} in {seconds[mode]:.1f} s" for mode in ("fast", "slow") if steps[mode]
+    ]
     rows.append(("time", f"{seconds['total']:.1f} s: {', '.join(modes)}"))
     if found.get("data_wait"):
         rows.append(("waiting", f"{found['data_wait']:.1%} of the steps' time, for data"))
@@ -344,11 +348,13 @@ def log_line(logs: dict, step: int, steps: int, width: int) -> str:
     parts = [f"step {step:,}/{steps:,}"]
     parts += filter(None, [time_left(logs) if step < steps else ""])
     names = [*(name for name in NAMES if name in logs), *(name for name in logs if name not in NAMES)]
-    names = [name for name in names if name not in WITHOUT and not name.endswith("_per_second")]
+    names = [name for name in names if name not in WITHOUT and not name.endswith(TIMES)]
     parts += [f"{NAMES.get(name, name.replace('_', ' '))} {short(logs[name])}" for name in names]
     fast, slow = logs.get("fast_step_seconds"), logs.get("slow_step_seconds")
     if fast:
         parts.append(f"fast step {fast:.2g} s" + (f", {fast / slow:.2f} of a slow one's" if slow else ""))
+    if "speedup_over_slow_steps" in logs:
+        parts.append(f"{logs['speedup_over_slow_steps']:.2f} x as fast as slow steps alone so far")
     if logs.get("visual_tokens_saved"):
         parts.append(f"visual tokens saved {logs['visual_tokens_saved']:.0%}")
     if logs.get("data_wait", 0) > WAITS:
@@ -364,6 +370,10 @@ def time_left(pace: dict) -> str:
     if "seconds_left" in pace:
         return f"{clock_time(pace['seconds_left'])} left"
     return f"{clock_time(pace['least_seconds_left'])} or more left" if "least_seconds_left" in pace else ""
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def short(value: object) -> str:

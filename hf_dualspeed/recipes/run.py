@@ -38,6 +38,7 @@ from ..trainer.trainer import DualSpeedTrainer
 from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.constants import CHECKED_SAMPLES
 from ..utils.progress import Work
+from ..utils.quiet import hide_bars
 from ..utils.text import one_line
 from ..utils.validation import check_keys, checked, loading
 from .arguments import RecipeArguments, check_evaluation
@@ -60,6 +61,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     check_evaluation(recipe, training_args)
     set_seed(training_args.seed)
     silent = is_silent(training_args)
+    if silent:
+        hide_bars()
     with training_args.main_process_first(desc="loading the data"), Work("Reading the data", disable=silent):
         check_pruner(training_args, recipe.trust_remote_code)
         folder, columns = recipe.image_folder, recipe.image_column
@@ -70,7 +73,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
             test = load_examples(recipe.eval_dataset, recipe.eval_split, folder, columns)
     # The data are looked at before weights are loaded, which takes long. A small LLaVA is made at once.
     if recipe.tiny_llava is None:
-        model, processor = None, load_processor(recipe)
+        with Work("Loading the processor", disable=silent):
+            model, processor = None, load_processor(recipe)
     else:
         with Work("Making a small LLaVA", disable=silent):
             model, processor = load_model(recipe, train, training_args.seed)
@@ -113,7 +117,8 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
             trainer.print_end(results)
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:
-        trainer.push_to_hub()
+        with Work("Pushing", disable=silent):
+            trainer.push_to_hub()
     return results
 
 

@@ -213,7 +213,8 @@ class ModeClock(TrainerCallback, ExportableState):
 
     def pace(self, left: dict[str, int]) -> dict[str, float]:
         """What people and trackers follow, of this process: seconds of a step of each mode and of all steps that are
-        left, the share of visual tokens that fast steps have saved.
+        left, how many times as fast as slow steps alone the steps so far have been, and the share of visual tokens that
+        fast steps have saved.
 
         Args:
             left (`dict[str, int]`): the steps to come, by mode.
@@ -225,6 +226,9 @@ class ModeClock(TrainerCallback, ExportableState):
             least = min(seconds.values())  # a mode that has not been timed takes no less than a fast step
             total = sum(seconds.get(mode, least) * count for mode, count in left.items())
             found["seconds_left" if known else "least_seconds_left"] = round(total, 1)
+        if len(seconds) == 2:
+            taken = sum(seconds[mode] * count for mode, count in self.steps.items())
+            found["speedup_over_slow_steps"] = round(seconds[SLOW] * sum(self.steps.values()) / taken, 2)
         full, kept = self.visual_tokens["full"], self.visual_tokens["kept"]
         return {**found, "visual_tokens_saved": round(1 - kept / full, 4)} if full else found
 

@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import IO, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.file_proxy import FileProxy
 from rich.progress import (
     BarColumn,
     Progress,
@@ -116,11 +117,13 @@ def is_terminal(stream) -> bool:
 class Screen:
     """The one live display of a process, to which each piece of work adds a bar.
 
-    While it is open, lines that go to stdout and stderr appear above it, those of log handlers too.
+    While it is open, lines that go to stdout and stderr appear above it, those of log handlers too, and bars of other
+    packages below.
     """
 
     def __init__(self):
-        self._bars: Progress | None = None
+        self._bars: Bars | None = None
+        self._plain = None  # stderr as it was
         self._handlers: list[tuple[logging.StreamHandler, object]] = []
         self._lock = threading.RLock()
 
@@ -154,7 +157,7 @@ class Screen:
             console.print(*parts, highlight=False)
 
     def _open(self, console: Console) -> None:
-        self._bars = Progress(
+        self._bars = Bars(
             SpinnerColumn(finished_text=" "),
             TextColumn(
                 "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2)
@@ -166,10 +169,12 @@ class Screen:
             console=console,
             transient=True,
             redirect_stdout=is_terminal(sys.stdout),
+            redirect_stderr=False,
             expand=True,
         )
-        plain = sys.stderr
+        self._plain = plain = sys.stderr
         self._bars.start()
+        sys.stderr = Lines(console, plain, self._bars)
         # Handlers hold the stream of before, and would write into the bar.
         for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
             for handler in getattr(logger, "handlers", ()):
@@ -180,8 +185,48 @@ class Screen:
     def _close(self) -> None:
         for handler, stream in self._handlers:
             handler.setStream(stream)
+        if isinstance(sys.stderr, Lines):
+            sys.stderr = self._plain
         self._bars.stop()
         self._bars, self._handlers = None, []
+
+
+class Bars(Progress):
+    """The bars of our work, and below them the last line that another package writes over and over."""
+
+    others = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.others:
+            yield Text(self.others, no_wrap=True, overflow="ellipsis")
+
+
+class Lines(FileProxy):
+    """Stands in for stderr beside bars: whole lines go above them, a line that is written over and over below.
+
+    Such a line, as tqdm's bars are, begins with a carriage return; it is over with the next line break. Bars that lie
+    below one another come after line breaks and moves of the cursor, which are left out.
+    """
+
+    def __init__(self, console: Console, file: IO[str], bars: Bars):
+        super().__init__(console, file)
+        self._bars, self._begun = bars, False
+
+    def write(self, text: str) -> int:
+        shown = text.replace("\x1b[A", "")
+        if shown.startswith("\r"):
+            self._bars.others = shown.rpartition("\r")[2].strip()
+        elif shown.strip("\n") or self._begun:
+            self._begun = not shown.endswith("\n")
+            super().write(shown)
+        elif shown:
+            self._bars.others = ""
+        return len(text)
+
+    def flush(self) -> None:
+        self._begun = False
+        super().flush()
 
 
 class Counts(ProgressColumn):

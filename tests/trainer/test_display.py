@@ -1,6 +1,7 @@
 """What a run shows: the panel ahead of the first step, lines of the log, the end; and who gets to see it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -187,7 +188,10 @@ def clock_of(fast: list[float], slow: list[float]) -> ModeClock:
 def test_the_time_left_knows_both_modes():
     # The first step of each mode, which takes longer, does not count once there is another one.
     clock = clock_of([9.0, 1.0, 3.0], [50.0, 8.0])
+    # Three fast steps and two slow ones: 22 s, in place of five slow ones.
+    clock.steps = {FAST: 3, SLOW: 2}
     found = clock.pace({FAST: 10, SLOW: 2})
+    assert found.pop("speedup_over_slow_steps") == round(5 * 8 / 22, 2)
     assert found == {"fast_step_seconds": 2.0, "slow_step_seconds": 8.0, "seconds_left": 36.0}
     # Nothing is said of a mode that has not been timed, but that it takes no less than the others.
     assert clock_of([1.0, 1.0], []).pace({FAST: 10, SLOW: 2}) == {"fast_step_seconds": 1.0, "least_seconds_left": 12.0}
@@ -229,6 +233,7 @@ def test_an_adaptive_schedule_is_supposed_to_keep_its_ratio(tmp_path):
 def test_a_line_is_broken_between_its_parts():
     logs = {"loss": 1.23456, "fast_loss": 1.2, "learning_rate": 1e-3, "a metric of mine": 0.5, "seconds_left": 75.0}
     logs |= {"fast_step_seconds": 0.2, "slow_step_seconds": 0.8, "visual_tokens_saved": 0.9, "data_wait": 0.2}
+    logs |= {"speedup_over_slow_steps": 2.5, "eval_runtime": 3.0, "eval_steps_per_second": 3.0}
     line = log_line(logs, 25, 400, 60)
     assert max(map(len, line.splitlines())) <= 60
     assert line.replace("\n ", "").split(" · ") == [
@@ -239,7 +244,15 @@ def test_a_line_is_broken_between_its_parts():
         "rate 0.001",
         "a metric of mine 0.5",
         "fast step 0.2 s, 0.25 of a slow one's",
+        "2.50 x as fast as slow steps alone so far",
         "visual tokens saved 90%",
         "20% waiting for data",
     ]
     assert "or more left" in log_line({"least_seconds_left": 9.0}, 1, 4, 80)
+
+
+def test_one_is_no_plural(tmp_path, capsys, people):
+    make(tmp_path, **SHOWN, max_steps=2, per_device_train_batch_size=1).train()
+    out = capsys.readouterr().out
+    assert "2 steps of 1 sample: 1 fast, 1 slow" in out
+    assert re.search(r"1 fast step in [\d.]+ s, 1 slow step in", out)

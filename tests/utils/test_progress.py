@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from tqdm import tqdm
 
 from hf_dualspeed.utils import progress
 from hf_dualspeed.utils.progress import Work, clock_time, screen_print, to_people, track
@@ -30,6 +31,25 @@ def on_terminal(monkeypatch) -> Terminal:
 def lines(text: str) -> list[str]:
     """What was ever written, without control sequences; what comes after one begins a line."""
     return [line.strip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "\n", text))]
+
+
+def on_screen(text: str) -> list[str]:
+    """The lines that a terminal shows in the end."""
+    rows, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[[\d;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", text):
+        if part == "\n":
+            row, column = row + 1, 0
+            rows += [""] * (row == len(rows))
+        elif part == "\r":
+            column = 0
+        elif part == "\x1b[2K":
+            rows[row] = ""
+        elif part.startswith("\x1b"):
+            row -= int(part[2:-1] or 1) if part.endswith("A") else 0
+        else:
+            rows[row] = rows[row][:column].ljust(column) + part + rows[row][column + len(part) :]
+            column += len(part)
+    return [line.strip() for line in rows if line.strip()]
 
 
 def test_off_a_terminal_long_work_says_how_far_it_is(monkeypatch, capsys):
@@ -98,3 +118,23 @@ def test_what_goes_to_a_file_is_not_drawn_into_the_bar_of_a_terminal(monkeypatch
         screen_print("from ours")
     assert file.getvalue() == "a line\nfrom ours\n"
     assert "a line" not in terminal.getvalue()
+
+
+def test_bars_of_other_packages_have_their_place(monkeypatch):
+    """They are drawn below ours, once at a time, and leave no line behind; neither does what moves the cursor."""
+    terminal = on_terminal(monkeypatch)
+    with Work("Loading the model"):
+        inner = tqdm(total=47, desc="Loading weights", file=sys.stderr, mininterval=0)
+        below = tqdm(total=3, desc="Below it", file=sys.stderr, position=1, leave=False, mininterval=0)
+        for done in range(47):
+            inner.update()
+            below.update(done < 3)
+            assert "Loading weights" in progress._screen._bars.others or "Below" in progress._screen._bars.others
+        progress._screen._bars.refresh()
+        print("a warning", file=sys.stderr)
+        below.close()
+        inner.close()
+        assert progress._screen._bars.others == ""
+    assert sys.stderr is terminal
+    assert "Loading weights" in terminal.getvalue()
+    assert on_screen(terminal.getvalue()) == ["a warning"]
