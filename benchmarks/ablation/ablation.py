@@ -35,7 +35,7 @@ from .callbacks import DrawnBudgets, LearningCurve, wait_for_device
 from .language import Size
 from .plan import BASELINE, FORMAT, GROUPS, PLAIN_SETUP, REFERENCE, TIMED, Setup, Variant, setup_of
 from .report import write_report
-from .task import STORE, Task, accuracy, build_model, load_task, majority, patches_of
+from .task import STORE, Task, accuracy, build_model, language_parameters, load_task, majority, patches_of
 from .worlds import world_of
 
 # The groups that one call trains unless told otherwise.
@@ -153,6 +153,7 @@ def ablate(options: argparse.Namespace, path: Path, command: str) -> None:
         "by_processor": settings.by_processor,
         "n": len(task.test),
         "majority": majority(task),
+        "language_model_parameters": language_parameters(settings.size, task.world),
         "versions": versions(),
         "machine": _hardware(),
     }

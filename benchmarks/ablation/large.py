@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from . import plan
 from .ablation import Run, Settings, execute, settings_of, summarise
 from .plan import FORMAT, GROUPS, SETUPS, Setup, Variant
 from .report import write_report
-from .task import build_model, majority
+from .task import language_parameters, majority
 
 KIND = "ablation on one GPU"
 COMMAND = "python -m benchmarks.ablation.large"
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> int:
         "benchmark": KIND,
         "format": FORMAT,
         "command": shlex.join([*COMMAND.split(), *without_paths(argv)]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "card": card,
         "settings": asdict(settings),
         "jobs": 1,
@@ -95,7 +97,7 @@ def main(argv: list[str]) -> int:
     prepared = time.monotonic()
     task = settings.task()
     head |= {"n": len(task.test), "majority": majority(task)}
-    head["language_model_parameters"] = language_parameters(settings)
+    head["language_model_parameters"] = language_parameters(settings.size, task.world)
     warm_up(settings)
     print(f"prepared in {time.monotonic() - prepared:.0f} s", flush=True)
 
@@ -170,11 +172,6 @@ def warm_up(settings: Settings) -> None:
     short = replace(settings, steps=WARM_UP, curve=0)
     for variant in GROUPS[GROUP][:3]:
         execute(Run(variant, 2**20, min(WARM_UP, settings.steps), short))
-
-
-def language_parameters(settings: Settings) -> int:
-    model = build_model(settings.task(), settings.size).model.language_model
-    return sum(weight.numel() for weight in model.parameters())
 
 
 def settings_for(options: argparse.Namespace) -> Settings:

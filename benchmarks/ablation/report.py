@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from hf_dualspeed.publishing.plots import describe, figure_of, save_figure
-from hf_dualspeed.utils.text import markdown_table
+from hf_dualspeed.utils.text import in_thousands, markdown_table
 
 from ..common import cell, print_table
 from .plan import BASELINE, FORMAT, MEASURED, ORIGINAL, PAPER, PLAIN_SETUP, TIMED, of_seven_billion
@@ -128,8 +129,18 @@ def plot(results: dict, path: Path) -> None:
         label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    _describe(figure, results)
+    entitle(figure, results)
     save_figure(figure, path, dpi=130)
+
+
+def entitle(figure: Figure, results: dict) -> None:
+    """Titles a figure with task, steps, seeds, size of the language model, hardware and date."""
+    settings = results["settings"]
+    shows, size = SHOWN[world_named(settings)], settings["size"]
+    title = f"{shows[0].upper()}{shows[1:]}, {settings['steps']} steps of {settings['batch_size']}"
+    seeds, whole = len(results["seeds"]), results.get("language_model_parameters")
+    of = f"{in_thousands(whole)} parameters" if whole else f"{size['layers']} layers of {size['hidden_size']}"
+    describe(figure, f"{title}, {seeds} seed{'s' * (seeds > 1)}", results, f"language model of {of}")
 
 
 def _draw_times(axis: Axes, results: dict, group: str) -> None:
@@ -144,17 +155,22 @@ def _draw_times(axis: Axes, results: dict, group: str) -> None:
         place = (own["seconds"]["mean"], own["full"]["mean"])
         axis.scatter(*place, s=110, facecolors="none", edgecolors=colour, marker=marker, linewidths=1.8, label=kind)
         ends.append((place[1], place[0], name, colour))
-    # Names on the left of what lies beside another point of the same height, else on the right.
-    for height, seconds, name, colour in ends:
-        beside = any(abs(height - other) < 0.004 and 0 < later - seconds < 40 for other, later, *_ in ends)
-        look = {"ha": "right", "xytext": (-9, 0)} if beside else {"ha": "left", "xytext": (9, 0)}
-        axis.annotate(
-            name, (seconds, height), textcoords="offset points", va="center", fontsize=9, color=colour, **look
-        )
-    axis.set_xlim(0, 1.15 * max(seconds for _, seconds, *_ in ends))
+    # Names stand in a column on the right, in the order of their points, and as near to their heights as there is room:
+    # in the middle between where they come from below, and from above.
+    ends.sort()
+    room = (axis.get_ylim()[1] - axis.get_ylim()[0]) / max(14, len(ends))
+    heights = [height for height, *_ in ends]
+    above = list(accumulate(heights, lambda before, height: max(height, before + room)))
+    below = list(accumulate(reversed(heights), lambda before, height: min(height, before - room)))[::-1]
+    for (height, seconds, name, colour), *places in zip(ends, above, below, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkB": 7, "relpos": (0, 0.5)}
+        at = {"xytext": (1.04, mean(places)), "textcoords": axis.get_yaxis_transform(), "va": "center"}
+        axis.annotate(name, (seconds, height), fontsize=9, color=colour, arrowprops=line, **at)
+    axis.set_xlim(0, 1.05 * max(seconds for _, seconds, *_ in ends))
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlabel("seconds of training (small: each seed, large: their mean)")
     axis.set_ylabel("accuracy with all tokens")
+    axis.set_title(group.capitalize(), fontsize=12)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -186,17 +202,8 @@ def plot_curves(results: dict, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9, loc="lower right")
-    _describe(figure, results)
+    entitle(figure, results)
     save_figure(figure, path, dpi=130)
-
-
-def _describe(figure: Figure, results: dict) -> None:
-    settings = results["settings"]
-    size, world = settings["size"], world_named(settings)
-    shows = SHOWN[world]
-    model = f"language model of {size['layers']} layers of {size['hidden_size']}"
-    steps = f"{settings['steps']} steps of {settings['batch_size']}, {len(results['seeds'])} seeds"
-    describe(figure, f"{shows[0].upper()}{shows[1:]}, {steps}", results, model)
 
 
 def world_named(settings: dict) -> str:
@@ -220,7 +227,7 @@ def _draw_group(axis: Axes, results: dict, group: str) -> None:
         axis.axvline(base["full"]["mean"], color="#000000", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(variants)), [name for _, name in variants], fontsize=10)
     axis.set_ylim(len(variants) - 0.4, -0.6)
-    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.set_xlabel("accuracy with all tokens")
     axis.set_title(group.capitalize(), fontsize=12)
     axis.grid(axis="x", alpha=0.3)

@@ -19,7 +19,7 @@ from rich.progress import track
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Dinov2Config, LlavaConfig, LlavaForConditionalGeneration
+from transformers import Dinov2Config, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_dualspeed.data.collators import IGNORED
@@ -199,6 +199,13 @@ class StoredStates(nn.Module):
         # Numbers (B, 1, 1, 1) to states (B, 1 + N, D).
         states = pixel_values if self.table is None else self.table[pixel_values.flatten().long()].float()
         return BaseModelOutput(last_hidden_state=states, hidden_states=(states,))
+
+
+def language_parameters(size: Size, world: World) -> int:
+    """Parameters of the language model, whose head is its embeddings."""
+    with torch.device("meta"):
+        model = LlamaModel(language_model_config(size, patches_of(world), world))
+    return sum(weight.numel() for weight in model.parameters())
 
 
 def build_model(task: Task, size: Size) -> LlavaForConditionalGeneration:

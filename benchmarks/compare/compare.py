@@ -41,7 +41,7 @@ NO_SLOW_STEPS = ("--slow_mode_ratio", "0", "--slow_warmup_steps", "0", "--slow_t
 NO_EXTRAS = ("--isolator_length", "0", "--distillation_weight", "0")
 LOSSES = ("loss", "fast_loss", "slow_loss", "distillation_loss", "train_loss")
 # Equal in all runs, so the results file has them once.
-COMMON = ("fingerprint", "training", "versions", "machine", "seeds")
+COMMON = ("fingerprint", "parameters", "training", "versions", "machine", "seeds")
 # The summary's columns, read from a run and the baseline's run of the same seed.
 COLUMNS = {
     "accuracy_full": lambda run, base: run["accuracy_full"],
@@ -189,6 +189,7 @@ def execute(run: Run) -> dict:
         "accuracy_full": full["accuracy"],
         "accuracy_pruned": pruned and pruned["accuracy"],
         "n": full["n"],
+        "parameters": trainer.parameters if isinstance(trainer, DualSpeedTrainer) else None,
         "steps_per_second": round(sum(clock.steps.values()) / seconds, 4),
         "losses": {key: log[key] for log in trainer.state.log_history for key in LOSSES if key in log},
         **run_record(run.args, trainer.summary() if isinstance(trainer, DualSpeedTrainer) else times, seconds),
@@ -222,6 +223,7 @@ def _description(recipe: RecipeArguments, results: list[dict]) -> dict:
         "model": recipe.model_name_or_path or {"tiny_llava": recipe.tiny_llava},
         **{key: getattr(recipe, key) for key in ("dataset", "dataset_split", "eval_dataset", "eval_split")},
         "steps": sum(dualspeed["steps"].values()),
+        "parameters": dualspeed.get("parameters"),
         **{key: dualspeed[key] for key in ("n", "settings", "training", "versions", "machine")},
         "date": max(run["date"] for run in results),
     }

@@ -6,26 +6,19 @@ from pathlib import Path
 from statistics import mean
 
 from huggingface_hub import EvalResult, ModelCardData
-from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
 from hf_dualspeed.publishing.cards import merge_card, render
 from hf_dualspeed.publishing.model_card import environment_rows, pruning_words, settings_rows
 from hf_dualspeed.publishing.plots import describe, figure_of, save_figure
-from hf_dualspeed.utils.text import markdown_table
+from hf_dualspeed.utils.text import in_thousands, markdown_table
 from hf_dualspeed.utils.writing import write_file
 
 from ..common import cell, print_table
 
 CARD = Path(__file__).with_name("card.md.jinja")
 MAJORITY = "guessing from the question alone"
-# Okabe and Ito's colours: colour-blind readers can tell them apart.
-LOOKS = {
-    "full-tokens": ("#000000", "o"),
-    "pruned-only": ("#D55E00", "s"),
-    "fast-slow": ("#0072B2", "^"),
-    "dualspeed": ("#009E73", "D"),
-}
+BASELINE = "full-tokens"
+OURS, OTHERS = "#0072B2", "#999999"
 
 
 def write_report(results: dict, path: Path) -> None:
@@ -116,35 +109,27 @@ def readme_table(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Draws accuracy with all tokens against training time: small markers for seeds, large ones for means."""
-    figure, ((axis,),) = figure_of(8, 5.2, 1, 1)
-    for variant, look in LOOKS.items():
-        _draw_variant(axis, results, variant, *look)
-    if "majority_accuracy" in results:
-        axis.axhline(results["majority_accuracy"], color="#666666", linestyle="--", label=MAJORITY)
-    axis.set_xlabel("training time in seconds (small: each seed, large: their mean)", fontsize=13)
-    axis.set_ylabel("accuracy with all visual tokens", fontsize=13)
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
-    axis.margins(x=0.1, y=0.12)
-    axis.set_xlim(left=0)
-    axis.tick_params(labelsize=12)
-    axis.grid(alpha=0.3)
+    """Draws the time of each way's training, the mean with a mark for each seed, and writes its accuracy beside it."""
+    figure, ((axis,),) = figure_of(9, 1.6 + 0.6 * len(results["summary"]), 1, 1)
+    for place, (variant, own) in enumerate(results["summary"].items()):
+        seconds = [run["seconds"]["total"] for run in results["runs"] if run["way"] == variant]
+        axis.barh(place, mean(seconds), 0.55, color=OURS if variant == "dualspeed" else OTHERS)
+        axis.plot(seconds, [place] * len(seconds), "|", color="black", markersize=11)
+        said = f"{mean(seconds):.0f} s" if variant == BASELINE else f"{own['speed_up']['mean']:.2f}x as fast"
+        said += f", {own['accuracy_full']['mean']:.1%} of the answers right"
+        axis.annotate(said, (max(seconds), place), (8, 0), textcoords="offset points", va="center", fontsize=10)
+    axis.set_yticks(range(len(results["summary"])), [own["name"] for own in results["summary"].values()])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.65 * max(run["seconds"]["total"] for run in results["runs"]))
+    axis.set_xlabel("seconds of the whole training (bars: mean, marks: each seed)")
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
-    title = f"{results['eval_dataset']}, {results['steps']} steps, {len(results['seeds'])} seeds"
+    title = f"{results['steps']} steps on {results['dataset']}, {len(results['seeds'])} seeds, {results['n']:,} answers"
     describe(figure, title, results, model_words(results))
     save_figure(figure, path)
 
 
 def model_words(results: dict) -> str:
-    """The compared model in words."""
-    return results["model"] if isinstance(results["model"], str) else "a small LLaVA, from scratch"
-
-
-def _draw_variant(axis: Axes, results: dict, variant: str, colour: str, marker: str) -> None:
-    runs = [run for run in results["runs"] if run["way"] == variant]
-    seconds, accuracy = [run["seconds"]["total"] for run in runs], [run["accuracy_full"] for run in runs]
-    axis.scatter(seconds, accuracy, s=22, marker=marker, color=colour, linewidths=0)
-    # The mean is hollow: seeds lie close to it and stay visible.
-    look = {"s": 220, "marker": marker, "facecolors": "none", "edgecolors": colour, "linewidths": 2.2}
-    axis.scatter(mean(seconds), mean(accuracy), label=results["summary"][variant]["name"], **look)
+    """The compared model in words, with its size where the results have it."""
+    name = results["model"] if isinstance(results["model"], str) else "a small LLaVA, from scratch"
+    size = results.get("parameters")
+    return f"{name}, {in_thousands(sum(size.values()))} parameters" if size else name

@@ -309,7 +309,7 @@ def plot_lengths(results: dict, path: Path) -> Path:
     seconds = {arm: run["seconds"][arm] for arm in (RANDOM, GROUPED)}
     panels = {
         "padding, share of tokens": {arm: list(shares(results, arm).values()) for arm in seconds},
-        "time of a step, random batches = 1": {
+        "time of a step, random = 1": {
             RANDOM: [1.0] * len(names),
             GROUPED: [1 / run["gains"][name]["median"] for name in names],
         },

@@ -313,5 +313,5 @@ def plot_rates(results: dict, path: Path) -> Path:
     panels[0].set_ylabel("samples per second of one worker")
     handles, words = panels[0].get_legend_handles_labels()
     figure.legend(handles, words, frameon=False, loc="outside lower center", ncols=2, fontsize=9)
-    describe(figure, "From JPEG files to batches: the processors of each model, on one core", results)
+    describe(figure, "From JPEG files to batches, on one core", results, "the models' processors alone")
     return save_figure(figure, path)

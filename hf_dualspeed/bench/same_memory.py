@@ -24,7 +24,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from ..models.interface import unwrap
-from ..publishing.plots import figure_of, save_figure
+from ..publishing.plots import describe, figure_of, save_figure
 from ..trainer.schedule import FAST, SLOW
 from ..utils.devices import synchronize
 from ..utils.progress import Work
@@ -32,7 +32,7 @@ from ..utils.text import markdown_table
 from ..utils.writing import write_file
 from .counters import flops_of, peak_memory
 from .options import BenchArguments
-from .plots import FULL_STEP, PART_STYLE
+from .plots import FULL_STEP, PART_STYLE, model_size
 from .report import (
     check_format,
     expected_speedup,
@@ -448,4 +448,7 @@ def plot_memory(results: dict, path: Path) -> Path:
     axis.set_xlabel("seconds per sample")
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    settings = results["settings"]
+    title = f"In the same memory: {settings['pruner']} removing {settings['pruning_ratio']:.0%}"
+    describe(figure, title, results, model_size(results))
     return save_figure(figure, path)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from ..pruners import AutoPruner, Pruner, VisualTokens
 from ..pruners.farthest import batched, triton_runs
-from ..publishing.plots import figure_of, save_figure
+from ..publishing.plots import describe, figure_of, save_figure
 from ..trainer.schedule import FAST
 from ..utils.devices import synchronize
 from ..utils.text import markdown_table
@@ -266,4 +266,7 @@ def plot_selection(results: dict, path: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False, fontsize=9)
+    settings = results["settings"]
+    title = f"Selecting the visual tokens of one image: {settings['pruner']} removing {settings['pruning_ratio']:.0%}"
+    describe(figure, title, results, f"selection alone, in {results['dtype']}")
     return save_figure(figure, path)

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..publishing.plots import describe, figure_of, save_figure
 from .plots import FULL_STEP, MARK, PART_STYLE, model_size
-from .report import FAST_PARTS, PARTS, REST, STEPS, milliseconds
+from .report import FAST_PARTS, PARTS, REST, STEPS
 
 
 def plot_steps(results: dict, path: Path) -> Path:
@@ -31,7 +31,7 @@ def plot_steps(results: dict, path: Path) -> Path:
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=3, markerscale=0.5)
     settings = results["settings"]
     title = f"{settings['pruner']} removing {settings['pruning_ratio']:.0%}, {settings['slow_ratio']:.0%} slow steps"
-    describe(figure, title, results, model_size(results))
+    describe(figure, f"Time of a training step: {title}", results, model_size(results))
     return save_figure(figure, path)
 
 
@@ -47,14 +47,14 @@ def _draw_run(axis: Axes, run: dict, steps: list[str]) -> None:
             axis.barh(row, middle, height=0.6, color=FULL_STEP)
         axis.errorbar(middle, row, xerr=[[middle - low], [high - middle]], color="black", capsize=3, linewidth=1)
         place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-        axis.annotate(f"{milliseconds(middle)} ms", (max(high, mark), row), **place)
+        axis.annotate(f"{middle:.3g} s", (max(high, mark), row), **place)
     style = {"linestyle": "none", "marker": "|", "markersize": 20, "markeredgewidth": 2, "color": MARK}
     axis.plot(by_flops, list(places), label="if time went with FLOPs", **style)
     axis.set_ylim(len(steps) - 0.5, -0.5)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.set_xlim(0, 1.22 * max([seconds[name]["q3"] for name in places.values()] + by_flops))
     speedup = run["ratios"]["expected_speedup"]["median"]
-    axis.set_title(f"{run['shape']}, checkpointing {run['checkpointing']}: {speedup:.2f} x", fontsize=10)
+    axis.set_title(f"{run['shape']}, checkpointing {run['checkpointing']}: {speedup:.2f}x as fast", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
 

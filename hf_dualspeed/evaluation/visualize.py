@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -15,16 +14,17 @@ from PIL import Image, ImageDraw, ImageEnhance
 from ..data.conversations import to_messages
 from ..data.media import open_image
 from ..pruners import Pruner
+from ..pruners.config import MERGE
+from ..publishing.plots import describe, figure_of, save_figure
 from ..utils.text import one_line
-from ..utils.writing import write_file
 from .generation import prompts
 from .pruned_prompts import PrunedPrompts
 
 logger = logging.getLogger(__name__)
 
 PICTURE_NAME = "kept_tokens.png"
-GAP = 16  # pixels between pictures
 EDGE = 448
+INCHES = 2.6  # of a picture on a sheet
 FRAME = (0, 158, 115)  # Okabe and Ito's green
 VEIL = (255, 255, 255)
 FADED = 0.62  # of the veil over tokens that are not kept
@@ -119,7 +119,9 @@ def watch_calls(pruner: Pruner) -> tuple[list[tuple], Callable[[], None]]:
     return calls, end
 
 
-def draw_images(prepare: PrunedPrompts, processor: object, rows: Dataset, path: Path) -> str | None:
+def draw_images(
+    prepare: PrunedPrompts, processor: object, rows: Dataset, path: Path, results: dict | None = None
+) -> str | None:
     """Draws the first image of each row, with its kept tokens below, into a PNG file.
 
     Args:
@@ -127,12 +129,13 @@ def draw_images(prepare: PrunedPrompts, processor: object, rows: Dataset, path: 
         processor (`ProcessorMixin`): The model's processor.
         rows (`datasets.Dataset`): Questions about images, as in evaluation.
         path (`Path`): The file to write.
+        results (`dict`, *optional*): Those of the run, whose model, hardware and date the picture names.
 
     Returns:
         `str`: The file's name, or None where tokens lie on no grid or an image cannot be read. That is only logged,
         because the training that asks for the picture is over.
     """
-    model, training, pairs = prepare.model, prepare.model.training, []
+    model, training, views = prepare.model, prepare.model.training, []
     calls, watch = watch_calls(prepare.pruner)
     model.eval()
     try:
@@ -145,17 +148,14 @@ def draw_images(prepare: PrunedPrompts, processor: object, rows: Dataset, path: 
             if view is None:
                 logger.info("No picture of kept tokens: those of %s lie on no one grid.", type(model).__name__)
                 return None
-            pairs.append((view.image, draw(view)))
+            views.append(view)
     except (ValueError, OSError, IndexError) as error:
         logger.warning("No picture of kept tokens: %s", one_line(error))
         return None
     finally:
         watch()
         model.train(training)
-    buffer = BytesIO()
-    sheet(pairs).save(buffer, "PNG")
-    write_file(path, buffer.getvalue())
-    return path.name
+    return draw_sheet(views, prepare.pruner, path, results or {}).name
 
 
 def first_images(rows: Dataset, count: int) -> Dataset:
@@ -174,14 +174,22 @@ def first_images(rows: Dataset, count: int) -> Dataset:
     return rows.select(chosen)
 
 
-def sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    """One picture of all pairs, side by side: images above, kept tokens below."""
-    pairs = [(image.resize(drawn.size, Image.Resampling.BICUBIC), drawn) for image, drawn in pairs]
-    width = sum(drawn.width for _, drawn in pairs) + GAP * (len(pairs) - 1)
-    height = max(drawn.height for _, drawn in pairs)
-    whole, left = Image.new("RGB", (width, 2 * height + GAP), VEIL), 0
-    for image, drawn in pairs:
-        whole.paste(image, (left, 0))
-        whole.paste(drawn, (left, height + GAP))
-        left += drawn.width + GAP
-    return whole
+def draw_sheet(views: list[View], pruner: Pruner, path: Path, results: dict) -> Path:
+    """Draws all views side by side, images above and kept tokens below, and says in words what is seen."""
+    config = pruner.config
+    figure, axes = figure_of(max(7.0, INCHES * len(views)), 2 * INCHES + 1.6, 2, len(views))
+    for (above, below), view in zip(axes.T, views, strict=True):
+        above.imshow(view.image)
+        below.imshow(draw(view))
+        words = f"{len(view.kept)} of {view.rows * view.columns} tokens kept"
+        below.set_title(words + (f", and {view.elsewhere} in tiles" if view.elsewhere else ""), fontsize=9)
+        for axis in (above, below):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_color("#999999")
+    words = "Above: what the model sees. Below: kept tokens in colour, with a green frame; the others are grey."
+    if config.dropped_tokens == MERGE:
+        words += "\nEach kept token also stands for others, which are averaged into it."
+    figure.supxlabel(words, fontsize=9)
+    describe(figure, f"Visual tokens of fast steps: {config.pruner_type} removes {config.pruning_ratio:.0%}", results)
+    return save_figure(figure, path)

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..hub.source import Source
 from ..hub.upload import card_text, published_card
 from ..utils.constants import CARD_NAME
+from ..utils.text import in_thousands
 from ..utils.validation import checked
 from ..utils.writing import write_file
 from .cards import TEMPLATES, Markdown, adopt_card, code, given_keys, merge_card, plain, render, split_front_matter
@@ -140,6 +141,7 @@ def model_card(results: dict) -> str:
         "chosen": settings_rows(results),
         "modes": known((mode, steps.get(mode), _formatted(seconds.get(mode), ".1f")) for mode in ("fast", "slow")),
         "seconds": seconds,
+        "size": size_words(results.get("parameters")),
         "visual_tokens": seen if seen and seen["full"] else None,
         "processes": results.get("training", {}).get("processes", 1),
         "eval_data": eval_data,
@@ -158,6 +160,14 @@ def model_card(results: dict) -> str:
         "environment": environment_rows(results),
     }
     return render(TEMPLATE, {**dict.fromkeys(OPTIONAL), **results, **values})
+
+
+def size_words(parameters: dict[str, int] | None) -> str | None:
+    """Parameters by what training did with them, in words; None where they are unknown."""
+    if not parameters:
+        return None
+    whole, trained = sum(parameters.values()), parameters.get("trained", 0)
+    return f"{in_thousands(whole)} parameters; training moved {'all' if trained == whole else in_thousands(trained)}"
 
 
 def without_none(value: object) -> object:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..utils.text import in_thousands
 from ..utils.validation import checked
 from ..utils.writing import write_file
 
@@ -37,10 +38,28 @@ def figure_of(width: float, height: float, rows: int, columns: int, sharex: bool
 
 
 def describe(figure: Figure, title: str, results: dict, model: str = "") -> None:
-    """Titles a figure so that it can be read alone: below the title stand model, hardware and date of its results."""
+    """Titles a figure so that it can be read alone: below the title stand model, hardware and date of its results.
+
+    Args:
+        figure (`Figure`): The figure.
+        title (`str`): What it shows.
+        results (`dict`): What holds `machine` and `date`, as results.json does.
+        model (`str`, *optional*): The model in words; by default those of [`model_words`].
+    """
     machine = results.get("machine", {})
-    facts = [model, machine.get("accelerator") or machine.get("cpu"), str(results.get("date") or "")[:10]]
-    figure.suptitle(f"{title}\n{', '.join(filter(None, facts))}", fontsize=11)
+    facts = [
+        model or model_words(results),
+        machine.get("accelerator") or machine.get("cpu"),
+        str(results.get("date") or "")[:10],
+    ]
+    figure.suptitle(f"{title}\n{', '.join(filter(None, facts))}".strip(), fontsize=11)
+
+
+def model_words(results: dict) -> str:
+    """The model of a run's results with the number of its parameters; "" where nothing is known."""
+    size = results.get("parameters")
+    size = f"{in_thousands(sum(size.values()))} parameters" if size else ""
+    return ", ".join(filter(None, (results.get("model") or results.get("base_model"), size)))
 
 
 def save_figure(figure: Figure, path: str | Path, **options) -> Path:
@@ -51,13 +70,14 @@ def save_figure(figure: Figure, path: str | Path, **options) -> Path:
 
 
 @checked
-def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -> Path:
+def plot_learning_curve(log_history: list[dict], path: str | Path, title: str, results: dict | None = None) -> Path:
     """Plots the losses of fast and slow steps, and below them other logged values of the modes.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
         path (`str` or `Path`): The PNG file to write.
         title (`str`): Title of the picture.
+        results (`dict`, *optional*): Those of the run, whose model, hardware and date stand below the title.
 
     Raises:
         ValueError: nothing was logged.
@@ -73,7 +93,7 @@ def plot_learning_curve(log_history: list[dict], path: str | Path, title: str) -
     for axis, (label, keys) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, log_history, keys, label)
     axes[-1].set_xlabel("optimizer step")
-    figure.suptitle(title, fontsize=12)
+    describe(figure, title, results or {})
     return save_figure(figure, path)
 
 

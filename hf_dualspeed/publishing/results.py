@@ -68,6 +68,7 @@ SHAPE = {
             **dict.fromkeys(("pruning_ratio", "isolator_length", "value", "n", "seconds"), NUMBER),
         }
     ],
+    "parameters": {"*": NUMBER},
     "visual_tokens": {"*": NUMBER},
     "peak_memory": {"bytes": NUMBER, "of": WORD},
     "speedup": {"*": NUMBER},

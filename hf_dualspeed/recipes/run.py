@@ -308,7 +308,7 @@ def _picture(recipe: RecipeArguments, trainer: DualSpeedTrainer, data: Dataset) 
     prepare = prompts_of(dual_forward, model)
     path = Path(trainer.args.output_dir) / PICTURE_NAME
     rows = first_images(data, recipe.card_images)
-    return {"kept_tokens": draw_images(prepare, trainer.processing_class, rows, path)}
+    return {"kept_tokens": draw_images(prepare, trainer.processing_class, rows, path, trainer.record())}
 
 
 def _whole_model(trainer: DualSpeedTrainer, recipe: RecipeArguments):

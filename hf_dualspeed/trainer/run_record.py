@@ -40,6 +40,7 @@ class RunRecordMixin:
     """Writes results.json and README.md, and pushes them to the Hub."""
 
     _pushing: dict | None = None  # revision and token of `push_to_hub`, while it runs
+    _roles: dict[str, dict[str, int]] = {}  # parameters of each, counted as training begins
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._begin_record()
@@ -130,7 +131,7 @@ class RunRecordMixin:
         results |= {"evaluation": evaluation, "eval_dataset": of}
         results |= {"processor": self.processing_class is not None, **self.facts}
         results |= run_record(self.args, self.summary(), self.clock.total_seconds)
-        results |= {"progress": progress(self.state)}
+        results |= {"progress": progress(self.state), "parameters": self.parameters if self._roles else None}
         results |= {"visual_tokens": self.clock.all_visual_tokens if self.clock.all_visual_tokens["full"] else None}
         results |= {"data_wait": None if self.clock.data_wait is None else round(self.clock.data_wait, 4)}
         results |= {"peak_memory": larger(self._peak, self._earlier.get("peak_memory"))}
@@ -178,7 +179,7 @@ class RunRecordMixin:
         results, history = self.record(folder), self.state.log_history
         if any("fast_loss" in entry or "slow_loss" in entry for entry in history):
             of = f" on {', '.join(results['datasets'])}" if results["datasets"] else ""
-            plot_learning_curve(history, folder / CURVE_NAME, f"{results['name']}: training{of}")
+            plot_learning_curve(history, folder / CURVE_NAME, f"{results['name']}: training{of}", results)
             results["learning_curve"] = CURVE_NAME
         write_results(folder, results)
         return results
@@ -231,13 +232,18 @@ class RunRecordMixin:
         progress = self.state.global_step / max(1, self.state.max_steps - 1)
         return budget(tokens, self._pruner.config.ratio_at(progress))
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many parameters the model has, by what training does with them."""
+        return {kind: sum(counts[kind] for counts in self._roles.values()) for kind in ("trained", "frozen")}
+
     def run_facts(self) -> dict:
         """What is known of the run before its first step."""
         outer, config = self.dual_forward.interface.outer, self._pruner.config
         roles, adapters = self._roles, getattr(self.model, "peft_config", None) or {}
         return {
             "model": getattr(outer, "name_or_path", "") or type(outer).__name__,
-            "parameters": {kind: sum(counts[kind] for counts in roles.values()) for kind in ("trained", "frozen")},
+            "parameters": self.parameters,
             "roles": {role: {kind: counts[kind] for kind in ("trained", "frozen")} for role, counts in roles.items()},
             "weights_bytes": sum(counts["bytes"] for counts in roles.values()),
             "adapters": [f"{name} ({getattr(of.peft_type, 'value', of.peft_type)})" for name, of in adapters.items()],

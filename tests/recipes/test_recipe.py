@@ -345,12 +345,11 @@ def test_the_card_shows_kept_tokens_only_where_it_is_asked_to(run, tmp_path):
     folder = tmp_path / "run"
     assert "](kept_tokens.png)" in (folder / "README.md").read_text()
     with Image.open(folder / "kept_tokens.png") as picture:
-        assert picture.size == (2 * 448 + 16, 2 * 448 + 16)
-        # Below, kept tokens are framed; above is the image as it is.
-        pixels = np.asarray(picture.convert("RGB"))
-    framed = (pixels == FRAME).all(-1)
-    assert not framed[:448].any()
-    assert framed[464:].any()
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    # Below, kept tokens are framed; above is the image as it is.
+    framed = (abs(pixels - FRAME).max(-1) < 24).any(1)
+    assert not framed[: len(framed) // 2].any()
+    assert framed[len(framed) // 2 :].any()
     assert "kept_tokens.png" in published_files(folder, (folder / "README.md").read_text())
 
 
