@@ -27,7 +27,7 @@ from inference import (
 from overlay import write_examples
 from slots import HERE, Slot, ask, chosen_names, know_shapes_alone, load_slots, loaded
 from starlette.middleware import Middleware
-from views import about, cards, comparison, header, learning_curves, runs_table
+from views import EQUAL_TIME, about, cards, comparison, header, learning_curves, runs_table
 
 QUEUE = 20
 PRUNER, RATIO = "divprune", 0.9
@@ -70,7 +70,7 @@ def _ask_tab(page: limits.Page, slots: list[Slot], pruners: Mapping[str, str], w
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             sources = ["upload", "clipboard", *(["webcam"] if webcam else [])]
-            look = {"sources": sources, "label": "Image", "height": 280, "buttons": [], "elem_id": "image"}
+            look = {"sources": sources, "label": "Image", "height": 232, "buttons": [], "elem_id": "image"}
             image = gr.Image(first[0], type="filepath", **look)
             # The path is passed on unread: gradio would open a bad file and fail without a reason. The page has
             # checked before that the path is an upload's.
@@ -90,8 +90,9 @@ def _ask_tab(page: limits.Page, slots: list[Slot], pruners: Mapping[str, str], w
                     0, MAX_RATIO, RATIO, step=0.05, label="Tokens removed", elem_id="ratio", min_width=180
                 )
             lines = {name: html.escape(words) for name, words in pruners.items()}
-            line = gr.HTML(lines[PRUNER], elem_id="explained")
-            button = gr.Button("Ask all", variant="primary", elem_id="ask")
+            with gr.Row(elem_id="asking"):
+                line = gr.HTML(lines[PRUNER], elem_id="explained", min_width=180)
+                button = gr.Button("Ask all", variant="primary", elem_id="ask", min_width=180)
     label = "Examples (these models have seen drawn shapes alone)" if shapes else "Examples"
     gr.Examples(examples, [image, question], label=label, elem_id="examples", cache_examples=False)
     shown = gr.HTML(cards(slots), elem_id="cards")
@@ -173,7 +174,11 @@ def _results_tab(slots: list[Slot]) -> None:
         gr.Markdown("### The same model trained four ways")
         gr.HTML(text, elem_classes="results")
         if picture is not None:
-            show_picture(picture, "Accuracy against training time")
+            show_picture(picture, "Seconds of the training in each way, and the accuracy that it reached")
+    in_time = next((path for path in EQUAL_TIME if path.is_file()), None)
+    if in_time is not None:
+        gr.Markdown("### On a harder task, in the same time")
+        show_picture(in_time, "Accuracy with all tokens against seconds of training, in each way")
 
 
 def show_picture(path: Path, words: str) -> None:

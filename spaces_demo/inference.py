@@ -24,6 +24,7 @@ from hf_dualspeed.evaluation.visualize import View, view_of, watch_calls
 from hf_dualspeed.hub.errors import explained
 from hf_dualspeed.hub.source import is_repo_id
 from hf_dualspeed.models.interface import visual_token_ids
+from hf_dualspeed.pruners.config import MERGE
 from hf_dualspeed.pruners.registry import kind_of, pruner_class
 from hf_dualspeed.pruning.isolator import saved_length
 from hf_dualspeed.publishing.results import read_results
@@ -60,6 +61,7 @@ class Answer:
         isolator (`int`): Learned tokens in front of them.
         view (`View`, *optional*): Places of the used tokens. None where all are used or the places are unknown.
         timed (`int`): Answers that the latency is the median of. 0: it is that of the first one.
+        merged (`bool`): Whether used tokens are means that stand for others too.
     """
 
     text: str
@@ -70,6 +72,7 @@ class Answer:
     isolator: int = 0
     view: View | None = None
     timed: int = 0
+    merged: bool = False
 
 
 # --- what visitors give -------------------------------------------------------------------------------------------
@@ -227,7 +230,8 @@ class Checkpoint:
         used = sum(sum(pruned.lengths) for _, pruned in calls)
         isolator = self.isolator.length if self.isolator else 0
         view = view_of(calls, inputs, image, self.processor)
-        return Answer(text, seconds, probability, used, total, isolator, view, timed)
+        merged = pruner.config.dropped_tokens == MERGE
+        return Answer(text, seconds, probability, used, total, isolator, view, timed, merged)
 
     def _inputs(self, image: Image.Image, question: str) -> dict:
         placeholder = getattr(self.processor, "image_token", None)
@@ -284,11 +288,6 @@ def local_folder(name: str) -> Path:
 
 def is_learned(name: str) -> bool:
     return "learned" in kind_of(pruner_class(name))
-
-
-def merges(name: str) -> bool:
-    """Whether kept tokens stand for others too."""
-    return pruner_class(name).merges
 
 
 def explained_pruners(names: list[str]) -> dict[str, str]:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
-from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageDraw
 
-PHOTO_QUESTIONS = ("what is the woman wearing?", "what is behind the woman?")
+# Photographs by question: the package that brings each, and where it lies there.
+PHOTO_QUESTIONS = {
+    "what animal is this?": ("gradio", "media_assets/images/lion.jpg"),
+    "what building is this?": ("gradio", "media_assets/images/tower.jpg"),
+    "what is she wearing?": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+}
 # Colours and shapes of easy-VQA, the quickstart's data set.
 SHAPES_DATA = "easy-vqa"
 EXAMPLES = (
     ("circle", "blue", "what color is the shape?"),
-    ("rectangle", "red", "what is the color of the rectangle?"),
+    ("rectangle", "red", "what color is the rectangle?"),
     ("triangle", "green", "what color is the triangle?"),
 )
 COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0), "green": (0, 255, 0)}
@@ -28,9 +34,9 @@ def data_url(image: Image.Image) -> str:
 
 
 def write_examples(folder: Path, shapes_first: bool) -> list[list[str]]:
-    """Writes the examples' pictures: a photograph and drawn shapes. Returns rows of file and question."""
-    photo, rows = write_photo(folder / "photograph.jpg"), []
-    photos = [[str(photo), question] for question in PHOTO_QUESTIONS] if photo else []
+    """Writes the examples' pictures: photographs and drawn shapes. Returns rows of file and question."""
+    found = {question: photograph(*place) for question, place in PHOTO_QUESTIONS.items()}
+    photos, rows = [[shutil.copy(path, folder), question] for question, path in found.items() if path], []
     for index, (shape, colour, question) in enumerate(EXAMPLES):
         path = folder / f"{colour}-{shape}.png"
         drawn_shape(shape, COLOURS[colour], offset=index).save(path)
@@ -38,15 +44,11 @@ def write_examples(folder: Path, shapes_first: bool) -> list[list[str]]:
     return rows + photos if shapes_first else photos + rows
 
 
-def write_photo(path: Path) -> Path | None:
-    """The portrait of Grace Hopper, in the public domain, that matplotlib brings. None where it was packaged
-    without its sample data."""
-    try:
-        with get_sample_data("grace_hopper.jpg") as file:
-            Image.open(file).save(path, quality=95)
-    except FileNotFoundError:
-        return None
-    return path
+def photograph(package: str, place: str) -> Path | None:
+    """A picture that an installed package brings, which is not imported. None where it came without it."""
+    found = find_spec(package)
+    path = found and found.origin and Path(found.origin).parent / place
+    return path if path and path.is_file() else None
 
 
 def drawn_shape(shape: str, colour: tuple[int, int, int], offset: int = 0) -> Image.Image:

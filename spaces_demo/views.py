@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from huggingface_hub.constants import ENDPOINT
-from inference import Answer, merges
+from inference import Answer
 from overlay import data_url
 from slots import HERE, Pair, Slot
 
@@ -19,6 +19,7 @@ from hf_dualspeed.utils.text import percent
 
 RATIO, PRUNER = ("settings", "pruning_ratio"), ("settings", "pruner", "pruner_type")
 COMPARE = (HERE / "compare.md", Path("docs/results/compare.md"))
+EQUAL_TIME = (HERE / "equal_time.png", Path("docs/results/ablation_equal_time.png"))  # of the ablation
 PAPER = "https://arxiv.org/abs/2602.03815"
 WORDS = """Train vision-language models on a tenth of the visual tokens, answer with all of them. Ask three of them the
 same question, and see what is left of the image when a pruner has been over it."""
@@ -33,7 +34,8 @@ ABOUT = """
 - **The picture** is what the model saw, as its processor cut and scaled it. Kept tokens are in colour. Where a pruner
   merges, they stand for others too, and the picture shows only where each group has its place. Of models that cut an
   image into tiles, it shows the whole image's own tokens.
-- **The photograph** among the examples is the portrait of Grace Hopper, in the public domain, that matplotlib brings.
+- **The photographs** among the examples come with gradio; Grace Hopper's portrait, in the public domain, with
+  matplotlib.
 - Pruners inside the language model (fastv, pyramiddrop) shorten no prompt and are not offered; learned ones only where
   a checkpoint was trained with them.
 """
@@ -46,7 +48,8 @@ def header(slots: list[Slot]) -> str:
         ValueError: the setting DEMO_CODE is no address.
     """
     links = {"Paper": PAPER}
-    code = os.environ.get("DEMO_CODE")
+    space = os.environ.get("SPACE_ID")  # set on Spaces, which hold the library's source
+    code = os.environ.get("DEMO_CODE") or (f"{ENDPOINT}/spaces/{space}/tree/main" if space else None)
     if code:
         if not re.fullmatch(r"https?://[^\s\"'<>]+", code):
             raise ValueError(f"DEMO_CODE must be the address of the code, https://..., got {code[:80]!r}.")
@@ -75,11 +78,12 @@ def cards(slots: list[Slot], answers: Mapping[str, Pair] | None = None, pruner: 
 def card(slot: Slot, pair: Pair | None, pruner: str) -> str:
     name = f'<p class="name">{escape(slot.name)}</p>' if slot.name else ""
     if slot.checkpoint is None:
-        body = f'{name}<p class="problem">{escape(slot.problem)}</p>'
+        body = f'<p class="problem">{escape(slot.problem)}</p>'
     else:
-        body = f'{name}<p class="how">{escape(trained(slot))}</p>{figures(slot)}'
+        body = f'<p class="how">{escape(trained(slot))}</p>{figures(slot)}'
         body += '<p class="wait">Its answers appear here.</p>' if pair is None else answers(pair, pruner)
-    return f'<article class="card {slot.key}" data-role="{slot.key}"><h3>{slot.title()}</h3>{body}</article>'
+    head = f"<h3>{slot.title()}</h3>{name}"
+    return f'<article class="card {slot.key}" data-role="{slot.key}">{head}{body}</article>'
 
 
 def trained(slot: Slot) -> str:
@@ -119,13 +123,15 @@ def answer(title: str, kind: str, given: Answer | str) -> str:
         inner = f'<p class="problem">{escape(given)}</p>'
     else:
         share = given.used / max(1, given.total)
-        median = f"median of {given.timed}" if given.timed else "one answer"
+        timing = "Median latency" if given.timed else "Latency, once"
         rows = (
-            ("Latency", f'<span class="latency">{duration(given.seconds)}</span> <small>{median}</small>'),
-            ("Tokens", f'<span class="tokens">{given.used} of {given.total}</span>{bar(share)}'),
-            ("Probability", f"{probability(given.probability)}{bar(given.probability)}"),
+            (timing, "latency", duration(given.seconds), ""),
+            ("Tokens", "tokens", f"{given.used} of {given.total}", bar(share)),
+            ("Probability", "probability", probability(given.probability), bar(given.probability)),
         )
-        facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
+        facts = "".join(
+            f'<div><dt>{name}</dt><dd class="{key}">{value}</dd>{drawn}</div>' for name, key, value, drawn in rows
+        )
         inner = f'<p class="text">{escape(given.text) or "<i>no words</i>"}</p><dl>{facts}</dl>'
     return f'<div class="answer {kind}"><h4>{title}</h4>{inner}</div>'
 
@@ -144,15 +150,15 @@ def figure_caption(given: Answer, view: View, pruner: str) -> str:
     share = given.used / max(1, given.total)
     words = f"{given.used} of {given.total} tokens ({share:.0%}) kept by {pruner}"
     words += f", + {given.isolator} learned." if given.isolator else "."
-    if merges(pruner):
-        words += " They are means that stand for others too; shown is where each has its place."
+    if given.merged:
+        words += " They are means that stand for others too."
     if view.elsewhere:
         words += f" Shown are the {len(view.kept)} of the whole image; {view.elsewhere} lie in tiles."
     return words
 
 
 def bar(share: float) -> str:
-    return f'<span class="bar"><span style="width:{100 * min(1, max(0, share)):.1f}%"></span></span>'
+    return f'<dd class="bar" aria-hidden="true"><span style="width:{100 * min(1, max(0, share)):.1f}%"></span></dd>'
 
 
 def duration(seconds: float) -> str:

@@ -28,6 +28,7 @@ FILES += ("app.py", "inference.py", "limits.py", "overlay.py", "slots.py", "view
 # The default run of each role, as in spaces_demo/slots.py. Its results name the repo that it was pushed to.
 RUNS = {"baseline": "runs/quickstart_full", "dualspeed": "runs/quickstart", "pruned": "runs/quickstart_pruned"}
 COMPARE = "docs/results/compare.md"
+EQUAL_TIME = "ablation_equal_time.png"  # beside the table
 CHECKPOINTS = "checkpoints.json"
 
 
@@ -152,7 +153,7 @@ def push_space(repo_id: str, names: dict[str, str], private: bool | None = None,
         repo_id (`str`): "user/name". The Space is made where it does not exist.
         names (`dict[str, str]`): Hub ids of checkpoints by role: "baseline", "dualspeed", "pruned".
         private (`bool`, *optional*): whether a new Space is private.
-        compare (`Path`, *optional*): a table in Markdown, shown with the plot beside it.
+        compare (`Path`, *optional*): a table in Markdown, shown with the plots beside it.
 
     Raises:
         ValueError: `repo_id` is no "user/name", or a token or key stands in a file.
@@ -190,3 +191,6 @@ def write_space(folder: Path, names: dict[str, str], compare: Path | None = None
         for path in (compare, compare.with_suffix(".png")):
             if path.exists():
                 copy_file(path, folder / f"compare{path.suffix}")
+        in_time = compare.with_name(EQUAL_TIME)
+        if in_time.exists():
+            copy_file(in_time, folder / "equal_time.png")

@@ -184,9 +184,7 @@ def test_another_ratio_and_another_pruner_change_the_picture(visit, image):
 def test_an_example_fills_in_image_and_question(visit):
     page = visit()
     page.locator("#examples tbody tr").filter(has_text="rectangle").click()
-    expect(page.locator("#question textarea, #question input").first).to_have_value(
-        "what is the color of the rectangle?"
-    )
+    expect(page.locator("#question textarea, #question input").first).to_have_value("what color is the rectangle?")
     expect(page.locator("#image img")).to_be_visible()
     press(page)
 

@@ -80,14 +80,14 @@ def test_roles_and_their_runs_are_the_same_here_and_there():
 
 def test_a_space_is_pushed_with_the_models_it_loads(hub, tmp_path, capsys):
     (tmp_path / "docs/results").mkdir(parents=True)
-    for name in ("compare.md", "compare.png"):
+    for name in ("compare.md", "compare.png", "ablation_equal_time.png"):
         (tmp_path / "docs/results" / name).write_bytes((ROOT / "docs/results" / name).read_bytes())
     words = ["space", "--push", REPO, "--private", "--dualspeed", "user/fast", "--baseline", "user/full"]
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert "spaces/tester/demo" in out
     files = pushed(hub)
-    assert own(files) == {*space.FILES, "checkpoints.json", "compare.md", "compare.png"}
+    assert own(files) == {*space.FILES, "checkpoints.json", "compare.md", "compare.png", "equal_time.png"}
     source = {name for name in files if name.startswith("hf_dualspeed/")}
     assert source == {f"hf_dualspeed/{path}" for path in map(str, space.library_files())}
     assert {"hf_dualspeed/__init__.py", "hf_dualspeed/publishing/templates/model_card.md.jinja"} <= source

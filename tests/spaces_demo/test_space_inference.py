@@ -8,11 +8,13 @@ import json
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import inference
 import numpy as np
+import overlay
 import pytest
 import slots as places
 import torch
@@ -169,11 +171,11 @@ def test_the_latency_is_the_median_after_a_warm_up(checkpoints, monkeypatch):
     monkeypatch.setattr(checkpoint, "_generate", lambda *_: ("blue", 0.5, next(times)))
     answer = checkpoint.answer(IMAGE, QUESTION)
     assert (answer.seconds, answer.timed) == (0.02, 3)
-    assert "20 ms</span> <small>median of 3" in views.answer("All tokens", "full", answer)
+    assert '<dt>Median latency</dt><dd class="latency">20 ms<' in views.answer("All tokens", "full", answer)
     times = iter([0.6])  # slow: visitors wait for no other one
     answer = checkpoint.answer(IMAGE, QUESTION)
     assert (answer.seconds, answer.timed) == (0.6, 0)
-    assert "<small>one answer" in views.answer("All tokens", "full", answer)
+    assert "<dt>Latency, once</dt>" in views.answer("All tokens", "full", answer)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -216,12 +218,15 @@ def test_without_a_veil_the_page_is_seen_through_other_tokens():
     assert white == pytest.approx(draw(view).getpixel(other), abs=2)
 
 
-def test_examples_are_a_photograph_and_shapes(tmp_path):
+def test_examples_are_photographs_and_shapes(tmp_path):
+    pytest.importorskip("gradio")
     photos, shapes = list(PHOTO_QUESTIONS), [question for *_, question in EXAMPLES]
     assert [question for _, question in write_examples(tmp_path, shapes_first=False)] == photos + shapes
     rows = write_examples(tmp_path, shapes_first=True)
     assert [question for _, question in rows] == shapes + photos
-    assert min(read_image(rows[-1][0]).size) > 400
+    assert all(min(read_image(path).size) > 200 for path, _ in rows)
+    assert len({path for path, _ in rows}) == len(rows)
+    assert overlay.photograph("matplotlib", "no/such.jpg") is overlay.photograph("no_such_package", "a.jpg") is None
     known = [SimpleNamespace(results=results) for results in ({"datasets": ["easy-vqa"]}, {"datasets": ["a"]}, {})]
     for checkpoint, alone in zip(known, (True, False, False), strict=True):
         assert places.know_shapes_alone([Slot("pruned"), Slot("dualspeed", "x", checkpoint)]) == alone
@@ -407,6 +412,9 @@ def test_links_are_those_that_are_known(monkeypatch):
     assert '/user/model"' in page
     monkeypatch.setenv("DEMO_CODE", "https://example.org/code?a=1&b=2")
     assert 'href="https://example.org/code?a=1&amp;b=2"' in views.header(slots)
+    monkeypatch.delenv("DEMO_CODE")
+    monkeypatch.setenv("SPACE_ID", "user/demo")  # a Space holds the library's source
+    assert '/spaces/user/demo/tree/main"' in views.header(slots)
     for bad in ("javascript:alert(1)", "example.org", 'https://a"onclick=', "ftp://a"):
         monkeypatch.setenv("DEMO_CODE", bad)
         with pytest.raises(ValueError, match="DEMO_CODE must be the address of the code"):
@@ -440,7 +448,7 @@ def test_small_numbers_and_merging_pruners_are_told_apart():
     assert views.probability(1e-6) == "below 0.1%"
     assert views.duration(2.5) == "2.50 s"
     answer = Answer("x", 1, 1, 16, 64, 4, View(IMAGE, 8, 8, {(0, 0)}))
-    assert "means that stand for others" in views.figure_caption(answer, answer.view, "tome")
+    assert "means that stand for others" in views.figure_caption(replace(answer, merged=True), answer.view, "tome")
     assert views.figure_caption(answer, answer.view, "grid") == "16 of 64 tokens (25%) kept by grid, + 4 learned."
 
 
