@@ -14,7 +14,6 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from hf_dualspeed.commands.space import source_folder
-from hf_dualspeed.publishing.results import read_results
 from hf_dualspeed.utils.writing import write_file
 
 IMAGES = Path("docs/images")
@@ -32,13 +31,17 @@ SEEN = "#cards .answer .text"
 
 
 def main(folder: Path = IMAGES) -> list[Path]:
-    """Starts the page around the runs of `make demo`, and writes its pictures into `folder`."""
+    """Starts the page around the runs of `make demo`, and writes its pictures into `folder`.
+
+    Raises:
+        FileNotFoundError: a run or the browser is missing.
+    """
     sys.path.insert(0, str(source_folder()))  # whose modules import each other by plain names
     import app
     import slots
 
     found = slots.load_slots(slots.chosen_names({}))
-    without = [slot.role.default for slot in found if not read_results(slot.name or "")]
+    without = [slot.role.default for slot in found if slot.checkpoint is None]
     if without:
         raise FileNotFoundError(f"There is no run in {', '.join(without)}. Train them first: make demo")
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)

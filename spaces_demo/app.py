@@ -70,7 +70,7 @@ def _ask_tab(page: limits.Page, slots: list[Slot], pruners: Mapping[str, str], w
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             sources = ["upload", "clipboard", *(["webcam"] if webcam else [])]
-            look = {"sources": sources, "label": "Image", "height": 232, "buttons": [], "elem_id": "image"}
+            look = {"sources": sources, "label": "Image", "height": 248, "buttons": [], "elem_id": "image"}
             image = gr.Image(first[0], type="filepath", **look)
             # The path is passed on unread: gradio would open a bad file and fail without a reason. The page has
             # checked before that the path is an upload's.
