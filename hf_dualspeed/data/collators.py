@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import ProcessorMixin
 
+from ..models.interface import RAW_KEYS, check_media
 from ..utils.constants import LONG_SAMPLES, UNREADABLE_IMAGES
 from ..utils.validation import check_choice, check_range, checked, require
 from .conversations import sample_name, to_messages
@@ -399,6 +400,8 @@ class MaskVisualLabels:
         asks (`str`, *optional*): The pruner's name if it needs the instruction, which labels may hide.
         masks_first (`bool`): Whether the first token of each sample is no label: where samples lie in one row, nothing
             predicts it, but left padding would.
+        media (`dict[int, tuple[str, ...]]`, *optional*): For each placeholder, the inputs of which a batch with it
+            holds one: [`ModelInterface.media`]. By default any input of images, videos or audio.
     """
 
     # Class attributes: one warning per process, however many trainers wrap their collators.
@@ -412,9 +415,11 @@ class MaskVisualLabels:
         visual_token_ids: list[int],
         asks: str | None = None,
         masks_first: bool = False,
+        media: dict[int, tuple[str, ...]] | None = None,
     ):
         self.collator = collator
         self.visual_token_ids = list(visual_token_ids)
+        self.media = dict.fromkeys(self.visual_token_ids, RAW_KEYS) if media is None else media
         self.asks = asks
         self.masks_first = masks_first
 
@@ -430,12 +435,7 @@ class MaskVisualLabels:
         self._check_shifted(batch)
         # visual (B, S): placeholders of visual tokens.
         visual = torch.isin(batch["input_ids"], torch.tensor(self.visual_token_ids, device=batch["input_ids"].device))
-        if visual.any() and not any(key.startswith(PIXEL_INPUTS) for key in batch):
-            raise ValueError(
-                f"The batch has {int(visual.sum())} visual tokens in `input_ids` but no images: none of its "
-                f"keys {sorted(batch)} begins with {', '.join(PIXEL_INPUTS)}. Return all that the processor "
-                "makes, and set remove_unused_columns=False."
-            )
+        check_media(batch["input_ids"], batch, self.media)
         if batch.get("labels") is None:  # prediction needs none
             return batch
         wrong = visual & (batch["labels"] != IGNORED)

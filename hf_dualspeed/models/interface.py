@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 
+import torch
 from torch import nn
 
 from .families import Family, family_of
@@ -228,6 +229,15 @@ class ModelInterface:
         return visual_token_ids(self.config)
 
     @cached_property
+    def media(self) -> dict[int, tuple[str, ...]]:
+        """For each placeholder id, the names of the inputs of which a batch with it holds one."""
+        found: dict[int, tuple[str, ...]] = {}
+        for encoder in self.encoders.values():
+            if encoder.token_id is not None:  # images and videos may share one
+                found[encoder.token_id] = found.get(encoder.token_id, ()) + encoder.modality.raw
+        return found
+
+    @cached_property
     def raw_keys(self) -> list[str]:
         """The inputs that are encoded outside the model's forward."""
         return [key for encoder in self.encoders.values() if not encoder.family.whole for key in encoder.modality.raw]
@@ -279,6 +289,24 @@ class ModelInterface:
 def modalities_in(inputs: Mapping) -> set[str]:
     """The modalities whose raw inputs are in a batch."""
     return {m.name for m in MODALITIES if any(inputs.get(key) is not None for key in m.raw)}
+
+
+def check_media(ids: torch.Tensor, inputs: Mapping, media: Mapping[int, tuple[str, ...]]) -> None:
+    """Raises a `ValueError` if `ids` `(B, S)` hold placeholders, and the batch nothing to put in their places.
+
+    The model would read the placeholder's own embedding there. Waits for the device of the ids where a batch lacks
+    some kind of `media`, which are those of [`ModelInterface.media`].
+    """
+    for token_id, keys in media.items():
+        lacks = all(inputs.get(key) is None for key in keys)
+        count = int((ids == token_id).sum()) if lacks else 0
+        if count:
+            given = sorted(key for key, value in inputs.items() if value is not None)
+            raise ValueError(
+                f"The batch has {count} placeholders (token id {token_id}) in `input_ids` but nothing for them: it has "
+                f"none of {', '.join(f'`{key}`' for key in keys)}, only {given}. Pass on all that the processor makes "
+                "(in a trainer with remove_unused_columns=False), or leave the placeholders out."
+            )
 
 
 def placeholder_id(config, modality: Modality) -> int | None:

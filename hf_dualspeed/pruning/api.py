@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..models.interface import ModelInterface
+from ..models.interface import ModelInterface, check_media
 from ..pruners import Pruner
 from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
 from ..utils.validation import check_choice, checked
@@ -48,7 +48,7 @@ def prune_inputs(
 
     Returns:
         `dict`: for `model(**short)` and `model.generate(**short)` of the same model, whose new hooks read the sizes in
-        it. It holds no pixels. A batch without images is returned unchanged.
+        it. It holds no pixels. A batch of text alone is returned unchanged.
 
         - If activations are recomputed, run backward before the model's next call.
         - `generate` expands the tensors in place for beams, so make a new dict for each call.
@@ -58,12 +58,18 @@ def prune_inputs(
           `proportional_attention=False`.
 
     Raises:
-        ValueError: the model does not support the protocol, the numbers of features and placeholders differ, the pruner
-            drops tokens inside the language model, or (when the model is called) its attention cannot be made
-            proportional.
+        ValueError: the model does not support the protocol, the batch has placeholders without images (or videos, or
+            audio) or is encoded already, the numbers of features and placeholders differ, the pruner drops tokens
+            inside the language model, or (when the model is called) its attention cannot be made proportional.
     """
     interface, position_ids = checked_interface(model, position_ids, video_budget, isolator)
+    if inputs.get("mm_encoder_outputs") is not None:
+        raise ValueError(
+            "`inputs` hold `mm_encoder_outputs`, images that are encoded already and perhaps pruned. Pass on what the "
+            "processor returns; `prune_inputs` encodes it."
+        )
     check_inputs(inputs)
+    check_media(inputs["input_ids"], inputs, interface.media)
     encodings = encode(interface, inputs, pruner.needs, video_budget)
     short = shorten_inputs(interface, inputs, encodings, pruner, isolator, position_ids, generator)
     plain = short.log_sizes is None or not proportional_attention
@@ -98,6 +104,7 @@ def prune_visual_tokens(
         if kwargs.get("mm_encoder_outputs") is not None or kwargs.get("past_key_values") is not None:
             raise ValueError("`prune_visual_tokens` covers forward. Use model.generate(**prune_inputs(model, ...)).")
         check_inputs(kwargs)
+        check_media(kwargs["input_ids"], kwargs, interface.media)
         # Encode and shorten before the model's forward.
         encodings = encode(interface, kwargs, pruner.needs, video_budget)
         layers = None

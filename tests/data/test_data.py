@@ -504,7 +504,7 @@ def test_good_batches_pass_without_warning(fresh_warning, caplog):
     ("keys", "message"),
     [
         (["labels"], "no `input_ids`.*VisionLanguageCollator"),
-        (["input_ids", "labels"], "has 1 visual tokens .* but no images.*remove_unused_columns=False"),
+        (["input_ids", "labels"], "1 placeholders .* but nothing for them.*remove_unused_columns=False"),
     ],
 )
 def test_unusable_batches_are_refused(keys, message):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import FAMILIES as CONFORMING
+from families import batch as mixed
 from pruner_cases import build, shortens
 from tiny_models import FAMILIES, HIDDEN, MIXED, batch
 
 from hf_dualspeed import ModeIsolator, available_pruners, prune_inputs, prune_visual_tokens
+from hf_dualspeed.data import MaskVisualLabels
 from hf_dualspeed.models.families import RULE
 from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruners import budget
@@ -267,6 +270,42 @@ def test_text_only_batch_comes_back_as_it_is(family):
     short = prune_inputs(model, inputs, pruner(), ModeIsolator.for_model(model, 2))
     assert short.keys() == inputs.keys()
     assert all(torch.equal(short[key], inputs[key]) for key in inputs)
+
+
+MEDIA = {
+    "llava": ("pixel_values", "pixel_values_images", "image_patches"),
+    "qwen2_5_vl": ("pixel_values", "pixel_values_images", "image_patches"),
+    "glm4v": ("pixel_values", "pixel_values_images", "image_patches", "pixel_values_videos"),
+}
+
+
+@pytest.mark.parametrize("name", MEDIA)
+def test_placeholders_without_pixels_are_refused(name):
+    """The model would read the embedding of the placeholder itself, 16 or more times for an image."""
+    family = CONFORMING[name]
+    model = family.model()
+    whole = mixed(family, model)
+    inputs = {key: value for key, value in whole.items() if key != "pixel_values"} | {"pixel_values_other": None}
+    count = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    message = f"{count} placeholders .* but nothing for them: it has none of {', '.join(f'`{k}`' for k in MEDIA[name])}"
+    with pytest.raises(ValueError, match=message):
+        prune_inputs(model, inputs, pruner())
+    with prune_visual_tokens(model, pruner()), pytest.raises(ValueError, match=message):
+        model(**inputs)
+    with pytest.raises(ValueError, match="are encoded already"):
+        prune_inputs(model, {**inputs, "mm_encoder_outputs": {"image": None}}, pruner())
+
+
+def test_placeholders_of_videos_beside_images_need_videos():
+    family = CONFORMING["qwen2_5_vl"]
+    model = family.model()
+    inputs = mixed(family, model)
+    inputs["input_ids"][0, 2] = model.config.video_token_id
+    with pytest.raises(ValueError, match=f"1 placeholders .*{model.config.video_token_id}.*`pixel_values_videos`"):
+        prune_inputs(model, inputs, pruner())
+    media = ModelInterface(model).media
+    with pytest.raises(ValueError, match="1 placeholders .*`pixel_values_videos`"):
+        MaskVisualLabels(lambda _: inputs, list(media), media=media)([])
 
 
 def test_bad_batches_are_named():
