@@ -18,11 +18,11 @@ import torch
 from transformers.masking_utils import create_causal_mask
 
 from ..models.interface import ModelInterface
-from .sample_rows import SampleRows
+from .sample_rows import SEPARABLE, SampleRows, layer_kinds
 from .shortening import Shortening
 
-# Kinds of layers that ignore masks and run over the whole row.
-RUNNING = ("conv", "linear", "linear_attention", "mamba", "recurrent")
+# Kinds of layers that see the tokens nearby alone, and the option that says how far.
+LOCAL = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -31,14 +31,12 @@ class Packing:
     """The sample of each token of a packed batch.
 
     Args:
-        config: the language model's.
-        dtype (`torch.dtype`): that of its hidden states.
+        interface (`ModelInterface`): of the model.
         sample (`torch.LongTensor` of shape `(B, S)`): 0, 1, ... in each row.
         samples (`int`, *optional*): C, if the batch gives it.
     """
 
-    config: object
-    dtype: torch.dtype
+    interface: ModelInterface
     sample: torch.Tensor
     samples: int | None
 
@@ -54,13 +52,13 @@ class Packing:
         # Number of samples, if the batch gives boundaries; sample of each token, (B, S).
         boundaries = inputs.get("cu_seq_lens_q")
         samples = None if boundaries is None else boundaries.numel() - 1
-        return cls(interface.text_config, interface.outer.dtype, restarts.long().cumsum(-1), samples)
+        return cls(interface, restarts.long().cumsum(-1), samples)
 
     @classmethod
     def of_rows(cls, interface: ModelInterface, ids: torch.Tensor) -> Packing:
         """The packing of a padded batch `(B, S)` whose rows are laid end to end."""
         sample = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
-        return cls(interface.text_config, interface.outer.dtype, sample, len(ids))
+        return cls(interface, sample, len(ids))
 
     def begins(self, plan: Shortening) -> torch.Tensor:
         """Whether a token is the first of its sample in the shortened batch, `(B, S')`."""
@@ -82,28 +80,32 @@ class Packing:
         Raises:
             ValueError: the model's attention cannot separate the samples.
         """
+        config = self.interface.text_config
+        flash = is_flash(config)
+        self._check_attention(inputs, flash)
         # FlashAttention needs boundaries only.
-        flash = is_flash(self.config)
         packed = {"attention_mask": None}
         if flash or "cu_seq_lens_q" in inputs:
             packed |= self.varlen(plan)
         if flash:
             return packed
-        self._check_attention(inputs)
-        # Causal mask that separates samples by restarting positions, (B, 1, S', S').
-        window = self._window(plan.source.shape[1])
-        if not window:
+        # Causal mask that separates samples by restarting positions, (B, 1, S', S'), for layers that see all of them.
+        reach = self._reach(plan.source.shape[1])
+        if reach is None:
             packed["attention_mask"] = create_causal_mask(
-                config=self.config,
-                inputs_embeds=torch.empty(*plan.source.shape, 1, dtype=self.dtype, device=plan.source.device),
+                config=config,
+                inputs_embeds=torch.empty(
+                    *plan.source.shape, 1, dtype=self.interface.outer.dtype, device=plan.source.device
+                ),
                 attention_mask=None,
                 past_key_values=None,
                 position_ids=self.restarted(plan),
             )
         elif scheme == "original":
             raise ValueError(
-                f"Packed samples and a sliding window of {window} tokens need position_ids='compact': with 'original' "
-                "no mask can say both. Set position_ids='compact', or pad the batch (padding_free=False)."
+                f"Packed samples and layers that see {reach} tokens ({' or '.join(LOCAL.values())}) need "
+                "position_ids='compact': with 'original' no mask can say both. Set position_ids='compact', or pad the "
+                "batch (padding_free=False)."
             )
         else:  # transformers finds the boundaries in restarting positions, but not while it fills a cache
             packed["use_cache"] = False
@@ -123,22 +125,27 @@ class Packing:
         ends = torch.searchsorted(sample, torch.arange(samples + 1, device=sample.device)).int()
         return varlen(ends, plan.longest)
 
-    def _check_attention(self, inputs: Mapping) -> None:
+    def _check_attention(self, inputs: Mapping, flash: bool) -> None:
         """Refuses what mixes packed samples in transformers itself."""
-        layers = getattr(self.config, "layer_types", None) or getattr(self.config, "layers_block_type", None) or ()
-        running = sorted({f"layers of kind {kind!r}" for kind in layers if kind in RUNNING})
-        kinds = ["attention that depends on `token_type_ids`"] if inputs.get("token_type_ids") is not None else []
-        if running or kinds:
+        foreign = layer_kinds(self.interface.text_config) - SEPARABLE - set(LOCAL)
+        kinds = [f"layers of kind {kind!r}" for kind in sorted(foreign)]
+        # Types of tokens say which images see themselves, except where they only number positions (M-RoPE).
+        types = ("token_type_ids", *(() if self.interface.positions_owner is not None else ("mm_token_type_ids",)))
+        read = [name for name in types if inputs.get(name) is not None and name in self.interface.forward.names]
+        if not flash:  # which is causal whatever the types say
+            kinds += [f"attention that depends on `{name}`" for name in read]
+        if kinds:
             raise ValueError(
-                f"Packed samples and {', '.join([*kinds, *running])} do not go together: transformers itself lets "
-                "such samples see each other. Pad the batch instead of packing it (padding_free=False)."
+                f"Packed samples and {', '.join(kinds)} do not go together: transformers itself lets such samples see "
+                "each other. Pad the batch instead of packing it (padding_free=False)."
             )
 
-    def _window(self, length: int) -> int | None:
-        """The sliding window of some layers, if it is shorter than the batch."""
-        window = getattr(self.config, "sliding_window", None)
-        local = "sliding_attention" in (getattr(self.config, "layer_types", None) or ())
-        return window if local and window and window < length else None
+    def _reach(self, length: int) -> int | None:
+        """How many tokens the layers see that see the fewest, if a row of `length` tokens is longer."""
+        config = self.interface.text_config
+        kinds = layer_kinds(config) or set(LOCAL)  # without kinds, all layers follow the option
+        reaches = [getattr(config, option, None) for kind, option in LOCAL.items() if kind in kinds]
+        return min((reach for reach in reaches if reach and reach < length), default=None)
 
 
 def is_packed(inputs: Mapping) -> bool:

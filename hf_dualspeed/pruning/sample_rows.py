@@ -105,11 +105,15 @@ class Regrouped(torch.autograd.Function):
         return gradient, None, None, None
 
 
+def layer_kinds(config) -> set[str]:
+    """What kinds of layers a language model has, as its config calls them; none if all are alike."""
+    return set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+
+
 def check_padding_free(interface: ModelInterface, pruner: Pruner) -> None:
     """Raises a `ValueError` if the samples of one row could not be kept apart in this model, or under this pruner."""
     config, reason = interface.text_config, None
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    foreign = sorted(set(kinds) - SEPARABLE)
+    foreign = sorted(layer_kinds(config) - SEPARABLE)
     if pruner.in_language_model:
         reason = f"the pruner {pruner.config.pruner_type!r} drops tokens between layers, row by row"
     elif getattr(interface.config, "is_encoder_decoder", False):

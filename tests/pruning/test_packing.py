@@ -219,26 +219,62 @@ def test_isolator_at_the_start_of_a_row_is_no_sample_of_its_own():
     assert torch.isfinite(model(**short).loss)
 
 
-def test_attention_that_cannot_be_told_the_boundaries():
+MIXING = {
+    "gemma3": "attention that depends on `token_type_ids`",
+    "gemma4": "attention that depends on `mm_token_type_ids`",
+    "gemma4_unified": "attention that depends on `mm_token_type_ids`",
+    "molmo2": "attention that depends on `mm_token_type_ids`",
+    "inkling": "layers of kind 'hybrid', layers of kind 'hybrid_sliding'",
+    "mistral_large4": "layers of kind 'indexed_attention'",
+    "minimax_m3_vl": "layers of kind 'minimax_m3_sparse'",
+    "lfm2_vl": "layers of kind 'conv'",
+}
+
+
+def row_of(model, inputs):
+    """The real tokens of a padded batch in one row, told apart by their positions."""
+    real = inputs["attention_mask"].bool()
+    row = {key: value[real][None] if value.shape == real.shape else value for key, value in inputs.items()}
+    del row["attention_mask"]
+    return row | {"position_ids": (real.long().cumsum(1) - 1)[real][None]}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_attention_that_cannot_be_told_the_boundaries(name):
     pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
-    model = model_of("gemma3", "sdpa")
-    row = packed(model, singles("gemma3", model))
-    for scheme in SCHEMES:
-        with pytest.raises(ValueError, match="Pad the batch instead of packing it"):
-            prune_inputs(model, row, pruner, position_ids=scheme)
+    model = FAMILIES[name].model()
+    row = row_of(model, batch(FAMILIES[name], model, ROWS))
+    with pytest.raises(ValueError, match=f"{MIXING[name]} do not go together.*Pad the batch instead of packing it"):
+        prune_inputs(model, row, pruner, position_ids="compact")
 
 
-def test_sliding_windows_of_packed_samples():
-    """A window counts places, so it is only right where the places of a sample have no gaps."""
-    model = model_of("aya_vision", "sdpa")  # Cohere2: every other layer is local
+def test_boundaries_of_flash_attention_reach_no_layer_of_another_kind():
+    model = FAMILIES["lfm2_vl"].model()
+    row = row_of(model, batch(FAMILIES["lfm2_vl"], model, ROWS))
+    model.config.get_text_config()._attn_implementation = "flash_on_cpu"
+    with pytest.raises(ValueError, match="layers of kind 'conv' do not go together"):
+        prune_inputs(model, row, AutoPruner.from_name("divprune", pruning_ratio=0.5))
+
+
+# Every other layer of Cohere2 is local, three of four of Llama 4 see chunks, and Mistral, in Idefics 2, names no kinds.
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("aya_vision", "sliding_window"), ("llama4", "attention_chunk_size"), ("idefics2", "sliding_window")],
+)
+def test_layers_of_packed_samples_that_see_few_tokens(name, option):
+    """They count places, so that is only right where the places of a sample have no gaps."""
+    model = FAMILIES[name].model()
     config = model.config.get_text_config()
-    assert "sliding_attention" in config.layer_types
-    config.sliding_window = 4
-    samples, pruner = singles("aya_vision", model), AutoPruner.from_name("divprune", pruning_ratio=0.5)
-    row = packed(model, samples)
-    with pytest.raises(ValueError, match="a sliding window of 4 tokens need position_ids='compact'"):
-        prune_inputs(model, row, pruner, position_ids="original")
-    with torch.no_grad():
-        together = model(**prune_inputs(model, row, pruner, position_ids="compact")).logits[0]
-        alone = [model(**prune_inputs(model, s, pruner, position_ids="compact")).logits[0] for s in samples]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-5)
+    assert getattr(config, option)
+    pruner, inputs = AutoPruner.from_name("divprune", pruning_ratio=0.5), batch(FAMILIES[name], model, ROWS)
+    results = {}
+    for reach in (1000, 4):
+        setattr(config, option, reach)
+        padded = prune_inputs(model, inputs, pruner, position_ids="compact")
+        row = prune_inputs(model, row_of(model, inputs), pruner, position_ids="compact")
+        with torch.no_grad():
+            results[reach] = model(**padded).logits[padded["attention_mask"].bool()]
+            torch.testing.assert_close(model(**row).logits[0], results[reach], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(results[4], results[1000], rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="layers that see 4 tokens .* need position_ids='compact'"):
+        prune_inputs(model, row_of(model, inputs), pruner, position_ids="original")
