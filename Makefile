@@ -25,7 +25,7 @@ help:
 	@echo "make bench       time training steps, their growth with the tokens, and batches of like length (1 to 2 hours)"
 	@echo "make bench-gpu   time training steps of 7 B parameters on a GPU of 80 GB, GPU=its name (minutes)"
 	@echo "make gpu         all that one GPU of 80 GB shows, in nine minutes; rerun it to go on (OUTPUT=folder, WHEELS=folder)"
-	@echo "make memory      estimate memory and batch sizes of known models, for docs/memory.md (half an hour)"
+	@echo "make memory      estimate memory and batch sizes of known models, for docs/memory.md (rerun it to go on)"
 	@echo "make conformance check every model family and write docs/supported_models.md"
 	@echo "make test        run the tests"
 	@echo "make test-min    run them on the lowest versions that pyproject.toml allows"
@@ -120,7 +120,7 @@ ablation-large:
 
 MEMORY := docs/results/memory.json
 memory: $(STAMP)
-	$(BIN)/dualspeed estimate docs/results/configs/*.json --json $(MEMORY) --page docs/memory.md
+	$(BIN)/dualspeed estimate docs/results/configs/*.json --json $(MEMORY) --resume --page docs/memory.md
 
 conformance: $(STAMP)
 	$(BIN)/python tests/helpers/supported_models.py

@@ -73,6 +73,11 @@ class Settings:
     lora_rank: int = 16
 
 
+def as_json(settings: Settings) -> dict:
+    """The settings as a results file has them."""
+    return {**asdict(settings), "image_size": list(settings.image_size)}
+
+
 @dataclass
 class Subject:
     """A model to be: its name, configuration, and processor if its files are at hand."""
@@ -226,7 +231,7 @@ def estimate(
         "model": subject.name,
         "kind": config.model_type,
         "sample_from": "config" if subject.processor is None else "processor",
-        "settings": {**asdict(settings), "image_size": list(settings.image_size)},
+        "settings": as_json(settings),
         "visual_tokens": steps.visual["full"],
         "kept_tokens": steps.visual["kept"],
         "tokens": steps.length,

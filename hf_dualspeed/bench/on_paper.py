@@ -24,6 +24,7 @@ from ..trainer.schedule import FAST, SLOW
 from ..trainer.training_args import DualSpeedTrainingArguments
 from .counters import CPU_FORMULAS, LiveMemory
 from .measure import SteppedTrainer
+from .repeats import repeat_blocks
 
 PLAIN = "plain"
 RECOMPUTED = "_recomputed"  # a fast or slow step with `fast_mode_checkpointing`
@@ -98,13 +99,17 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def without_data(model: nn.Module) -> nn.Module:
-    """Gives the parameters and buffers of a model on the meta device a place on the CPU, though no data."""
+    """Gives the parameters and buffers of a model on the meta device a place on the CPU, though no data.
+
+    Blocks of its vision tower that are frozen are counted once, and then [repeated][repeat_blocks].
+    """
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
     unwrap(model).tie_weights()  # each of the names of a shared table got one of its own
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained[name])
+    repeat_blocks(model)
     return model
 
 

@@ -23,17 +23,21 @@ from ..bench.estimate import (
     USABLE,
     WORDS,
     Settings,
+    Subject,
     activations,
+    as_json,
     batches,
     estimate,
     gpu_size,
     limits,
+    parameters_of,
     readme_table,
     subject_of,
     ways,
 )
 from ..bench.options import SETTINGS
 from ..trainer.schedule import FAST, SLOW
+from ..utils.environment import versions
 from ..utils.progress import Work
 from ..utils.text import without_paths
 from ..utils.validation import Parser, check_range
@@ -68,8 +72,10 @@ def run(options: argparse.Namespace) -> None:
         for size in options.image_size:
             shown, settings = [], settings_of(options, size)
             for train, setting in product(options.train, options.checkpointing):
-                with Work(f"Estimating {subject.name}"):
-                    found = without_paths(estimate(subject, settings, train, setting, tell))
+                found = known(results["models"], subject, settings, train, setting) if options.resume else None
+                if found is None:
+                    with Work(f"Estimating {subject.name}"):
+                        found = without_paths(estimate(subject, settings, train, setting, tell))
                 results["models"], shown = joined(results["models"], found), joined(shown, found)
                 if path is not None:
                     write_json(path, results)
@@ -109,8 +115,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     sizes = ["16gb", "24gb", "48gb", "80gb"]
     add("--gpu", nargs="+", default=sizes, help=f"memory sizes (default: {' '.join(sizes)})")
     add("--json", nargs="?", const="-", help="print JSON in place of tables, or also add the results to a JSON file")
+    add("--resume", action="store_true", help="leave out what the --json file has from these versions")
     add("--page", help="put the table of all results of the --json file into a marked place of a Markdown page")
     options = parser.parse_args(argv)
+    if options.resume and options.json in (None, "-"):
+        raise ValueError("`resume` needs a --json file, which holds what was estimated before.")
     if not options.model and (options.page is None or options.json in (None, "-")):
         raise ValueError("`model` is missing. Name a Hub id, a folder or a config.json; --page needs a --json file.")
     check_range("text_tokens", options.text_tokens, 4, off="200 is usual.")
@@ -151,6 +160,16 @@ def joined(models: list[dict], found: dict) -> list[dict]:
     runs = {way(run): run for run in (*before, *found["runs"])}
     others = [model for model in models if key(model) != key(found)]
     return sorted([*others, {**found, "runs": [runs[number] for number in sorted(runs)]}], key=key)
+
+
+def known(models: list[dict], subject: Subject, settings: Settings, train: str, checkpointing: str) -> dict | None:
+    """The estimate of a way to train among those made before, by the same versions from a config of the same sizes."""
+    same = {"model": subject.name, "settings": as_json(settings), "versions": versions()}
+    for found in models:
+        runs = [run for run in found["runs"] if (run["train"], run["checkpointing"]) == (train, checkpointing)]
+        if runs and same.items() <= found.items() and found["parameters"] == parameters_of(subject.config):
+            return {**found, "runs": runs}
+    return None
 
 
 def show(console: Console, found: dict, gpus: list[float]) -> None:

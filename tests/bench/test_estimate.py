@@ -11,6 +11,7 @@ from tiny import IMAGE_SIZE, PATCH_SIZE
 from tiny_models import FAMILIES
 from tiny_processors import FAMILIES as PROCESSORS
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     Gemma3Config,
     Idefics3Config,
@@ -22,8 +23,8 @@ from transformers import (
 
 from hf_dualspeed import cli
 from hf_dualspeed.bench import estimate as est
-from hf_dualspeed.bench import samples
-from hf_dualspeed.bench.on_paper import Steps, empty_model, without_data
+from hf_dualspeed.bench import on_paper, repeats, samples
+from hf_dualspeed.bench.on_paper import Counts, Steps, empty_model, without_data
 from hf_dualspeed.bench.samples import sample_from_config
 from hf_dualspeed.bench.shapes import IMAGE_ID, SHAPES, given_batch
 from hf_dualspeed.commands import estimate as command
@@ -101,9 +102,63 @@ def test_steps_without_data_are_equal_to_steps_with(tmp_path, checkpointing):
     torch.manual_seed(0)
     real, paper = LlavaForConditionalGeneration(config), empty_model(config, torch.float32)
     both = [Steps(model, sample, str(tmp_path), 0.5, checkpointing == "on") for model in (real, without_data(paper))]
+    both[0].need("fast", 1)  # the first step of a process makes what later ones find
     for name in (*STEPS, "fast_recomputed", "slow_recomputed"):
         first, second = (steps.need(name, 3) for steps in both)
         assert first == second, name
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "idefics3"])
+def test_frozen_blocks_are_counted_once_for_all(tmp_path, name, monkeypatch):
+    """A tower of six blocks takes as many runs as one of two, and the step needs the same as if all had run."""
+    made = FAMILIES[name] if name in FAMILIES else PROCESSORS[name]
+    config = made.build()[0].config if name in FAMILIES else config_like(name, made.build("right"))
+    vision, layers = config.vision_config, "depth" if name == "qwen2_5_vl" else "num_hidden_layers"
+    setattr(vision, layers, 6)
+    sample, runs = sample_from_config(config, 64, 48, 30), []
+    measured = repeats.measured
+    monkeypatch.setattr(repeats, "measured", lambda *args: runs.append(1) or measured(*args))
+    needs = []
+    for repeat in (repeats.repeat_blocks, lambda model: None):
+        monkeypatch.setattr(on_paper, "repeat_blocks", repeat)
+        model = empty_model(config, torch.bfloat16)
+        freeze_roles(model)
+        steps = Steps(without_data(model), sample, str(tmp_path), 0.5, True, True)
+        steps.need("fast", 1)  # the first step of a process makes what later ones find
+        needs.append([steps.need(name, 2) for name in (*STEPS, "plain", "fast_recomputed", "slow_recomputed")])
+    assert needs[0] == needs[1]
+    assert 0 < len(runs) <= 8
+
+
+def test_blocks_that_learn_or_return_their_input_run_each_time():
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4, device="meta")
+
+        def forward(self, x):
+            calls.append(1)
+            return x
+
+    class Other(Same):
+        def forward(self, x):
+            calls.append(1)
+            return self.layer(x)
+
+    for kind, learns, expected in ((Same, False, 3), (Other, True, 3), (Other, False, 1)):
+        calls, blocks = [], nn.ModuleList([kind() for _ in range(3)]).requires_grad_(False)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            blocks.to_empty(device="cpu")
+            x = torch.empty(2, 4)
+        known = {}
+        for block in blocks:
+            block.forward = repeats.repeated(block.forward, repeats.kind_of(block), block.layer.weight, known)
+        with Counts([x, *blocks.parameters()]) as counts:
+            for block in blocks:
+                y = block(x.clone().requires_grad_(learns))
+        assert len(calls) == expected
+        assert y.shape == (2, 4)
+        assert counts.flops == (0 if kind is Same else 3 * 2 * 2 * 4 * 4)
 
 
 def test_a_gpu_at_7_b_measured_the_same():
@@ -118,6 +173,26 @@ def test_a_gpu_at_7_b_measured_the_same():
         assert est.activations(run, name, real["batch"]) == pytest.approx(real["memory"][name], rel=0.15), name
     assert run["weights_bytes"] == pytest.approx(real["weights_bytes"], rel=0.01)
     assert run["gradients_bytes"] == pytest.approx(real["gradients_bytes"], rel=0.01)
+
+
+# As docs/results/configs/README.md has them, with where each was found.
+PUBLISHED = {
+    "gemma-3-4b": 4_300_079_472,
+    "internvl3-2b": 2_088_957_440,
+    "llava-1.5-7b": 7_063_427_072,
+    "llava-v1.6-vicuna-7b": 7_063_427_072 + 4096,
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen3-vl-4b": 4_437_815_808,
+    "qwen3-vl-8b": 8_767_123_696,
+    "smolvlm2-500m": 507_482_304,
+}
+
+
+def test_published_configs_have_the_published_parameters():
+    files = sorted((RESULTS / "configs").glob("*.json"))
+    counts = {file.stem: sum(est.parameters_of(est.subject_of(str(file)).config).values()) for file in files}
+    assert counts == PUBLISHED
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -304,7 +379,8 @@ def measured_before(found, monkeypatch):
 
     def estimate(subject, settings, train, checkpointing, say):
         seen.append((subject.name, settings, train, checkpointing))
-        return {**found, "model": subject.name}
+        run = {**found["runs"][0], "train": train, "checkpointing": checkpointing}
+        return {**found, "model": subject.name, "settings": est.as_json(settings), "runs": [run]}
 
     monkeypatch.setattr(command, "estimate", estimate)
     return seen
@@ -353,9 +429,23 @@ def test_further_ways_to_train_join_those_in_the_file(found):
     assert command.joined([both], third) == [both]
 
 
+def test_a_call_goes_on_where_another_ended(measured_before, config_file, tmp_path):
+    path = str(tmp_path / "memory.json")
+    words = ["estimate", str(config_file), *FLAGS, "--json", path]
+    for further in ([], ["--resume"], ["--checkpointing", "on", "off", "--resume"], ["--lora_rank", "8", "--resume"]):
+        assert cli.main([*words, *further]) == 0
+    assert [seen[3] for seen in measured_before] == ["on", "off", "on"]
+    results = json.loads(Path(path).read_text())
+    results["models"][0]["versions"]["torch"] = "0"
+    Path(path).write_text(json.dumps(results))
+    assert cli.main([*words, "--resume"]) == 0
+    assert len(measured_before) == 4  # of other versions
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["m", "--resume"], r"`resume` needs a --json file"),
         ([], r"`model` is missing. Name a Hub id"),
         (["--page", "page.md"], r"--page needs a --json file"),
         (["m", "--gpu", "big"], r"`gpu` must be sizes such as 24gb, got 'big'"),
