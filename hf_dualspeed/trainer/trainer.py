@@ -271,9 +271,10 @@ class DualSpeedMixin(
     def _hp_search_setup(self, trial):
         """Takes the arguments of a trial, if there is one, and attaches to the new model if there is one."""
         searches = self.hp_search_backend is not None and trial is not None
+        if searches:
+            self._forget_size()
         before = dict(vars(self.args))
         if searches:  # the Trainer casts to the type of the old value, and "auto" is no number
-            self._forget_size()
             self.args.slow_mode_splits = str(self.args.slow_mode_splits)
         super()._hp_search_setup(trial)
         if searches:

@@ -104,6 +104,18 @@ def test_a_trial_is_the_run_of_its_own_arguments(tmp_path, name):
     assert (tmp_path / "saved" / "mode_isolator.safetensors").exists() == (searched.dual_forward.isolator is not None)
 
 
+def test_each_trial_gets_a_batch_of_its_own_size(tmp_path):
+    options = {"per_device_train_batch_size": "auto", "memory_gib": 2e6 / 2**30, "slow_mode_ratio": 0.0, "max_steps": 1}
+    trials = {"learning_rate": 1e-3}, {"global_batch_size": 4}, {"learning_rate": 1e-4}
+    sizes = [
+        (t._train_batch_size, t.args.gradient_accumulation_steps)
+        for t in tries(trainer_of(tmp_path, **options), *trials)
+    ]
+    assert sizes == [(3, 1), (2, 2), (2, 2)]
+    (trainer,) = tries(trainer_of(tmp_path, **options), {"per_device_train_batch_size": 4})
+    assert (trainer._train_batch_size, trainer.size) == (4, None)
+
+
 def test_what_follows_from_the_arguments_is_made_once_for_each_trial(tmp_path):
     adaptive = {"mode_schedule": "adaptive", "slow_mode_ratio": 0.5, "max_slow_mode_ratio": 0.9}
     cached = {"vision_feature_cache": str(tmp_path / "features"), "speedup_rounds": 1, "fast_mode_checkpointing": True}

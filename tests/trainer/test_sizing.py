@@ -27,7 +27,7 @@ from hf_dualspeed.trainer.training_args import Chosen
 from hf_dualspeed.utils.memory import GIB, bytes_of, peak_memory
 
 ROOM = 2_000_000  # bytes, for a few samples of the tiny models
-DATA = [{"index": index % 8} for index in range(32)]
+DATA = [{"index": index} for index in range(8)]
 HALF_SLOW = {"slow_mode_ratio": 0.5, "mode_schedule": "periodic", "max_steps": 2, "data": DATA}
 
 
@@ -138,7 +138,6 @@ def test_the_largest_that_fits_is_chosen_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("llava", {}),
         ("llava", {"pruner": "random", "activation_checkpointing": True, "slow_mode_splits": "auto"}),
         ("llava_next", {"padding_free": True, "bf16": True, "optim": "sgd"}),
     ],

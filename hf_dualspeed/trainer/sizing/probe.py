@@ -169,6 +169,7 @@ def probing(trainer, given: tuple[dict, Callable] | None = None) -> Iterator[Pro
     model, args, clock, selective = trainer.model, trainer.args, trainer.clock, trainer.selective_checkpointing
     kept = [(args, "slow_mode_splits"), (clock, "fast_tokens"), (selective, "always"), (selective, "_checkpointed")]
     kept += [(trainer, name) for name in ("_micro", "_items", "is_in_train", "current_gradient_accumulation_steps")]
+    kept.append((trainer.dual_forward, "trained"))
     head = trainer.dual_forward.fused_head
     kept += [(head, name) for name in ("applies", "fuses")] if head is not None else []
     before = [(owner, name, vars(owner)[name]) for owner, name in kept if name in vars(owner)]
