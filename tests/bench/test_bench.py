@@ -17,9 +17,11 @@ from hf_dualspeed.bench import measure as bench
 from hf_dualspeed.bench import options as bench_arguments
 from hf_dualspeed.bench import report as bench_report
 from hf_dualspeed.bench.counters import peak_memory
+from hf_dualspeed.bench.largest_batch import largest_batch, size_lines
 from hf_dualspeed.bench.options import BenchArguments, parse_arguments
 from hf_dualspeed.bench.shapes import FIRST_WORD, IMAGE_ID, SHAPES, build_batch, build_config, encoder_ratio
 from hf_dualspeed.commands.bench import main
+from hf_dualspeed.utils.memory import GIB
 
 FLAGS += ["--shape", "llava-1.5", "--rounds", "2", "--pruning-ratio", "0.9", "--threads", "1"]
 
@@ -393,6 +395,36 @@ def test_a_model_of_ones_own_is_measured(tmp_path):
     assert said["visual_tokens"] > 16
     assert 60 < said["text_tokens"] < 120
     assert own.count_flops("fast") < own.count_flops("plain")
+    assert largest_batch(own) is None  # of a memory that nobody named
+
+
+@pytest.mark.parametrize("room", [0, 3_000_000])
+def test_the_largest_batch_of_a_model_is_told(tmp_path, capsys, room):
+    model, processor = FAMILIES["llava"].build()
+    model.save_pretrained(tmp_path / "own")
+    processor.save_pretrained(tmp_path / "own")
+    words = f"--model {tmp_path / 'own'} --batch 2 --text-tokens 30 --image-size 16 --memory-gib {(room or 1e5) / GIB}"
+    own = bench.Bench(parse_arguments(words.split()), None, "off", str(tmp_path))
+    before = {name: value.clone() for name, value in own.model.state_dict().items()}
+    found = largest_batch(own)
+    (said,) = size_lines({"runs": [{"shape": "own", "checkpointing": "off", "largest_batch": found}]})
+    assert all(torch.equal(value, before[name]) for name, value in own.model.state_dict().items())
+    if not room:
+        assert "not even one sample of" in said
+        return
+    rows = found["micro_batch"]
+    gradients = sum(p.nbytes for p in own.model.parameters() if p.requires_grad)
+    held = sum(p.nbytes for p in own.model.parameters()) + 3 * gradients
+    # The bench's own count of a batch of so many, and of one more.
+    counts = []
+    for count in (rows, rows + 1):
+        own.batch = {key: torch.cat([value] * count) for key, value in own.subject.sample.items()}
+        own.items = (own.batch["labels"] != -100).sum()
+        counts.append(held + own.count_memory("fast") + sum(value.nbytes for value in own.batch.values()))
+    assert counts[0] <= room < counts[1] + 4096  # counts of steps and buffers, which are not in it
+    assert found["fast_bytes"] == pytest.approx(counts[0], rel=0.01)
+    assert found["slow_bytes"] <= room
+    assert f"has {rows} samples of {found['tokens']} tokens, with slow_mode_splits={found['slow_mode_splits']}" in said
 
 
 @pytest.mark.parametrize("pruner", ["random", "avg_pool", "cls_attention", "cdpruner", "visionzip", "dynamicvit"])
