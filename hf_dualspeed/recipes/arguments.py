@@ -82,7 +82,6 @@ TOPICS = {
     "batch and memory": (
         "per_device_train_batch_size",
         "global_batch_size",
-        "gradient_accumulation_steps",
         "slow_mode_splits",
         "memory_gib",
         "tell_size",
