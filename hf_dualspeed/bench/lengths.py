@@ -1,8 +1,8 @@
 """`dualspeed bench --lengths`: what grouping samples by length saves. Fast steps are grouped by pruned length.
 
 The same samples, in the same modes, are batched at random and by length, and the steps of both are timed in turn, fast
-ones also with the samples of each batch in one row (`padding_free`). Text lengths are not those of a data set: they are
-drawn from a log-normal distribution, cut to a range.
+ones also with switches that change what such batches cost (`--switches`). Text lengths are not those of a data set:
+they are drawn from a log-normal distribution, cut to a range.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from ..data.lengths import SampleLengths
 from ..publishing.plots import describe, figure_of, save_figure
 from ..trainer.length_grouping import MEGABATCH, ModeLengthSampler, grouped
 from ..trainer.schedule import FAST, SLOW, ModeSchedule
+from ..trainer.setup import compile_regions
 from ..utils.progress import Work
-from ..utils.text import markdown_table
+from ..utils.text import markdown_table, one_line
 from ..utils.writing import write_file
 from .measure import Bench, order, surroundings
-from .options import BenchArguments
+from .options import COMPILED, ROUNDED, ROW, BenchArguments
 from .plots import ARMS, model_size
 from .report import check_format, milliseconds, print_table, quartiles, run_line, setting_line, spread
 from .shapes import PAD, supervised_tokens
@@ -34,6 +35,13 @@ RANDOM, GROUPED = "random", "grouped"
 LEAST_SLOW = 4  # steps
 MEDIAN, SIGMA, SHORTEST, SEED = 60, 0.9, 16, 0
 EPOCH_STEPS = 200  # steps whose padding is counted, enough for groups as large as in a long training
+MULTIPLE, BACKEND = 64, "inductor"  # what lengths are rounded up to, and what compiles layers
+SAID = {
+    ROW: "the samples of a batch in one row (`padding_free`)",
+    ROUNDED: f"lengths rounded up (`fast_length_multiple={MULTIPLE}`)",
+    COMPILED: "compiled layers (`compile_regions`)",
+}
+SWITCH_HEADER = ("fast steps", "batches", "padded, ms", "switched, ms", "gain", "gain by FLOPs")
 HEADER = ("steps", "padding, random", "padding, by length", "random, ms", "by length, ms", "gain", "gain by FLOPs")
 
 
@@ -72,7 +80,7 @@ class LengthBench(Bench):
     def __init__(self, options: BenchArguments, folder: str):
         shape = options.shapes()[0]
         super().__init__(options, shape, options.checkpointing[0], folder)
-        self.whole, self.visual = self.batch, shape.visual_tokens
+        self.whole, self.visual, self.compiled = self.batch, shape.visual_tokens, {}
         steps, rows = options.steps, len(self.batch["input_ids"])
         # A few more slow steps than the ratio asks for: one or two say little. Costs are weighted by the ratio.
         slow = min(steps - 1, max(min(LEAST_SLOW, steps // 2), round(steps * options.slow_ratio)))
@@ -85,9 +93,11 @@ class LengthBench(Bench):
             RANDOM: [chunk.tolist() for chunk in chunks],
             GROUPED: grouped(chunks, self.modes, self.lengths, generator),
         }
-        # Fast steps run padded and in one row.
+        # Fast steps run padded and with each of the switches that work here.
+        self.left_out = self._compile_layers() if any(COMPILED in given for given in options.switches) else {}
+        self.switches = [given for given in options.switches if not self.left_out.keys() & given.split("+")]
         names = [
-            [(arm, step, one_row) for arm in self.plans for one_row in ((False, True) if mode == FAST else (False,))]
+            [(arm, step, given) for arm in self.plans for given in ("", *(self.switches if mode == FAST else []))]
             for step, mode in enumerate(self.modes)
         ]
         self.names, self.variants = names, {name: partial(self.run_step, *name) for step in names for name in step}
@@ -97,28 +107,43 @@ class LengthBench(Bench):
         lengths = SampleLengths([text + self.visual for text in texts], [[self.visual]] * len(texts))
         return {FAST: lengths.pruned(self.options.pruning_ratio, self.dual.args.isolator_length), SLOW: lengths.full}
 
-    def run_step(self, arm: str, step: int, one_row: bool = False) -> None:
-        """Forward and backward of one of the batches, padded or with its samples in one row."""
-        self.dual.dual_forward.padding_free = one_row
+    def _compile_layers(self) -> dict[str, str]:
+        """Compiles the layers, without using it yet. Returns why they cannot be, by the name of the switch."""
+        try:
+            torch.compile(torch.sin, backend=BACKEND)(torch.ones(1, device=self.device))
+        except Exception as error:  # no compiler, or one that does not work
+            return {COMPILED: one_line(error)}
+        compile_regions(self.dual.dual_forward.interface, self.dual.dual_forward.pruner, BACKEND)
+        compiled = [part for part in self.model.modules() if part._compiled_call_impl is not None]
+        self.compiled = {layer: layer._compiled_call_impl for layer in compiled}
+        return {}
+
+    def run_step(self, arm: str, step: int, switches: str = "") -> None:
+        """Forward and backward of one of the batches, padded or with `switches`, joined by pluses."""
+        given, view = switches.split("+"), self.dual.dual_forward
+        view.padding_free, view.length_multiple = ROW in given, MULTIPLE if ROUNDED in given else 1
+        for layer, call in self.compiled.items():
+            layer._compiled_call_impl = call if COMPILED in given else None
         self.batch = padded(self.whole, self.visual, [self.texts[sample] for sample in self.plans[arm][step]])
         self.items = (self.batch["labels"] != -100).sum()
         self.step(self.modes[step])
 
     def run_steps(self) -> dict:
         """Counts and times all steps of both kinds of batches."""
-        flops, row_flops = ({arm: {FAST: 0, SLOW: 0} for arm in self.plans} for _ in range(2))
-        seconds, row_seconds = (
-            {arm: {mode: [0.0] * self.options.rounds for mode in (FAST, SLOW)} for arm in self.plans} for _ in range(2)
-        )
+        kinds = [(SLOW, ""), *((FAST, given) for given in ("", *self.switches))]
+        flops = {arm: dict.fromkeys(kinds, 0) for arm in self.plans}
+        seconds = {arm: {kind: [0.0] * self.options.rounds for kind in kinds} for arm in self.plans}
         with Work("batches", (self.options.rounds + 1) * len(self.variants)) as work:
             for number in range(-1, self.options.rounds):
                 for step, mode in enumerate(self.modes):
                     for name in order(self.names[step], number + step):
-                        arm, _, one_row = name
-                        if number < 0:  # counting FLOPs is the warm-up
-                            (row_flops if one_row else flops)[arm][mode] += self.count_flops(name)
-                        else:
-                            (row_seconds if one_row else seconds)[arm][mode][number] += self._time(name)
+                        arm, _, given = name
+                        if number >= 0:
+                            seconds[arm][mode, given][number] += self._time(name)
+                        elif COMPILED in given:  # counting sees no operation inside of compiled layers
+                            self._time(name)
+                        else:  # counting FLOPs is the warm-up
+                            flops[arm][mode, given] += self.count_flops(name)
                         work.advance()
         texts = self.texts[: len(self.modes) * len(self.whole["input_ids"])]
         return {
@@ -132,11 +157,16 @@ class LengthBench(Bench):
             "steps": {mode: self.modes.count(mode) for mode in (FAST, SLOW)},
             "padding": {arm: self.padding_of(plan, self.modes) for arm, plan in self.plans.items()},
             "epoch_padding": self.epoch_padding(),
-            "flops": flops,
-            "seconds_by_round": seconds,
-            "one_row": {
-                arm: {"flops": row_flops[arm][FAST], "seconds_by_round": row_seconds[arm][FAST]} for arm in self.plans
+            "flops": {arm: {mode: flops[arm][mode, ""] for mode in (FAST, SLOW)} for arm in self.plans},
+            "seconds_by_round": {arm: {mode: seconds[arm][mode, ""] for mode in (FAST, SLOW)} for arm in self.plans},
+            "switches": {
+                given: {
+                    arm: {"flops": flops[arm][FAST, given] or None, "seconds_by_round": seconds[arm][FAST, given]}
+                    for arm in self.plans
+                }
+                for given in self.switches
             },
+            "left_out": self.left_out,
         }
 
     def padding_of(self, batches: list[list[int]], modes: list[str]) -> dict[str, dict[str, int]]:
@@ -187,13 +217,15 @@ def derive(run: dict, slow_ratio: float) -> dict:
             "by_flops": flops[RANDOM][name] / flops[GROUPED][name],
         }
     times = {arm: {name: quartiles(values) for name, values in seconds[arm].items()} for arm in seconds}
-    # Fast steps in one row, and their gain: padded over one row.
-    in_one_row = {}
-    for arm, own in run["one_row"].items():
-        rows = torch.tensor(own["seconds_by_round"], dtype=torch.float64) / steps[FAST]
-        gain = {**quartiles(seconds[arm][FAST] / rows), "by_flops": run["flops"][arm][FAST] / own["flops"]}
-        in_one_row[arm] = {**own, "seconds": quartiles(rows), "gain": gain}
-    return {"seconds": times, "flops_per_step": flops, "gains": gains, "one_row": in_one_row}
+    # Fast steps with switches, and their gain: padded over switched.
+    switched: dict[str, dict] = {}
+    for given, arms in run["switches"].items():
+        for arm, own in arms.items():
+            rounds = torch.tensor(own["seconds_by_round"], dtype=torch.float64) / steps[FAST]
+            gain = quartiles(seconds[arm][FAST] / rounds)
+            gain["by_flops"] = run["flops"][arm][FAST] / own["flops"] if own["flops"] else None
+            switched.setdefault(given, {})[arm] = {**own, "seconds": quartiles(rounds), "gain": gain}
+    return {"seconds": times, "flops_per_step": flops, "gains": gains, "switches": switched}
 
 
 def share_of_padding(padding: dict[str, dict[str, int]], name: str, slow_ratio: float, steps: dict[str, int]) -> float:
@@ -210,7 +242,9 @@ def report(results: dict, path: Path) -> None:
     console = Console()
     console.print(setting_line(results), highlight=False)
     print_table(console, HEADER, rows(results))
-    for line in filter(None, (one_row_line(results), epoch_line(results))):
+    if switch_rows(results):
+        print_table(console, SWITCH_HEADER, switch_rows(results))
+    for line in (*left_out_lines(results), epoch_line(results)):
         console.print(line, highlight=False)
     plot = plot_lengths(results, path.with_suffix(".png"))
     write_file(path.with_suffix(".md"), markdown(results, plot.name))
@@ -261,22 +295,34 @@ def epoch_line(results: dict) -> str:
     )
 
 
-def one_row_line(results: dict) -> str:
-    """Fast steps without padding in words; nothing of a result that is older than they."""
+def switch_rows(results: dict) -> list[tuple[str, ...]]:
+    """A row per switch and kind of batches, of results that have them."""
     run = results["runs"][0]
-    said = [
-        f"{milliseconds(of['seconds']['median'])} ms in place of {milliseconds(run['seconds'][arm][FAST]['median'])} "
-        f"({spread(of['gain'], 2)} x, by FLOPs {of['gain']['by_flops']:.2f} x) {ARMS[arm][2].removeprefix('batches ')}"
-        for arm, of in run.get("one_row", {}).items()
+    return [
+        (
+            " and ".join(SAID[name] for name in given.split("+")),
+            ARMS[arm][2].removeprefix("batches "),
+            milliseconds(run["seconds"][arm][FAST]["median"]),
+            milliseconds(of["seconds"]["median"]),
+            spread(of["gain"], 2) + " x",
+            f"{of['gain']['by_flops']:.2f} x" if of["gain"]["by_flops"] else "n/a",
+        )
+        for given, arms in run.get("switches", {}).items()
+        for arm, of in arms.items()
     ]
-    return f"Fast steps with the samples of a batch in one row (`padding_free`): {' and '.join(said)}." if said else ""
+
+
+def left_out_lines(results: dict) -> list[str]:
+    """Which switches could not be turned on, and why."""
+    return [f"Without {SAID[name]}: {why}." for name, why in results["runs"][0].get("left_out", {}).items()]
 
 
 def readme_table(results: dict) -> str:
     """Settings and table, for a page that shows the plot itself."""
     check_format(results, KIND)
-    lines = [setting_line(results), markdown_table(HEADER, rows(results)), one_row_line(results), epoch_line(results)]
-    return "\n\n".join(filter(None, lines))
+    lines = [setting_line(results), markdown_table(HEADER, rows(results))]
+    lines += [markdown_table(SWITCH_HEADER, switch_rows(results))] if switch_rows(results) else []
+    return "\n\n".join([*lines, *left_out_lines(results), epoch_line(results)])
 
 
 def markdown(results: dict, plot: str) -> str:

@@ -12,6 +12,8 @@ from .shapes import HEAD, SHAPES, Shape
 SCALES = ("small", "full")
 SETTINGS = ("on", "off")  # of activation checkpointing, and of kernels
 OPTIMIZERS = ("none", "adamw")
+# Switches that change what fast steps on batches of several lengths cost.
+SWITCHES = (ROW, ROUNDED, COMPILED) = ("padding_free", "fast_length_multiple", "compile_regions")
 GROWTH_TOKENS = (144, 576, 2304, 9216)
 STEPS = {"shape": ["llava-1.5", "llava-next"], "checkpointing": list(SETTINGS), "text_tokens": 200, "rounds": 8}
 # The kinds of measurement, and the defaults of each.
@@ -19,7 +21,14 @@ KINDS = {
     "steps": STEPS,
     "growth": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
     "profile": {**STEPS, "shape": ["llava-1.5"], "checkpointing": ["on"]},
-    "lengths": {"shape": ["llava-1.5"], "checkpointing": ["off"], "text_tokens": 1024, "rounds": 2, "steps": 24},
+    "lengths": {
+        "shape": ["llava-1.5"],
+        "checkpointing": ["off"],
+        "text_tokens": 1024,
+        "rounds": 2,
+        "steps": 24,
+        "switches": [ROW],
+    },
     "loader": {**STEPS, "rounds": 3},
     "selection": {**STEPS, "checkpointing": ["off"]},
     "same_memory": {**STEPS, "shape": ["llava-1.5"], "rounds": 3, "optimizer": list(OPTIMIZERS), "kernels": ["off"]},
@@ -27,7 +36,11 @@ KINDS = {
 # The shapes whose loader is measured.
 LOADED = ("llava-1.5", "llava-next")
 # Options that a single kind has.
-OWN = {"steps": "lengths", **dict.fromkeys(("optimizer", "kernels", "memory_gib"), "same_memory")}
+OWN = {
+    "steps": "lengths",
+    "switches": "lengths",
+    **dict.fromkeys(("optimizer", "kernels", "memory_gib"), "same_memory"),
+}
 
 
 def flag(name: str) -> str:
@@ -71,6 +84,8 @@ HELP = {
     "loader": "Measure a data loader worker on JPEGs of 1 to 12 megapixels instead: samples per second.",
     "selection": "Measure the choice of tokens alone instead, in plain PyTorch and as in fast steps.",
     "steps": "Steps of --lengths, with each kind of batches. Unset: 24.",
+    "switches": f"With --lengths: what fast steps are also measured with, of {', '.join(SWITCHES)}, or several of them "
+    f"joined by pluses. Unset: {ROW}.",
     "same_memory": "Measure each trainer at the largest micro-batch that fits instead, in steps of as many samples.",
     "memory_gib": "GiB that --same-memory may fill: weights, gradients, optimizer and activations. A CPU needs it. "
     "Unset: 95 %% of what is free on the card. With --model, it tells the largest fast micro-batch within them; unset: "
@@ -114,6 +129,7 @@ class BenchArguments:
     loader: bool = False
     selection: bool = False
     steps: int | None = None
+    switches: list[str] | None = None
     same_memory: bool = False
     memory_gib: float | None = None
     optimizer: list[str] | None = None
@@ -141,6 +157,8 @@ class BenchArguments:
         for option, allowed in {"checkpointing": SETTINGS, "optimizer": OPTIMIZERS, "kernels": SETTINGS}.items():
             for name in getattr(self, option) or []:
                 check_choice(option, name, allowed)
+        for name in [name for given in self.switches or [] for name in given.split("+")]:
+            check_choice("switches", name, SWITCHES)
         if self.memory_gib is not None:
             check_range("memory_gib", self.memory_gib, 0, left_open=True, off="Use --memory-gib 24, for example.")
         if self.slow_splits not in (None, "auto"):

@@ -13,19 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from accelerate.utils.other import is_repeated_blocks
 from rich.console import Console
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import is_liger_kernel_available
 
-from ..models.interface import unwrap
 from ..publishing.plots import describe, figure_of, save_figure
+from ..trainer.fused_loss import without_ligers_layers
 from ..trainer.schedule import FAST, SLOW
+from ..trainer.setup import compile_regions
 from ..utils.devices import synchronize
 from ..utils.progress import Work
 from ..utils.text import markdown_table
@@ -53,7 +53,7 @@ LABELS = {"plain": "Trainer", "fast": "fast", "slow": "slow"}
 GIB = 2**30
 MOST = 64  # samples of a step: above them, batches are as fast and no longer usual
 SPARE = 0.95  # of a card's free memory, because an allocator cannot use all of it
-COMPILE: dict = {}  # arguments of `torch.compile`
+BACKEND = "inductor"  # of `torch.compile`
 LR = 0.0  # an update costs the same, and all rounds see the same weights
 HEADER = (
     "shape",
@@ -92,15 +92,21 @@ def budget_of(options: BenchArguments, device: torch.device) -> int:
 
 
 def trials(bench: Bench, names: list[str]) -> dict:
-    """One run: both trainers at each setting of kernels and of the optimizer, the kernels last because layers keep
-    them."""
+    """One run: both trainers at each setting of kernels, of recomputation in fast steps and of the optimizer.
+
+    The kernels come last, because layers keep them.
+    """
     budget, found, start = budget_of(bench.options, bench.device), [], {}
+    # With checkpointing on, fast steps leave it out, or have it for larger micro-batches (`fast_mode_checkpointing`).
+    recomputing = [False, True] if bench.checkpointing == "on" else [False]
     for kernels in sorted(bench.options.kernels):  # "off", then "on"
         with kernels_of(bench) if kernels == "on" else nullcontext({}) as used:
-            for optimizer in bench.options.optimizer:
+            for optimizer, recomputes in product(bench.options.optimizer, recomputing):
+                bench.dual.selective_checkpointing.always = recomputes
                 fitted = Fitted(bench, optimizer, budget)
-                trial = {"kernels": kernels, **used, "optimizer": optimizer, **fitted.fit(start.get(optimizer, {}))}
-                start[optimizer] = trial["micro_batch"]
+                trial = {"kernels": kernels, **used, "optimizer": optimizer, "fast_mode_checkpointing": recomputes}
+                trial |= fitted.fit(start.get((optimizer, recomputes), {}))
+                start[optimizer, recomputes] = trial["micro_batch"]
                 # Counting sees no operation inside of compiled layers.
                 trial["flops"] = {name: fitted.flops(name) for name in names} if kernels == "off" else None
                 found.append({**trial, "seconds_by_round": fitted.seconds(names)})
@@ -116,23 +122,23 @@ def trials(bench: Bench, names: list[str]) -> dict:
 
 @contextmanager
 def kernels_of(bench: Bench) -> Iterator[dict]:
-    """Liger's kernels in the language model, without its loss, and compiled layers, for both trainers' one model.
+    """What `use_liger_kernel` and `compile_regions` do, for both trainers' one model.
 
-    Liger also replaces functions and classes of the module that defines the model. They are put back at the end.
+    Liger also replaces functions and classes of the modules that define the model. They are put back at the end.
     """
-    model, liger = unwrap(bench.model), bench.device.type == "cuda" and is_liger_kernel_available()
-    decoder = model.get_decoder()
-    names = vars(sys.modules[type(decoder).__module__])
-    before = dict(names)
-    if liger:
-        apply_liger_kernel(decoder, {"fused_linear_cross_entropy": False})
-    blocks = [layer for module in model.modules() if is_repeated_blocks(module) for layer in module]
-    for layer in blocks:
-        layer.compile(**COMPILE)  # in place: hooks and names stay
+    view = bench.dual.dual_forward
+    reason = without_ligers_layers(view.interface, bench.device)
+    defining = {type(module).__module__ for module in bench.model.modules()}
+    before = {name: dict(vars(sys.modules[name])) for name in defining}
+    if reason is None:
+        apply_liger_kernel(bench.model, {"fused_linear_cross_entropy": False})
+    compile_regions(view.interface, view.pruner, BACKEND)
+    compiled = sum(module._compiled_call_impl is not None for module in bench.model.modules())
     try:
-        yield {"liger": liger, "compiled_layers": len(blocks)}
+        yield {"liger": reason is None, "why_no_liger": reason, "compiled_layers": compiled}
     finally:
-        names.update(before)
+        for name, names in before.items():
+            vars(sys.modules[name]).update(names)
 
 
 def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
@@ -328,7 +334,7 @@ def rows_of(results: dict) -> list[tuple[str, ...]]:
     return [
         (
             run["shape"],
-            run["checkpointing"],
+            checkpointing_in_words(run, trial),
             trial["optimizer"],
             kernels_in_words(trial),
             str(trial["samples"]),
@@ -343,11 +349,22 @@ def rows_of(results: dict) -> list[tuple[str, ...]]:
     ]
 
 
+def checkpointing_in_words(run: dict, trial: dict) -> str:
+    """The setting of checkpointing of a trial in words."""
+    return f"{run['checkpointing']}, fast steps too" if trial["fast_mode_checkpointing"] else run["checkpointing"]
+
+
 def kernels_in_words(trial: dict) -> str:
     """The kernels of a trial in words."""
     if trial["kernels"] == "off":
         return "off"
     return "Liger, compiled layers" if trial["liger"] else "compiled layers"
+
+
+def absent_lines(results: dict) -> list[str]:
+    """Why Liger's kernels are in no trial, in words."""
+    reasons = {trial.get("why_no_liger") for _, trial in shown(results)} - {None}
+    return [f"Without Liger's kernels: {reason}." for reason in sorted(reasons)]
 
 
 def best_lines(results: dict) -> list[str]:
@@ -361,7 +378,8 @@ def best_lines(results: dict) -> list[str]:
         for name in ("plain", "mix"):
             run, trial = min(members, key=lambda pair: pair[1]["seconds"][name]["median"] / pair[1]["samples"])
             per_sample = trial["seconds"][name]["median"] / trial["samples"]
-            fastest[name] = (per_sample, f"checkpointing {run['checkpointing']}, kernels {kernels_in_words(trial)}")
+            said = f"checkpointing {checkpointing_in_words(run, trial)}, kernels {kernels_in_words(trial)}"
+            fastest[name] = (per_sample, said)
         (plain, plain_setting), (mix, mix_setting) = fastest["plain"], fastest["mix"]
         lines.append(
             f"{shape}, optimizer {optimizer}, each at its fastest setting: {plain / mix:.2f} x (Trainer "
@@ -385,7 +403,7 @@ def report(results: dict, path: Path) -> None:
     rows = rows_of(results)
     # Transposed, a column per trial: that fits a terminal.
     print_table(console, ("", *(", ".join(row[:4]) for row in rows)), list(zip(HEADER, *rows, strict=True))[4:])
-    for line in best_lines(results):
+    for line in (*best_lines(results), *absent_lines(results)):
         console.print(line, highlight=False)
     plot = plot_memory(results, path.with_suffix(".png"))
     write_file(path.with_suffix(".md"), markdown(results, plot.name))
@@ -394,7 +412,9 @@ def report(results: dict, path: Path) -> None:
 def readme_table(results: dict) -> str:
     """Settings and the table of trials, for a page that shows the plot itself."""
     check_format(results, KIND)
-    return "\n\n".join([budget_line(results), markdown_table(HEADER, rows_of(results)), *best_lines(results)])
+    return "\n\n".join(
+        [budget_line(results), markdown_table(HEADER, rows_of(results)), *best_lines(results), *absent_lines(results)]
+    )
 
 
 def markdown(results: dict, plot: str) -> str:
@@ -404,8 +424,9 @@ def markdown(results: dict, plot: str) -> str:
         "Each trainer has the largest micro-batch that fits, found by trying: doubled, then bisected to within an "
         "eighth. A step has about the samples of the larger of the two, and the other trainer accumulates gradients "
         "over as many. 'Fast' and 'slow' are DualSpeedTrainer's; a slow micro-batch runs in parts "
-        "(`slow_mode_splits`). With an optimizer, a step clips gradients and updates the weights. Kernels are those of "
-        "Liger, where installed, without its loss, and compiled layers, in the one model that both trainers step. "
+        "(`slow_mode_splits`). 'Fast steps too' is `fast_mode_checkpointing`, which makes room for more samples. With "
+        "an optimizer, a step clips gradients and updates the weights. Kernels are Liger's (`use_liger_kernel`), where "
+        "it has any, and compiled layers (`compile_regions`), in the model that both trainers step. "
         "Speed-ups are taken within a round, over a Trainer with the same settings. The FLOP limit is what a speed-up "
         "would be if time went with the FLOPs of these very steps.",
         readme_table(results),
@@ -438,7 +459,7 @@ def plot_memory(results: dict, path: Path) -> Path:
             said += f", {trial['expected_speedup']['median']:.2f} x" if name == "mix" else ""
             axis.annotate(said, (value, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
     labels = [
-        f"{run['shape']}, checkpointing {run['checkpointing']}\noptimizer {trial['optimizer']}, kernels "
+        f"{run['shape']}, checkpointing {checkpointing_in_words(run, trial)}\noptimizer {trial['optimizer']}, kernels "
         f"{kernels_in_words(trial)}\nmicro-batch {trial['micro_batch']['plain']} / {trial['micro_batch']['fast']}"
         for run, trial in found
     ]

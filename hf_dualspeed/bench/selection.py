@@ -1,7 +1,7 @@
 """`dualspeed bench --selection`: what choosing tokens costs, beside the fast step and of single images.
 
-With a part of a real model's layers (`--scale full --layers N`) two depths are measured, from which the time of a step
-of all layers follows.
+With a part of a real model's layers (`--scale full --layers N`), the time of a step of all layers is computed: the
+operations of two depths say those of the whole model, and time is taken to go with them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ def measure(options: BenchArguments) -> dict:
     """Selection of each shape beside its fast step, and of single images of several sizes."""
     from .measure import default_device, default_dtype, measured
 
-    depths = depths_of(options)
-    measurements = [measured(replace(options, layers=depth), [], derive, timed) for depth in depths]
-    runs = [run for results in measurements for run in results["runs"]]
+    results, fewer = measured(options, [], derive, timed), fewer_layers(options)
+    whole = []
+    if fewer is not None:
+        counted = measured(replace(options, layers=fewer), [], lambda run, slow_ratio: {}, count)
+        whole = [whole_model(*runs) for runs in zip(results["runs"], counted["runs"], strict=True)]
     device, threads = default_device(), torch.get_num_threads()
     try:
         if options.threads is not None:
@@ -55,20 +57,19 @@ def measure(options: BenchArguments) -> dict:
         found = [sized(pruner, *size, device, default_dtype(device), options.rounds) for size in sizes]
     finally:
         torch.set_num_threads(threads)
-    whole = whole_models(runs) if len(depths) > 1 else []
-    return {**measurements[-1], "benchmark": KIND, "runs": runs, "whole": whole, "sizes": found}
+    return {**results, "benchmark": KIND, "whole": whole, "sizes": found}
 
 
-def depths_of(options: BenchArguments) -> list[int | None]:
-    """The layers to measure with: those of the options, and half as many of them if they are a part of a real model."""
+def fewer_layers(options: BenchArguments) -> int | None:
+    """Layers of another depth to count operations of; None unless the options ask for a part of a real model."""
     if options.scale != "full" or options.layers is None:
-        return [options.layers]
+        return None
     if options.layers < 2:
         raise ValueError(
             f"`layers` is {options.layers}, but --selection compares two depths of a real model. Use --layers 2 or "
             "more, or --scale small."
         )
-    return [options.layers // 2, options.layers]
+    return options.layers // 2
 
 
 def ways_of(pruner: Pruner, tokens: VisualTokens) -> dict[str, Callable[[], object]]:
@@ -89,11 +90,17 @@ def pairs(tokens: VisualTokens) -> object:
 
 
 def timed(bench, names: list[str]) -> dict:
-    """Seconds by round of the fast step, of its encoder, and of selection from its tokens."""
+    """Seconds by round of the fast step and of selection from its tokens; the operations of a part of a real model."""
     bench.dual.mode = FAST
     bench.variants |= ways_of(bench.dual.dual_forward.pruner, bench.tokens)
-    names = ["fast", "encoder", *(name for name in WAYS if name in bench.variants)]
-    return {**bench.subject.said, "seconds_by_round": bench.measure(names)}
+    counts = {} if fewer_layers(bench.options) is None else count(bench, names)
+    seconds = bench.measure(["fast", *(name for name in WAYS if name in bench.variants)])
+    return {**bench.subject.said, **counts, "seconds_by_round": seconds}
+
+
+def count(bench, names: list[str]) -> dict:
+    """Operations of the fast step and of its encoder."""
+    return {**bench.subject.said, "flops": {name: bench.count_flops(name) for name in ("fast", "encoder")}}
 
 
 def plainly(pruner: Pruner, select: Callable[[], object]) -> None:
@@ -112,27 +119,29 @@ def derive(run: dict, slow_ratio: float) -> dict:
     return {"seconds": {name: quartiles(values) for name, values in times.items()}, "shares": shares}
 
 
-def whole_models(runs: list[dict]) -> list[dict]:
-    """For each shape, the fast step of all layers and selection's share of it, as lines through two depths say.
+def whole_model(run: dict, fewer: dict) -> dict:
+    """The fast step of all layers and selection's share of it, from a run and the operations with `fewer` layers.
 
-    What a step takes without the encoder grows by as much with each layer of the language model, and the encoder with
-    each of the tower.
+    Operations outside of the encoder grow by as many with each layer of the language model, and the encoder's with each
+    of the tower.
     """
-    found = []
-    for shape in dict.fromkeys(run["shape"] for run in runs):
-        few, many = ({**run, **run["seconds"]} for run in runs if run["shape"] == shape)
-        real = SHAPES[shape].real
-        body = [run["fast"]["median"] - run["encoder"]["median"] for run in (few, many)]
-        layer = (body[1] - body[0]) / (many["layers"] - few["layers"])
-        encoder, more = many["encoder"]["median"], many["tower_layers"] - few["tower_layers"]
-        # Of towers as deep as each other all of the encoder's time counts as that of layers.
-        tower = (encoder - few["encoder"]["median"]) / more if more else encoder / many["tower_layers"]
-        fast = body[1] + layer * (real.layers - many["layers"])
-        fast += encoder + tower * (real.tower_layers - many["tower_layers"])
-        own = many[OWN]["median"]
-        said = {"layers": real.layers, "tower_layers": real.tower_layers, "layer": layer, "tower_layer": tower}
-        found.append({"shape": shape, **said, "fast": fast, "selection": own, "share": own / fast})
-    return found
+    real, flops, before = SHAPES[run["shape"]].real, run["flops"], fewer["flops"]
+    layer = (flops["fast"] - flops["encoder"] - before["fast"] + before["encoder"]) / (run["layers"] - fewer["layers"])
+    more = run["tower_layers"] - fewer["tower_layers"]
+    # Between towers as deep as each other, all of the encoder counts as that of layers.
+    tower = (flops["encoder"] - before["encoder"]) / more if more else flops["encoder"] / run["tower_layers"]
+    added = layer * (real.layers - run["layers"]) + tower * (real.tower_layers - run["tower_layers"])
+    fast, own = run["seconds"]["fast"]["median"], run["seconds"][OWN]["median"]
+    whole = fast * (1 + added / flops["fast"])
+    return {
+        "shape": run["shape"],
+        "layers": real.layers,
+        "tower_layers": real.tower_layers,
+        "layer": fast * layer / flops["fast"],
+        "tower_layer": fast * tower / flops["fast"],
+        "fast": whole,
+        "share": own / whole,
+    }
 
 
 def sized(
@@ -218,9 +227,9 @@ def tables(results: dict) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]
 def whole_lines(results: dict) -> list[str]:
     """What follows for the whole models, in words."""
     return [
-        f"{of['shape']} with all {of['layers']} layers and {of['tower_layers']} of the tower, computed from the two "
-        f"depths ({milliseconds(of['layer'])} ms for each layer, {milliseconds(of['tower_layer'])} ms for each of the "
-        f"tower): a fast step of {of['fast']:.0f} s, of which selection is {of['share']:.2%}."
+        f"{of['shape']} with all {of['layers']} layers and {of['tower_layers']} of the tower, computed by their "
+        f"operations ({milliseconds(of['layer'])} ms for each layer, {milliseconds(of['tower_layer'])} ms for each of "
+        f"the tower): a fast step of {of['fast']:.0f} s, of which selection is {of['share']:.2%}."
         for of in results["whole"]
     ]
 

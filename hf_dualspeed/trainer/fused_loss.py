@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -145,10 +146,8 @@ def fused_head(
 
 def why_not(head: nn.Module | None, device: torch.device) -> str | None:
     """Why a head cannot be fused with the loss, as far as known before the first pass; None if it can."""
-    if find_spec("liger_kernel") is None:
-        return 'liger-kernel is not installed (pip install "hf-dualspeed[liger]")'
-    if device.type not in DEVICES:
-        return f"its kernels run on {' and '.join(DEVICES)}, and the model is trained on {device.type}"
+    if (missing := without_liger(device)) is not None:
+        return missing
     if type(head) is not nn.Linear:
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
         return f"the model's head is {kind}, not a plain nn.Linear: adapted, quantized or its own"
@@ -157,6 +156,38 @@ def why_not(head: nn.Module | None, device: torch.device) -> str | None:
     if "forward" in vars(head):
         return "the forward of the model's head has been replaced, as accelerate's device_map does"
     return None
+
+
+def without_liger(device: torch.device) -> str | None:
+    """Why Liger's kernels cannot run on a device; None if they can."""
+    if find_spec("liger_kernel") is None:
+        return 'liger-kernel is not installed (pip install "hf-dualspeed[liger]")'
+    if device.type not in DEVICES:
+        return f"its kernels run on {' and '.join(DEVICES)}, and the model is trained on {device.type}"
+    return None
+
+
+def without_ligers_layers(interface: ModelInterface, device: torch.device) -> str | None:
+    """Why Liger has no norms, rotary embeddings and activations for a model on a device; None if it has.
+
+    Liger itself takes a model that it does not know for one without anything to replace.
+    """
+    if (missing := without_liger(device)) is not None:
+        return missing
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
+
+    kind, text = interface.config.model_type, interface.text_config.model_type
+    if kind in KNOWN:
+        return None
+    remedy = f"; those of its language model ({text!r}) can be applied to model.get_decoder()" if text in KNOWN else ""
+    return f"liger-kernel {version('liger-kernel')} has no kernels for models of type {kind!r}{remedy}"
+
+
+def check_ligers_layers(args: TrainingArguments, interface: ModelInterface) -> None:
+    """Raises a `ValueError` if `use_liger_kernel` is set and would replace nothing, or could not run."""
+    reason = without_ligers_layers(interface, args.device) if args.use_liger_kernel else None
+    if reason is not None:
+        raise ValueError(f"`use_liger_kernel` is True, but {reason}. Set use_liger_kernel=False.")
 
 
 def without_ligers_loss(args: TrainingArguments) -> None:

@@ -35,7 +35,7 @@ from .checkpoints import CheckpointMixin
 from .deepspeed_engine import DeepSpeedMixin
 from .dual_forward import EVALUATION, NAME, DualForward, DualSpeedOutput
 from .earlier_stage import folder_of_fast_view, holds_weights_of, take_over
-from .fused_loss import fused_head, without_ligers_loss
+from .fused_loss import check_ligers_layers, fused_head, without_ligers_loss
 from .length_grouping import LengthGroupingMixin
 from .losses import divisor, self_distillation_loss
 from .mode_parameters import ModeParameters
@@ -220,6 +220,7 @@ class DualSpeedMixin(
         self._check_sizing()
         interface = self.dual_forward.interface
         check_router_loss(interface, self._pruner)
+        check_ligers_layers(args, interface)
         if args.compile_regions is not None:
             compile_regions(interface, self._pruner, args.compile_regions)
         if self.is_fsdp_enabled:

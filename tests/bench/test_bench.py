@@ -75,6 +75,14 @@ def test_slow_steps_without_distillation_compute_the_plain_loss(measured):
         assert losses["fast_discarding"] != pytest.approx(losses["fast"], rel=1e-4)  # another view of the image
 
 
+def test_distillation_costs_the_teachers_pass_and_nothing_else(measured):
+    for run in measured[1]["runs"]:
+        flops = run["flops"]
+        # No second encoding, and the head at the supervised positions alone: a forward pass of the fast step.
+        assert flops["slow"] - flops["slow_without_distillation"] == flops["teacher"]
+        assert 3 * flops["teacher"] == pytest.approx(flops["fast"] - flops["encoder"], rel=0.2)
+
+
 def test_shares_and_speed_ups_are_taken_within_rounds(measured):
     for run in measured[1]["runs"]:
         rounds = {name: torch.tensor(v, dtype=torch.float64) for name, v in run["seconds_by_round"].items()}
@@ -548,10 +556,10 @@ def test_bad_flags_are_named(words, message):
         parse_arguments(words)
 
 
-def test_real_sizes_need_a_gpu(tmp_path):
+def test_real_sizes_need_a_gpu_or_few_layers(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(ValueError, match="`scale` is 'full', but PyTorch finds no GPU"):
+    with pytest.raises(ValueError, match="`scale` is 'full', but PyTorch finds no GPU.*or give --layers 2"):
         bench.measure(parse_arguments(["--scale", "full"]))
 
 

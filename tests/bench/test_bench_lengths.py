@@ -85,7 +85,7 @@ def test_results_and_page(measured):
     shares = bench_lengths.shares(results, GROUPED)
     assert min(shares["fast"], shares["slow"]) <= shares["mix"] <= max(shares["fast"], shares["slow"])
     # In one row no token is padding, so that both kinds of batches hold the same tokens.
-    row = run["one_row"]
+    row = run["switches"]["padding_free"]
     assert row[GROUPED]["flops"] < run["flops"][GROUPED]["fast"]
     assert row[RANDOM]["flops"] < run["flops"][RANDOM]["fast"]
     assert row[RANDOM]["gain"]["by_flops"] == run["flops"][RANDOM]["fast"] / row[RANDOM]["flops"]
@@ -93,13 +93,61 @@ def test_results_and_page(measured):
     assert row[RANDOM]["gain"]["median"] == pytest.approx((times[0] / times[1]).quantile(0.5).item(), rel=1e-4)
     page = path.with_suffix(".md").read_text()
     assert "in one row (`padding_free`)" in page
-    older = {**results, "runs": [{key: value for key, value in run.items() if key != "one_row"}]}
+    older = {**results, "runs": [{k: v for k, v in run.items() if k not in ("switches", "left_out")}]}
     assert "in one row" not in bench_lengths.readme_table(older)
     assert bench_lengths.readme_table(results) in page
     assert "lengths of the texts are drawn" in page
     assert not math.isnan(run["seconds"][GROUPED]["mix"]["median"])
     with Image.open(path.with_suffix(".png")) as image:
         assert {(0, 114, 178), (153, 153, 153)} <= {c for _, c in image.convert("RGB").getcolors(1 << 24)}
+
+
+def test_each_switch_is_turned_on_for_its_own_steps_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_lengths, "BACKEND", "eager")
+    switches = ["fast_length_multiple", "compile_regions", "compile_regions+fast_length_multiple"]
+    words = [*FLAGS, "--steps", "2", "--switches", *switches]
+    bench = bench_lengths.LengthBench(parse_arguments(words), str(tmp_path))
+    assert bench.switches == switches
+    assert len(bench.compiled) == 4  # layers of language model and tower
+    losses, seen, step, ran = {}, {}, len(bench.modes) - 1, []
+    monkeypatch.setattr(bench.dual.clock, "count", lambda mode, tokens, *more: ran.append(tokens))
+    for given in ("", *switches, "padding_free"):
+        bench.run_step(GROUPED, step, given)
+        losses[given] = bench.loss.item()
+        used = all(layer._compiled_call_impl is not None for layer in bench.compiled)
+        seen[given] = (ran.pop() % (4 * 64) == 0, used, bench.dual.dual_forward.padding_free)
+    assert list(losses.values()) == [pytest.approx(losses[""], rel=1e-4)] * 5
+    assert seen == {
+        "": (False, False, False),
+        "fast_length_multiple": (True, False, False),
+        "compile_regions": (False, True, False),
+        "compile_regions+fast_length_multiple": (True, True, False),
+        "padding_free": (False, False, True),
+    }
+    bench.options.rounds = 1
+    run = bench.run_steps()
+    assert run["switches"]["compile_regions"][RANDOM]["flops"] is None
+    assert run["switches"]["fast_length_multiple"][RANDOM]["flops"] > run["flops"][RANDOM]["fast"]
+    results = {"runs": [{**run, **bench_lengths.derive(run, 0.25)}]}
+    assert [row[0] for row in bench_lengths.switch_rows(results)][-1] == (
+        "compiled layers (`compile_regions`) and lengths rounded up (`fast_length_multiple=64`)"
+    )
+
+
+def test_a_switch_that_cannot_be_turned_on_is_named(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(bench_lengths.torch, "compile", broken)
+    words = ["--switches", "padding_free", "compile_regions+fast_length_multiple"]
+    bench = bench_lengths.LengthBench(parse_arguments([*FLAGS, *words]), str(tmp_path))
+    assert bench.switches == ["padding_free"]
+    lines = bench_lengths.left_out_lines({"runs": [{"left_out": bench.left_out}]})
+    assert lines == ["Without compiled layers (`compile_regions`): No working C++ compiler found."]
+    with pytest.raises(ValueError, match="`switches` must be one of .*, got 'packing'"):
+        parse_arguments(["--lengths", "--switches", "padding_free+packing"])
+    with pytest.raises(ValueError, match=r"`switches` is \['padding_free'\], but only --lengths"):
+        parse_arguments(["--switches", "padding_free"])
 
 
 def test_files_of_another_kind_and_options_that_do_not_go_together_are_named(measured):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from bench_cases import FLAGS
+from bench_cases import FLAGS, tiny_bench
 
 from hf_dualspeed import cli
 from hf_dualspeed.bench import growth, selection
@@ -30,7 +30,7 @@ def test_each_way_is_measured_once_beside_the_fast_step(path):
     times = run["seconds_by_round"]
     # Without a kernel, as on a CPU, fast steps choose in plain PyTorch: there is no second way.
     assert {name: len(values) for name, values in times.items()} == dict.fromkeys(
-        ("fast", "encoder", "selection", "similarities"), 2
+        ("fast", "selection", "similarities"), 2
     )
     assert 0 < run["shares"]["selection"]["median"] < 1
     low, high = sorted(own / step for own, step in zip(times["selection"], times["fast"], strict=True))
@@ -50,37 +50,49 @@ def test_plain_pytorch_is_a_second_way_where_the_kernel_runs(monkeypatch):
 
 
 def run_of(layers: int, tower_layers: int) -> dict:
-    """A run in which each layer takes 2 s, each of the tower 0.5 s, the encoder 1 s besides, and all else 3 s."""
+    """A run of which each layer has 2 operations, each of the tower 0.5, the encoder 1 besides and all else 3, at 2 s
+    for an operation."""
     encoder = 1 + 0.5 * tower_layers
-    seconds = {"fast": 3 + 2 * layers + encoder, "encoder": encoder, "selection": 0.8}
-    seconds = {name: {"median": value} for name, value in seconds.items()}
-    return {"shape": "llava-next", "layers": layers, "tower_layers": tower_layers, "seconds": seconds}
+    flops = {"fast": 3 + 2 * layers + encoder, "encoder": encoder}
+    seconds = {"fast": {"median": 2 * flops["fast"]}, "selection": {"median": 1.6}}
+    said = {"shape": "llava-next", "layers": layers, "tower_layers": tower_layers}
+    return {**said, "flops": flops, "seconds": seconds}
 
 
-def test_the_step_of_all_layers_follows_from_two_depths():
-    (whole,) = selection.whole_models([run_of(2, 2), run_of(4, 3)])
+def test_the_step_of_all_layers_follows_from_the_operations_of_two_depths():
+    whole = selection.whole_model(run_of(4, 3), run_of(2, 2))
     assert (whole["layers"], whole["tower_layers"]) == (32, 24)
-    assert whole["fast"] == pytest.approx(3 + 2 * 32 + 1 + 0.5 * 24)
-    assert whole["share"] == pytest.approx(0.8 / 80)
+    assert whole["fast"] == pytest.approx(2 * (3 + 2 * 32 + 1 + 0.5 * 24))
+    assert whole["share"] == pytest.approx(1.6 / 160)
+    assert (whole["layer"], whole["tower_layer"]) == pytest.approx((4, 1))
     # Towers as deep as each other: all of the encoder counts as that of their layers.
-    (whole,) = selection.whole_models([run_of(1, 2), run_of(2, 2)])
-    assert whole["fast"] == pytest.approx(3 + 2 * 32 + 24)
+    assert selection.whole_model(run_of(2, 2), run_of(1, 2))["fast"] == pytest.approx(2 * (3 + 2 * 32 + 24))
 
 
 def test_two_depths_of_a_real_model_are_compared():
-    assert selection.depths_of(BenchArguments(selection=True)) == [None]
-    assert selection.depths_of(BenchArguments(selection=True, layers=3)) == [3]
-    assert selection.depths_of(BenchArguments(selection=True, layers=4, scale="full")) == [2, 4]
+    assert selection.fewer_layers(BenchArguments(selection=True)) is None
+    assert selection.fewer_layers(BenchArguments(selection=True, layers=3)) is None
+    assert selection.fewer_layers(BenchArguments(selection=True, layers=4, scale="full")) == 2
     with pytest.raises(ValueError, match="`layers` is 1, but --selection compares two depths"):
-        selection.depths_of(BenchArguments(selection=True, layers=1, scale="full"))
+        selection.fewer_layers(BenchArguments(selection=True, layers=1, scale="full"))
 
 
-def test_a_report_says_what_follows_for_the_whole_model(path, tmp_path):
+def test_operations_of_a_part_of_a_model_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "fewer_layers", lambda options: 1)
+    deep, shallow = (tiny_bench(tmp_path, layers=layers, rounds=2, selection=True) for layers in (2, 1))
+    run, fewer = selection.timed(deep, []), selection.count(shallow, [])
+    assert (run["layers"], fewer["layers"]) == (2, 1)
+    assert run["flops"]["fast"] > fewer["flops"]["fast"]
+    assert run["flops"]["encoder"] == fewer["flops"]["encoder"]  # two layers of the tower are the least
+    run |= selection.derive(run, 0.05)
+    assert 0 < selection.whole_model(run, fewer)["share"] < run["shares"]["selection"]["median"]
+
+
+def test_a_report_says_what_follows_for_the_whole_model(path):
     results = json.loads(path.read_text())
-    whole = selection.whole_models([run_of(2, 2), run_of(4, 3)])
-    page = selection.readme_table({**results, "whole": whole})
+    page = selection.readme_table({**results, "whole": [selection.whole_model(run_of(4, 3), run_of(2, 2))]})
     assert "llava-next with all 32 layers and 24 of the tower" in page
-    assert "a fast step of 80 s, of which selection is 1.00%" in page
+    assert "a fast step of 160 s, of which selection is 1.00%" in page
 
 
 def test_the_report_has_both_tables_and_a_plot(path):

@@ -151,10 +151,11 @@ def test_memory_that_runs_out_does_not_fit(tmp_path, monkeypatch):
 
 
 def test_kernels_train_alike_and_are_put_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(same_memory, "COMPILE", {"backend": "eager"})
+    monkeypatch.setattr(same_memory, "BACKEND", "eager")
     fitted, before = fitted_of(tmp_path, checkpointing="on"), dict(vars(modeling_llama))
 
-    def applied(decoder, config):
+    def applied(model, config):
+        assert model is fitted.bench.model
         assert config == {"fused_linear_cross_entropy": False}
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", None)
 
@@ -166,15 +167,36 @@ def test_kernels_train_alike_and_are_put_back(tmp_path, monkeypatch):
 
     plain = losses()
     with kernels_of(fitted.bench) as used:
-        assert used == {"liger": False, "compiled_layers": 4}  # of language model and tower
+        assert (used["liger"], used["compiled_layers"]) == (False, 4)  # of language model and tower
+        assert "liger" in used["why_no_liger"]
         assert losses() == pytest.approx(plain, rel=1e-4)
     monkeypatch.setattr(same_memory, "apply_liger_kernel", applied)
-    monkeypatch.setattr(same_memory, "is_liger_kernel_available", lambda: True)
-    monkeypatch.setattr(fitted.bench, "device", torch.device("cuda"))
+    monkeypatch.setattr(same_memory, "without_ligers_layers", lambda interface, device: None)
     with kernels_of(fitted.bench) as used:
         assert used["liger"]
+        assert used["why_no_liger"] is None
         assert modeling_llama.apply_rotary_pos_emb is None
     assert dict(vars(modeling_llama)) == before
+
+
+def test_fast_steps_that_recompute_are_a_trial_of_their_own(tmp_path):
+    bench = fitted_of(tmp_path, checkpointing="on", batch=4).bench
+    bench.options.optimizer, bench.options.rounds = ["none"], 1
+    run = same_memory.trials(bench, list(same_memory.STEPS))
+    without, recomputing = run["trials"]
+    assert [trial["fast_mode_checkpointing"] for trial in run["trials"]] == [False, True]
+    assert recomputing["micro_batch"]["fast"] >= without["micro_batch"]["fast"]
+    per_sample = [trial["flops"]["fast"] / trial["samples"] for trial in run["trials"]]
+    assert per_sample[1] > 1.1 * per_sample[0]
+    run |= same_memory.derive(run, 0.05)
+    rows = same_memory.rows_of({"runs": [run]})
+    assert [row[1] for row in rows] == ["on", "on, fast steps too"]
+
+
+def test_why_there_are_no_kernels_is_said():
+    reason = "liger-kernel is not installed"
+    trials = [{"why_no_liger": reason}, {}, {"why_no_liger": None}]
+    assert same_memory.absent_lines({"runs": [{"trials": trials}]}) == [f"Without Liger's kernels: {reason}."]
 
 
 def test_a_cpu_needs_to_be_told_how_much(monkeypatch):

@@ -12,6 +12,7 @@ import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -400,8 +401,30 @@ def test_ligers_own_forward_is_refused(tmp_path):
 def test_ligers_other_kernels_are_asked_for_without_its_loss(tmp_path, monkeypatch):
     applied = []
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config))
+    monkeypatch.setattr(head, "without_ligers_layers", lambda interface, device: None)
     make(tmp_path, use_liger_kernel=True, liger_kernel_config={"swiglu": False}, max_steps=1).train()
     assert applied == [{"fused_linear_cross_entropy": False, "swiglu": False}]
+
+
+def test_ligers_other_kernels_that_would_replace_nothing_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(head, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="`use_liger_kernel` is True, but liger-kernel is not installed"):
+        make(tmp_path, use_liger_kernel=True)
+    monkeypatch.setattr(head, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="its kernels run on cuda, and the model is trained on cpu.*kernel=False"):
+        make(tmp_path, use_liger_kernel=True)
+    # Liger says of a model that it does not know no more than a line of its log.
+    monkeypatch.setattr(head, "DEVICES", ("cpu",))
+    monkeypatch.setattr(head, "version", lambda name: "0.8")
+    known = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llava": None, "llama": None})
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", known)
+    make(tmp_path, use_liger_kernel=True)
+    with pytest.raises(ValueError, match=r"0\.8 has no kernels for models of type 'llava_next'; those of .*'llama'\)"):
+        make(tmp_path, "llava_next", use_liger_kernel=True)
+    with pytest.raises(ValueError, match="has no kernels for models of type 'qwen2_5_vl'. Set use_liger_kernel=False"):
+        make(tmp_path, "qwen2_5_vl", use_liger_kernel=True)
 
 
 @pytest.mark.slow
