@@ -179,18 +179,35 @@ def test_kernels_train_alike_and_are_put_back(tmp_path, monkeypatch):
     assert dict(vars(modeling_llama)) == before
 
 
-def test_fast_steps_that_recompute_are_a_trial_of_their_own(tmp_path):
-    bench = fitted_of(tmp_path, checkpointing="on", batch=4).bench
-    bench.options.optimizer, bench.options.rounds = ["none"], 1
+def test_fast_steps_that_recompute_are_a_trial_of_their_own(tmp_path, monkeypatch):
+    class Noted:
+        def __init__(self, bench, optimizer, budget):
+            self.bench = bench
+
+        def fit(self, start):
+            return {"micro_batch": start, "samples": 4, "slow_parts": 1, "memory": dict.fromkeys(same_memory.STEPS, 1)}
+
+        def flops(self, name):
+            return self.bench.count_flops(name)
+
+        def seconds(self, names):
+            return {name: [float(self.flops(name))] for name in names}
+
+        def close(self):
+            pass
+
+    bench = tiny_bench(tmp_path, "on", same_memory=True, memory_gib=1.0, optimizer=["none"])
+    monkeypatch.setattr(same_memory, "Fitted", Noted)
     run = same_memory.trials(bench, list(same_memory.STEPS))
     without, recomputing = run["trials"]
     assert [trial["fast_mode_checkpointing"] for trial in run["trials"]] == [False, True]
-    assert recomputing["micro_batch"]["fast"] >= without["micro_batch"]["fast"]
-    per_sample = [trial["flops"]["fast"] / trial["samples"] for trial in run["trials"]]
-    assert per_sample[1] > 1.1 * per_sample[0]
-    run |= same_memory.derive(run, 0.05)
-    rows = same_memory.rows_of({"runs": [run]})
-    assert [row[1] for row in rows] == ["on", "on, fast steps too"]
+    assert recomputing["flops"]["fast"] > 1.1 * without["flops"]["fast"]
+    assert recomputing["flops"]["plain"] == without["flops"]["plain"]
+    trials = [{**trial, "micro_batch": {"plain": 1, "fast": 4}} for trial in run["trials"]]
+    run |= same_memory.derive({"trials": trials}, 0.05)
+    assert [row[1] for row in same_memory.rows_of({"runs": [run]})] == ["on", "on, fast steps too"]
+    (line,) = same_memory.best_lines({"runs": [run]})
+    assert "DualSpeed" in line.split("checkpointing on, kernels off; ")[1]
 
 
 def test_why_there_are_no_kernels_is_said():
