@@ -210,7 +210,7 @@ def tables(results: dict) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]
     ]
     others = [way for way in ways if way != OWN]
     size_header = ("tokens", "visual tokens", "width", *(f"{label}, ms" for label in ways.values()))
-    size_header += tuple(f"{WAYS[way]}: times the first" for way in others)
+    size_header += tuple(f"{WAYS[way]}, over the first" for way in others)
     size_rows = [
         (
             IMAGES[size["tokens"]],
