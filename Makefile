@@ -84,6 +84,7 @@ cards: $(STAMP)
 	$(BIN)/dualspeed card $(CARD)
 	$(BIN)/python -m benchmarks.compare --render-only --card model_cards/compare
 
+BENCH_LENGTHS := $(BIN)/dualspeed bench --lengths --hidden-size 256 --layers 2 --image-size 112 --rounds 2 --threads 1
 bench: $(STAMP)
 	$(BIN)/dualspeed bench --rounds 3 --batch 3
 	$(BIN)/dualspeed bench --shape llava-1.5 --rounds 4 --output docs/results/bench_batch8.json
@@ -92,6 +93,10 @@ bench: $(STAMP)
 	$(BIN)/dualspeed bench --profile
 	$(BIN)/dualspeed bench --growth
 	$(BIN)/dualspeed bench --lengths
+	$(BENCH_LENGTHS) --steps 24 --output docs/results/bench_one_row.json
+	$(BENCH_LENGTHS) --steps 8 --switches padding_free fast_length_multiple compile_regions \
+		compile_regions+fast_length_multiple --output docs/results/bench_switches.json
+	$(BIN)/dualspeed bench --selection --shape llava-next --scale full --layers 2 --batch 1 --rounds 2
 	$(BIN)/dualspeed bench --loader
 
 # LLaVA-NeXT without activation checkpointing fits in no larger batch.

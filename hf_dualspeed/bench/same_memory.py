@@ -351,7 +351,7 @@ def rows_of(results: dict) -> list[tuple[str, ...]]:
 
 def checkpointing_in_words(run: dict, trial: dict) -> str:
     """The setting of checkpointing of a trial in words."""
-    return f"{run['checkpointing']}, fast steps too" if trial["fast_mode_checkpointing"] else run["checkpointing"]
+    return f"{run['checkpointing']}, fast steps too" if trial.get("fast_mode_checkpointing") else run["checkpointing"]
 
 
 def kernels_in_words(trial: dict) -> str:

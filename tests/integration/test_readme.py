@@ -133,6 +133,7 @@ TABLES = {
     "bench_one_row": bench_lengths.readme_table,
     "bench_profile": bench_profile.readme_table,
     "bench_selection": bench_selection.readme_table,
+    "bench_switches": bench_lengths.readme_table,
     "bench_same_memory": bench_same_memory.readme_table,
     "memory": bench_estimate.readme_table,
     "ablation": ablation_report.readme_table,
