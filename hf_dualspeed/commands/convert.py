@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
         epilog="docs/data.md has a row of each layout. Files of conversations need no conversion.",
     )
     parser.add_argument("layout", choices=list(LAYOUTS), help="how the source is written")
-    parser.add_argument("source", type=Path, help="a .csv, .json or .jsonl file, or a folder")
+    parser.add_argument("source", type=Path, help="a .csv, .tsv, .json or .jsonl file, or a folder")
     parser.add_argument("output", type=Path, help="the .jsonl file to write; it must not exist")
     where = "where paths of pictures begin (default: the source's folder)"
     parser.add_argument("--image_folder", type=Path, help=where)

@@ -227,7 +227,8 @@ def _turns(example: dict[str, Any], name: str) -> list[dict]:
         return [{"role": "user", "content": question}, *answer]
     raise ValueError(
         f"The sample ({name}) has no conversation. Its columns are {sorted(example)}; needed is a filled `messages`, "
-        "`prompt` and `completion`, `conversations`, or `question` and `answer`."
+        "`prompt` and `completion`, `conversations`, or `question` and `answer`. A table with other names is brought "
+        "into these by `dualspeed convert table`."
     )
 
 

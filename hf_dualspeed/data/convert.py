@@ -24,7 +24,7 @@ NAMED = 3
 
 
 def csv_table(source: Path, columns: tuple[str, str, str], question: str | None) -> Iterator[Row]:
-    """A CSV, JSON or JSONL file with a picture, a question and an answer in each row, under any names.
+    """A CSV, TSV, JSON or JSONL file with a picture, a question and an answer in each row, under any names.
 
     With `question`, every row gets this one, and the column of questions is not read.
     """
@@ -38,7 +38,8 @@ def csv_table(source: Path, columns: tuple[str, str, str], question: str | None)
                 "columns by --columns IMAGE QUESTION ANSWER, or give one --question for all rows."
             )
         asks = row[asked] if question is None else question
-        yield {"image": row[image], "question": asks, "answers": _listed(row[answer])}
+        picture = row[image][0] if isinstance(row[image], list) and len(row[image]) == 1 else row[image]
+        yield {"image": picture, "question": asks, "answers": _listed(row[answer])}
 
 
 def coco_captions(source: Path, question: str) -> Iterator[Row]:

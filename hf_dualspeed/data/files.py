@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from ..utils.text import loads
 from .media import shown
 
-ROW_FILES = (".json", ".jsonl", ".csv")
+ROW_FILES = (".json", ".jsonl", ".csv", ".tsv")
 DELIMITERS = ",;\t"
 CHUNK = 2**18
 # Columns whose cells may be lists, as JSON text. A file's name may begin with a bracket, too.
@@ -41,7 +41,7 @@ class Written(float):
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a `.json` (a list of objects), `.jsonl` or `.csv` file, in UTF-8 or UTF-16.
+    """The rows of a `.json` (a list of objects), `.jsonl`, `.csv` or `.tsv` file, in UTF-8 or UTF-16.
 
     A file is never in memory as a whole. Cells of a CSV file are texts, and lists where `image`, `images`,
     `answers` or `options` hold JSON; its columns are parted by commas, semicolons or tabs.
@@ -50,7 +50,8 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
         ValueError: it is no regular file of these endings, is in another encoding, or no such list, or a row has too
             many or too few cells. The message names file and row.
     """
-    read = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}.get(path.suffix.lower())
+    kinds = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows, ".tsv": _csv_rows}
+    read = kinds.get(path.suffix.lower())
     if read is None or not path.is_file():
         raise ValueError(f"{str(path)!r} is no regular file with one of the endings {', '.join(ROW_FILES)}.")
     with open(path, "rb") as file:

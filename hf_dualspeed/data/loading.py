@@ -64,10 +64,11 @@ def load_examples(
     """Loads conversations; images stay encoded, and [`VisionLanguageCollator`] decodes them.
 
     Args:
-        path_or_name (`str`): A `.json`, `.jsonl` or `.csv` file in any layout of [`to_messages`]; a `.parquet` file, a
-            folder written by `save_to_disk`, `easy-vqa`, `easy-vqa-color`, or a data set on the Hub. Rows of the first
-            three become `messages`, `images` and `tools`, beside `id`, `question`, `answer`, `answers` and `options`;
-            other keys are left out. That is done once, into a table on disk that later calls and processes share.
+        path_or_name (`str`): A `.json`, `.jsonl`, `.csv` or `.tsv` file in any layout of [`to_messages`]; a `.parquet`
+            file, a folder written by `save_to_disk`, `easy-vqa`, `easy-vqa-color`, or a data set on the Hub. Rows of
+            the first four become `messages`, `images` and `tools`, beside `id`, `question`, `answer`, `answers` and
+            `options`; other keys are left out. That is done once, into a table on disk that later calls and processes
+            share.
         split (`str`, *optional*, defaults to `"train"`): Split of a data set that has splits; a file has none.
         image_folder (`str`, *optional*): Folder that image paths start from; default: the file's own folder.
         image_column (`str` or `list[str]`, *optional*): Columns (JSON: keys) that hold the pictures of a sample, in
@@ -85,6 +86,11 @@ def load_examples(
     is_file = path.suffix.lower() in FILE_TYPES
     if is_file and not path.is_file():
         raise FileNotFoundError(f"`path_or_name` names a file that does not exist: {str(path)!r}.")
+    if path.is_file() and not is_file:
+        raise ValueError(
+            f"`path_or_name` is the file {str(path)!r}, whose ending is none of {', '.join(FILE_TYPES)}. Save a sheet "
+            "as CSV; what `datasets.load_dataset` reads, such as a WebDataset, is saved as a folder by `save_to_disk`."
+        )
     if path.suffix.lower() in ROW_FILES:
         return _load_rows(path, image_folder or path.parent, chosen)
     if path_or_name in DATASETS:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,13 @@ def test_one_question_for_a_whole_table(place):
     source = put(place / "t.jsonl", json.dumps({"image": "a.png", "answer": ["one", "uno"]}))
     words = ("--question", "What?", "--image_folder", str(place / "pics"))
     assert converted(place, "table", source, *words) == [("What?", ["one", "uno"])]
+
+
+def test_a_list_of_one_picture_and_a_mark_of_its_place(place):
+    row = {"instruction": "<image>What?", "input": "", "output": "red", "images": ["pics/a.png"]}
+    source = put(place / "t.json", [row])
+    words = ("--columns", "images", "instruction", "output")
+    assert converted(place, "table", source, *words) == [("What?", ["red"])]
 
 
 def test_captions_of_coco(place):
@@ -185,6 +194,40 @@ def test_the_table_of_the_page_is_read(tmp_path):
     assert (found["question"], found["answer"]) == ("What colour is the car, please?", "red")
 
 
+def shard(path):
+    """A WebDataset of one picture with its text."""
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    with tarfile.open(path, "w") as file:
+        for name, content in (("0.png", buffer.getvalue()), ("0.txt", b"a cat")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            file.addfile(entry, io.BytesIO(content))
+
+
+def test_shards_are_read_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    shard("shards/0.tar")
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(code, {})
+    (found,) = load_examples("data/train")
+    assert (found["question"], found["answer"]) == ("What is in the picture?", "a cat")
+    assert found["image"]["bytes"].startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"0\.tar', whose ending is none of \.json, .*`save_to_disk`"):
+        load_examples("shards/0.tar")
+
+
+def test_tables_parted_by_tabs(place):
+    (found,) = load_examples(put(place / "t.tsv", "image\tquestion\tanswer\npics/a.png\tWhat, then?\tred\n"))
+    assert (found["question"], found["answer"]) == ("What, then?", "red")
+
+
+def test_a_table_with_other_names_is_told_what_to_do(place):
+    with pytest.raises(ValueError, match=r"has no conversation.*`dualspeed convert table`"):
+        load_examples(put(place / "t.csv", "file_name,text\npics/a.png,red\n"))
+
+
 def test_commands_of_the_page_are_understood(place, monkeypatch):
     seen = []
     monkeypatch.setattr("hf_dualspeed.commands.convert.convert", lambda layout, words, *more: seen.append(layout) or 1)
@@ -193,5 +236,5 @@ def test_commands_of_the_page_are_understood(place, monkeypatch):
         path = place / (name[0] or name[1])
         path.touch() if path.suffix else path.mkdir()
     commands = re.findall(r"^dualspeed (convert .*)$", PAGE, re.MULTILINE)
-    assert [cli.main(shlex.split(command)) for command in commands] == [0] * 5
+    assert [cli.main(shlex.split(command)) for command in commands] == [0] * 6
     assert set(seen) == {"table", "coco", "vqa", "folder"}
