@@ -26,19 +26,19 @@ ONE_GPU = sorted(
 QUICK = ("smolvlm_8gb",)
 
 
-def sample_of(keys: dict, config) -> tuple[dict, int, tuple[int, int]]:
-    """A sample as long as the recipe allows, with a picture as large as it allows: its batch, text and size."""
+def longest_sample(keys: dict, config) -> est.Settings:
+    """A sample as long as the recipe allows, with a picture as large as it allows."""
     width = math.isqrt(keys.get("max_pixels", 1024 * 768) * 4 // 3)
-    size = (width, width * 3 // 4)
-    text = keys["max_length"] - (sample_from_config(config, *size, 4)["input_ids"].shape[1] - 4)
-    return sample_from_config(config, *size, text), text, size
+    size, words = (width, width * 3 // 4), 4
+    text = keys["max_length"] - (sample_from_config(config, *size, words)["input_ids"].shape[1] - words)
+    return est.Settings(size, text, keys["pruning_ratio"], keys["slow_mode_ratio"], lora_rank=keys["lora"]["r"])
 
 
 def needed(keys: dict, folder: Path) -> dict[str, float]:
     """GiB that the weights, gradients and optimizer of a recipe take, and with each kind of its steps."""
     config = AutoConfig.from_pretrained(CONFIGS / f"{MODELS[keys['model_name_or_path']]}.json")
-    sample, text, size = sample_of(keys, config)
-    settings = est.Settings(size, text, keys["pruning_ratio"], keys["slow_mode_ratio"], lora_rank=keys["lora"]["r"])
+    settings = longest_sample(keys, config)
+    sample = est.Subject("recipe", config, None).sample(settings)
     train = "qlora" if keys.get("load_in_4bit") else "lora"
     _, held = est.trained_model(config, train, settings)
     rows, kinds, depths = keys["per_device_train_batch_size"], [f"{m}{RECOMPUTED}" for m in ("fast", "slow")], {}
