@@ -9,6 +9,8 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 
+from .utils.quiet import is_first_process, quiet_command
+
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module:function in `commands`, help)
     "check": ("check:main", "check whether a model works with DualSpeed"),
     "estimate": ("estimate:main", "tell memory, batch size and speed-up before training"),
@@ -61,10 +63,10 @@ def main(argv: list[str] | None = None) -> int:
 def run(module: str, function: str, words: list[str]) -> int | None:
     """Runs a command's function. It is imported here, so that `dualspeed --help` does not wait for torch."""
     from .utils.progress import Work
-    from .utils.quiet import quiet_command
 
     quiet_command()
-    with Work("Loading the libraries"):
+    asked = any(word.startswith("--disable_tqdm") for word in words)
+    with Work("Loading the libraries", disable=asked or not is_first_process()):
         command = getattr(import_module(f"hf_dualspeed.commands.{module}"), function)
     return command(words)
 
@@ -80,7 +82,7 @@ def call(command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as stop:
         if os.environ.get("DUALSPEED_DEBUG") == "1":
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(f"Interrupted. {stop}".strip(), file=sys.stderr)
         return INTERRUPTED
     # transformers reports a model it cannot find as an OSError. What nests too deeply is a file of the user's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..recipes.arguments import parse_recipe
 from ..utils.progress import Work
+from ..utils.quiet import is_first_process
 
 
 def main(argv: list[str]) -> None:
@@ -13,7 +14,8 @@ def main(argv: list[str]) -> None:
         argv (`list[str]`): The words after `dualspeed train`.
     """
     arguments = parse_recipe(argv, prog="dualspeed train")
-    with Work("Loading the libraries"):  # late: a wrong option is reported at once
+    silent = arguments[1].disable_tqdm or not is_first_process()
+    with Work("Loading the libraries", disable=silent):  # late: a wrong option is reported at once
         from accelerate import PartialState
 
         from ..recipes.run import run_recipe

@@ -354,7 +354,7 @@ def log_line(logs: dict, step: int, steps: int, width: int) -> str:
     if fast:
         parts.append(f"fast step {fast:.2g} s" + (f", {fast / slow:.2f} of a slow one's" if slow else ""))
     if "speedup_over_slow_steps" in logs:
-        parts.append(f"{logs['speedup_over_slow_steps']:.2f} x as fast as slow steps alone so far")
+        parts.append(f"so far {logs['speedup_over_slow_steps']:.2f} x the speed of slow steps")
     if logs.get("visual_tokens_saved"):
         parts.append(f"visual tokens saved {logs['visual_tokens_saved']:.0%}")
     if logs.get("data_wait", 0) > WAITS:

@@ -28,10 +28,15 @@ def quiet_command() -> None:
     Bars of other packages are for a terminal, and for the first process. Elsewhere, lines of our own say how far a
     command is.
     """
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    if not (sys.stderr.isatty() and is_first_process()):
         hide_bars()
     # DDP advises, in each process, against looking for unused parameters, which the modes need.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def is_first_process() -> bool:
+    """Whether a launcher started this process as the first one, or none did."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def hide_bars() -> None:

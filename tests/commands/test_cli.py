@@ -135,6 +135,17 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("rank", "words", "shown"), [("0", [], 2), ("1", [], 0), ("0", ["--disable_tqdm", "true"], 0)])
+def test_libraries_are_loaded_in_silence_where_a_run_is_silent(monkeypatch, rank, words, shown):
+    begun = []
+    monkeypatch.setattr(progress.Work, "__enter__", lambda work: begun.append(work) or work)
+    monkeypatch.setattr(progress.Work, "__exit__", lambda work, *error: None)
+    monkeypatch.setattr("hf_dualspeed.recipes.run.run_recipe", lambda *given: None)
+    monkeypatch.setenv("RANK", rank)
+    assert cli.main(["train", "--model_name_or_path", "x", "--dataset", "y", "--output_dir", "z", *words]) == 0
+    assert [work.description for work in begun if not work.disable] == ["Loading the libraries"] * shown
+
+
 @pytest.fixture
 def stopped(monkeypatch):
     """A function that fails and says which work was shown when it was called."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import shlex
+from importlib import import_module
 from pathlib import Path
 
 import datasets
@@ -28,6 +31,8 @@ from hf_dualspeed.bench import same_memory as bench_same_memory
 from hf_dualspeed.bench import selection as bench_selection
 from hf_dualspeed.pruners import pruner_class
 from hf_dualspeed.pruners.registry import _REGISTRY
+from hf_dualspeed.recipes.arguments import parse_recipe
+from hf_dualspeed.utils.validation import Parser
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -228,6 +233,58 @@ def test_commands_exist(page):
         assert (path / "__main__.py").is_file() or path.with_suffix(".py").is_file(), module
     for path in re.findall(r"\b(?:trainer_configs|tests|hf_dualspeed|benchmarks)/[\w/]+\.(?:yaml|py)\b", text):
         assert (ROOT / path).is_file(), path
+
+
+def command_lines() -> list[str]:
+    """The commands of this library in the blocks of all pages."""
+    shell = "\n".join(block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", text_of(page), re.DOTALL))
+    found = [line.strip() for line in shell.replace("\\\n", " ").splitlines()]
+    return [line for line in found if line.startswith("dualspeed ") or " train.py " in line]
+
+
+class ParsedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_commands_are_understood(line, monkeypatch):
+    """Up to where they would begin to work."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line.partition(" > ")[0], comments=True)
+    if "train.py" in words or words[1] == "train":
+        parse_recipe(words[words.index("train.py") + 1 if "train.py" in words else 2 :])
+        return
+    parse = Parser.parse_known_args
+
+    def parsed(self, *given):
+        assert parse(self, *given)[1] == []
+        raise ParsedError
+
+    monkeypatch.setattr(Parser, "parse_known_args", parsed)
+    module, function = cli.COMMANDS[words[1]][0].split(":")
+    with pytest.raises(ParsedError):
+        getattr(import_module(f"hf_dualspeed.commands.{module}"), function)(words[2:])
+
+
+def messages() -> str:
+    """All texts of the library, those with values in them too, where dots stand for a value."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "hf_dualspeed").rglob("*.py")]
+    return "\n".join(text(node) for tree in trees for node in ast.walk(tree))
+
+
+def test_errors_are_found_under_their_own_words():
+    """What people paste into a search: the words of the page are those of the library, or of these others."""
+    quoted = {" ".join(words.split()) for words in re.findall(r'\*\*"(.+?)"\*\*', text_of("docs/faq.md"), re.DOTALL)}
+    assert len(quoted) > 8
+    others = {"CUDA out of memory", "Unrecognized model"}  # torch's, transformers'
+    known = messages()
+    assert [words for words in quoted - others if words not in known] == []
 
 
 def anchors(page: Path) -> set[str]:

@@ -244,7 +244,7 @@ def test_a_line_is_broken_between_its_parts():
         "rate 0.001",
         "a metric of mine 0.5",
         "fast step 0.2 s, 0.25 of a slow one's",
-        "2.50 x as fast as slow steps alone so far",
+        "so far 2.50 x the speed of slow steps",
         "visual tokens saved 90%",
         "20% waiting for data",
     ]
