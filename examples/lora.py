@@ -1,6 +1,7 @@
-"""Fine-tunes a model with LoRA on your own questions, and merges the result into an ordinary checkpoint.
+"""Fine-tunes a model with LoRA on your own questions.
 
 python examples/lora.py Qwen/Qwen2.5-VL-3B-Instruct train.jsonl runs/mine      (a row of each layout: docs/data.md)
+dualspeed merge runs/mine merged                                               (makes an ordinary checkpoint of it)
 """
 
 import sys
