@@ -392,14 +392,12 @@ class VisionLanguageCollator:
 
 
 class MaskVisualLabels:
-    """Wraps any collator, removes visual tokens from its labels and checks that the batch has images.
+    """Wraps any collator, removes visual tokens and first tokens from its labels and checks that the batch has images.
 
     Args:
         collator (`Callable`): Makes a batch with `input_ids` `(B, S)` and `labels` `(B, S)` from a list of examples.
         visual_token_ids (`list[int]`): Ids of the placeholders for visual tokens.
         asks (`str`, *optional*): The pruner's name if it needs the instruction, which labels may hide.
-        masks_first (`bool`): Whether the first token of each sample is no label: where samples lie in one row, nothing
-            predicts it, but left padding would.
         media (`dict[int, tuple[str, ...]]`, *optional*): For each placeholder, the inputs of which a batch with it
             holds one: [`ModelInterface.media`]. By default any input of images, videos or audio.
     """
@@ -414,14 +412,12 @@ class MaskVisualLabels:
         collator: Callable[[list], dict[str, Any]],
         visual_token_ids: list[int],
         asks: str | None = None,
-        masks_first: bool = False,
         media: dict[int, tuple[str, ...]] | None = None,
     ):
         self.collator = collator
         self.visual_token_ids = list(visual_token_ids)
         self.media = dict.fromkeys(self.visual_token_ids, RAW_KEYS) if media is None else media
         self.asks = asks
-        self.masks_first = masks_first
 
     def __getattr__(self, name: str) -> Any:
         """The collator's own attributes: the Trainer saves its `tokenizer`, for one."""
@@ -442,8 +438,10 @@ class MaskVisualLabels:
         if wrong.any():
             self._warn(int(wrong.sum()))
             batch["labels"] = batch["labels"].masked_fill(wrong, IGNORED)
-        if self.masks_first and batch.get("attention_mask") is not None:
-            mask = batch["attention_mask"].bool()
+        # The first token of each sample is no label: nothing predicts it, but left padding would.
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            mask = mask.bool()
             batch["labels"] = batch["labels"].masked_fill(mask & (mask.cumsum(1) == 1), IGNORED)
         if self.asks is not None:
             self._look_for_instructions(batch, visual)

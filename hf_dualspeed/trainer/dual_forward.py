@@ -442,8 +442,10 @@ class DualForward(nn.Module):
             and the labels shifted by one `(B, S)`.
         """
         inputs = dict(inputs)
-        # Position i predicts token i + 1: labels[i + 1], (B, S); -100 at the end.
-        shifted = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
+        # Position i predicts token i + 1: labels[i + 1], (B, S); -100 at the end, and where i is padding.
+        shifted, mask = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100), inputs.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            shifted = shifted.masked_fill(mask == 0, -100)
         supervised = shifted != -100
         if self.slices_logits:
             inputs["logits_to_keep"] = supervised

@@ -231,11 +231,7 @@ class DualSpeedMixin(
         asks = "text" in self._pruner.needs or self._pruner.in_language_model
         visual, name = interface.visual_token_ids, self._pruner.config.pruner_type
         self.data_collator = MaskVisualLabels(
-            self.given_collator,
-            visual,
-            name if asks else None,
-            masks_first=self.dual_forward.padding_free,
-            media=interface.media,
+            self.given_collator, visual, name if asks else None, media=interface.media
         )
 
         self.selective_checkpointing.always = args.fast_mode_checkpointing

@@ -142,23 +142,28 @@ def test_attention_sees_samples_and_all_else_one_row(monkeypatch):
     assert longest < done.tokens < 3 * longest
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_sample_of_ones_own_first_token_is_no_target(side):
+def test_a_sample_of_ones_own_first_token_is_no_target(side, padding_free):
     family = FAMILIES["llava"]
     model = family.model()
     inputs = batch(family, model, [[4, "image"], [9], ["image", 2]], side)
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)  # the first ones, too
     inputs["labels"] = inputs["labels"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
-    with forward_of(model).in_mode(FAST):
+    forward = forward_of(model, padding_free)
+    with forward.in_mode(SLOW, distil=True):
+        assert len(model(**inputs).targets) == 15
+    with forward.in_mode(FAST):
         out = model(**inputs)
     # 4, 9 and 2 text tokens, each predicted by the one before it within its sample.
     assert len(out.targets) == 15
     assert (out.targets != inputs["input_ids"][inputs["attention_mask"].bool()][0]).all()
 
 
-def test_labels_of_first_tokens_count_in_no_mode(tmp_path):
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_labels_of_first_tokens_count_in_no_mode(tmp_path, padding_free):
     """Left padding would predict them: then teacher, student and the number of items would differ."""
-    trainer = make(tmp_path, padding_free=True, **OPTIONS | {"slow_mode_ratio": 1.0, "max_steps": 1})
+    trainer = make(tmp_path, padding_free=padding_free, **OPTIONS | {"slow_mode_ratio": 1.0, "max_steps": 1})
     model, items = trainer.model, []
 
     def everything(examples):
