@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,7 +14,7 @@ from ..publishing.model_card import LICENSE, license_of, read_card, write_model_
 from ..publishing.results import OF_WEIGHTS, is_hub_id, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
 from ..utils.validation import checked
-from ..utils.writing import check_new_folder, copy_file, sync_files, write_file
+from ..utils.writing import check_new_folder, clear_abandoned, copy_file, sync_files, write_file
 from .checkpoint import BESIDE, Checkpoint, find_checkpoint
 
 # The pictures of a run's card.
@@ -54,7 +55,8 @@ def merge(
     model = found.adapted(model).merge_and_unload(safe_merge=True)
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"_{output.name}.", suffix=".part", dir=output.parent) as aside:
+    clear_abandoned(output)
+    with TemporaryDirectory(prefix=f"_{output.name}.{os.getpid()}.", suffix=".part", dir=output.parent) as aside:
         folder = Path(aside) / output.name
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

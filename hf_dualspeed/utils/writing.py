@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +15,15 @@ from typing import BinaryIO
 
 from .constants import UNFINISHED_NAME
 
+# Seconds without a change after which a part counts as left behind, if its process is gone.
+ABANDONED = 24 * 3600
+
 
 def write_file(path: str | Path, data: bytes | str) -> Path:
     """Puts bytes, or text in UTF-8 with its line breaks as they are, in place of a file; its folder is made if needed.
 
-    The data go to `_NAME.PID.part` beside it, which takes the file's place once it is on the disk. A link stays, and
-    the file behind it is replaced. Access rights stay.
+    The data go to `_NAME.PID.part` beside it, which takes the file's place once it is on the disk. Parts that killed
+    processes left a day ago are deleted. A link stays, and the file behind it is replaced. Access rights stay.
 
     Raises:
         OSError: the disk is full, the file is protected from writing, or `path` is no regular file.
@@ -53,6 +58,7 @@ def copy_file(source: str | Path, path: str | Path) -> Path:
 def _aside(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path` that takes its place and its access rights once the body is done and all is on the disk."""
     part = path.with_name(f"_{path.name}.{os.getpid()}.part")
+    clear_abandoned(path)
     try:
         with part.open("wb") as file:
             yield file
@@ -65,6 +71,38 @@ def _aside(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def clear_abandoned(path: Path) -> None:
+    """Deletes parts of a file or folder, `_NAME.PID.part` or `_NAME.PID.*.part`, that killed processes have left.
+
+    Only those that nothing was written to for a day, and whose process does not run here: others may be written at this
+    moment, in a shared folder also by another machine.
+    """
+    for part in path.parent.glob(f"_{glob.escape(path.name)}.*.part"):
+        writer = re.fullmatch(r"\.(\d+)(\.\w+)?\.part", part.name.removeprefix(f"_{path.name}"))
+        try:
+            if writer is None or time.time() - part.stat().st_mtime < ABANDONED or runs(int(writer[1])):
+                continue
+            if part.is_dir():
+                shutil.rmtree(part)
+            else:
+                part.unlink()
+        except OSError:  # another process has deleted it, or it belongs to somebody else
+            continue
+
+
+def runs(process: int) -> bool:
+    """Whether this machine has a process of that number, as far as the system tells without disturbing it."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def check_new_folder(name: str, folder: str | Path) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import stat
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,28 @@ def test_a_copy_is_whole_and_follows_no_link(tmp_path, monkeypatch):
         copy_file(tmp_path / "short", target)
     assert target.stat().st_size == 10_000_000
     assert os.listdir(target.parent) == ["b"]
+
+
+def test_parts_of_killed_processes_are_cleared_and_no_others(tmp_path):
+    path, ended = tmp_path / "results[1].json", subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True)
+    dead, day_ago = ended.stdout.strip(), time.time() - 25 * 3600
+    names = {
+        f"_{path.name}.{dead}.part": False,
+        f"_{path.name}.{dead}.ab_1.part": False,  # a folder
+        f"_{path.name}.{os.getppid()}.part": True,  # its process runs
+        f"_{path.name}.notes.part": True,  # a person's
+        f"_other.json.{dead}.part": True,  # of another file
+        f"_{path.name}.{dead}9.part": True,  # young
+    }
+    for name in names:
+        part = tmp_path / name
+        if "ab_1" in name:
+            part.mkdir()
+            part.joinpath("model").write_text("half")
+        else:
+            part.write_text("half")
+        if not name.endswith("9.part"):
+            os.utime(part, (day_ago, day_ago))
+    write_file(path, "whole")
+    assert {name: (tmp_path / name).exists() for name in names} == names
+    assert path.read_text() == "whole"
