@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import get_token
 
+PNG = b"\x89PNG\r\n\x1a\n"
+INFLATED_LIMIT = 2**24  # bytes of a PNG's compressed text, all chunks together
 HEADER_LIMIT = 10**8  # bytes of a safetensors header, as in safetensors itself
 NO_TEXT = ".distcp"  # tensors of a sharded checkpoint; their names stand in a file of its own
 
@@ -18,7 +23,8 @@ def check_no_secret(
 ) -> None:
     """Raises a `ValueError` if a file or text to be published holds a token or key, which the message does not show.
 
-    All text is searched, that in headers of safetensors and in pickles of `torch.save` included. Tensors are not read.
+    All text is searched, that in headers of safetensors, in pickles of `torch.save` and in compressed chunks of PNG
+    included. Tensors and pixels are not read.
 
     Args:
         contents (`Mapping[str, Path or bytes]`): names in the repo, with files or their bytes.
@@ -54,8 +60,38 @@ def text_in(path: Path) -> bytes:
             return file.read()
 
 
+def inflated(png: bytes) -> bytes:
+    """The text in the compressed chunks of a PNG; pixels stay as they are.
+
+    Raises:
+        OverflowError: it is longer than `INFLATED_LIMIT`.
+    """
+    texts, at, left = [], len(PNG), INFLATED_LIMIT
+    while at + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, at)
+        _, _, body = png[at + 8 : at + 8 + length].partition(b"\0")  # behind the keyword
+        at += 12 + length  # with the checksum
+        # Method and text; in iTXt a flag and the method, language, translated keyword and text.
+        if kind == b"iTXt" and body[:1] == b"\1":
+            body = b"\0" + body[2:].split(b"\0", 2)[-1]
+        elif kind not in (b"zTXt", b"iCCP"):
+            continue
+        stream = zlib.decompressobj()
+        with suppress(zlib.error):  # nobody can read it
+            texts.append(stream.decompress(body[1:], left))
+            left -= len(texts[-1])
+            if stream.unconsumed_tail or left <= 0:
+                raise OverflowError
+    return b"\n".join([b"", *texts])
+
+
 def kind_of_secret(data: bytes, own: Iterable[bytes] = ()) -> str | None:
     """What kind of token or key stands in the data, or None; `own` are tokens of the Hub that are in use."""
+    if data.startswith(PNG):
+        try:
+            data += inflated(data)
+        except OverflowError:
+            return "more compressed text than can be searched"
     if b"\0" in data:  # also text in UTF-16
         data += data.replace(b"\0", b"")
     if any(token in data for token in own):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import io
 import json
 import random
 from pathlib import Path
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from loopback_hub import TOKEN, USER, hub  # noqa: F401
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 import hf_dualspeed
+from hf_dualspeed.hub import secrets
 from hf_dualspeed.hub.secrets import check_no_secret, kind_of_secret, text_in
 from hf_dualspeed.hub.upload import push_files
 
@@ -59,6 +63,19 @@ SECRETS = {
 }
 
 
+def picture(words: str, compressed: bool, international: bool = False, after: bool = False) -> bytes:
+    """A PNG with a text, before its pixels or after them."""
+    info, file = PngInfo(), io.BytesIO()
+    (info.add_itxt if international else info.add_text)("note", words, zip=compressed)
+    Image.new("L", (2, 2)).save(file, "PNG", pnginfo=info)
+    data = file.getvalue()
+    if after:
+        begin, end = data.index(b"zTXt") - 4, data.index(b"IDAT") - 4
+        pixels, ends = data[end : data.index(b"IEND") - 4], data[data.index(b"IEND") - 4 :]
+        data = data[:begin] + pixels + data[begin:end] + ends
+    return data
+
+
 def carried(folder: Path, secret: str) -> dict[str, Path | bytes]:
     """The secret in each kind of file that is pushed."""
     words = f"see:\n{secret}\n"
@@ -73,6 +90,10 @@ def carried(folder: Path, secret: str) -> dict[str, Path | bytes]:
         "chat_template.jinja": f"{{# {words} #}}".encode(),
         "LICENSE": words.encode("utf-16"),
         "curve.svg": f"<svg><!-- {words} --></svg>".encode(),
+        "plain.png": picture(words, False),
+        "compressed.png": picture(words, True),
+        "international.png": picture(words, True, international=True),
+        "after.png": picture(words, True, after=True),
         "model.safetensors": folder / "model.safetensors",
         "optimizer.pt": folder / "optimizer.pt",
     }
@@ -96,6 +117,17 @@ def test_a_token_in_use_is_found_however_it_looks(tmp_path, token):
         with pytest.raises(ValueError, match=f"{file}' holds your Hub token") as refused:
             check_no_secret({file: content}, [None, True, token])
         assert token not in str(refused.value)
+
+
+def test_compressed_text_of_pictures_is_searched_up_to_a_limit(monkeypatch):
+    bomb = picture("a" * 10**6, True)
+    check_no_secret({"curve.png": bomb})
+    check_no_secret(
+        {"curve.png": picture("none", True)[:60], "other.png": picture("none", True).replace(b"x\x9c", b"??")}
+    )
+    monkeypatch.setattr(secrets, "INFLATED_LIMIT", 10**5)
+    with pytest.raises(ValueError, match="'curve.png' holds more compressed text than can be searched"):
+        check_no_secret({"curve.png": bomb})
 
 
 NONE = [
