@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import sys
 from pathlib import Path
 
-from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from hf_dualspeed.commands.space import source_folder
 from hf_dualspeed.utils.writing import write_file
+
+from .common import small
 
 IMAGES = Path("docs/images")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -75,15 +75,6 @@ def ask(view: Page) -> None:
     view.locator(".cards").evaluate("cards => cards.dataset.old = 1")
     view.locator("#ask").click()
     view.wait_for_selector(f".cards:not([data-old]) {SEEN.removeprefix('#cards ')}")
-
-
-def small(png: bytes) -> bytes:
-    """A PNG of at most 256 colours, which a page of plain surfaces needs no more of."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        buffer, "PNG", optimize=True
-    )
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason='needs gradio: pip install "hf-dualspeed[demo]"')
 pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
 
-from benchmarks import space_pictures
+from benchmarks import common, space_pictures
 
 
 def test_runs_that_are_not_there_are_named(tmp_path, monkeypatch):
@@ -25,7 +25,7 @@ def test_a_small_picture_looks_like_the_large_one():
     drawn.paste((0, 114, 178), (20, 20, 90, 60))
     buffer = io.BytesIO()
     drawn.save(buffer, "PNG")
-    smaller = space_pictures.small(buffer.getvalue())
+    smaller = common.small(buffer.getvalue())
     with Image.open(io.BytesIO(smaller)) as image:
         assert abs(np.asarray(image.convert("RGB")).astype(int) - np.asarray(drawn)).max() < 8
     assert len(smaller) < len(buffer.getvalue())
