@@ -72,12 +72,12 @@ def plan(tiny: bool) -> list[Part]:
     # LLaVA-NeXT without activation checkpointing fits in no larger batch than two.
     return [
         bench("llava_1_5", 45, 150, *FULL, *shaped, "--rounds", "4"),
-        bench("memory_llava_1_5", 60, 180, *FULL, *memory, *shaped, *adamw),
+        bench("memory_llava_1_5", 80, 240, *FULL, *memory, *shaped, *adamw),
         bench("llava_next", 45, 120, *FULL, *next_shape, "--rounds", "4", "--batch", "2"),
         Part("tests", TESTS, 40, 150, TESTED),
         bench("profile", 30, 90, *FULL, "--profile", *shaped, "--rounds", "4"),
-        bench("memory_llava_next", 60, 180, *FULL, *memory, *next_shape, *adamw, *on),
-        bench("memory_kernels", 90, 240, *FULL, *memory, *shaped, *adamw, *on, "--kernels", "on"),
-        bench("memory_lora", 60, 180, *FULL, *memory, *shaped, *lora, *on, "--optimizer", "none", "adamw"),
+        bench("memory_llava_next", 100, 300, *FULL, *memory, *next_shape, *adamw, *on),
+        bench("memory_kernels", 150, 400, *FULL, *memory, *shaped, *adamw, *on, "--kernels", "on"),
+        bench("memory_lora", 100, 300, *FULL, *memory, *shaped, *lora, *on, "--optimizer", "none", "adamw"),
         Part("ablation_large", ABLATION, 240, 540, ABLATED, grows=True),
     ]
