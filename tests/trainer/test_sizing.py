@@ -328,6 +328,23 @@ def test_too_little_memory_is_named_with_what_takes_it(tmp_path):
         auto(tmp_path, 1000).train()
 
 
+@pytest.mark.parametrize("most", [0, 2])
+def test_a_device_that_runs_out_of_memory_says_what_fits(tmp_path, most):
+    def check(module, args, kwargs):
+        if len(kwargs["input_ids"]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer = auto(tmp_path, GIB, slow_mode_ratio=0.0, activation_checkpointing=True)
+    trainer.model.register_forward_pre_hook(check, with_kwargs=True)
+    if not most:
+        with pytest.raises(ValueError, match="not even one sample"):
+            trainer._choose_size(None)
+        return
+    trainer._choose_size(None)
+    assert trainer.size["micro_batch"] == most
+    assert not trainer.selective_checkpointing.always  # a training that runs out falls back; this was none
+
+
 def test_the_size_is_not_known_before_training(tmp_path):
     with pytest.raises(ValueError, match="'auto', which is chosen when training begins"):
         auto(tmp_path).get_train_dataloader()

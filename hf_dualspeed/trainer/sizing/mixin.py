@@ -42,7 +42,8 @@ class SizingMixin:
             self._choose_size(resume_from_checkpoint)
         elif batch_size in (None, self.args.train_batch_size):  # not another try of `auto_find_batch_size`
             self._tell_size()
-        self.clock.size = {"micro_batch": self._train_batch_size, "slow_mode_splits": self.args.slow_mode_splits}
+        rows = batch_size if self.args.auto_find_batch_size else self._train_batch_size
+        self.clock.size = {"micro_batch": rows, "slow_mode_splits": self.args.slow_mode_splits}
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     @property

@@ -97,7 +97,7 @@ class Probe:
         self.whole = len(two["input_ids"]) < 2 or trainer.args.plain_path
         self.whole = self.whole or not can_be_split(trainer.dual_forward.interface, two)
         self.fast_tokens = 0  # of a sample in a fast step
-        self._run(FAST, self.batch(FAST, 1))  # warms up, and shows the head's and the pruned sample's size
+        self._peak(FAST, 1)  # warms up, and shows the head's and the pruned sample's size
 
     def batch(self, mode: str, rows: int) -> dict:
         """So many times the mode's longest sample, collated."""
