@@ -12,7 +12,7 @@ import torch
 from ..trainer.schedule import FAST, SLOW
 from ..trainer.sizing.choice import Limits, choose
 from ..trainer.sizing.probe import budget_of, probing
-from ..utils.memory import GIB
+from ..utils.text import in_bytes
 
 if TYPE_CHECKING:
     from .measure import Bench
@@ -50,11 +50,11 @@ def size_lines(results: dict) -> list[str]:
 def size_line(run: dict) -> str:
     """The largest batch of a run in words."""
     found, said = run["largest_batch"], f"{run['shape']}, checkpointing {run['checkpointing']}"
-    budget = f"{found['budget_bytes'] / GIB:.2f} GiB of weights, gradients, AdamW's moments and activations"
+    budget = f"{in_bytes(found['budget_bytes'])} of weights, gradients, AdamW's moments and activations"
     if not found["micro_batch"]:
         return f"{said}: not even one sample of {found['tokens']:,} tokens fits into {budget}."
-    held = ", ".join(f"{mode} step {found[f'{mode}_bytes'] / GIB:.2f}" for mode in (FAST, SLOW))
+    held = ", ".join(f"{mode} step {in_bytes(found[f'{mode}_bytes'])}" for mode in (FAST, SLOW))
     return (
         f"{said}: the largest fast micro-batch within {budget} has {found['micro_batch']:,} samples of "
-        f"{found['tokens']:,} tokens, with slow_mode_splits={found['slow_mode_splits']} (GiB: {held})."
+        f"{found['tokens']:,} tokens, with slow_mode_splits={found['slow_mode_splits']} ({held})."
     )

@@ -256,8 +256,11 @@ def size_words(size: dict) -> str:
     elif "fits" in size:
         words += "; not even one would fit"
     if chosen:
-        count = f"{rows:,} x {size['gradient_accumulation_steps']:,} micro-batches x {size['processes']:,} processes"
-        words += f"; {size['global_batch_size']:,} samples of an optimizer step: {count}"
+        counts = {"micro-batches": size["gradient_accumulation_steps"], "processes": size["processes"]}
+        times = "".join(f" x {count:,} {name}" for name, count in counts.items() if count > 1)
+        words += f"; {size['global_batch_size']:,} samples of an optimizer step" + (
+            f": {rows:,}{times}" if times else ""
+        )
     return words
 
 

@@ -14,8 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ...publishing.display import is_silent
 from ...utils.environment import reset_peak_memory
-from ...utils.memory import GIB
-from ...utils.text import one_line
+from ...utils.text import in_bytes, one_line
 from ..callbacks import ModeClock
 from ..schedule import FAST, SLOW
 from ..training_args import Chosen
@@ -203,9 +202,9 @@ def saved_size(checkpoint: str) -> dict | None:
 
 def too_large(probe: Probe, budget: int) -> str:
     """The message for a sample that does not fit."""
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in probe.fixed.items())
+    parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in probe.fixed.items())
     return (
         f"`per_device_train_batch_size` is 'auto', but not even one sample of {probe.length} tokens fits into "
-        f"{budget / GIB:.2f} GiB, of which are taken before it (GiB): {parts}. Use activation_checkpointing=True, LoRA "
+        f"{in_bytes(budget)}, of which are taken before it: {parts}. Use activation_checkpointing=True, LoRA "
         "or smaller images, or more memory."
     )
