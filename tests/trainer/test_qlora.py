@@ -128,7 +128,7 @@ def recipe(tmp_path):
         given = yaml.safe_load((ROOT / "trainer_configs" / "qwen2_5_vl_qlora.yaml").read_text())
         local = {"model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path / "run"), "use_cpu": True}
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({**given, **local, "max_length": 512, **keys}))
+        path.write_text(yaml.safe_dump({**given, **local, "max_length": 512, "max_pixels": None, **keys}))
         return parse_recipe(["--config", str(path)])
 
     return parse
