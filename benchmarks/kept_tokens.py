@@ -1,7 +1,7 @@
 """docs/pruners.md's picture: what pruners keep of three photographs. `python -m benchmarks.kept_tokens`
 
-Features are those of the DINOv2-small that `dualspeed assemble` reads from PyPI. Photographs come with gradio and
-matplotlib.
+Features and attention are those of the last layer but one, as in LLaVA, of the DINOv2-small that `dualspeed assemble`
+reads from PyPI. Photographs come with gradio and matplotlib.
 """
 
 from __future__ import annotations
@@ -54,14 +54,16 @@ def main(path: Path = PICTURE) -> Path:
     """Draws the picture."""
     tower, images = read_vision_tower(fetch(VISION, default_cache())), photographs()
     tower.set_attn_implementation("eager")
-    # Pixels (B, 3, H, W) to states (B, 1 + N, D) and attention (B, heads, 1 + N, 1 + N) of the last layer.
+    # Pixels (B, 3, H, W) to states (B, 1 + N, D) and attention (B, heads, 1 + N, 1 + N) of the last layer but one.
     pixels = (np.stack([np.asarray(image) for image in images]) / 255 - MEAN) / DEVIATION
-    output = tower.eval()(torch.from_numpy(pixels).float().permute(0, 3, 1, 2), output_attentions=True)
+    output = tower.eval()(
+        torch.from_numpy(pixels).float().permute(0, 3, 1, 2), output_attentions=True, output_hidden_states=True
+    )
     places = torch.cartesian_prod(torch.zeros(1).long(), torch.arange(SIDE), torch.arange(SIDE))
     tokens = VisualTokens(
-        features=output.last_hidden_state[:, 1:],
+        features=output.hidden_states[-2][:, 1:],
         grid=places.expand(len(images), -1, -1),
-        attention=output.attentions[-1][:, :, 0, 1:].mean(1),
+        attention=output.attentions[-2][:, :, 0, 1:].mean(1),
         generator=torch.Generator().manual_seed(0),
     )
     figure, axes = figure_of(2.1 * (1 + len(PRUNERS)), 2.1 * len(images) + 1, len(images), 1 + len(PRUNERS))

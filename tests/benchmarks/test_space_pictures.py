@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.space_pictures` needs. The page itself is tested in tests/spaces_demo."""
+"""What the pictures of the Space and of kept tokens need. The page itself is tested in tests/spaces_demo."""
 
 import io
 
@@ -9,7 +9,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason='needs gradio: pip install "hf-dualspeed[demo]"')
 pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
 
-from benchmarks import common, space_pictures
+from benchmarks import common, kept_tokens, space_pictures
 
 
 def test_runs_that_are_not_there_are_named(tmp_path, monkeypatch):
@@ -29,3 +29,8 @@ def test_a_small_picture_looks_like_the_large_one():
     with Image.open(io.BytesIO(smaller)) as image:
         assert abs(np.asarray(image.convert("RGB")).astype(int) - np.asarray(drawn)).max() < 8
     assert len(smaller) < len(buffer.getvalue())
+
+
+def test_photographs_are_squares_of_whole_patches():
+    edge = kept_tokens.SIDE * kept_tokens.PATCH
+    assert [image.size for image in kept_tokens.photographs()] == [(edge, edge)] * 3
