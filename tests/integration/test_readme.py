@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shlex
+import tarfile
 from importlib import import_module
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from hf_dualspeed.bench import profile as bench_profile
 from hf_dualspeed.bench import report as bench_report
 from hf_dualspeed.bench import same_memory as bench_same_memory
 from hf_dualspeed.bench import selection as bench_selection
+from hf_dualspeed.data import load_examples
 from hf_dualspeed.pruners import pruner_class
 from hf_dualspeed.pruners.registry import _REGISTRY
 from hf_dualspeed.recipes.arguments import parse_recipe
@@ -116,10 +118,24 @@ def test_a_pruner_is_published(hub):
     assert "dualspeed push-pruner divprune user/divprune-75 --pruning_ratio 0.75" in text_of("docs/pruners.md")
 
 
+def test_shards_become_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("shards").mkdir()
+    picture().save("one.png")
+    Path("one.txt").write_text("noise")
+    with tarfile.open("shards/0.tar", "w") as shard:
+        for name in ("one.png", "one.txt"):
+            shard.add(name)
+    (code,) = blocks("docs/data.md")
+    run("docs/data.md", code, {})
+    (row,) = load_examples("data/train")
+    assert (row["question"], row["answer"]) == ("What is in the picture?", "noise")
+
+
 def test_no_other_page_has_python():
     """Evaluation's two blocks read what an evaluation has written and load a metric, and publishing's goes on from the
     Hub: their own tests do so."""
-    run_above = {"README.md", "docs/pruners.md", "docs/integrations.md", "docs/speed.md"}
+    run_above = {"README.md", "docs/pruners.md", "docs/integrations.md", "docs/speed.md", "docs/data.md"}
     assert {page for page in PAGES if blocks(page)} == {*run_above, "docs/evaluation.md", "docs/publishing.md"}
 
 
