@@ -141,7 +141,7 @@ def test_parts_of_killed_processes_are_cleared_and_no_others(tmp_path):
         f"_{path.name}.{os.getppid()}.part": True,  # its process runs
         f"_{path.name}.notes.part": True,  # a person's
         f"_other.json.{dead}.part": True,  # of another file
-        f"_{path.name}.{dead}9.part": True,  # young
+        f"_{path.name}.{dead}.young.part": True,
     }
     for name in names:
         part = tmp_path / name
@@ -150,7 +150,7 @@ def test_parts_of_killed_processes_are_cleared_and_no_others(tmp_path):
             part.joinpath("model").write_text("half")
         else:
             part.write_text("half")
-        if not name.endswith("9.part"):
+        if "young" not in name:
             os.utime(part, (day_ago, day_ago))
     write_file(path, "whole")
     assert {name: (tmp_path / name).exists() for name in names} == names
