@@ -227,6 +227,9 @@ def estimate(
             steps = Steps(without_data(model), sample, folder, settings.pruning_ratio, on, autocast)
             found[depth] = measured(steps, on)
     run = deeper(*found.items(), layers_of(config)) if len(found) > 1 else found[layers_of(config)]
+    # The encoder's peak stays the same in deeper models, and that of the rest grows: the higher one counts.
+    peaks = run["activation_bytes"].items()
+    run["activation_bytes"] = {name: {rows: max(n.values()) for rows, n in by.items()} for name, by in peaks}
     return {
         "model": subject.name,
         "kind": config.model_type,
@@ -258,7 +261,10 @@ def measured(steps: Steps, recomputes: bool) -> dict:
         found[SLOW + RECOMPUTED] = {rows: steps.need(SLOW + RECOMPUTED, rows) for rows in (1, 4 * few)}
     return {
         **sizes,
-        "activation_bytes": {name: {str(rows): n.bytes for rows, n in by.items()} for name, by in found.items()},
+        "activation_bytes": {
+            name: {str(rows): {"encoder": n.encoder, "rest": n.rest} for rows, n in by.items()}
+            for name, by in found.items()
+        },
         "flops": {name: by[max(by)].flops / max(by) for name, by in found.items()},
     }
 

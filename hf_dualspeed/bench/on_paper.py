@@ -9,7 +9,8 @@ selecting pruner needs while it selects is not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
+from ..models.components import role_modules
 from ..models.interface import unwrap
 from ..trainer.schedule import FAST, SLOW
 from ..trainer.training_args import DualSpeedTrainingArguments
@@ -70,6 +72,15 @@ class Counts(LiveMemory):
 
     flops = 0
 
+    def __init__(self, known: Iterable[torch.Tensor]):
+        super().__init__(known)
+        self.peaks, self._part = {"encoder": 0, "rest": 0}, "encoder"
+
+    def enter(self, part: str) -> None:
+        """Begins a part of the step, "encoder" or "rest", whose peak is kept apart."""
+        self.peaks[self._part] = max(self.peaks[self._part], self.peak)
+        self._part, self.peak = part, self.live
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(function, types, args, kwargs)
         formula = FORMULAS.get(function.overloadpacket)
@@ -115,10 +126,22 @@ def without_data(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Need:
-    """What a step needs: bytes of activations and inputs at its peak, and floating-point operations."""
+    """What a step needs.
 
-    bytes: int
+    Args:
+        encoder (`int`): bytes of activations and inputs at the peak of encoding, up to the language model.
+        rest (`int`): the same for all else, which alone grows with the language model's layers.
+        flops (`int`): floating-point operations.
+    """
+
+    encoder: int
+    rest: int
     flops: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes at the step's peak."""
+        return max(self.encoder, self.rest)
 
 
 class Steps:
@@ -181,10 +204,27 @@ class Steps:
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
                 known.append(parameter.grad)
-        with Answers(), Counts(known) as counts:
+        with Answers(), Counts(known) as counts, self.parts(counts):
             trainer.training_step(self.model, batch, items)
+        counts.enter("rest")
         self.model.zero_grad()
         if name == FAST:
             self.fast_length = clock.fast_tokens // rows
             self.visual = {key: count // rows for key, count in clock.visual_tokens.items()}
-        return Need(counts.peak + sum(value.nbytes for value in batch.values()), counts.flops)
+        given = sum(value.nbytes for value in batch.values())
+        return Need(counts.peaks["encoder"] + given, counts.peaks["rest"] + given, counts.flops)
+
+    @contextmanager
+    def parts(self, counts: Counts) -> Iterator[None]:
+        """Tells the counts where encoding begins, and where the language model does."""
+        inner = unwrap(self.model)
+        starts = [(tower, "encoder") for tower in role_modules(inner)["vision_tower"]] + [(inner.get_decoder(), "rest")]
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, part=part: counts.enter(part), prepend=True)
+            for module, part in starts
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

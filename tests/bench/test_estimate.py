@@ -271,6 +271,23 @@ def test_two_shallow_models_stand_for_a_deep_one(tmp_path):
         assert quick["flops"][name] == pytest.approx(need.flops / 8, rel=1e-6)
 
 
+def test_a_tower_s_peak_does_not_hide_the_layers(tmp_path):
+    """With few layers encoding needs most, with all of them they do."""
+    config = small_config()
+    config.text_config.num_hidden_layers = 24
+    config.vision_config.image_size, config.vision_config.intermediate_size = 112, 2048
+    settings = replace(SETTINGS, image_size=(112, 112), text_tokens=8, pruning_ratio=0.9, dtype="float32")
+    (quick,) = est.estimate(est.Subject("deep", config, None), settings, "full", "off")["runs"]
+    needs = []
+    for layers in (6, 24):
+        model, _ = est.trained_model(est.shallow(config, layers), "full", settings)
+        sample = sample_from_config(config, 112, 112, 8)
+        needs.append(Steps(without_data(model), sample, str(tmp_path), 0.9, False).need("fast", 8))
+    assert needs[0].bytes == needs[0].encoder > needs[0].rest
+    assert needs[1].bytes == needs[1].rest > needs[1].encoder
+    assert quick["activation_bytes"]["fast"]["8"] == pytest.approx(needs[1].bytes, rel=0.02)
+
+
 def test_models_of_unlike_layers_are_measured_whole():
     config = Gemma3Config(text_config={"num_hidden_layers": 26})
     assert est.depths_of(config) == (6, 12)  # five layers of sliding attention, one of full

@@ -100,7 +100,12 @@ QUESTIONS = '{"questions": [{"question_id": 1, "image_id": 7, "question": "?"}]}
         ("table", ROW.replace('"a"', "NaN"), (), "Row 0 of .* neither text nor number"),
         ("table", ROW.replace('"a"', "true"), (), "Row 0 of .* neither text nor number"),
         ("table", ROW.replace('"q"', '["q"]'), (), "Row 0 of .* has an empty question"),
-        ("table", ROW.replace('"pics/a.png"', '["pics/a.png", "pics/x.png"]'), (), "Row 0 of .* has no path of a picture"),
+        (
+            "table",
+            ROW.replace('"pics/a.png"', '["pics/a.png", "pics/x.png"]'),
+            (),
+            "Row 0 of .* has no path of a picture",
+        ),
         ("table", ROW, ("--question", " "), "Row 0 of .* has an empty question"),
         ("table", ROW, ("--annotations", "pics"), "`annotations` is given, but the layout 'table' does not read it"),
         ("coco", "{}", ("--columns", "a", "b", "c"), "`columns` is given, but the layout 'coco'"),

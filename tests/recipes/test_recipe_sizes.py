@@ -52,10 +52,11 @@ def needed(keys: dict, folder: Path) -> dict[str, float]:
         model, _ = est.trained_model(est.shallow(config, depth), train, settings)
         steps = Steps(without_data(model), sample, str(folder), keys["pruning_ratio"], True, True)
         steps.need("fast", 1)  # tells how long its samples are
-        depths[depth] = {kind: steps.need(kind, rows).bytes for kind in kinds}
+        needs = {kind: steps.need(kind, rows) for kind in kinds}
+        depths[depth] = {kind: {"encoder": need.encoder, "rest": need.rest} for kind, need in needs.items()}
     peaks = est.deeper(*depths.items(), est.layers_of(config))
     state = sum(held[f"{name}_bytes"] for name in ("weights", "gradients", "optimizer"))
-    found = {"held": state, **{kind: state + peak for kind, peak in peaks.items()}}
+    found = {"held": state, **{kind: state + max(peak.values()) for kind, peak in peaks.items()}}
     return {name: size / est.GIB for name, size in found.items()}
 
 
