@@ -9,6 +9,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 
+from .utils.constants import INTERRUPTED
 from .utils.quiet import is_first_process, quiet_command
 
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module:function in `commands`, help)
@@ -28,8 +29,6 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module:function in `commands`
     "bench": ("bench:main", "time fast and slow training steps"),
     "assemble": ("assemble:main", "join two small pretrained models to a LLaVA"),
 }
-# The exit code of a process that Ctrl-C ended.
-INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:

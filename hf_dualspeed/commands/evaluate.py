@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 from ..evaluation.evaluate import Evaluation, evaluate, prepare, record
 from ..metrics import CLASSES
 from ..recipes.arguments import DTYPES
+from ..utils.constants import INTERRUPTED
 from ..utils.validation import Parser, check_range
 
 
@@ -33,8 +35,9 @@ def main(argv: list[str]) -> int:
         raise
     try:
         entries = evaluate(evaluation)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt("Rerun the same command to resume.") from stop
+    except KeyboardInterrupt:
+        print("Interrupted. Rerun the same command to resume.", file=sys.stderr)
+        return INTERRUPTED
     record(evaluation, entries)
     show(evaluation, entries)
     return 0

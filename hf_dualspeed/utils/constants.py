@@ -22,3 +22,6 @@ CHECKED_SAMPLES = 10_000
 # While files take their places, a folder holds the first, and the second holds those that are still to come.
 UNFINISHED_NAME = "_unfinished"
 SAVING_NAME = "_saving"
+
+# The exit code of a process that Ctrl-C ended.
+INTERRUPTED = 130
