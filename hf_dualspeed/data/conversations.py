@@ -27,6 +27,7 @@ ROLES = {
 }
 
 EXTRA_COLUMNS = ("id", "question", "answer")
+CHOICES = ("choices", "options")  # columns of texts, one of which an answer may number
 
 # Keys of a content part that hold its picture or clip, as Qwen, OpenAI, Unsloth and transformers write them.
 SOURCES = {"image": ("image", "image_url", "path", "url", "base64"), "video": ("video",)}
@@ -216,6 +217,14 @@ def _turns(example: dict[str, Any], name: str) -> list[dict]:
     if filled(question):
         if not isinstance(question, str):
             raise _refused(name, "question", question, "it must be a text. Correct it, or leave the sample out.")
+        number = example.get("answer")
+        for key in CHOICES if isinstance(number, int) and not isinstance(number, bool) else ():
+            choices = example.get(key)
+            if filled(choices) and isinstance(choices, (list, tuple)) and str(number) not in map(str, choices):
+                remedy = (
+                    f"it seems to number one of the `{key}`, and would be trained on as it stands. Write the answer "
+                )
+                raise _refused(name, "answer", number, remedy + "in words, and the choices into the question.")
         try:
             right = given_texts(example.get("answer"), "answer")
             # A blank answer is none where there are others, as in an evaluation.

@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.attention import REMEDY, capture_attention
 from ..models.containers import Container, flat_rows, part_lengths, refill
@@ -262,8 +263,12 @@ def frozen_tower(outer: nn.Module, modality: Modality) -> Iterator[None]:
     run through the whole tower for them.
     """
     tower = outer.get_encoder(modality=modality.name) if hasattr(outer, "get_encoder") else None
-    if tower is None or tower is outer or any(p.requires_grad for p in tower.parameters()):
+    if tower is None or tower is outer:
         yield
+        return
+    if any(p.requires_grad for p in tower.parameters()):
+        with frozen_blocks(tower):
+            yield
         return
     # Hooks turn gradients off during the tower's forward only, not for the projector after it.
     with ExitStack() as hooks:
@@ -272,6 +277,24 @@ def frozen_tower(outer: nn.Module, modality: Modality) -> Iterator[None]:
         end = tower.register_forward_hook(lambda *_: torch.set_grad_enabled(before) and None, always_call=True)
         for handle in (begin, end):
             hooks.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def frozen_blocks(tower: nn.Module) -> Iterator[None]:
+    """The same for a tower of which a part is trained, such as the projector inside Qwen's, but none of the blocks:
+    nothing is carried back beyond that part."""
+    blocks = [part for part in tower.modules() if isinstance(part, GradientCheckpointingLayer)]
+    try:
+        embeddings = tower.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    frozen = [embeddings, *blocks] if blocks and isinstance(embeddings, nn.Module) else []
+    if not frozen or any(p.requires_grad for part in frozen for p in part.parameters()):
+        yield
+        return
+    # Behind transformers' own hook, which makes the embeddings require gradients.
+    with embeddings.register_forward_hook(lambda module, args, embedded: embedded.detach()):
         yield
 
 

@@ -247,6 +247,14 @@ TEXTS = {
     "an answer that is an empty list": (chat(USER, said("assistant", content="[]")), Read("[]<|im_end|>")),
     "question and answer": ({"id": "x", "question": "q", "answer": "a"}, Read("a<|im_end|>", "user\nq<|im_end|>")),
     "question and answer, a number": ({"id": "x", "question": "q", "answer": 7}, Read("7<|im_end|>")),
+    "question and a choice's number": (
+        {"id": "x", "question": "q", "choices": ["a", "b"], "answer": 1},
+        Refused("has 1 under `answer`: it seems to number one of the `choices`.*in words"),
+    ),
+    "question and a choice that is a number": (
+        {"id": "x", "question": "q", "options": ["1", "2"], "answer": 2},
+        Read("2<|im_end|>"),
+    ),
     "question and answers": ({"id": "x", "question": "q", "answers": ["b", "a", "a"]}, A),
     "question and VQAv2's answers": (
         {"id": "x", "question": "q", "answers": [{"answer": "a", "answer_id": 1}, {"answer": "b"}, {"answer": "a"}]},

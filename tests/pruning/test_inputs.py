@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from families import FAMILIES as CONFORMING
@@ -9,12 +11,12 @@ from families import batch as mixed
 from pruner_cases import build, shortens
 from tiny_models import FAMILIES, HIDDEN, MIXED, batch
 
-from hf_dualspeed import ModeIsolator, available_pruners, prune_inputs, prune_visual_tokens
+from hf_dualspeed import ModeIsolator, available_pruners, freeze_roles, prune_inputs, prune_visual_tokens
 from hf_dualspeed.data import MaskVisualLabels
 from hf_dualspeed.models.families import RULE
 from hf_dualspeed.models.interface import ModelInterface
 from hf_dualspeed.pruners import budget
-from hf_dualspeed.pruning.encoding import encode, tokens_of
+from hf_dualspeed.pruning.encoding import encode, encoder_arguments, frozen_tower, tokens_of
 
 SIDES = ("right", "left")
 SHORTENING = [name for name in available_pruners() if shortens(name)]
@@ -352,3 +354,28 @@ def test_peft_model_is_pruned_like_its_base():
     torch.testing.assert_close(wrapped(**prune_inputs(wrapped, inputs, pruner())).logits, expected)
     with prune_visual_tokens(wrapped, pruner()):
         torch.testing.assert_close(wrapped(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_nothing_is_carried_back_to_frozen_blocks_of_a_tower_with_a_trained_part(name):
+    """Qwen's projector lies inside the tower, whose embeddings activation checkpointing makes require gradients."""
+    model = CONFORMING[name].model().train()
+    inputs = mixed(CONFORMING[name], model)
+    freeze_roles(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    carried, gradients, interface = [], [], ModelInterface(model)
+    model.get_encoder(modality="image").blocks[0].register_forward_hook(
+        lambda module, args, out: carried.append(out.requires_grad)
+    )
+    image = interface.encoders["image"]
+    for context in (nullcontext(), frozen_tower(model, image.modality)):
+        model.zero_grad()
+        arguments, _ = encoder_arguments(image, inputs)
+        with context:
+            encoded = getattr(image.owner, image.method)(**arguments)
+        torch.cat([rows.sum()[None] for rows in encoded.pooler_output]).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert carried == [True, False]
+    assert gradients[0].keys() == gradients[1].keys() != set()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
