@@ -55,14 +55,18 @@ def defaults(option: str) -> str:
         return " and ".join(value) if isinstance(value, list) else str(value)
 
     usual = words(KINDS["steps"][option])
-    others = [f"{words(of[option])} with {flag(kind)}" for kind, of in KINDS.items() if words(of[option]) != usual]
+    kinds: dict[str, list[str]] = {}  # by their default
+    for kind, of in KINDS.items():
+        kinds.setdefault(words(of[option]), []).append(flag(kind))
+    del kinds[usual]
+    others = [f"{value} with {', '.join(flags)}" for value, flags in kinds.items()]
     return f"Unset: {'; '.join([usual, *others])}."
 
 
 HELP = {
     "shape": f"One or several of {', '.join(SHAPES)}. {defaults('shape')}",
     "model": "In place of shapes: a folder or Hub id with a model and its processor.",
-    "scale": "'small': language models of about 25 M parameters; 'full': real sizes, on a GPU.",
+    "scale": "'small': language models of about 25 M parameters; 'full': real sizes, on a GPU or with a few --layers.",
     "lora": "Train LoRA adapters (r=128) and the projector in place of the whole language model.",
     "checkpointing": f"Activation checkpointing 'on', 'off' or both. {defaults('checkpointing')}",
     "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 1; 'auto' with checkpointing on and no --lengths.",
