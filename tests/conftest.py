@@ -25,9 +25,13 @@ def little_to_collect():
         yield
 
 
+VERBOSITY = logging.get_verbosity()
+
+
 @pytest.fixture(autouse=True)
 def same_verbosity():
-    """A trainer sets transformers' level of logging for the whole process, by which later ones may be silent."""
-    before = logging.get_verbosity()
+    """A trainer, that of a module's fixture too, sets transformers' level of logging for the whole process, by which
+    later ones may be silent."""
+    logging.set_verbosity(VERBOSITY)
     yield
-    logging.set_verbosity(before)
+    logging.set_verbosity(VERBOSITY)

@@ -444,7 +444,7 @@ class DualForward(nn.Module):
         inputs = dict(inputs)
         # Position i predicts token i + 1: labels[i + 1], (B, S); -100 at the end, and where i is padding.
         shifted, mask = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100), inputs.get("attention_mask")
-        if mask is not None and mask.dim() == 2:
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:  # not a mask by query, nor a block mask
             shifted = shifted.masked_fill(mask == 0, -100)
         supervised = shifted != -100
         if self.slices_logits:

@@ -207,7 +207,7 @@ def kept(folder: Path) -> bool:
 def flat(value: object, place: str = "") -> Iterable[tuple[str, object]]:
     """All values in nested mappings and lists, by place, without names, times and measurements of the machine."""
     noise = ("seconds", "date", "runtime", "per_second", "hub", "name", "memory", "hash", "versions", "flos")
-    noise += ("data_wait", "data_times")
+    noise += ("data_wait", "data_times", "speedup_over_slow_steps")
     if isinstance(value, (dict, list)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if not any(part in str(key) for part in noise):

@@ -42,6 +42,7 @@ ADDED_KEYS = {
     "data_wait": "a training log has the share of time that steps waited for their batches",
     "fast_step_seconds": "a training log has the seconds of a step of each mode",
     "slow_step_seconds": "a training log has the seconds of a step of each mode",
+    "speedup_over_slow_steps": "a training log has the speed so far against slow steps alone",
     "seconds_left": "a training log has the seconds of the steps to come",
     "least_seconds_left": "the same, as long as one mode has not been timed",
     "visual_tokens_saved": "a training log has the share of visual tokens that fast steps saved",

@@ -288,8 +288,7 @@ def commands() -> list[tuple]:
         ("push-metric bleu a/b", "invalid choice: 'bleu'"),
         ("push-metric anls b", "`repo` must be a Space 'user/name'"),
         ("space --push x", "must be a"),
-        ("trian", "invalid choice: 'trian'"),
-        ("", "required: command"),
+        ("trian", "There is no command 'trian'. Did you mean 'train'"),
     ]
     return [("command", words.split(), said) for words, said in rows]
 
