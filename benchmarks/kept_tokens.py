@@ -74,13 +74,17 @@ def main(path: Path = PICTURE) -> Path:
         for row, (axis, image) in enumerate(zip(column, images, strict=True)):
             shown = image
             if pruned is not None:
-                kept = places[pruned.positions[row, : pruned.lengths[row]], 1:].tolist()
-                shown = draw(View(image, SIDE, SIDE, set(map(tuple, kept))))
+                own = places[pruned.positions[row, : pruned.lengths[row]], 1:].tolist()
+                shown = draw(View(image, SIDE, SIDE, set(map(tuple, own))))
             axis.imshow(shown)
             axis.set_axis_off()
-    count, size = SIDE**2, in_thousands(sum(weight.numel() for weight in tower.parameters()))
+    kept, count, size = (
+        int(pruned.lengths[0]),
+        SIDE**2,
+        in_thousands(sum(weight.numel() for weight in tower.parameters())),
+    )
     figure.supxlabel(
-        f"In colour with a green frame: places of the {round(count * (1 - RATIO))} tokens that are kept of {count}; "
+        f"In colour with a green frame: places of the {kept} tokens that are kept of {count}; "
         "the others, grey, are averaged into them.",
         fontsize=10,
     )

@@ -103,6 +103,8 @@ def subject_of(name: str) -> Subject:
         OSError, ValueError: there is no such model, or transformers does not know its kind.
     """
     path = Path(name)
+    if path.is_absolute() and not path.exists():
+        raise ValueError(f"`model` is {name!r}, but there is no such file or folder.")
     alone = path.is_file() or (path.is_dir() and not any((path / file).is_file() for file in PROCESSOR_FILES))
     config = AutoConfig.from_pretrained(name)
     processor = None if alone else AutoProcessor.from_pretrained(name)

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_questions(group) -> None:
-    data = "a JSON, JSONL, CSV or Parquet file, a folder, a Hub repo, easy-vqa"
+    data = "a JSON, JSONL, CSV, TSV or Parquet file, a folder, a Hub repo, easy-vqa"
     group.add_argument("--dataset", required=True, help=data)
     group.add_argument("--split", default="test", help="split of a data set that has splits (default: test)")
     group.add_argument("--image_folder", help="where relative image paths start")

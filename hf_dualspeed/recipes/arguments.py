@@ -120,7 +120,7 @@ class RecipeArguments:
     )
     dataset: str | None = field(
         default=None,
-        metadata={"help": "Training data: a Hub name, a JSON or JSONL file, a folder, or easy-vqa."},
+        metadata={"help": "Training data: a Hub name, a JSON, JSONL, CSV, TSV or Parquet file, a folder, or easy-vqa."},
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the training data."})
     eval_dataset: str | None = field(
