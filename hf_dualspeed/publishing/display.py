@@ -84,10 +84,12 @@ class RunDisplay(ProgressCallback):
         """Copies are not in the middle of a run."""
         return {**self.__dict__, "_training": None, "_evaluating": None}
 
-    def saw(self, mode: str, lengths: dict[str, list[int]], visual_tokens: tuple[int, int]) -> None:
-        """Notes the visual tokens of a micro-batch: of each image by modality, and of all before and after pruning."""
+    def saw(self, lengths: dict[str, list[int]], visual_tokens: tuple[int, int], shape: tuple[int, int]) -> None:
+        """Notes the visual tokens of a micro-batch: of each image by modality, and of all before and after pruning; and
+        its samples and their length."""
         if self._seen is not None and not self._seen and lengths:
-            self._seen = {"lengths": {name: list(units) for name, units in lengths.items()}, "all": visual_tokens}
+            units = {name: list(own) for name, own in lengths.items()}
+            self._seen = {"lengths": units, "all": visual_tokens, "shape": shape}
 
     def tell_size(self, args: TrainingArguments, size: dict) -> None:
         """Says in one line how large the micro-batch is, what it takes and what would fit."""
@@ -114,6 +116,7 @@ class RunDisplay(ProgressCallback):
         if is_silent(args):
             return
         facts = {**self.facts(), "visual_tokens": tokens_of_images(seen, self.kept)}
+        facts["speedup_limit"] = speedup_limit(facts, seen)
         if to_people():
             screen_print(panel(facts))
         else:
@@ -202,6 +205,18 @@ def tokens_of_images(seen: dict, kept: Callable[[int], int]) -> dict[str, dict]:
     return {name: {key: value for key, value in one.items() if key != "sum"} for name, one in found.items()}
 
 
+def speedup_limit(facts: dict, seen: dict) -> float | None:
+    """How many times fewer tokens the language model reads than with full steps alone; None where that is not known."""
+    steps, images = facts["steps"], facts["visual_tokens"].values()
+    if not images or facts["pruned_in_language_model"] or not sum(steps.values()):
+        return None
+    samples, length = seen["shape"]
+    gone = sum(one["count"] * (one["full"] - one["kept"]) for one in images)
+    fast = samples * (length + facts["isolator_length"]) - gone
+    slow = steps["slow"] / sum(steps.values())
+    return samples * length / (fast + slow * (samples * length - fast))
+
+
 def panel(facts: dict) -> Panel:
     """The panel ahead of the first step."""
     table = Table.grid(padding=(0, 2))
@@ -228,6 +243,8 @@ def panel_rows(facts: dict) -> list[tuple[str, str]]:
     rows.append(("to come", f"{total}: {steps['fast']:,} fast, {steps['slow']:,} slow"))
     if facts.get("batch"):
         rows.append(("batch", size_words(facts["batch"])))
+    if facts.get("speedup_limit"):
+        rows.append(("speed-up", f"at most {facts['speedup_limit']:.1f} x in the language model, by its tokens"))
     rows.append(("time", "measured from the first steps on"))
     held = f"{in_bytes(facts['weights_bytes'])} of weights"
     rows.append(("memory", held + (f", on {facts['processes']} processes" if facts["processes"] > 1 else "")))

@@ -436,7 +436,7 @@ class DualSpeedMixin(
         inputs = {**inputs, **places}
         loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served, repeats)
         self.clock.count(mode, done.tokens, *done.visual_tokens)
-        self.display.saw(mode, done.lengths, done.visual_tokens)
+        self.display.saw(done.lengths, done.visual_tokens, tuple(inputs["input_ids"].shape))
         self._modalities |= done.modalities
 
         # Parameters of the other mode do not move: the optimizer skips those without a gradient.

@@ -98,6 +98,20 @@ def test_tokens_are_known_whatever_the_first_mode(tmp_path, capsys, slow):
     assert (found["full"], found["kept"], found["least"], found["most"]) == (16, 4, 16, 16)
 
 
+@pytest.mark.parametrize(("ratio", "isolator"), [(0.0, 0), (0.5, 4), (1.0, 0)])
+def test_the_speed_up_is_bound_by_tokens(tmp_path, capsys, ratio, isolator):
+    trainer = make(tmp_path, disable_tqdm=False, slow_mode_ratio=ratio, isolator_length=isolator, pruning_ratio=0.75)
+    trainer.train()
+    facts = said(capsys)[0]["start"]
+    samples, length = next(iter(trainer.get_train_dataloader()))["input_ids"].shape
+    fast = length + isolator - 12 * facts["visual_tokens"]["image"]["count"] / samples  # 12 of 16 go
+    slow = facts["steps"]["slow"] / sum(facts["steps"].values())
+    assert facts["speedup_limit"] == pytest.approx(length / ((1 - slow) * fast + slow * length))
+    assert ("speed-up", f"at most {facts['speedup_limit']:.1f} x in the language model, by its tokens") in (
+        display.panel_rows(facts)
+    )
+
+
 def test_images_of_several_sizes_are_told_by_their_means(tmp_path, capsys):
     data = [DATA[1], DATA[3]]
     make(tmp_path, "qwen2_5_vl", disable_tqdm=False, slow_mode_ratio=0.0, max_steps=1, data=data).train()
