@@ -314,6 +314,16 @@ def speedup(run: dict, way: str, slow_ratio: float) -> float:
     return run["flops"][PLAIN] / ((1 - slow_ratio) * fast + slow_ratio * slow)
 
 
+# The shares of the limit that steps reached at 7 B parameters on an H100; see docs/speed.md.
+REACHED = (0.68, 0.91)
+
+
+def expected(run: dict, slow_ratio: float) -> str:
+    """The speed-ups that these shares of the limit are."""
+    low, high = (share * speedup(run, "ours", slow_ratio) for share in REACHED)
+    return f"{low:.1f} to {high:.1f} x"
+
+
 def gpu_size(words: str) -> float:
     """GiB from words such as "24gb" or "24".
 

@@ -17,6 +17,7 @@ from ..bench.estimate import (
     DTYPES,
     GIB,
     PLAIN,
+    REACHED,
     ROLES,
     ROWS,
     TRAINS,
@@ -28,6 +29,7 @@ from ..bench.estimate import (
     as_json,
     batches,
     estimate,
+    expected,
     gpu_size,
     limits,
     parameters_of,
@@ -187,8 +189,8 @@ def show(console: Console, found: dict, gpus: list[float]) -> None:
     rows = ROWS[-1]
     memory = Table("trained", "ckpt", "weights", "grads", "AdamW", "plain", "fast", "slow")
     memory.title = f"GiB held, and activations of {rows} samples, {settings['dtype']}"
-    fits = Table("trained", "ckpt", *(f"{gib:g} GB" for gib in gpus), "FLOP limit")
-    fits.title = "largest micro-batch, Trainer / DualSpeed; limit of the speed-up"
+    fits = Table("trained", "ckpt", *(f"{gib:g} GB" for gib in gpus), "FLOP limit", "expected")
+    fits.title = "largest micro-batch, Trainer / DualSpeed; speed-up"
     if any("recomputed" in ways(run) for run in found["runs"]):
         fits.title += "\n(in brackets: with fast_mode_checkpointing, to which training falls back)"
     for run in found["runs"]:
@@ -196,13 +198,14 @@ def show(console: Console, found: dict, gpus: list[float]) -> None:
         held = (run[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes"))
         peaks = (activations(run, name, rows) for name in (PLAIN, FAST, SLOW))
         memory.add_row(label, run["checkpointing"], *(f"{size / GIB:.2f}" for size in (*held, *peaks)))
-        limit = limits(run, settings["slow_mode_ratio"])
-        fits.add_row(label, run["checkpointing"], *(batches(run, gib) for gib in gpus), limit)
+        limit, likely = (words(run, settings["slow_mode_ratio"]) for words in (limits, expected))
+        fits.add_row(label, run["checkpointing"], *(batches(run, gib) for gib in gpus), limit, likely)
     console.print(memory)
     console.print(fits)
     console.print(
         f"{1 - USABLE:.0%} of a GPU is left free. 4-bit weights are arithmetic; what a selecting pruner needs while it "
-        "selects is not counted.",
+        f"selects is not counted. Expected: {REACHED[0]} to {REACHED[1]} of the limit, as on an H100 at 7 B "
+        "parameters, with equal batches.",
         style="dim",
     )
 

@@ -296,6 +296,17 @@ def test_models_of_unlike_layers_are_measured_whole():
     assert est.depths_of(small_config()) == (2,)
 
 
+def test_expected_speed_ups_are_what_a_gpu_reached_of_the_limit(found):
+    folder = Path(__file__).parents[2] / "docs/results"
+    runs = [run for path in folder.glob("bench_h100_llava_*.json") for run in json.loads(path.read_text())["runs"]]
+    shares = [run["ratios"]["share_of_limit"]["median"] for run in runs]
+    assert est.REACHED == (round(min(shares), 2), round(max(shares), 2))
+    (run, *_) = found["runs"]
+    low, high = (float(word) for word in est.expected(run, 0.05).removesuffix(" x").split(" to "))
+    limit = est.speedup(run, "ours", 0.05)
+    assert (low / limit, high / limit) == pytest.approx(est.REACHED, abs=0.05)
+
+
 def test_fewer_operations_are_the_limit(found):
     run = found["runs"][0]
     flops = run["flops"]
