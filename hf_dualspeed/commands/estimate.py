@@ -41,7 +41,7 @@ from ..bench.options import SETTINGS
 from ..trainer.schedule import FAST, SLOW
 from ..utils.environment import versions
 from ..utils.progress import Work
-from ..utils.text import without_paths
+from ..utils.text import in_thousands, without_paths
 from ..utils.validation import Parser, check_range
 from ..utils.writing import write_file, write_json
 
@@ -177,8 +177,8 @@ def known(models: list[dict], subject: Subject, settings: Settings, train: str, 
 def show(console: Console, found: dict, gpus: list[float]) -> None:
     """Prints an estimate in tables of at most 80 columns."""
     parameters, settings = found["parameters"], found["settings"]
-    roles = ", ".join(f"{role.replace('_', ' ')} {parameters[role] / 1e6:,.0f} M" for role in ROLES)
-    console.print(f"\n[bold]{found['model']}[/] ({found['kind']}), {sum(parameters.values()) / 1e9:.2f} B parameters")
+    roles = ", ".join(f"{role.replace('_', ' ')} {in_thousands(parameters[role])}" for role in ROLES)
+    console.print(f"\n[bold]{found['model']}[/] ({found['kind']}), {in_thousands(sum(parameters.values()))} parameters")
     console.print(roles)
     width, height = settings["image_size"]
     console.print(
@@ -194,7 +194,7 @@ def show(console: Console, found: dict, gpus: list[float]) -> None:
     if any("recomputed" in ways(run) for run in found["runs"]):
         fits.title += "\n(in brackets: with fast_mode_checkpointing, to which training falls back)"
     for run in found["runs"]:
-        label = f"{WORDS[run['train']]}, {run['trainable'] / 1e6:,.0f} M"
+        label = f"{WORDS[run['train']]}, {in_thousands(run['trainable'])}"
         held = (run[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes"))
         peaks = (activations(run, name, rows) for name in (PLAIN, FAST, SLOW))
         memory.add_row(label, run["checkpointing"], *(f"{size / GIB:.2f}" for size in (*held, *peaks)))
