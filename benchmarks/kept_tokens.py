@@ -19,7 +19,7 @@ from hf_dualspeed.commands.space import source_folder
 from hf_dualspeed.evaluation.visualize import View, draw
 from hf_dualspeed.pruners.tokens import VisualTokens
 from hf_dualspeed.publishing.plots import describe, figure_of, save_figure
-from hf_dualspeed.recipes.assemble import VISION
+from hf_dualspeed.recipes.assemble import IMAGENET_MEAN, IMAGENET_STD, VISION
 from hf_dualspeed.recipes.dinov2_onnx import read_vision_tower
 from hf_dualspeed.recipes.wheels import default_cache, fetch
 from hf_dualspeed.utils.environment import machine
@@ -31,7 +31,6 @@ from .common import small
 PICTURE = Path("docs/images/kept_tokens.png")
 PRUNERS = ("divprune", "cls_attention", "vispruner", "holov", "random")
 RATIO, SIDE, PATCH = 0.9, 24, 14
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DINOv2 was trained
 
 
 def photographs() -> list[Image.Image]:
@@ -55,7 +54,7 @@ def main(path: Path = PICTURE) -> Path:
     tower, images = read_vision_tower(fetch(VISION, default_cache())), photographs()
     tower.set_attn_implementation("eager")
     # Pixels (B, 3, H, W) to states (B, 1 + N, D) and attention (B, heads, 1 + N, 1 + N) of the last layer but one.
-    pixels = (np.stack([np.asarray(image) for image in images]) / 255 - MEAN) / DEVIATION
+    pixels = (np.stack([np.asarray(image) for image in images]) / 255 - IMAGENET_MEAN) / IMAGENET_STD
     output = tower.eval()(
         torch.from_numpy(pixels).float().permute(0, 3, 1, 2), output_attentions=True, output_hidden_states=True
     )
@@ -78,13 +77,9 @@ def main(path: Path = PICTURE) -> Path:
                 shown = draw(View(image, SIDE, SIDE, set(map(tuple, own))))
             axis.imshow(shown)
             axis.set_axis_off()
-    kept, count, size = (
-        int(pruned.lengths[0]),
-        SIDE**2,
-        in_thousands(sum(weight.numel() for weight in tower.parameters())),
-    )
+    size = in_thousands(sum(weight.numel() for weight in tower.parameters()))
     figure.supxlabel(
-        f"In colour with a green frame: places of the {kept} tokens that are kept of {count}; "
+        f"In colour with a green frame: places of the {pruned.lengths[0]} tokens that are kept of {SIDE**2}; "
         "the others, grey, are averaged into them.",
         fontsize=10,
     )

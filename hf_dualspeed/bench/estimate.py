@@ -26,7 +26,9 @@ from ..models.components import freeze_roles, parameter_roles
 from ..models.interface import ModelInterface
 from ..trainer.batch_splitting import SMALL, parts_of
 from ..trainer.schedule import FAST, SLOW
+from ..trainer.sizing.choice import USABLE
 from ..utils.environment import versions
+from ..utils.memory import GIB
 from ..utils.text import markdown_table
 from .on_paper import PLAIN, PRUNER, RECOMPUTED, Steps, empty_model, without_data
 from .samples import sample_from_config
@@ -39,8 +41,6 @@ ROLES = ("vision_tower", "projector", "language_model")
 ROWS = (1, 8)  # batch sizes at which steps are measured
 LEAST_LAYERS = 3  # of the shallower of the two models that stand for a deep one
 MOST = 1024  # samples; larger batches are not looked for
-USABLE = 0.9  # of a GPU's memory: the rest goes to CUDA's context, gaps between tensors and kernels' workspaces
-GIB = 2**30
 # Bytes of a weight in 4-bit NormalFloat: half a byte, and the scale of each block of 64, itself in 8 bits and blocks of
 # 256 ("double quantization").
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)

@@ -27,6 +27,7 @@ from ..trainer.fused_loss import without_ligers_layers
 from ..trainer.schedule import FAST, SLOW
 from ..trainer.setup import compile_regions
 from ..utils.devices import synchronize
+from ..utils.memory import GIB
 from ..utils.progress import Work
 from ..utils.text import markdown_table
 from ..utils.writing import write_file
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 KIND = "optimizer steps at the same memory"
 STEPS = ("plain", "fast", "slow")
 LABELS = {"plain": "Trainer", "fast": "fast", "slow": "slow"}
-GIB = 2**30
 MOST = 64  # samples of a step: above them, batches are as fast and no longer usual
 SPARE = 0.95  # of a card's free memory, because an allocator cannot use all of it
 BACKEND = "inductor"  # of `torch.compile`

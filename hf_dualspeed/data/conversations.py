@@ -221,10 +221,10 @@ def _turns(example: dict[str, Any], name: str) -> list[dict]:
         for key in CHOICES if isinstance(number, int) and not isinstance(number, bool) else ():
             choices = example.get(key)
             if filled(choices) and isinstance(choices, (list, tuple)) and str(number) not in map(str, choices):
-                remedy = (
-                    f"it seems to number one of the `{key}`, and would be trained on as it stands. Write the answer "
+                why = f"it seems to number one of the `{key}`, and would be trained on as it stands."
+                raise _refused(
+                    name, "answer", number, f"{why} Write the answer in words, and the choices into the question."
                 )
-                raise _refused(name, "answer", number, remedy + "in words, and the choices into the question.")
         try:
             right = given_texts(example.get("answer"), "answer")
             # A blank answer is none where there are others, as in an evaluation.

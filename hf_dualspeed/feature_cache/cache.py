@@ -28,13 +28,13 @@ from ..models.interface import unwrap
 from ..pruners import Pruner
 from ..pruning.encoding import CONFIGURED, IN_TOWER
 from ..utils.devices import on_host
+from ..utils.memory import GIB
 from .store import IN_USE, FeatureStore
 from .tower import TowerCall
 from .units import REMEDY, UNITS, ImageUnits
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 CHUNK = 2**26  # bytes of weights that are hashed at a time
 WAITING = 8  # batches in the writer's queue, beyond which a step waits for the first
 MARK_EVERY = 3600.0  # seconds, far less than `IN_USE`, after which another run may remove this tower's files

@@ -12,8 +12,8 @@ from typing import Protocol
 
 from ..schedule import FAST, SLOW
 
-# Of a GPU's free memory: the rest goes to gaps between tensors, to kernels' workspaces and to samples that are longer
-# than those that were measured.
+# Of a GPU's memory, of what is free of it or, on paper, of all: the rest goes to CUDA's context, gaps between tensors,
+# kernels' workspaces and samples that are longer than those that were measured.
 USABLE = 0.9
 # The next size that is tried is at most so many times the last one that fits.
 GROWTH = 8
@@ -110,12 +110,12 @@ def choose(need: Need, limits: Limits) -> tuple[int, int | str]:
 
 def splits_for(need: Need, limits: Limits, rows: int) -> int | str | None:
     """`slow_mode_splits` with which a slow step of so many samples fits; None if it never does."""
-
     whole = need(SLOW, rows, limits.splits)
     if whole is not None and whole <= limits.budget:
         return limits.splits
     # More parts: fewer samples in each.
     few = 1 if limits.splits == "auto" else min(rows, limits.splits)
-    held = lambda size: need(SLOW, rows, math.ceil(rows / size))  # noqa: E731
-    samples = 0 if limits.whole else largest(held, limits.budget, rows // few)
+    samples = 0
+    if not limits.whole:
+        samples = largest(lambda size: need(SLOW, rows, math.ceil(rows / size)), limits.budget, rows // few)
     return math.ceil(rows / samples) if samples else None
