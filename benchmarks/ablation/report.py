@@ -177,24 +177,26 @@ def _draw_times(axis: Axes, results: dict, group: str) -> None:
 
 def plot_curves(results: dict, path: Path) -> None:
     """Draws accuracy with all tokens against seconds of training: a line per variant, the mean over its seeds, in a
-    band from their smallest to their largest value. Variants that were given the same time are dashed."""
+    band from their smallest to their largest value. Variants that were given the same time are marks at their ends."""
     figure, axes = figure_of(9, 5.5, 1, 1)
     (axis,) = axes.flatten()
     names = dict(pair for group in results["groups"].values() for pair in group)
     for key, name in names.items():
         curves = [run["curve"] for run in results["runs"] if run["way"] == key and run.get("curve")]
-        # Seeds of one variant measure at the same steps, if they train for as many; others are cut to the shortest.
-        points = list(zip(*curves, strict=False))
-        if not points:
+        if not curves:
             continue
-        colour = CURVES.get(key.removeprefix(TIMED), LOOKS[kind_of(key, results)][0])
+        # Seeds of one variant measure at the same steps: means (points,) and extremes over them.
+        points = list(zip(*curves, strict=True))
         seconds = [mean(second for _, second, _ in at) for at in points]
-        shares = [[share for *_, share in at] for at in points]
-        axis.fill_between(
-            seconds, list(map(min, shares)), list(map(max, shares)), color=colour, alpha=0.12, linewidth=0
-        )
-        line = "--" if key.startswith(TIMED) else "-"
-        axis.plot(seconds, list(map(mean, shares)), line, color=colour, marker="o", markersize=3, label=name)
+        low, middle, high = ([of([share for *_, share in at]) for at in points] for of in (min, mean, max))
+        colour = CURVES.get(key.removeprefix(TIMED), LOOKS[kind_of(key, results)][0])
+        if key.startswith(TIMED):
+            lengths = [[middle[-1] - low[-1]], [high[-1] - middle[-1]]]
+            mark = {"fmt": "D", "markersize": 8, "markerfacecolor": "white", "capsize": 4, "zorder": 5}
+            axis.errorbar(seconds[-1], middle[-1], lengths, color=colour, label=f"{name}: its end", **mark)
+        else:
+            axis.fill_between(seconds, low, high, color=colour, alpha=0.12, linewidth=0)
+            axis.plot(seconds, middle, color=colour, marker="o", markersize=3, label=name)
     axis.set_xlabel("processor seconds of training" if results.get("by_processor") else "seconds of training")
     axis.set_ylabel("accuracy with all tokens")
     axis.set_xlim(left=0)
