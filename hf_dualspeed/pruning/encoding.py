@@ -28,7 +28,7 @@ from ..models.token_layout import TokenLayout, clips, masked_parts, placeholder_
 from ..pruners import VisualTokens
 from ..pruners.ops import kept_mask
 from .instructions import instructions
-from .repeats import Repeats
+from .repeats import Repeats, reads_more
 from .shortening import check_count
 
 # Inputs of pruners that are captured from the vision tower's attention while it runs.
@@ -179,6 +179,8 @@ def encode(
         cached, once = (served, repeats) if is_image else (None, None)
         # A cache sees repeats by itself. Some families mix the images of a sample, or project them in `forward`.
         if cached is not None or e.family.runs or e.family.project is not None or e.family.layered:
+            once = None
+        if once is not None and reads_more(e.arguments, inputs):
             once = None
         encodings.append(encode_modality(interface, inputs, e, needs, video_budget, cached, graphs, once))
     return encodings

@@ -5,7 +5,7 @@ Shapes: U images, R rows of pixels, T tokens of the batch, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 
 REPEATS = "image_repeats"  # key in the batch; the trainer removes it before the model's forward
 PIXELS = "pixel_values"
-BESIDE = ("pixel_", "image_", "spatial_")  # prefixes of inputs with a value for each image
+COUNTS = "batch_num_images"  # images of each sample, of which LLaVA-OneVision cuts those into tiles that are alone
+BESIDE = ("pixel_", "image_", "spatial_", COUNTS)  # prefixes of inputs with a value for each image
 VIDEO = "video"  # part of the names of video inputs, which do not count
 SAMPLED = 64  # values of an image that are compared before all of them are
 
@@ -52,10 +53,20 @@ def values_of_images(inputs: Mapping) -> list[str]:
     return [key for key in inputs if key.startswith(BESIDE) and key not in (PIXELS, REPEATS) and VIDEO not in key]
 
 
+def reads_more(names: Iterable[str], inputs: Mapping) -> bool:
+    """Whether an encoder with arguments of these `names` reads tensors that are not known to be values of images, such
+    as the questions that InstructBLIP's reads beside its images."""
+    known = {PIXELS, *values_of_images(inputs)}
+    return any(isinstance(inputs.get(name), torch.Tensor) for name in set(names) - known)
+
+
 def repeats_of(batch: Mapping) -> Repeats | None:
     """Which images of a batch are the same, to the bit; None if all differ or they are in no known form."""
     pixels, grid, beside = batch.get(PIXELS), batch.get("image_grid_thw"), values_of_images(batch)
     if not isinstance(pixels, torch.Tensor) or pixels.dim() < 2:
+        return None
+    counts = batch.get(COUNTS)
+    if counts is not None and (torch.as_tensor(counts) != 1).any():  # they are no values of single images
         return None
     # Patches (R, C * h * w), whose number for each image the grid (U, 3) says, or a row for each image.
     sizes = [1] * len(pixels) if grid is None else grid.prod(-1).tolist()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from families import FAMILIES as ALL
+from families import batch as written
 from tiny_models import FAMILIES, batch
 from training import make
 
@@ -119,6 +121,26 @@ def test_patches_belong_to_images_as_the_grid_says():
     distinct = found.distinct(batch)
     assert torch.equal(distinct["pixel_values"], patches.repeat(2, 1))
     assert torch.equal(distinct["image_grid_thw"], grid[:2])
+
+
+ROWS = [[3, "image", 5], [3, "image", 5], [2, "image", 1, "image", 4], [6]]
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:2]], ids=["mixed", "alone"])
+@pytest.mark.parametrize("name", ["llava_onevision", "instructblip"])
+def test_encoders_that_read_more_than_single_images(name, rows):
+    """Counts of the images of a sample, and questions beside images."""
+    model = ALL[name].model()
+    inputs = written(ALL[name], model, rows, seeds=[0, 0, 1, 2][: len(rows)])
+    if name == "instructblip":
+        inputs["qformer_input_ids"][1] += 1
+    interface, calls = ModelInterface(model), towers_input(model)
+    encodings = [encode(interface, inputs, frozenset({"grid"}), repeats=found) for found in (None, repeats_of(inputs))]
+    (plain,), (once,) = encodings
+    assert once.lengths == plain.lengths
+    torch.testing.assert_close(once.features, plain.features, rtol=1e-5, atol=1e-6)
+    if (name, rows) == ("llava_onevision", ROWS[:2]):
+        assert calls[1] < calls[0]
 
 
 def test_a_batch_without_repeats_is_left_as_it_is():
