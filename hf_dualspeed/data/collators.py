@@ -392,7 +392,7 @@ class VisionLanguageCollator:
 
 
 class MaskVisualLabels:
-    """Wraps any collator, removes visual tokens and first tokens from its labels and checks that the batch has images.
+    """Wraps any collator, removes visual and first tokens and padding from its labels and checks that it has images.
 
     Args:
         collator (`Callable`): Makes a batch with `input_ids` `(B, S)` and `labels` `(B, S)` from a list of examples.
@@ -438,11 +438,12 @@ class MaskVisualLabels:
         if wrong.any():
             self._warn(int(wrong.sum()))
             batch["labels"] = batch["labels"].masked_fill(wrong, IGNORED)
-        # The first token of each sample is no label: nothing predicts it, but left padding would.
+        # The first token of each sample is no label: nothing predicts it, but left padding would. Nor is padding, which
+        # shortening drops: it would count among the items by which the loss is divided.
         mask = batch.get("attention_mask")
         if mask is not None and mask.dim() == 2:
             mask = mask.bool()
-            batch["labels"] = batch["labels"].masked_fill(mask & (mask.cumsum(1) == 1), IGNORED)
+            batch["labels"] = batch["labels"].masked_fill(~mask | (mask.cumsum(1) == 1), IGNORED)
         if self.asks is not None:
             self._look_for_instructions(batch, visual)
         return batch

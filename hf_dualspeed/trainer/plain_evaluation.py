@@ -29,7 +29,7 @@ class PlainEvaluationMixin:
             return super().prediction_step(*given)
 
     def plain_loss(self, model, inputs, return_outputs=False):
-        """The mean over the supervised tokens of a batch; 0 without any."""
+        """The mean over the supervised tokens of a batch; NaN without any, as in transformers."""
         evaluates = self.dual_forward.mode == EVALUATION
         if not evaluates and (self.label_smoother is None or "labels" not in inputs):
             return super().compute_loss(model, inputs, return_outputs)

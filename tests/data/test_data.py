@@ -491,6 +491,14 @@ def test_visual_labels_are_masked_with_one_warning(fresh_warning, caplog):
     assert caplog.text.count("held 3 visual tokens") == 1
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_first_tokens_are_no_labels(side):
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 0, 0] if side == "right" else [0, 0, 3, 4]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.clone()}
+    out = MaskVisualLabels(bad_collator(batch), [7])([{}])
+    assert [row[row != -100].tolist() for row in out["labels"]] == [[4, 5, 6], [4]]
+
+
 def test_good_batches_pass_without_warning(fresh_warning, caplog):
     processor = tiny_llava_processor()
     inner = VisionLanguageCollator(processor)

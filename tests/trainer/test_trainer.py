@@ -451,6 +451,27 @@ def test_left_padding_trains_like_right_padding(tmp_path):
     torch.testing.assert_close(logs[1], logs[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_labels_on_padding_count_in_no_mode(tmp_path, ratio):
+    def supervised(trainer, padding: bool) -> list:
+        inner = trainer.data_collator.collator
+
+        def collator(examples):
+            made = inner(examples)
+            real = made["attention_mask"].bool() | padding
+            return {**made, "labels": torch.where(real, made["input_ids"], -100)}
+
+        trainer.data_collator.collator = collator
+        trainer.train()
+        return history(trainer, "loss", "grad_norm")
+
+    losses = [
+        supervised(make(tmp_path, slow_mode_ratio=ratio, max_steps=1, per_device_train_batch_size=4), padding)
+        for padding in (False, True)
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_best_model_and_sharded_checkpoints_are_read_back(tmp_path):
     trainer = make(
         tmp_path,
