@@ -206,6 +206,19 @@ def test_a_resumed_run_has_the_size_of_the_interrupted_one(tmp_path):
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
 
 
+def test_a_resumed_run_takes_more_parts_where_they_are_asked_for(tmp_path):
+    """As after slow steps that ran out of memory."""
+    trainer = auto(tmp_path)
+    for saved, asked, taken in ((2, 4, 4), (2, 1, 2), (2, "auto", 2), ("auto", 1, "auto"), ("auto", 3, 3)):
+        size = {"micro_batch": 4, "slow_mode_splits": saved}
+        state = {"stateful_callbacks": {"ModeClock": {"attributes": {"size": size}}}}
+        (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+        trainer._forget_size()
+        trainer.args.slow_mode_splits = asked
+        trainer._choose_size(str(tmp_path))
+        assert trainer.args.slow_mode_splits == trainer.size["slow_mode_splits"] == taken
+
+
 def test_a_run_with_a_number_goes_on_with_it(tmp_path):
     options = {**HALF_SLOW, "save_strategy": "steps", "save_steps": 1}
     make(tmp_path, per_device_train_batch_size=3, **options).train()
@@ -233,6 +246,14 @@ def test_ranks_agree_on_the_smallest(tmp_path):
     assert sizes[0]["slow_mode_splits"] == sizes[1]["slow_mode_splits"]
     assert sizes[0]["budget_bytes"] < sizes[1]["budget_bytes"]
     assert [size["global_batch_size"] for size in sizes] == [4 * sizes[0]["micro_batch"]] * 2
+
+
+def test_a_rank_without_room_for_a_sample_tells_the_others(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(mixin, "gather_object", lambda own: (sent.extend(own), own)[1])
+    with pytest.raises(ValueError, match="not even one sample"):
+        auto(tmp_path, 1000, slow_mode_ratio=0.0)._choose_size(None)
+    assert "not even one sample" in sent[-1][1]
 
 
 ADAMW = {"lr": 1e-3}

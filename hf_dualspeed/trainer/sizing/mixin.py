@@ -78,7 +78,9 @@ class SizingMixin:
             self._check_sizing()
             rows, splits = self._chosen_size(share)
         else:
-            splits = saved.get("slow_mode_splits", args.slow_mode_splits)
+            splits, asked = saved.get("slow_mode_splits", args.slow_mode_splits), args.slow_mode_splits
+            if asked != "auto" and (asked > 1 if splits == "auto" else asked > splits):
+                splits = asked  # more parts than then take no more memory
             rows = Limits(0, 0, share).allowed(saved["micro_batch"])
             self.size = {"resumed": True}
         args.per_device_train_batch_size, self._train_batch_size = Chosen(rows), rows
@@ -114,13 +116,11 @@ class SizingMixin:
             (probe,) = opened
             limits = self._limits(probe, share)
             while True:
-                found = together(lambda limits=limits: choose(probe.held, limits))
+                found = together(lambda limits=limits: fitting(probe, limits))
                 rows = min(rows for rows, _ in found)
                 if all(own == rows for own, _ in found):
                     break
                 limits = self._limits(probe, share, rows)
-            if not rows:
-                raise ValueError(too_large(probe, limits.budget))
             # The most parts that a process needs.
             splits = max((splits for _, splits in found), key=lambda splits: 0 if splits == "auto" else splits)
             self.size = self._known(probe, limits, rows, splits, probe.held)
@@ -187,6 +187,14 @@ def together(run: Callable[[], Found]) -> list[Found]:
     if failure is not None:
         raise ValueError(f"The micro-batch cannot be chosen, because another process failed: {failure}")
     return [found for found, _ in every]
+
+
+def fitting(probe: Probe, limits: Limits) -> tuple[int, int | str]:
+    """[`choose`] by what steps are measured to hold; a `ValueError` where not even one sample fits."""
+    found = choose(probe.held, limits)
+    if not found[0]:
+        raise ValueError(too_large(probe, limits.budget))
+    return found
 
 
 def saved_size(checkpoint: str) -> dict | None:
