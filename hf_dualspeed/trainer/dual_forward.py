@@ -206,6 +206,7 @@ class DualForward(nn.Module):
         earlier = earlier_fast_view(model)
         if earlier is not None:
             earlier.detach()
+            earlier.release_adapters(model)
             for module in (model, self.interface.outer):  # it may have been wrapped in PEFT since
                 module._modules.pop(NAME, None)
         model.add_module(NAME, self)
@@ -229,6 +230,12 @@ class DualForward(nn.Module):
             handle.remove()
         self._handles = []
 
+    def release_adapters(self, model: nn.Module) -> None:
+        """Makes those that were reserved for the fast view active again, if PEFT calls them so."""
+        if self._adapters and hasattr(model, "peft_config"):
+            self._adapters[FAST] = active_adapters(model)
+            self._activate(model, FAST)
+
     def enter_last(self, model: nn.Module) -> None:
         """Runs the hook before the forward behind DeepSpeed's, which were added later and begin a pass of ZeRO-3.
 
@@ -246,7 +253,11 @@ class DualForward(nn.Module):
                 zero.register_external_parameter(model, parameter)
 
     def reserve_adapters(self, model: nn.Module, fast_only: set[str]) -> None:
-        """Reserves PEFT adapters for the fast view if all of their trainable parameters are in `fast_only`."""
+        """Reserves PEFT adapters for the fast view if all of their trainable parameters are in `fast_only`.
+
+        Raises:
+            ValueError: such an adapter would not be trained as a whole, or not be saved.
+        """
         if not hasattr(model, "peft_config"):
             return
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -255,14 +266,38 @@ class DualForward(nn.Module):
         owned = {a: [name for name in trainable if f".{a}." in f"{name}."] for a in active}
         reserved = {a for a, names in owned.items() if names and fast_only.issuperset(names)}
         if reserved:
+            self._check_reserved(model, {name: a for a in sorted(reserved) for name in owned[a]})
             self._adapters = {FAST: active, SLOW: [a for a in active if a not in reserved]}
             self._activate(model, SLOW)
+
+    def _check_reserved(self, model: nn.Module, owners: dict[str, str]) -> None:
+        """Raises a `ValueError` if the fast view alone cannot use the adapters that own parameters, by their names."""
+        visual = {id(p) for p in visual_parameters(self.interface.outer)}
+        for name, adapter in owners.items():
+            reason = None
+            if id(model.get_parameter(name)) in visual:
+                reason = (
+                    f"holds {name}, and images are encoded without it, for both views at once. Keep it to the language "
+                    "model (target_modules, exclude_modules)"
+                )
+            elif not hasattr(model, "get_base_model"):
+                reason = (
+                    "was made by transformers' `add_adapter`. It saves one adapter alone, so that checkpoints would "
+                    "lack this one. Make adapters by PEFT's get_peft_model and add_adapter"
+                )
+            if reason is not None:
+                raise ValueError(
+                    f"By `fast_only_parameters`, the adapter {adapter!r} is for the fast view alone, but it {reason}, "
+                    "or let both modes update it."
+                )
 
     def _activate(self, model: nn.Module, mode: str) -> None:
         # PEFT's set_adapter would also change requires_grad, which the optimizer and DDP assume to be constant.
         for module in model.modules() if self._adapters else ():
-            if isinstance(getattr(module, "_active_adapter", None), list):
-                module._active_adapter = self._adapters[mode]
+            if isinstance(getattr(module, "_active_adapter", None), (str, list)):
+                # Wrappers of `modules_to_save` know some of them, and use one.
+                known = getattr(module, "_adapters", self._adapters[mode])
+                module._active_adapter = [name for name in self._adapters[mode] if name in known]
 
     # --- a pass ---------------------------------------------------------------------------------------------------
 

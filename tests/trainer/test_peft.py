@@ -226,6 +226,47 @@ def test_an_adapter_for_the_fast_view_alone(tmp_path):
         assert not torch.allclose(model(**inputs).logits, trained)
 
 
+def test_an_adapter_that_the_fast_view_alone_cannot_use(tmp_path):
+    fast_only = {"fast_only_parameters": ["*.fast.*"]}
+    model = adapted()[0]
+    model.add_adapter("fast", lora(target_modules=r".*(language_model.*q_proj|multi_modal_projector.linear_1)"))
+    model.base_model.set_adapter(["default", "fast"])
+    with pytest.raises(ValueError, match=r"'fast' .* holds .*multi_modal_projector.*images are encoded without it"):
+        make(tmp_path, model=model, **fast_only)
+    model, _ = FAMILIES["llava"].build()
+    for name in ("default", "fast"):
+        model.add_adapter(lora(), name)
+    model.set_adapter(["default", "fast"])
+    with pytest.raises(ValueError, match=r"'fast' .* transformers' `add_adapter`.*checkpoints would lack"):
+        make(tmp_path, model=model, **fast_only)
+
+
+def test_a_head_of_the_fast_view_alone(tmp_path):
+    model = adapted()[0]
+    model.add_adapter("fast", lora(modules_to_save=["lm_head"]))
+    model.base_model.set_adapter(["default", "fast"])
+    head = model.get_base_model().lm_head
+    assert head.active_adapters == ["fast"]
+    options = {"slow_mode_ratio": 0.5, "distillation_weight": 0.0, "fast_only_parameters": ["*.fast.*"]}
+    trainer, seen = make(tmp_path, model=model, **options), []
+    assert head.active_adapters == []
+    head.register_forward_pre_hook(lambda head, args: seen.append([*head.active_adapters]))
+    trainer.train()
+    assert [["fast"] if trainer.mode_at(step) == "fast" else [] for step in range(4)] == seen
+    trainer.evaluate()
+    assert seen[4:] == [[]] * len(seen[4:])
+
+
+def test_a_later_trainer_without_a_fast_only_adapter_uses_it(tmp_path):
+    model = with_two_adapters()
+    inputs = batch(FAMILIES["llava"], FAMILIES["llava"].build()[1])
+    expected = logits(model, inputs)
+    make(tmp_path, model=model, fast_only_parameters=["*.fast.*"])
+    assert not torch.allclose(logits(model, inputs), expected)
+    make(tmp_path, model=model)
+    assert torch.equal(logits(model, inputs), expected)
+
+
 def test_the_isolator_is_trained_as_precisely_as_the_adapters(tmp_path):
     model, _ = FAMILIES["llava"].build()
     trainer = run(tmp_path, get_peft_model(model.bfloat16(), lora()), max_steps=2)
