@@ -26,6 +26,8 @@ from .training_args import DualSpeedArguments
 # [exp(-MOST), exp(MOST)]. A gap of 10 % multiplies it by 1.5, and so does a gap that grows by 10 %.
 GAIN, MOST = 4.0, 0.5
 SMOOTHING = 0.5  # weight of the newest gap in the moving average, because batches differ
+# Options that it is made of, beside the ratio.
+ADAPTIVE = ("mode_schedule", "min_slow_mode_ratio", "max_slow_mode_ratio", "min_pruning_ratio")
 
 
 class AdaptiveSchedule(TrainerCallback, ExportableState):
@@ -102,7 +104,11 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
             copied.record()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.pruner is not None:  # the saved pruner has its configured ratio
+        self.end()
+
+    def end(self) -> None:
+        """Gives the pruner its configured ratio again, with which it is saved."""
+        if self.pruner is not None:
             self.pruner.reconfigure(pruning_ratio=self.max_pruning_ratio)
 
     def _of_step(self, name: str) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from accelerate import DistributedDataParallelKwargs
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import ProcessorMixin, Trainer
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..data.collators import MaskVisualLabels
 from ..feature_cache.cache import dropout_rates, feature_cache_of, image_tower
@@ -28,7 +28,7 @@ from ..pruning.repeats import REPEATS, WithRepeats
 from ..publishing.display import RunDisplay, takes_the_place_of_defaults
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME
 from ..utils.validation import checked
-from .adaptive_schedule import AdaptiveSchedule, adaptive_schedule_of
+from .adaptive_schedule import ADAPTIVE, AdaptiveSchedule, adaptive_schedule_of
 from .batch_splitting import can_be_split, parts_of
 from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
@@ -179,7 +179,6 @@ class DualSpeedMixin(
             logger.info("Weights of the pruner %r taken from %s.", args.pruner, folder)
 
         # Hooks on the model, then the parameters that each mode updates.
-        self._schedule: ModeSchedule | None = None
         self.dual_forward = DualForward(
             self._pruner,
             isolator,
@@ -198,8 +197,7 @@ class DualSpeedMixin(
             model, [*fast_only, *args.fast_only_parameters], args.slow_only_parameters
         )
         self.dual_forward.reserve_adapters(model, self.mode_parameters.names[FAST])
-
-        self.slow_mode_ratio = slow_ratio(args, interface)
+        self._followed: tuple | None = None  # what the schedule follows, once it is made
         self._attached = {name: copy(getattr(args, name)) for name in AT_CONSTRUCTION}
 
     def _follow_arguments(self) -> None:
@@ -235,11 +233,7 @@ class DualSpeedMixin(
         )
 
         self.selective_checkpointing.always = args.fast_mode_checkpointing
-        for callback in filter(None, (self.adaptive_schedule, self.feature_cache)):
-            self.remove_callback(callback)
-        self.adaptive_schedule = adaptive_schedule_of(
-            args, self.slow_mode_ratio, self._pruner, self.mode_losses, self._reduced
-        )
+        self._leave_out(self.feature_cache)
         self.feature_cache = feature_cache_of(
             args.vision_feature_cache,
             args.vision_feature_cache_gib,
@@ -250,7 +244,23 @@ class DualSpeedMixin(
                 self.is_sharded or self.get_tp_size() > 1 or args.torch_compile or args.compile_regions is not None
             ),
         )
+        self._follow_schedule()
+
+    def _follow_schedule(self) -> None:
+        """Takes in what the schedule of modes follows: arguments, and whether the language model is trained."""
+        self.slow_mode_ratio, self._schedule = slow_ratio(self.args, self.dual_forward.interface), None
+        followed = self.slow_mode_ratio, *(getattr(self.args, name) for name in ADAPTIVE)
+        if followed != self._followed:
+            self._leave_out(self.adaptive_schedule)
+            self.adaptive_schedule = adaptive_schedule_of(
+                self.args, self.slow_mode_ratio, self._pruner, self.mode_losses, self._reduced
+            )
+            self._followed = followed
         self._add_own_callbacks()
+
+    def _leave_out(self, callback: TrainerCallback | None) -> None:
+        if callback in self.callback_handler.callbacks:
+            self.remove_callback(callback)
 
     def _add_own_callbacks(self) -> None:
         """Adds what the trainer itself needs, also if the list of callbacks has been emptied since."""
@@ -266,7 +276,12 @@ class DualSpeedMixin(
         return model
 
     def _hp_search_setup(self, trial):
-        """Takes the arguments of a trial, if there is one, and attaches to the new model if there is one."""
+        """Takes the arguments of a trial, if there is one, and attaches to the new model if there is one.
+
+        Otherwise, takes in what was changed since construction.
+        """
+        if self.adaptive_schedule is not None:  # an earlier training may have been interrupted
+            self.adaptive_schedule.end()
         searches = self.hp_search_backend is not None and trial is not None
         if searches:
             self._forget_size()
@@ -285,6 +300,9 @@ class DualSpeedMixin(
             if self.place_model_on_device:
                 self._move_model_to_device(self.model, self.args.device)
             self._follow_arguments()
+        else:
+            check_unchanged(self.args, self._attached)
+            self._follow_schedule()
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -312,7 +330,7 @@ class DualSpeedMixin(
         return built
 
     def _prepare_for_training(self, *args, **kwargs):
-        """Takes in what was changed since construction, then makes the optimizer and wraps the model."""
+        """Checks that the model is still the trainer's, then makes the optimizer and wraps the model."""
         adapted = hasattr(self.model, "peft_config") and NAME not in dict(self.model.named_children())
         if adapted or getattr(self.model, NAME, None) is not self.dual_forward:
             raise ValueError(
@@ -320,13 +338,8 @@ class DualSpeedMixin(
                 "another DualSpeedTrainer has been made for it. Make a new trainer."
             )
         check_loss_func(self.compute_loss_func)
-        check_unchanged(self.args, self._attached)
-        self._add_own_callbacks()
-        interface = self.dual_forward.interface
-        ratio = slow_ratio(self.args, interface)
-        if ratio != self.slow_mode_ratio:  # the language model was frozen, or unfrozen
-            self.slow_mode_ratio, self._schedule = ratio, None
-        self._roles = parameter_counts(interface.outer, self.dual_forward)  # before they are sharded
+        self._micro = (-1, 0)  # of an earlier call, which may have ended within a step
+        self._roles = parameter_counts(self.dual_forward.interface.outer, self.dual_forward)  # before they are sharded
         prepared = super()._prepare_for_training(*args, **kwargs)
         if not self.is_sharded:  # which puts parameters of its own in place
             check_optimizer(self.optimizer, self.dual_forward)

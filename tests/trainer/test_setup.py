@@ -86,7 +86,8 @@ def test_a_copied_trainer_trains_the_same(tmp_path):
 
 @pytest.mark.parametrize("removed", [None, ModeClock])
 def test_an_emptied_list_of_callbacks_trains_the_same(tmp_path, removed):
-    plain, trainer = (make(tmp_path / name, slow_mode_ratio=0.5) for name in ("plain", "emptied"))
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    plain, trainer = (make(tmp_path / name, slow_mode_ratio=0.5, **saving) for name in ("plain", "emptied"))
     if removed is None:
         trainer.callback_handler.callbacks.clear()
     else:
@@ -164,6 +165,9 @@ CHANGES = {
     "position_ids": "original",
     "proportional_attention": False,
     "plain_path": True,
+    "fast_mode_checkpointing": True,
+    "fused_head_loss": "off",
+    "vision_feature_cache": "features",
     "fast_only_parameters": ["*lm_head*"],
 }
 
@@ -184,6 +188,40 @@ def test_options_that_a_trainer_follows_later(tmp_path):
         trainer.train()
     assert late.clock.steps == {"fast": 0, "slow": 4}
     assert torch.equal(late.model.lm_head.weight, early.model.lm_head.weight)
+
+
+HALF = {"slow_mode_ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("begun", "later"),
+    [
+        (HALF, {"slow_warmup_steps": 2, "seed": 1}),
+        (HALF, {"mode_schedule": "periodic"}),
+        (ADAPTIVE, {"min_slow_mode_ratio": 0.4}),
+        (ADAPTIVE, {"slow_mode_ratio": 0.9}),
+        (ADAPTIVE, {"mode_schedule": "random"}),
+    ],
+)
+def test_a_schedule_follows_options_that_are_set_later(tmp_path, begun, later):
+    trainer, early = make(tmp_path, max_steps=8, **begun), make(tmp_path, max_steps=8, **{**begun, **later})
+    trainer.mode_at(0)  # makes the schedule
+    for name, value in later.items():
+        setattr(trainer.args, name, value)
+    trainer._hp_search_setup(None)  # as training begins
+    assert [trainer.mode_at(step) for step in range(8)] == [early.mode_at(step) for step in range(8)]
+    ours, theirs = trainer.adaptive_schedule, early.adaptive_schedule
+    assert (ours and (ours.start, ours.bounds)) == (theirs and (theirs.start, theirs.bounds))
+    assert ours is None or ours in trainer.callback_handler.callbacks
+
+
+def test_a_second_training_counts_micro_batches_anew(tmp_path):
+    trainer, seen = make(tmp_path, max_steps=1, gradient_accumulation_steps=2, pruner="random"), []
+    own = trainer._step_generator
+    trainer._step_generator = lambda: (seen.append(trainer._micro), own())[1]
+    for _ in range(2):
+        trainer.train()
+    assert seen == 2 * [(0, 0), (0, 1)]
 
 
 def test_a_loss_function_that_is_set_later(tmp_path):
