@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 
 import torch
@@ -17,7 +17,7 @@ from ..pruners import AutoPruner, Pruner, available_pruners, pruner_class
 from ..pruning.encoding import IN_TOWER
 from ..utils.validation import check_keys, shortened
 from .dual_forward import DualForward
-from .training_args import Default, DualSpeedArguments
+from .training_args import Chosen, Default, DualSpeedArguments
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,28 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualF
             "them, or `create_optimizer` leaves them out. Pass optimizer_cls_and_kwargs instead, take all of "
             "trainer.model.parameters(), or set isolator_length=0 and choose a pruner that is not learned."
         )
+
+
+def check_optim(args: DualSpeedArguments, own: Iterable[str]) -> None:
+    """Raises a `ValueError` for an optimizer that updates parameters inside backward, if modes differ in what they
+    update, which is `own` of one of them, or a step may have several backward passes."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if not name.endswith(("lomo", "layerwise")):
+        return
+    one, reason = next(iter(own), None), None
+    if one is not None:
+        reason = (
+            f"so parameters of one mode, such as {one}, would move in steps of the other. Choose another, or train "
+            "without them: isolator_length=0, a pruner that is not learned, no fast_only_parameters or "
+            "slow_only_parameters."
+        )
+    elif args.slow_mode_splits != 1 or isinstance(args.per_device_train_batch_size, Chosen):
+        reason = (
+            "so each part of a slow batch would be a step of its own. Choose another, or set slow_mode_splits=1 and a "
+            "number for per_device_train_batch_size."
+        )
+    if reason is not None:
+        raise ValueError(f"`optim` is {name!r}, which updates parameters inside backward, {reason}")
 
 
 def check_unchanged(args: DualSpeedArguments, attached: dict) -> None:

@@ -50,6 +50,7 @@ from .setup import (
     check_head,
     check_loss_func,
     check_losses,
+    check_optim,
     check_optimizer,
     check_router_loss,
     check_unchanged,
@@ -207,6 +208,7 @@ class DualSpeedMixin(
         """
         args = self.args
         check_optimizer(self.optimizer, self.dual_forward)
+        check_optim(args, (name for names in self.mode_parameters.names.values() for name in names))
         self.check_deepspeed()
         if args.world_size > 1 and not self.is_sharded:
             check_ddp(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -108,6 +109,20 @@ def test_an_optimizer_without_the_isolator(tmp_path):
     with pytest.raises(ValueError, match=r"The optimizer lacks isolator.prompt.*trainer.model.parameters\(\)"):
         make(tmp_path, cls=Own).train()
     make(tmp_path, cls=Own, isolator_length=0).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "lomo"}, "dualspeed.isolator.prompt, would move in steps of the other"),
+        ({"optim": "galore_adamw_layerwise"}, "`optim` is 'galore_adamw_layerwise', which updates .* inside backward"),
+        ({"optim": "adalomo", "isolator_length": 0, "slow_mode_splits": 2}, "each part of a slow batch .* of its own"),
+        ({"optim": "adalomo", "isolator_length": 0}, None),
+    ],
+)
+def test_an_optimizer_that_steps_inside_backward(tmp_path, options, message):
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
 
 
 def test_freezing_the_language_model_after_construction(tmp_path):
