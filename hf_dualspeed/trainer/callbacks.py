@@ -275,16 +275,20 @@ class ModeLosses(TrainerCallback):
             "distillation_loss": window[SLOW],
             "router_loss": window[FAST] + window[SLOW],
         }
-        names = sorted(self.sums)
+        # In all processes the same, though the batches of one may have had no images, and so no loss of the pruner.
+        names = sorted(steps) if self.sums else []
         logs = {
             "fast_steps": window[FAST],
             "slow_steps": window[SLOW],
             "steps_per_second": window["steps_per_second"],
         }
         if names:
-            # One reduction over ranks and one wait for the device for all losses.
-            sums = torch.stack([self.sums[name] for name in names])
-            means = accelerator.reduce(sums, reduction=reduction).tolist()
-            logs |= {name: mean / max(1, steps[name]) for name, mean in zip(names, means, strict=True)}
+            # One reduction over ranks and one wait for the device for all losses, and for which of them there are.
+            zero = next(iter(self.sums.values())).new_zeros(())
+            sums = [self.sums.get(name, zero) for name in names]
+            there = [zero + (name in self.sums) for name in names]
+            means = accelerator.reduce(torch.stack([*sums, *there]), reduction=reduction).tolist()
+            found = zip(names, means[: len(names)], means[len(names) :], strict=True)
+            logs |= {name: mean / max(1, steps[name]) for name, mean, there in found if there}
         self.sums = {}
         return logs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_dualspeed
 from hf_dualspeed import self_distillation_loss
 from hf_dualspeed.trainer import losses
+from hf_dualspeed.trainer.callbacks import ModeLosses
 from hf_dualspeed.trainer.losses import supervised_cross_entropy
 
 PACKAGE = Path(hf_dualspeed.__file__).parent
@@ -136,3 +138,20 @@ def test_losses_of_nothing_are_zero_and_reach_the_graph():
         loss = loss + self_distillation_loss(logits, logits, num_items_in_batch=items)
         assert loss.item() == 0.0
         loss.backward()
+
+
+def test_ranks_exchange_logged_losses_of_one_shape():
+    """Where the batches of one had no images, it has no loss of a learned pruner."""
+    given = {"fast_loss": 2.0, "pruner_loss": 4.0}, {"fast_loss": 6.0}
+    window = {"fast": 2, "slow": 0, "steps_per_second": 1.0}
+    sent, logs = [], []
+    for reduce in (lambda own, reduction: (sent.append(own), own)[1], lambda own, reduction: sum(sent[:2])):
+        for sums in given:
+            kept = ModeLosses()
+            for name, loss in sums.items():
+                kept.add(name, torch.tensor(loss))
+            logs.append(kept.pop(SimpleNamespace(reduce=reduce), window, "sum"))
+    assert sent[0].shape == sent[1].shape
+    steps = {"fast_steps": 2, "slow_steps": 0, "steps_per_second": 1.0}
+    assert logs[:2] == [{**steps, "fast_loss": 1.0, "pruner_loss": 2.0}, {**steps, "fast_loss": 3.0}]
+    assert logs[2:] == [{**steps, "fast_loss": 4.0, "pruner_loss": 2.0}] * 2
