@@ -315,6 +315,7 @@ class DualSpeedMixin(
         sharded = self.is_sharded or getattr(self.model, "is_distributed_loading_by_transformers", False)
         reasons = {
             "this trainer reads more off the logits than the loss": self.reads_logits,
+            "its `compute_loss` may read logits": self.loss_is_its_own and self.args.fused_head_loss == "auto",
             "the model is sharded": sharded or self.get_tp_size() > 1,
             "`torch_compile` would compile the head": self.args.torch_compile,
         }
@@ -463,6 +464,11 @@ class DualSpeedMixin(
         return loss
 
     @property
+    def loss_is_its_own(self) -> bool:
+        """Whether a subclass has a `compute_loss` of its own."""
+        return not type(self).compute_loss.__module__.startswith(__package__)
+
+    @property
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed, of any stage, runs the model."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -532,7 +538,7 @@ class DualSpeedMixin(
                 alone = self.accelerator.num_processes == 1 and not (self._micro[1] or self.is_deepspeed_enabled)
                 self.selective_checkpointing.retries(error, small, alone)
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                if not type(self).compute_loss.__module__.startswith(__package__):
+                if self.loss_is_its_own:
                     error.add_note(
                         f"{type(self).__name__}.compute_loss gets a DualSpeedOutput while training: `loss` is the "
                         "whole loss, `logits` (M, V) are those of the M supervised positions, already shifted, and "

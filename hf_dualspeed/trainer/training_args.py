@@ -236,7 +236,8 @@ class DualSpeedArguments:
         default="auto",
         metadata={
             "help": "Compute head and cross-entropy by Liger's fused kernel, without logits, wherever there is no "
-            "distillation: 'auto' where it applies, 'on' or an error that says why not, 'off'."
+            "distillation: 'auto' where it applies, and no `compute_loss` of a subclass may read logits, 'on' or an "
+            "error that says why not, 'off'."
         },
     )
     fast_length_multiple: int = field(

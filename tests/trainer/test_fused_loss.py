@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import DATA, Collator, history, make
 from transformers import Trainer
 
-from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments
+from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.recipes.arguments import parse_recipe
 from hf_dualspeed.trainer import fused_loss as head
 from hf_dualspeed.trainer.dual_forward import EVALUATION, DualForward
@@ -203,6 +203,21 @@ def test_fused_training_equals_plain_training(tmp_path, family, smoothing, fused
     assert_same_training(ours, plain)
     assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
     assert len(fused) == ours.args.max_steps  # one more in evaluation
+
+
+def test_a_loss_of_ones_own_finds_logits_unless_it_asks_for_none(tmp_path, fused):
+    class Own(DualSpeedTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            widths.append(outputs.logits.shape[-1])
+            return (loss, outputs) if return_outputs else loss
+
+    for choice in ("auto", "on"):
+        widths: list[int] = []
+        trainer = make(tmp_path, cls=Own, fused_head_loss=choice, slow_mode_ratio=0.0, max_steps=2)
+        trainer.train()
+        vocabulary = trainer.model.get_output_embeddings().out_features
+        assert widths == [vocabulary, vocabulary if choice == "auto" else 32]
 
 
 def test_steps_with_distillation_have_logits(tmp_path, fused):
