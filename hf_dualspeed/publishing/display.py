@@ -312,7 +312,7 @@ def print_end(results: dict, folder: str | Path, since: float = 0.0) -> None:
     """Prints the run's main numbers, and the files written to `folder` since a time."""
     found = {key: results[key] for key in END if results.get(key) is not None}
     paths = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
-    names = [path.name + "/" * path.is_dir() for path in paths if path.stat().st_mtime >= since]
+    names = [path.name + "/" * path.is_dir() for path in paths if path.lstat().st_mtime >= since]
     found |= {"folder": str(folder), "files": [name for name in names if not name.startswith((".", "_"))]}
     if not to_people():
         print_json({"end": found})

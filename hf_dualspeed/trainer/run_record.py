@@ -52,7 +52,11 @@ class RunRecordMixin:
         finally:
             self.display.stop()
         if self.display.shows_end and not is_silent(self.args):
-            self.print_end(self.record())
+            try:
+                self.print_end(self.record())
+            # What is said of a training must not lose one that is not saved yet.
+            except Exception as error:
+                logger.warning("The training has ended well, but its numbers cannot be shown: %s", one_line(error))
         return output
 
     def print_end(self, results: dict) -> None:

@@ -47,6 +47,16 @@ def test_files_get_lines_of_json(tmp_path, capsys):
     assert "too few for speedup_rounds=3" in last["end"]["why"]
 
 
+def test_what_is_said_at_the_end_loses_no_training(tmp_path, capsys, caplog, monkeypatch):
+    (tmp_path / "latest").symlink_to(tmp_path / "gone")
+    trainer = make(tmp_path, **SHOWN, max_steps=1)
+    trainer.train()
+    assert said(capsys)[-1]["end"]["steps"] == {"fast": 1, "slow": 0}
+    monkeypatch.setattr(trainer, "record", lambda: 1 / 0)
+    assert trainer.train().global_step == 1
+    assert "cannot be shown: division by zero" in caplog.text
+
+
 def test_people_get_words_and_no_word_is_cut(tmp_path, capsys, people):
     make(tmp_path, **SHOWN, eval_strategy="epoch").train()
     out = capsys.readouterr().out
