@@ -12,6 +12,7 @@ from torch import nn
 from .schedule import FAST, SLOW
 
 BOTH = "both"
+SKIPS = "_dualspeed_skips"  # attribute of an optimizer that skips groups
 
 
 class ModeParameters:
@@ -58,8 +59,12 @@ class ModeParameters:
     def skip_groups(self, optimizer: torch.optim.Optimizer, mode: Callable[[], str | None]) -> None:
         """Makes an optimizer skip the groups of [`split`] that the current `mode` does not update.
 
-        It may hold the parameters of a group as one flat tensor, which has a gradient in every step.
+        It may hold the parameters of a group as one flat tensor, which has a gradient in every step. An optimizer that
+        skips already, from an earlier training, stays as it is.
         """
+        if getattr(optimizer, SKIPS, False):
+            return
+        setattr(optimizer, SKIPS, True)
 
         def leave_out(optimizer, args, kwargs) -> None:
             self._groups = optimizer.param_groups
