@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
@@ -40,6 +40,9 @@ ADAPTER = (ADAPTER_CONFIG_NAME, *WEIGHTS)
 RECORD = (CARD_NAME, RESULTS_NAME, "learning_curve.png", "LICENSE*")
 # Optional files of the fast view; a run without them deletes those of an earlier run.
 PARTS = (ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME)
+# The weights of a whole model, and adapters, which would be loaded in place of another whole model.
+WHOLE_MODEL = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+WHOLE_MODEL += "|" + "|".join(map(re.escape, (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)))
 TOP = (*CONFIGS, *TOKENIZERS, *ADAPTER, *RECORD)
 TEMPLATES = "additional_chat_templates"
 # What else a checkpoint needs to be resumed from, and the subfolders of FSDP and DeepSpeed.
@@ -89,6 +92,12 @@ def left_out(folder: Path, files: list[str]) -> list[str]:
     paths = [path for path in (*folder.iterdir(), *inner) if path.name not in parts or path.parent != folder]
     names = {path.relative_to(folder).as_posix() + ("/" if path.is_dir() else "") for path in paths}
     return sorted(names.difference(files))
+
+
+def is_stale(name: str, files: Container[str]) -> bool:
+    """Whether a file of an earlier push would be taken for a part of a model that consists of `files`."""
+    whole = SAFE_WEIGHTS_NAME in files or SAFE_WEIGHTS_INDEX_NAME in files
+    return name in PARTS or (whole and re.fullmatch(WHOLE_MODEL, name) is not None)
 
 
 def is_plain(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
@@ -12,7 +13,7 @@ from ..hub.source import is_repo_id
 from ..hub.upload import push_files
 from ..utils.constants import CARD_NAME, RESULTS_NAME
 from ..utils.writing import write_file
-from .files import PARTS, check_checkpoint, published_files
+from .files import check_checkpoint, is_stale, published_files
 from .model_card import adopt_published_card, read_card, write_model_card
 from .results import read_results, write_results
 
@@ -55,9 +56,8 @@ def push(
     # The card comes from `texts`, which leaves out PEFT's empty form.
     contents: dict[str, Path | bytes] = {name: folder / name for name in files if name != CARD_NAME} | texts
     message = commit_message or "Upload a model trained with DualSpeed"
-    commit = push_files(
-        contents, repo_id, message, private=private, revision=revision, stale=PARTS.__contains__, folder=folder
-    )
+    stale = partial(is_stale, files=contents)
+    commit = push_files(contents, repo_id, message, private=private, revision=revision, stale=stale, folder=folder)
     _write_texts(folder, texts)
     return commit
 

@@ -18,11 +18,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.trainer import FSDP_MODEL_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..models.adapters import load_adapters
 from ..pruning.isolator import save_isolator, saved_length
-from ..publishing.files import check_checkpoint, known_files, read_mapping
+from ..publishing.files import WHOLE_MODEL, check_checkpoint, known_files, read_mapping
 from ..publishing.model_card import kept_card
 from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, SAVING_NAME
 from ..utils.constants import UNFINISHED_NAME as UNFINISHED
@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 # Files of an earlier run that a save without such files makes stale: those of the fast view, where one is saved, and
 # where a whole model is, its weights and adapters, which would be loaded in its place.
 FAST_VIEW = "|".join(map(re.escape, (ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME)))
-WHOLE_MODEL = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-WHOLE_MODEL += "|" + "|".join(map(re.escape, (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)))
 
 # Files of sharded training of which each rank writes one: start, rank, end.
 RANKED = re.compile(r"((?:\w+_)?zero_pp_rank_|\w+_rank)(\d+)(_mp_rank_00_(?:model|optim)_states\.pt|\.bin)")

@@ -23,7 +23,7 @@ from ..hub.upload import push_files
 from ..pruners import budget
 from ..publishing.cards import given_keys
 from ..publishing.display import is_silent, print_end
-from ..publishing.files import PARTS, RECORD, left_out, published_files
+from ..publishing.files import RECORD, is_stale, left_out, published_files
 from ..publishing.model_card import adopt_published_card, license_of, read_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_results, run_record, write_results
 from ..utils.constants import CARD_NAME
@@ -346,7 +346,7 @@ class RunRecordMixin:
             create=False,
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
-            stale=lambda name: name.startswith(folder) if folder else name in PARTS,
+            stale=lambda name: name.startswith(folder) if folder else is_stale(name, contents),
             folder="" if folder else self.args.output_dir,
         )
 

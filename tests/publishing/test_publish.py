@@ -185,6 +185,21 @@ def test_parts_of_an_earlier_run_leave_the_repo(folder, hub):
     }
 
 
+def test_a_whole_model_replaces_adapters_and_other_weights_of_the_repo(folder, hub):
+    """Which would be loaded in its place: adapters with their base model, and one file ahead of several."""
+    earlier = {"adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"}
+    earlier |= {f"model-0000{part}-of-00002.safetensors" for part in (1, 2)}
+    kept = {"config.json", "second/adapter_config.json", "a_persons.safetensors"}
+    hub.put(REPO, dict.fromkeys(earlier | kept, "{}"))
+    push(folder, REPO)
+    assert hub.files(REPO).keys() == kept | {"model.safetensors", "results.json", "README.md"}
+    # An adapter is loaded over its base model, which may lie in the same repo.
+    (folder / "model.safetensors").unlink()
+    fill(folder, {"adapter_config.json", "adapter_model.safetensors"})
+    push(folder, REPO)
+    assert hub.files(REPO).keys() >= {"model.safetensors", "adapter_config.json", "adapter_model.safetensors"}
+
+
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 
