@@ -77,20 +77,27 @@ def vqa(source: Path, annotations: Path | None, image_name: str) -> Iterator[Row
 
 
 def folder(source: Path, question: str) -> Iterator[Row]:
-    """A folder of pictures, each with a text of the same name beside it, or in a subfolder called as its answer."""
+    """A folder of pictures, each with a text of the same name beside it, or in a subfolder called as its answer.
+
+    A subfolder that has a text beside one of its pictures has one beside each. Hidden files and folders do not count.
+    """
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in RASTERS}
-    pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in known and path.is_file())
+    paths = sorted(path for path in source.rglob("*") if path.is_file())
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(source).parts)]
+    pictures = [path for path in paths if path.suffix.lower() in known]
+    texts = {path.with_suffix(""): path for end in CAPTION_FILES[::-1] for path in paths if path.suffix.lower() == end}
+    described = {path.parent for path in pictures if path.with_suffix("") in texts}
     for path in pictures:
-        beside = [path.with_suffix(suffix) for suffix in CAPTION_FILES if path.with_suffix(suffix).is_file()]
-        if not beside and path.parent == source:
+        beside = texts.get(path.with_suffix(""))
+        if beside is None and path.parent in {source, *described}:
             raise ValueError(
                 f"{str(path)!r} has no text: put a file {path.stem}.txt beside it, or sort the pictures into folders "
                 "that are called as the answers."
             )
         try:
-            answer = beside[0].read_text(encoding="utf-8").strip() if beside else path.parent.name
+            answer = path.parent.name if beside is None else beside.read_text(encoding="utf-8").strip()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{str(beside[0])!r} is no text in UTF-8: {error}. Save it as UTF-8.") from None
+            raise ValueError(f"{str(beside)!r} is no text in UTF-8: {error}. Save it as UTF-8.") from None
         yield {"image": str(path.relative_to(source)), "question": question, "answers": [answer]}
 
 

@@ -80,6 +80,18 @@ def test_folders_with_texts_or_called_as_answers(place):
     assert found == [("What is in the picture?", ["a dog"]), ("What is in the picture?", ["cat"])]
 
 
+def test_a_forgotten_text_is_no_folder_of_answers(place, capsys):
+    for name in ("cat/b.png", "cat/c.png", "dog/d.png", "dog/.ipynb_checkpoints/d-checkpoint.png", "dog/._d.png"):
+        (place / "sets" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture().save(place / "sets" / name)
+    put(place / "sets" / "cat" / "b.TXT", "a cat")
+    assert cli.main(["convert", "folder", str(place / "sets"), str(place / "made.jsonl")]) == 2
+    assert re.search(r"cat/c\.png' has no text: put a file c\.txt", " ".join(capsys.readouterr().err.split()))
+    put(place / "sets" / "cat" / "c.caption", "two cats")
+    answers = [answers for _, answers in converted(place, "folder", str(place / "sets"))]
+    assert answers == [["a cat"], ["two cats"], ["dog"]]
+
+
 ROW = '{"image": "pics/a.png", "question": "q", "answer": "a"}'
 TWICE = '{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}'
 QUESTIONS = '{"questions": [{"question_id": 1, "image_id": 7, "question": "?"}]}'
