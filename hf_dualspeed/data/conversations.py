@@ -32,6 +32,10 @@ CHOICES = ("choices", "options")  # columns of texts, one of which an answer may
 # Keys of a content part that hold its picture or clip, as Qwen, OpenAI, Unsloth and transformers write them.
 SOURCES = {"image": ("image", "image_url", "path", "url", "base64"), "video": ("video",)}
 LEAVE_OUT = "Correct it, or leave the sample out."
+# Further keys of a turn that say whether it is learned, as ms-swift and Axolotl write them.
+LEARNED = ("loss", "train")
+# Placeholders of ms-swift and LLaMA-Factory for what stands in columns that are not read.
+UNREAD = {"<audio>": ("audios", "audio"), "<bbox>": ("objects",), "<ref-object>": ("objects",)}
 
 
 def to_messages(example: dict[str, Any], name: str | None = None) -> dict[str, list]:
@@ -47,8 +51,9 @@ def to_messages(example: dict[str, Any], name: str | None = None) -> dict[str, l
     Pictures of the columns belong to the parts without one, or to all parts where there are as many.
 
     A turn keeps what it holds besides, such as `tool_calls` or `reasoning_content`; `weight: 0` stays, and says that
-    the turn is not to be learned. A text in the column `system` becomes the first message, and the column `tools` (a
-    list, or JSON text) is returned. The example stays unchanged.
+    the turn is not to be learned, as `loss: false` and `train: false` do, which become it. A text in the column
+    `system` becomes the first message, and the column `tools` (a list, or JSON text) is returned. The example stays
+    unchanged.
 
     Args:
         example (`dict`): The example.
@@ -60,8 +65,9 @@ def to_messages(example: dict[str, Any], name: str | None = None) -> dict[str, l
 
     Raises:
         ValueError: the layout or a role is unknown, a text is missing or no Unicode, a weight is neither 0 nor 1, the
-            number of placeholders differs from that of images or videos, a picture is on the web, or a column that
-            looks like pictures is not read. The message names the sample, the key and the remedy.
+            number of placeholders differs from that of images or videos, a placeholder stands for a column that is not
+            read, a picture is on the web, or a column that looks like pictures is not read. The message names the
+            sample, the key and the remedy.
     """
     if not isinstance(example, Mapping):
         raise ValueError(
@@ -76,6 +82,7 @@ def to_messages(example: dict[str, Any], name: str | None = None) -> dict[str, l
     messages = [{**turn, "content": _parts(turn["content"], written, own, name)} for turn in turns]
     media = {kind: _merged(kind, own[kind], given[kind], name) for kind in PLACEHOLDERS}
     check_pictures_read(example, name, blind=not any(media.values()))
+    _refuse_unread(example, turns, messages, name)
     plain = all(isinstance(turn["content"], str) for turn in turns)
     for kind, items in media.items():
         _refuse_written(turns, messages, kind, items, name)
@@ -155,6 +162,18 @@ def _refuse_written(turns: list[dict], messages: list[dict], kind: str, items: l
                     f"{PLACEHOLDERS[kind]} in the text of a part is no placeholder. Write a part of type {kind!r} in "
                     "its place, or make the content one plain text.",
                 )
+
+
+def _refuse_unread(example: Mapping[str, Any], turns: list[dict], messages: list[dict], name: str) -> None:
+    """Refuses a placeholder for what stands in a column that is not read: it would be learned as it is written."""
+    for mark, columns in UNREAD.items():
+        column = next((column for column in columns if filled(example.get(column))), None)
+        for turn, message in () if column is None else zip(turns, messages, strict=True):
+            text = next((part["text"] for part in message["content"] if mark in part.get("text", "")), None)
+            if text is not None:
+                key = "content" if isinstance(turn["content"], str) else "text"
+                why = f"{mark} in it stands for something in the column `{column}`, which is not read. "
+                raise _refused(name, key, text, why + "Write what it stands for in its place, or remove the column.")
 
 
 def _add_placeholders(messages: list[dict], kind: str, items: list, plain: bool, name: str) -> None:
@@ -336,6 +355,9 @@ def _turn(turn: Mapping[str, Any], column: str, name: str) -> dict:
     if not isinstance(weight, Real) or weight not in (0, 1):
         why = "a turn is learned (1) or not (0), and nothing between. Write 0 or 1, or leave the weight out."
         raise _refused(name, "weight", weight, why)
+    for key in LEARNED:
+        if isinstance(extra.get(key), bool):
+            weight = min(weight, extra.pop(key))
     if weight == 0:
         extra["weight"] = 0
     if "tool_calls" in extra:

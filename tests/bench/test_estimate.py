@@ -466,6 +466,20 @@ def test_a_call_goes_on_where_another_ended(measured_before, config_file, tmp_pa
     assert len(measured_before) == 4  # of other versions
 
 
+def test_calls_at_the_same_time_share_a_file(config_file, tmp_path, monkeypatch):
+    path, other = tmp_path / "memory.json", {"model": "other", "settings": {}, "runs": []}
+
+    def estimate(subject, settings, train, checkpointing, say):
+        path.write_text(json.dumps({"models": [other], "gpus": [1.0]}))  # another call ends meanwhile
+        run = {"train": train, "checkpointing": checkpointing}
+        return {"model": subject.name, "settings": est.as_json(settings), "runs": [run]}
+
+    monkeypatch.setattr(command, "estimate", estimate)
+    monkeypatch.setattr(command, "show", lambda *shown: None)
+    assert cli.main(["estimate", str(config_file), *FLAGS, "--json", str(path)]) == 0
+    assert [found["model"] for found in json.loads(path.read_text())["models"]] == ["other", "small"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

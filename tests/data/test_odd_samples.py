@@ -142,6 +142,21 @@ SPEAKERS = {
     "weight a list": (chat(USER, said("assistant", weight=[1, 0])), Refused(r"has \[1, 0\] under `weight`")),
     "weight a tensor": (chat(USER, said("assistant", weight=torch.ones(2))), Refused(r"tensor.* under `weight`")),
     "role an array": (chat(USER, {"role": np.zeros(2), "content": "a"}), Refused("`role` must be .*got 'array")),
+    "loss false": (
+        chat(USER, said("assistant", loss=False), USER, said("assistant", content="b", loss=True)),
+        Read("b<|im_end|>"),
+    ),
+    "train false, of a ShareGPT turn": (
+        {
+            "id": "x",
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "n", "train": False, "weight": 1},
+                {"from": "gpt", "value": "a", "train": True},
+            ],
+        },
+        A,
+    ),
     "weight as text": (chat(USER, said("assistant", weight="0")), Refused("has '0' under `weight`")),
 }
 BESIDES = {
@@ -297,6 +312,19 @@ TEXTS = {
     ),
     "whole surrogate pair": (chat(USER, said("assistant", content="\U0001f600")), Read("\U0001f600<|im_end|>")),
     "empty answer": (chat(USER, {"role": "assistant", "content": ""}), Read("<|im_end|>")),
+    "boxes beside the text": (
+        chat(USER, said("assistant", content="<bbox>"), objects={"ref": [], "bbox": [[1, 2, 3, 4]]}),
+        Refused(r"has '<bbox>' under `content`: .*`objects`.*Write what it stands for"),
+    ),
+    "names of objects in a part": (
+        chat({"role": "user", "content": [{"type": "text", "text": "a <ref-object>"}]}, ANSWER, objects={"ref": ["c"]}),
+        Refused(r"has 'a <ref-object>' under `text`: .*`objects`"),
+    ),
+    "sounds": (
+        chat({"role": "user", "content": "<audio>q"}, ANSWER, audios=["a.wav"]),
+        Refused("has '<audio>q' under `content`: .*`audios`.*is not read"),
+    ),
+    "words like placeholders": (chat(USER, said("assistant", content="<bbox>")), Read("<bbox><|im_end|>")),
     "placeholder in a thought": (
         chat(USER, said("assistant", reasoning_content="<|image_pad|>")),
         Refused(r"has '<\|image_pad\|>' under `reasoning_content`"),

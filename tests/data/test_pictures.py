@@ -264,6 +264,22 @@ def test_a_processor_that_sees_the_difference_gets_pictures_as_they_are():
     assert processor.image_processor.given == [1, 1]
 
 
+def test_a_picture_of_one_colour_tells_nothing_of_the_processor():
+    class Sharp(Counting):
+        def __call__(self, images, *args, **options):
+            output = super().__call__(images, *args, **options)
+            first = images[0][0] if isinstance(images[0], list) else images[0]
+            blank = all(low == high for low, high in first.getextrema())
+            return {**output, "pixel_values": output["pixel_values"] + (0 if blank else first.width)}
+
+    processor = processor_of("llava")
+    processor.image_processor = Sharp(processor.image_processor)
+    pictures = VisionLanguageCollator(processor).pictures
+    assert pictures.open(Image.new("RGB", (90, 80), "white")).size == (90, 80)
+    assert pictures.open(picture(90, 80)).size == (90, 80)
+    assert pictures.shrunk.works is False
+
+
 def test_shrinking_follows_a_processor_that_is_changed_later():
     processor = processor_of("llava")
     collator = VisionLanguageCollator(processor)

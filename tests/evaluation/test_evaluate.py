@@ -96,6 +96,13 @@ def test_the_answers_are_those_of_generate(folder, proportional):
     assert prune(inputs)["input_ids"].shape[1] == bare["input_ids"].shape[1] + ISOLATOR
 
 
+def test_answers_are_greedy_whatever_the_checkpoint_says(folder, monkeypatch):
+    path = Path("run/generation_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_beams": 2}))
+    monkeypatch.setattr(LlavaForConditionalGeneration, "_beam_search", lambda *args, **options: pytest.fail("beams"))
+    assert evaluate() == 0
+
+
 def test_the_runs_own_pruner_is_taken_where_none_is_named(folder, asked):
     evaluate("--pruning_ratio", "0.5", "--no_isolator")
     assert len(kept("random-0.5")) == 7

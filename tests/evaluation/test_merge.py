@@ -148,8 +148,26 @@ def test_an_adapter_on_the_hub(trained, tmp_path, hub):
     hub.user = "user"
     place, trainer = trained
     push(place / "run", "user/adapter")
+    config = json.loads((place / "run" / "pruner_config.json").read_text())
+    config["auto_map"] = {"AutoPruner": "first.First"}
+    hub.put("user/adapter", {"pruner_config.json": json.dumps(config), "first.py": "import os"})
     merge("user/adapter", tmp_path / "merged", base=str(place / "base"))
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged, processor), logits(trainer.model, processor), rtol=1e-4, atol=1e-5)
     assert (tmp_path / "merged" / "mode_isolator.safetensors").is_file()
+    # What a person wrote, the pictures of the card and the pruner's code come along as from a folder.
+    assert "## By hand\n\nMine." in (tmp_path / "merged" / "README.md").read_text()
+    assert (tmp_path / "merged" / "learning_curve.png").is_file()
+    assert (tmp_path / "merged" / "first.py").read_text() == "import os"
+
+
+def test_the_code_of_a_pruner_comes_along(trained, tmp_path):
+    shutil.copytree(trained[0] / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "pruner_config.json").read_text())
+    config["auto_map"] = {"AutoPruner": "first.First"}
+    (tmp_path / "run" / "pruner_config.json").write_text(json.dumps(config))
+    for name, text in (("first", "from .helper import x"), ("helper", "x = 1"), ("private", "")):
+        (tmp_path / "run" / f"{name}.py").write_text(text)
+    merge(str(tmp_path / "run"), tmp_path / "merged")
+    assert {path.name for path in (tmp_path / "merged").glob("*.py")} == {"first.py", "helper.py"}

@@ -147,6 +147,12 @@ def test_the_same_path_is_the_same_picture(folder):
     assert [Path(row["images"][0]).name for row in shown] == ["red.png", "green.png"]
 
 
+def test_pictures_of_one_name_are_told_apart(folder):
+    images = [{"bytes": data, "path": "image.png"} for data in (PICTURES[0], *PICTURES)]
+    table = Dataset.from_list([{"question": "q", "answer": "a", "image": image} for image in images])
+    assert [row["image"]["bytes"] for row in first_images(table, 2)] == PICTURES
+
+
 # --- what is right ------------------------------------------------------------------------------------------------
 
 PEOPLE = [{"answer": "red", "answer_id": 1}, {"answer": "dark red", "answer_id": 2}]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from evaluation_cases import evaluate, texts
 from transformers import dynamic_module_utils
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments, PrunerConfig, VisualTokens
@@ -237,6 +238,28 @@ def test_code_that_is_no_such_pruner(hub, published):
     # The name of one of ours is never another's code.
     hub.put(REPO, {CONFIG: json.dumps({**values, "pruner_type": "divprune"})})
     assert type(AutoPruner.from_pretrained(REPO, trust_remote_code=True)) is registry.pruner_class("divprune")
+
+
+def test_an_evaluation_runs_a_pruners_code_where_it_is_trusted(hub, own, folder, asked, caplog):
+    for place in ("run", "copy"):
+        AutoPruner.from_name("own_first", skip=1, pruning_ratio=0.5).save_pretrained(place)
+    hub.put("tester/run", {path.name: path.read_bytes() for path in (folder / "run").iterdir()})
+    forget()
+    with pytest.raises(ValueError, match="is not run unasked"):
+        evaluate("--pruning_ratio", "0.5")
+    for words, checkpoint in ((["--pruning_ratio", "0.5"], "run"), (["--pruner", "copy"], "tester/run")):
+        assert evaluate("--trust_remote_code", *words, checkpoint=checkpoint) == 0
+        forget()
+    answers = texts("own_first-0.5")
+    assert texts("own_first-0.5", "runs/evaluations/tester--run/data.json") == answers
+    # Its answers belong to the code, too.
+    (folder / "copy" / "helper.py").write_text("ORDER = -1\n")
+    asked.clear()
+    assert evaluate("--trust_remote_code", "--pruner", "copy", checkpoint="tester/run") == 0
+    assert len(asked) == 5  # one of them is tried first
+    assert "pruner's code helper.py changed" in caplog.text
+    forget()
+    assert evaluate("--trust_remote_code", "--pruning_ratio", "0.5", checkpoint="tester/run") == 0
 
 
 def test_two_repos_may_use_the_same_name(hub, published):

@@ -103,6 +103,14 @@ def test_new_sections_come_behind_their_predecessor_and_old_ones_go():
     assert "## Mine\n\nwords\n" in gone
 
 
+def test_smaller_headings_of_a_person_stay_below_a_generated_section():
+    notes = "### Notes\n\nIt likes cats.\n\n"
+    existing = GENERATED.replace(END, f"{notes}{END}").replace("What it is.", "What it was.")
+    merged = merge_card(existing, GENERATED)
+    assert merged == GENERATED.replace(END, f"{notes}{END}")
+    assert notes in adopt_card(GENERATED, existing)
+
+
 def test_headings_in_code_are_code():
     assert keys("~~~\n# a\n```\n# b\n~~~\n## c\n````\n## d\n```\n## e\n````\n## f\n") == ["", "c", "f"]
 

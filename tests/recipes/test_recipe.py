@@ -428,6 +428,10 @@ def test_a_table_of_questions_trains_and_is_evaluated(own_data, tmp_path, answer
     results = own_data(["a.png"], dataset=table, eval_dataset=table, save_steps=3)
     assert results["n"] == 1
     assert min(losses(tmp_path / "run")) > 0
+    # A file has no splits, so none was asked.
+    assert results["eval_dataset"] == "table.csv"
+    assert not {"dataset_split", "eval_split"} & results.keys()
+    assert "questions of `table.csv`:" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_missing_picture_is_found_before_training(own_data, tmp_path, caplog):
