@@ -59,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
     places = "where the answers go (default: evaluations in the checkpoint's folder, or in runs)"
     words.add_argument("--output", help=places)
     words.add_argument("--overwrite", action="store_true", help="begin anew, whatever lies there")
-    words.add_argument("--trust_remote_code", action="store_true", help="run code that the checkpoint brings along")
+    code = "run code that checkpoint and pruner bring along"
+    words.add_argument("--trust_remote_code", action="store_true", help=code)
     return words
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..metrics import load_metric, needs_options
 from ..pruners import Pruner
+from ..pruners.card import is_custom
 from ..publishing.cards import split_front_matter
 from ..publishing.model_card import read_card
 from ..publishing.push import render
@@ -27,7 +28,7 @@ from ..utils.progress import Work
 from ..utils.text import one_line, parse_json, without_paths
 from ..utils.writing import write_json
 from .checkpoint import Checkpoint, find_checkpoint
-from .fingerprint import hash_of, processor_parts
+from .fingerprint import hash_of, processor_parts, pruner_code
 from .generation import answers_in_batches, prompts, question
 from .predictions import Predictions, set_others_aside
 from .pruned_prompts import PrunedPrompts, prompt_pruner
@@ -71,7 +72,7 @@ def prepare(options: argparse.Namespace) -> Evaluation:
         # Scores are written into results and card, so both must be readable.
         read_results(checkpoint.run)
         split_front_matter(read_card(checkpoint.run / CARD_NAME))
-    views = [View(FULL), *(pruned_views(options, checkpoint.beside) if pruned else [])]
+    views = [View(FULL), *(pruned_views(options, checkpoint) if pruned else [])]
     processor = checkpoint.processor()
     where = {"image_folder": options.image_folder, "image_column": options.image_column}
     questions = load_questions(options.dataset, options.split, limit=options.limit, processor=processor, **where)
@@ -89,12 +90,12 @@ def prepare(options: argparse.Namespace) -> Evaluation:
     return Evaluation(options, checkpoint, processor, source, questions, views, folder)
 
 
-def pruned_views(options: argparse.Namespace, beside: Path | None) -> list[View]:
+def pruned_views(options: argparse.Namespace, checkpoint: Checkpoint) -> list[View]:
     """One view per pruner and ratio."""
     views = []
     for name in options.pruner or [None]:
         for ratio in options.pruning_ratio or [None]:
-            pruner = prompt_pruner(name, beside, ratio)
+            pruner = prompt_pruner(name, checkpoint, ratio)
             views.append(View(f"{pruner.config.pruner_type}-{pruner.config.pruning_ratio:g}", pruner))
     names = [view.name for view in views]
     if len(set(names)) < len(names):
@@ -120,6 +121,7 @@ def identity(evaluation: Evaluation, view: View) -> dict[str, Any]:
         learned = {key: tensor.cpu().contiguous() for key, tensor in view.pruner.state_dict().items()}
         found |= {"pruner": view.pruner.config.to_dict(), "no_isolator": options.no_isolator, "seed": options.seed}
         found |= {"pruner's weights": hash_of(save(learned)) if learned else None}
+        found |= {"pruner's code": pruner_code(view.pruner)} if is_custom(view.pruner) else {}
         found |= {"isolator": None if options.no_isolator else evaluation.checkpoint.isolator_hash()}
         found |= evaluation.checkpoint.settings()
     return found

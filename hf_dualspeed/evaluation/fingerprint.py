@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from ..pruners import Pruner
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.text import one_line
 
@@ -70,6 +71,13 @@ def processor_parts(processor: ProcessorMixin) -> dict[str, str]:
                 part.save_pretrained(Path(folder) / name)
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         return found | {path.relative_to(folder).as_posix(): hash_of_file(path) for path in paths}
+
+
+def pruner_code(pruner: Pruner) -> dict[str, str]:
+    """The hashes of the files of a pruner's own code."""
+    with tempfile.TemporaryDirectory() as folder:
+        pruner.save_pretrained(folder)
+        return {path.name: hash_of_file(path) for path in sorted(Path(folder).glob("*.py"))}
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any], within: str = "") -> list[str]:

@@ -7,12 +7,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
+from ..hub.errors import explained
+from ..publishing.files import code_files
 from ..publishing.model_card import LICENSE, license_of, read_card, write_model_card
 from ..publishing.results import OF_WEIGHTS, is_hub_id, read_results, write_results
-from ..utils.constants import CARD_NAME, RESULTS_NAME
+from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, RESULTS_NAME
 from ..utils.validation import checked
 from ..utils.writing import check_new_folder, clear_abandoned, copy_file, sync_files, write_file
 from .checkpoint import BESIDE, Checkpoint, find_checkpoint
@@ -82,14 +85,25 @@ def reversible(conversion: WeightTransform) -> bool:
     return True
 
 
+def _beside(found: Checkpoint) -> Path | None:
+    """The folder of what a run left beside its adapter: that of the cache where it is a Hub repo."""
+    if found.commit is None:
+        return found.beside
+    names = [*BESIDE, *PICTURES.values(), CARD_NAME, "*.py"]
+    with explained("read", f"the Hub repo {found.name!r}"):
+        return Path(snapshot_download(found.name, revision=found.commit, allow_patterns=names))
+
+
 def _write_record(found: Checkpoint, folder: Path) -> None:
     """Isolator, pruner, results and card of the adapter's run, as those of a whole model."""
-    beside = found.beside or folder
+    beside = _beside(found) or folder
+    config = beside / PRUNER_CONFIG_NAME
+    code = code_files(beside, [config.name], links=True) if config.is_file() else ()
     results = {key: value for key, value in read_results(beside).items() if key not in OF_WEIGHTS}
     for key in PICTURES:
         if not (beside / PICTURES[key]).is_file():
             results.pop(key, None)
-    for file in (*BESIDE, *PICTURES.values()):
+    for file in (*BESIDE, *PICTURES.values(), *code):
         if file != RESULTS_NAME and (beside / file).is_file():
             copy_file((beside / file).resolve(), folder / file)  # a link in the cache of the Hub
     results |= {"name": folder.name, "adapter": False, "processor": True, "base_model": Path(found.base).name}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..pruners import AutoPruner, Pruner, PrunerConfig, available_pruners, pruner_class
+from ..pruners import AutoPruner, Pruner, available_pruners, pruner_class
 from ..pruning.api import prune_inputs
 from ..pruning.isolator import ModeIsolator
+from ..publishing.files import read_mapping
 from ..trainer.dual_forward import DualForward
 from ..utils.constants import POSITION_IDS, PRUNER_CONFIG_NAME, VIDEO_BUDGETS
 from ..utils.validation import check_choice, check_fields, checked
+from .checkpoint import Checkpoint
 
 
 @dataclass
@@ -86,30 +88,33 @@ def check_prompt_pruner(name: str) -> None:
         )
 
 
-def prompt_pruner(name: str | None, folder: Path | None, ratio: float | None) -> Pruner:
+def prompt_pruner(name: str | None, checkpoint: Checkpoint, ratio: float | None) -> Pruner:
     """A pruner to answer with: the run's own, with its settings and weights, or another one.
 
     Args:
         name (`str`, *optional*): A registered pruner, a folder, or a Hub repo. By default the run's own.
-        folder (`Path`, *optional*): The folder of the run's pruner.
+        checkpoint ([`Checkpoint`]): The run. It says whether a pruner's own code is run.
         ratio (`float`, *optional*): Fraction of the visual tokens removed. By default the pruner's own.
 
     Raises:
-        ValueError: there is no pruner, it is learned and has no weights, or it shortens no prompt.
+        ValueError: there is no pruner, it is learned and has no weights, it shortens no prompt, or it is code that is
+            not trusted.
     """
-    own = folder if folder is not None and (folder / PRUNER_CONFIG_NAME).is_file() else None
-    if name is None and own is None:
+    load = partial(AutoPruner.from_pretrained, trust_remote_code=checkpoint.trust_remote_code)
+    config = checkpoint.beside and checkpoint.beside / PRUNER_CONFIG_NAME
+    own = config is not None and config.is_file()
+    if name is None and not own:
         raise ValueError("`pruner` is not set, and the checkpoint brings none along. Name one, such as 'divprune'.")
     if name is not None:
         check_prompt_pruner(name)
-    if own is not None and name in (None, PrunerConfig.from_pretrained(own).pruner_type):
-        pruner = AutoPruner.from_pretrained(own)
+    if own and (name is None or name == read_mapping(config).get("pruner_type")):
+        pruner = load(checkpoint.name, revision=checkpoint.commit)
     elif name in available_pruners():
         pruner = AutoPruner.from_name(name)
         if pruner.state_dict():
             raise ValueError(f"`pruner` is {name!r}, which is learned, but the checkpoint holds no weights of it.")
     else:
-        pruner = AutoPruner.from_pretrained(name)
+        pruner = load(name)
     check_prompt_pruner(pruner.config.pruner_type)
     if ratio is not None:
         pruner.reconfigure(pruning_ratio=ratio)

@@ -111,8 +111,10 @@ def _named(folder: Path, patterns: tuple[str, ...]) -> list[str]:
     return [name for name in names if any(fnmatchcase(name, p) and (name[0] != "." or p[0] == ".") for p in patterns)]
 
 
-def code_files(folder: Path, configs: list[str]) -> set[str]:
+def code_files(folder: Path, configs: list[str], links: bool = False) -> set[str]:
     """The Python files in `folder` that the `auto_map` of a config names, and those that they import.
+
+    With `links`, these may be links, as in the cache of the Hub.
 
     Raises:
         ValueError: a config is not a JSON mapping, or a Python file is not UTF-8.
@@ -121,7 +123,8 @@ def code_files(folder: Path, configs: list[str]) -> set[str]:
     found: set[str] = set()
     while names:
         name = names.pop()
-        if name in found or not CODE_NAME.fullmatch(name) or not is_plain(folder / name):
+        there = (folder / name).is_file() if links else is_plain(folder / name)
+        if name in found or not CODE_NAME.fullmatch(name) or not there:
             continue
         found.add(name)
         try:
