@@ -19,16 +19,17 @@ MARKER = "<!-- dualspeed -->"  # ends the headings of generated sections
 # Lists the generated keys of the front matter, which are removed when a later run does not give them.
 GIVEN = re.compile(r"<!-- front matter by dualspeed: ([\w -]*) -->")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-HEADING = re.compile(r"(#{1,2})[ \t]+(.*)")
+# Cards generate none below the second level: smaller ones are a person's, also within a generated section.
+HEADING = re.compile(r"(#{1,6})[ \t]+(.*)")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
 @dataclass
 class Section:
-    """A heading of level 1 or 2 with the text below it.
+    """A heading with the text below it, up to the next one.
 
-    `key` is the heading's words, "#" for the title, "# words" for further headings of level 1, and "" for the text
-    above all headings. It is unique within a card.
+    `key` is the heading's words, "#" for the title, "# words" and "### words" for headings of other levels than 2, and
+    "" for the text above all headings. It is unique within a card.
     """
 
     key: str
@@ -102,7 +103,7 @@ def merge_card(existing: str, generated: str) -> str:
 
     Front matter: generated keys replace existing ones, other keys stay, `tags` are united.
 
-    Sections (below headings of level 1 and 2): those with the marker are replaced in place, or removed if they are no
+    Sections (below headings of any level): those with the marker are replaced in place, or removed if they are no
     longer generated. Those without it are the user's and stay, even against a generated section of the same heading.
     New sections come behind the generated section before them, or at the end. Merging again changes nothing.
 
@@ -181,7 +182,7 @@ def sections(body: str) -> list[Section]:
         match = HEADING.match(line) if fence is None else None
         if match is not None:
             words = match[2].replace(MARKER, "").strip()
-            found.append(Section(f"# {words}" if match[1] == "#" else words, "", MARKER in line))
+            found.append(Section(words if match[1] == "##" else f"{match[1]} {words}", "", MARKER in line))
         found[-1].text += line
     titles = [section for section in found if section.key.startswith("# ")]
     for section in sorted(titles, key=lambda section: not section.generated)[:1]:
@@ -221,6 +222,8 @@ def _with_missing(kept: list[Section], others: list[Section]) -> list[Section]:
             kept.insert(places[0], section)
         if section.key and places and kept[places[0]].generated == section.generated:
             end = places[0] + 1
+            while end < len(kept) and kept[end].key.startswith("###"):  # smaller headings belong to it
+                end += 1
     return kept
 
 

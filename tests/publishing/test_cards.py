@@ -109,6 +109,10 @@ def test_smaller_headings_of_a_person_stay_below_a_generated_section():
     merged = merge_card(existing, GENERATED)
     assert merged == GENERATED.replace(END, f"{notes}{END}")
     assert notes in adopt_card(GENERATED, existing)
+    # They stay where they stand, and take no generated section's place by the same words.
+    notes = notes.replace("Notes", "Results")
+    more = GENERATED.replace(END, f"{RESULTS}\n\n99 %\n\n{END}")
+    assert merge_card(GENERATED.replace(END, f"{notes}{END}"), more) == more.replace(RESULTS, f"{notes}{RESULTS}")
 
 
 def test_headings_in_code_are_code():
