@@ -44,6 +44,7 @@ def push_files(
     token: str | bool | None = None,
     revision: str | None = None,
     stale: Callable[[str], bool] | None = None,
+    renew: Callable[[str, str], str] | None = None,
     folder: str | Path = "",
 ) -> CommitInfo:
     """Pushes files in one commit, once it is sure that none is a link or holds a secret.
@@ -58,6 +59,8 @@ def push_files(
         create (`bool`, *optional*): whether to make the repo, `private` or not, and the branch where they are missing.
         private, token, revision: those of [`~huggingface_hub.HfApi.create_commit`] and `create_repo`.
         stale (`Callable`, *optional*): says by its name whether a file of the repo is to go if it is not in `contents`.
+        renew (`Callable`, *optional*): makes the card of the one in `contents` and that of the repo, once all else is
+            uploaded: that may take hours, in which a person may write into it.
         folder (`str` or `Path`, *optional*): where they come from, for messages.
 
     Raises:
@@ -77,10 +80,16 @@ def push_files(
             api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo_id, repo_type=kind, revision=revision) if stale else ()
         gone = sorted(name for name in there if name not in contents and stale(name))
-        additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        additions = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
+        if renew is not None and CARD_NAME in contents:
+            api.preupload_lfs_files(repo_id, additions.values(), repo_type=kind, revision=revision)
+            local = contents[CARD_NAME] if isinstance(contents[CARD_NAME], bytes) else contents[CARD_NAME].read_bytes()
+            card = renew(local.decode("utf-8"), published_card(repo_id, revision, token)).encode("utf-8")
+            check_no_secret({CARD_NAME: card}, [token], folder)
+            additions[CARD_NAME] = CommitOperationAdd(CARD_NAME, card)
         return api.create_commit(
             repo_id,
-            [*additions, *map(CommitOperationDelete, gone)],
+            [*additions.values(), *map(CommitOperationDelete, gone)],
             repo_type=kind,
             revision=revision,
             commit_message=commit_message,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import TOKEN
 from safetensors.torch import save_file
@@ -198,6 +199,24 @@ def test_a_whole_model_replaces_adapters_and_other_weights_of_the_repo(folder, h
     fill(folder, {"adapter_config.json", "adapter_model.safetensors"})
     push(folder, REPO)
     assert hub.files(REPO).keys() >= {"model.safetensors", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_words_that_a_person_writes_while_files_are_uploaded_stay(folder, hub, monkeypatch):
+    push(folder, REPO)
+    words, upload = "\n## Notes\n\nIt likes cats.\n", HfApi.preupload_lfs_files
+
+    def slow_upload(api, *given, **options):
+        upload(api, *given, **options)
+        card = hub.files(REPO)["README.md"].decode()
+        hub.put(REPO, {"README.md": card.removesuffix(words) + words})
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", slow_upload)
+    weights(folder / "model.safetensors")
+    push(folder, REPO)
+    monkeypatch.undo()
+    assert words in hub.files(REPO)["README.md"].decode()
+    push(folder, REPO)
+    assert words in (folder / "README.md").read_text()
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
