@@ -101,11 +101,11 @@ def load_questions(
         logger.warning("No question of %r has a picture: all are asked of text alone.", name)
     part = f"first {len(dataset)}" if len(dataset) < len(whole) else None
     asked = {"questions": hash_of(messages), "pictures": hash_of(media)}
-    return Questions(dataset, table, asked, *_label(name, split), part)
+    return Questions(dataset, table, asked, *label(name, split), part)
 
 
-def _label(name: str, split: str) -> tuple[str, str | None]:
-    """The data set's name without the folders above it, and its split, if it has splits."""
+def label(name: str, split: str) -> tuple[str, str | None]:
+    """A data set's name without the folders above it, and its split, if it has splits."""
     path = Path(name)
     splits = path.suffix.lower() not in FILE_TYPES and not (path / "state.json").is_file()
     return path.resolve().name if path.exists() else name, split if splits else None

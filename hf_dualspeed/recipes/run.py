@@ -27,6 +27,7 @@ from ..data.easy_vqa import majority_accuracy
 from ..data.loading import load_examples
 from ..evaluation.generation import answer_accuracy, first_rows, question_and_answers
 from ..evaluation.pruned_prompts import prompts_of
+from ..evaluation.questions import label
 from ..evaluation.visualize import PICTURE_NAME, draw_images, first_images
 from ..models.adapters import add_lora, four_bit
 from ..models.components import freeze_roles
@@ -255,9 +256,10 @@ def _checkpoint(args: DualSpeedTrainingArguments) -> str | None:
 
 def _facts(recipe: RecipeArguments) -> dict:
     """The recipe's model and data for the card. The trainer does not know them."""
-    names = {"dataset": recipe.dataset, "dataset_split": recipe.dataset_split, "datasets": [recipe.dataset]}
+    _, split = label(recipe.dataset, recipe.dataset_split)
+    names = {"dataset": recipe.dataset, "dataset_split": split, "datasets": [recipe.dataset]}
     if recipe.eval_dataset is not None:
-        names |= {"eval_dataset": recipe.eval_dataset, "eval_split": recipe.eval_split}
+        names |= zip(("eval_dataset", "eval_split"), label(recipe.eval_dataset, recipe.eval_split), strict=True)
     model = recipe.model_name_or_path or "tiny LLaVA, from scratch"
     return {"model": model, "base_model": recipe.model_name_or_path, **names}
 
