@@ -164,7 +164,7 @@ def first_images(rows: Dataset, count: int) -> Dataset:
     for index, row in enumerate(rows):
         images = to_messages(row)["images"]
         image = images[0] if len(images) == 1 else None
-        key = (image.get("path") or image.get("bytes")) if isinstance(image, dict) else image
+        key = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
         key = key if isinstance(key, (str, bytes)) else id(key)
         if image is not None and key not in seen:
             seen.add(key)
