@@ -40,6 +40,7 @@ class Pictures:
     def _clear(self) -> None:
         self.decoded = 0  # pictures that were read, for tests and benches
         self._held = 0
+        self._settings: tuple | None = None  # of the processor that the kept ones were shrunk for
         self._kept: OrderedDict[Hashable, Image.Image] = OrderedDict()
         self._batch: dict[Hashable, Image.Image] = {}
         self._given: list[Any] = []  # keeps objects alive as long as their ids are keys
@@ -52,8 +53,12 @@ class Pictures:
         self._clear()
 
     def begin_batch(self) -> None:
-        """Forgets the last batch, but for pictures within the bound."""
+        """Forgets the last batch, but for pictures within the bound, which were shrunk as they would be now."""
         self._batch, self._given = {}, []
+        settings = self.shrunk and settings_of(self.shrunk.processor)
+        if self._settings != settings:
+            self._settings, self._held = settings, 0
+            self._kept.clear()
 
     def open(self, image: Any, folder: str | None = None) -> Image.Image:
         """The picture in RGB, which is not to be changed; see [`open_image`] for arguments and errors."""
@@ -105,8 +110,8 @@ class Shrunk:
     """Brings large pictures to the size that the processor makes of all of them, as it would itself.
 
     Processors of transformers turn a picture into an array and back before they resize it, which takes longer at many
-    megapixels than all else, and a small picture is cheaper to keep. The first large picture is processed both ways:
-    where that makes a difference to a single value, pictures are left as they are.
+    megapixels than all else, and a small picture is cheaper to keep. The first large picture of several colours is
+    processed both ways: where that makes a difference to a single value, pictures are left as they are.
     """
 
     def __init__(self, processor: ProcessorMixin):
@@ -124,8 +129,7 @@ class Shrunk:
         if self.works is False:
             return image
         size = self.size_of(image)
-        # A square one cannot tell a processor that keeps proportions from one that does not.
-        if image.width * image.height < WORTH * size[0] * size[1] or (self.works is None and len(set(image.size)) == 1):
+        if image.width * image.height < WORTH * size[0] * size[1] or (self.works is None and tells_nothing(image)):
             return image
         small = image.resize(size, self.processor.image_processor.resample)
         if self.works is None:
@@ -147,6 +151,11 @@ class Shrunk:
         except Exception:  # what a processor cannot take, it says in the batch
             return False
         return same(one, other)
+
+
+def tells_nothing(image: Image.Image) -> bool:
+    """Whether a picture looks alike however it is resized, or whether its proportions are kept or not."""
+    return image.width == image.height or all(low == high for low, high in image.getextrema())
 
 
 class ProcessedOnce:

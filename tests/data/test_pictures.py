@@ -280,9 +280,12 @@ def test_a_picture_of_one_colour_tells_nothing_of_the_processor():
     assert pictures.shrunk.works is False
 
 
-def test_shrinking_follows_a_processor_that_is_changed_later():
+def test_shrinking_follows_a_processor_that_is_changed_later(tmp_path):
+    picture(260, 190).save(tmp_path / "a.png")
     processor = processor_of("llava")
-    collator = VisionLanguageCollator(processor)
-    assert min(collator.pictures.open(picture(260, 190)).size) == 16
-    processor.image_processor.size = type(processor.image_processor.size)(shortest_edge=32)
-    assert min(collator.pictures.open(picture(260, 190)).size) == 32
+    pictures = VisionLanguageCollator(processor).pictures
+    for edge in (16, 32):
+        processor.image_processor.size = type(processor.image_processor.size)(shortest_edge=edge)
+        pictures.begin_batch()
+        for image in (picture(260, 190), str(tmp_path / "a.png")):
+            assert min(pictures.open(image).size) == edge
