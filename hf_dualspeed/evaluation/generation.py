@@ -114,7 +114,7 @@ def answers(
     inputs = prompts(model, processor, rows)
     if prepare is not None:
         inputs = prepare(inputs)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
     # Answers are the tokens behind the prompt (B, S'), which `prepare` may have shortened.
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
