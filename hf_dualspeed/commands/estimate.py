@@ -64,9 +64,7 @@ def main(argv: list[str]) -> None:
 def run(options: argparse.Namespace) -> None:
     path = Path(options.json) if options.json not in (None, "-") else None
     gpus = sorted(map(gpu_size, options.gpu))
-    results = {"models": [], "gpus": gpus}
-    if path is not None and path.is_file():  # further models join those of earlier calls
-        results = {**json.loads(path.read_text(encoding="utf-8")), "gpus": gpus}
+    results = {**held(path), "gpus": gpus}
     console = Console()
     for name in options.model:
         with Work(f"Reading {name}"):
@@ -78,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
                 if found is None:
                     with Work(f"Estimating {subject.name}"):
                         found = without_paths(estimate(subject, settings, train, setting, tell))
-                results["models"], shown = joined(results["models"], found), joined(shown, found)
+                results["models"], shown = joined(held(path, results)["models"], found), joined(shown, found)
                 if path is not None:
                     write_json(path, results)
             if options.json != "-":
@@ -87,6 +85,13 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(results, indent=2))
     if options.page is not None:
         write_table(Path(options.page), results)
+
+
+def held(path: Path | None, otherwise: dict | None = None) -> dict:
+    """What the file holds, which other calls write to meanwhile; `otherwise`, or nothing, where there is no file."""
+    if path is not None and path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return otherwise or {"models": []}
 
 
 def tell(words: str) -> None:
