@@ -117,11 +117,12 @@ def merge_card(existing: str, generated: str) -> str:
     return _merged_head(existing, old_head, new_head, old_body) + _merged_body(sections(old_body), sections(new_body))
 
 
-def adopt_card(local: str, published: str) -> str:
+def adopt_card(local: str, published: str, generated: bool = True) -> str:
     """Copies what a person wrote into the published card to the local one; the published card counts as newer.
 
     Of hand-written sections and front matter values in both cards, the published ones win. Those in one card only stay,
-    even if they were deleted on the Hub. Generated sections stay local.
+    even if they were deleted on the Hub. Generated sections stay local; those that are missing there are taken over
+    with `generated`, for a later [`merge_card`] to renew or remove.
 
     Raises:
         ValueError: the front matter of either card is not a YAML mapping.
@@ -132,9 +133,10 @@ def adopt_card(local: str, published: str) -> str:
         return local if local.strip() else published
     # Generated values of the published card come from an earlier run; its tags may be a person's.
     if given_keys(local):
-        generated = given_keys(published) - {"tags"}
-        theirs = {key: value for key, value in theirs.items() if key not in generated}
-    found = sections(their_body)
+        given = given_keys(published) - {"tags"}
+        theirs = {key: value for key, value in theirs.items() if key not in given}
+    own = {section.key for section in sections(our_body)}
+    found = [one for one in sections(their_body) if generated or not one.generated or one.key in own]
     newer = {section.key: section for section in found if not section.generated and section.text.strip()}
     kept = [newer.get(section.key, section) for section in sections(our_body)]
     return _merged_head(local, ours, theirs, our_body) + _joined(_with_missing(kept, found))

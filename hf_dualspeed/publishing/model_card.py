@@ -103,15 +103,15 @@ def adopt_published_card(
         HfHubHTTPError, ConnectionError: the Hub refuses, fails or cannot be reached.
     """
     path = Path(folder) / "README.md"
-    local = read_card(path)
-    adopted = with_words_of(local, published_card(repo_id, revision, token))
+    local, published = read_card(path), published_card(repo_id, revision, token)
+    adopted = adopt_card(local, "" if is_empty_form(published) else published)
     if adopted != local:
         write_file(path, adopted)
 
 
-def with_words_of(local: str, published: str) -> str:
-    """The local card with what a person wrote into the published one; see [`adopt_card`]."""
-    return adopt_card(local, "" if is_empty_form(published) else published)
+def with_latest_words(local: str, published: str) -> str:
+    """A card that is ready to be pushed, with what a person wrote into the published one meanwhile."""
+    return adopt_card(local, "" if is_empty_form(published) else published, generated=False)
 
 
 @checked

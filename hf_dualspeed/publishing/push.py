@@ -14,7 +14,7 @@ from ..hub.upload import push_files
 from ..utils.constants import CARD_NAME, RESULTS_NAME
 from ..utils.writing import write_file
 from .files import check_checkpoint, is_stale, published_files
-from .model_card import adopt_published_card, read_card, with_words_of, write_model_card
+from .model_card import adopt_published_card, read_card, with_latest_words, write_model_card
 from .results import read_results, write_results
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def push(
     # The card comes from `texts`, which leaves out PEFT's empty form.
     contents: dict[str, Path | bytes] = {name: folder / name for name in files if name != CARD_NAME} | texts
     message = commit_message or "Upload a model trained with DualSpeed"
-    options = {"stale": partial(is_stale, files=contents), "renew": with_words_of, "folder": folder}
+    options = {"stale": partial(is_stale, files=contents), "renew": with_latest_words, "folder": folder}
     commit = push_files(contents, repo_id, message, private=private, revision=revision, **options)
     _write_texts(folder, texts)
     return commit

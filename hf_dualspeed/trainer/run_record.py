@@ -24,7 +24,7 @@ from ..pruners import budget
 from ..publishing.cards import given_keys
 from ..publishing.display import is_silent, print_end
 from ..publishing.files import RECORD, is_stale, left_out, published_files
-from ..publishing.model_card import adopt_published_card, license_of, read_card, with_words_of, write_model_card
+from ..publishing.model_card import adopt_published_card, license_of, read_card, with_latest_words, write_model_card
 from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_results, run_record, write_results
 from ..utils.constants import CARD_NAME
 from ..utils.environment import peak_memory, reset_peak_memory
@@ -347,7 +347,7 @@ class RunRecordMixin:
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
             stale=lambda name: name.startswith(folder) if folder else is_stale(name, contents),
-            renew=with_words_of,
+            renew=with_latest_words,
             folder="" if folder else self.args.output_dir,
         )
 

@@ -256,7 +256,7 @@ def test_an_evaluation_runs_a_pruners_code_where_it_is_trusted(hub, own, folder,
     (folder / "copy" / "helper.py").write_text("ORDER = -1\n")
     asked.clear()
     assert evaluate("--trust_remote_code", "--pruner", "copy", checkpoint="tester/run") == 0
-    assert len(asked) == 5  # one of them is tried first
+    assert len(asked) == 4  # all tokens were answered from before
     assert "pruner's code helper.py changed" in caplog.text
     forget()
     assert evaluate("--trust_remote_code", "--pruning_ratio", "0.5", checkpoint="tester/run") == 0

@@ -201,8 +201,10 @@ def test_a_whole_model_replaces_adapters_and_other_weights_of_the_repo(folder, h
     assert hub.files(REPO).keys() >= {"model.safetensors", "adapter_config.json", "adapter_model.safetensors"}
 
 
-def test_words_that_a_person_writes_while_files_are_uploaded_stay(folder, hub, monkeypatch):
+def test_words_that_a_person_writes_while_files_are_uploaded_stay(folder, hub):
+    (folder / "results.json").write_text(json.dumps({"accuracy": 0.5, "n": 2}))
     push(folder, REPO)
+    assert "## Results" in hub.files(REPO)["README.md"].decode()
     words, upload = "\n## Notes\n\nIt likes cats.\n", HfApi.preupload_lfs_files
 
     def slow_upload(api, *given, **options):
@@ -210,11 +212,14 @@ def test_words_that_a_person_writes_while_files_are_uploaded_stay(folder, hub, m
         card = hub.files(REPO)["README.md"].decode()
         hub.put(REPO, {"README.md": card.removesuffix(words) + words})
 
-    monkeypatch.setattr(HfApi, "preupload_lfs_files", slow_upload)
-    weights(folder / "model.safetensors")
-    push(folder, REPO)
-    monkeypatch.undo()
-    assert words in hub.files(REPO)["README.md"].decode()
+    (folder / "results.json").write_text(json.dumps({"name": "run", "steps": {"fast": 7, "slow": 1}}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HfApi, "preupload_lfs_files", slow_upload)
+        push(folder, REPO)
+    card = hub.files(REPO)["README.md"].decode()
+    assert words in card
+    assert "7 of 8 optimizer steps" in card
+    assert "## Results" not in card
     push(folder, REPO)
     assert words in (folder / "README.md").read_text()
 
