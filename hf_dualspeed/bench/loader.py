@@ -90,7 +90,7 @@ def measure(options: BenchArguments) -> dict:
     return {
         "benchmark": KIND,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "machine": machine(),
+        "machine": machine(torch.device("cpu")),
         "versions": versions(),
         "rounds": options.rounds,
         "settings": {"batch": options.batch or 8, "quality": QUALITY, "grain": GRAIN, "questions": QUESTIONS},

@@ -116,7 +116,7 @@ def surroundings(options: BenchArguments) -> dict:
     device = default_device()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "machine": machine(),
+        "machine": machine(device),
         "versions": versions(),
         "device": device.type,
         "dtype": str(default_dtype(device)).removeprefix("torch."),

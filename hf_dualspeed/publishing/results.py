@@ -100,7 +100,7 @@ def run_record(args: DualSpeedTrainingArguments, summary: dict, total_seconds: f
         "training": _training_settings(args),
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine(args.device),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     }
 

@@ -22,9 +22,14 @@ def versions() -> dict[str, str]:
     return {**found, "hf_dualspeed": __version__, "python": platform.python_version()}
 
 
-def machine() -> dict[str, str | int | None]:
-    """CPU model, number of cores, threads of this process, and the accelerator's name or None."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+def machine(device: torch.device | None = None) -> dict[str, str | int | None]:
+    """CPU model, number of cores, threads of this process, and the accelerator's name or None.
+
+    Args:
+        device (`torch.device`, *optional*): What ran. An accelerator that lies idle beside a CPU is not named.
+    """
+    used = torch.accelerator.is_available() and (device is None or device.type != "cpu")
+    accelerator = torch.accelerator.current_accelerator() if used else None
     if accelerator is not None and accelerator.type == "cuda":
         accelerator = torch.cuda.get_device_name()
     return {

@@ -85,6 +85,15 @@ def test_results_and_page(measured):
     assert cli.main(["bench", "--loader", "--render-only", "--output", str(path)]) == 0
 
 
+def test_a_gpu_beside_the_core_that_was_timed_is_not_named(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(loader, "photographs", lambda *given: [])
+    monkeypatch.setattr(loader, "timed", lambda shape, *given: {"shape": shape})
+    assert loader.measure(parse_arguments(["--loader"]))["machine"]["accelerator"] is None
+
+
 def test_workers_are_what_fast_steps_eat_over_what_one_makes(measured):
     _, results = measured
     results = {**results, "fast_steps_h100": {"llava-1.5": 30.0, "llava-next": 30.0}}

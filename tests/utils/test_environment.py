@@ -26,7 +26,8 @@ def test_the_machine_has_names_and_numbers(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert machine()["accelerator"] == "a GPU"
+    assert machine()["accelerator"] == machine(CUDA)["accelerator"] == "a GPU"
+    assert machine(CPU)["accelerator"] is None  # which pictures and cards would name in place of what ran
 
 
 def test_peak_memory_is_that_of_the_process_or_of_the_device(monkeypatch):
