@@ -96,10 +96,15 @@ def in_thousands(count: float) -> str:
     """A count in words as short as 950, 1.4 M, 7.06 B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
-            return f"{count / size:.3g} {letter}"
+            return f"{three_digits(count / size)} {letter}"
     return f"{count:.0f}"
 
 
 def in_bytes(size: float) -> str:
     """A size in MiB, or in GiB from one on."""
-    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+    return f"{three_digits(size / 2**30)} GiB" if size >= 2**30 else f"{three_digits(size / 2**20)} MiB"
+
+
+def three_digits(value: float) -> str:
+    """A number rounded to three digits that count, without an exponent up to a million."""
+    return f"{float(f'{value:.3g}'):,g}"

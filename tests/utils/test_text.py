@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from hf_dualspeed.utils.text import finite, markdown_table, one_line, parse_json, percent, spread, without_paths
+from hf_dualspeed.utils.text import (
+    finite,
+    in_bytes,
+    in_thousands,
+    markdown_table,
+    one_line,
+    parse_json,
+    percent,
+    spread,
+    without_paths,
+)
 
 
 def test_errors_are_one_short_line():
@@ -32,6 +42,18 @@ def test_tables():
 
 def test_shares():
     assert (percent(0.1255), percent(None)) == ("12.6%", None)
+
+
+def test_sizes_have_no_exponents():
+    assert [in_bytes(mib * 2**20) for mib in (0.125, 3.07, 999.6, 1010, 1023.9)] == [
+        "0.125 MiB",
+        "3.07 MiB",
+        "1,000 MiB",
+        "1,010 MiB",
+        "1,020 MiB",
+    ]
+    assert [in_bytes(gib * 2**30) for gib in (1, 23.456, 1500)] == ["1 GiB", "23.5 GiB", "1,500 GiB"]
+    assert [in_thousands(count) for count in (950, 806_080, 999_900, 7.06e9)] == ["950", "806 k", "1,000 k", "7.06 B"]
 
 
 def test_json_is_read_strictly():
