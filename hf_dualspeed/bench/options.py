@@ -41,6 +41,13 @@ OWN = {
     "switches": "lengths",
     **dict.fromkeys(("optimizer", "kernels", "memory_gib"), "same_memory"),
 }
+# Options that most kinds read, and these do not: a loader is that of a real processor on one core, and fast steps leave
+# checkpointing out.
+UNREAD = {
+    "loader": ("scale", "lora", "checkpointing", "slow_splits", "text_tokens", "image_size", "hidden_size", "layers"),
+    **dict.fromkeys(("profile", "selection"), ("checkpointing", "slow_splits")),
+}
+UNREAD["loader"] += ("pruner", "pruning_ratio", "slow_ratio", "threads")
 
 
 def flag(name: str) -> str:
@@ -143,6 +150,12 @@ class BenchArguments:
 
     def __post_init__(self):
         check_fields(self, wider={"slow_splits": str | int | None})
+        for option in fields(self):
+            if option.name in UNREAD.get(self.kind, ()) and getattr(self, option.name) != option.default:
+                raise ValueError(
+                    f"`{option.name}` is {getattr(self, option.name)!r}, but {flag(self.kind)} does not read it. Leave "
+                    "it out."
+                )
         self._fill()
         for name, low in {"batch": 1, "layers": 1, "text_tokens": 4, "rounds": 2, "steps": 2}.items():
             if getattr(self, name) is not None:
@@ -208,6 +221,8 @@ class BenchArguments:
             )
         if self.lengths and (self.shape != ["llava-1.5"] or self.model):
             raise ValueError("`lengths` is measured on llava-1.5. Leave --shape and --model out.")
+        if self.lengths and len(self.checkpointing) > 1:
+            raise ValueError("`lengths` is measured with one setting of checkpointing. Give --checkpointing on or off.")
         if self.loader and (self.model or not set(self.shape) <= set(LOADED)):
             raise ValueError(
                 f"`loader` is measured with the processors of {' and '.join(LOADED)}. Leave --model and other --shape "
