@@ -358,18 +358,25 @@ def limits(run: dict, slow_ratio: float) -> str:
 HEADER = ("model", "image", "tokens", "trained", "weights", "+ optimizer")
 
 
+def checkpointings(results: dict) -> list[str]:
+    """The settings of activation checkpointing among the estimates."""
+    return sorted({run["checkpointing"] for found in results["models"] for run in found["runs"]}, reverse=True)
+
+
 def table_rows(results: dict) -> Iterator[tuple]:
     """Rows of the table: a model and a way to train it, with the largest micro-batches, plain and ours."""
+    several = len(checkpointings(results)) > 1
     for found in results["models"]:
         width, height = found["settings"]["image_size"]
         size, tokens = sum(found["parameters"].values()), f"{found['visual_tokens']:,} → {found['kept_tokens']:,}"
         for run in found["runs"]:
             state = run["weights_bytes"] + run["gradients_bytes"] + run["optimizer_bytes"]
+            setting = f", checkpointing {run['checkpointing']}" if several else ""
             yield (
                 f"{found['model']}, {size / 1e9:.2f} B",
                 f"{width} x {height}",
                 tokens,
-                f"{WORDS[run['train']]}, {run['trainable'] / 1e6:,.0f} M",
+                f"{WORDS[run['train']]}, {run['trainable'] / 1e6:,.0f} M{setting}",
                 f"{run['weights_bytes'] / GIB:.1f}",
                 f"{state / GIB:.1f}",
                 *(batches(run, gib) for gib in results["gpus"]),
@@ -378,16 +385,26 @@ def table_rows(results: dict) -> Iterator[tuple]:
 
 
 def readme_table(results: dict) -> str:
-    """The table of `docs/memory.md`."""
-    first = results["models"][0]
-    settings, used = first["settings"], first["versions"]
-    checkpointing = sorted({run["checkpointing"] for run in first["runs"]}, reverse=True)
+    """The table of `docs/memory.md`.
+
+    Raises:
+        ValueError: the estimates differ in what stands above the table, once for all of its rows.
+    """
+    above = [{**found["versions"], **found["settings"]} for found in results["models"]]
+    first = above[0]
+    same = ("torch", "transformers", *(name for name in results["models"][0]["settings"] if name != "image_size"))
+    differ = [name for name in same if any(other[name] != first[name] for other in above)]
+    if differ:
+        raise ValueError(
+            f"The estimates differ in {', '.join(differ)}, which stand above the table for all of its rows. Estimate "
+            "the models with the same ones, or put those with others into another --json file."
+        )
     said = (
-        f"{settings['dtype']}, activation checkpointing {' and '.join(checkpointing)}, {settings['text_tokens']} "
-        f"text tokens, {settings['pruning_ratio']:.0%} pruned, {settings['slow_mode_ratio']:.0%} slow steps, LoRA of "
-        f"rank {settings['lora_rank']}; GiB of the weights, and with gradients and AdamW's state; the largest "
-        f"micro-batch by GPU, Trainer / DualSpeed, in brackets with `fast_mode_checkpointing`; torch {used['torch']}, "
-        f"transformers {used['transformers']}."
+        f"{first['dtype']}, activation checkpointing {' and '.join(checkpointings(results))}, {first['text_tokens']} "
+        f"text tokens, {first['pruning_ratio']:.0%} pruned, {first['slow_mode_ratio']:.0%} slow steps, LoRA of "
+        f"rank {first['lora_rank']}; GiB of the weights, and with gradients and AdamW's state; the largest "
+        f"micro-batch by GPU, Trainer / DualSpeed, in brackets with `fast_mode_checkpointing`; torch {first['torch']}, "
+        f"transformers {first['transformers']}."
     )
     header = (*HEADER, *(f"{gib:g} GB" for gib in results["gpus"]), "FLOP limit")
     return f"{said}\n\n{markdown_table(header, table_rows(results))}"

@@ -434,6 +434,23 @@ def test_tables_results_and_page(measured_before, config_file, tmp_path, capsys,
     assert "| 80 x 40 | 16 → 8 | full, 0 M | 0.0 | 0.0 |" in row
 
 
+def test_a_table_says_what_holds_for_all_of_its_rows(monkeypatch):
+    for name in ("batches", "limits"):
+        monkeypatch.setattr(est, name, lambda *given: "1")
+    run = {"train": "full", "trainable": 10, "weights_bytes": 1, "gradients_bytes": 1, "optimizer_bytes": 1}
+    runs = [{**run, "checkpointing": setting} for setting in ("on", "off")]
+    model = {"model": "a", "parameters": {"projector": 10}, "visual_tokens": 8, "kept_tokens": 4, "runs": runs}
+    models = [
+        {**model, "versions": {"torch": torch, "transformers": "5"}, "settings": {**est.as_json(SETTINGS), **other}}
+        for torch, other in (("2", {}), ("2", {"image_size": [8, 8]}), ("3", {"text_tokens": 500}))
+    ]
+    table = est.readme_table({"models": models[:2], "gpus": [24.0]})
+    assert "activation checkpointing on and off, 30 text tokens" in table
+    assert [table.count(f"| full, 0 M, checkpointing {setting} |") for setting in ("on", "off")] == [2, 2]
+    with pytest.raises(ValueError, match="The estimates differ in torch, text_tokens, which stand above the table"):
+        est.readme_table({"models": models, "gpus": [24.0]})
+
+
 def test_json_alone_is_printed(measured_before, config_file, capsys):
     assert cli.main(["estimate", str(config_file), *FLAGS, "--checkpointing", "off", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["models"]
