@@ -132,8 +132,8 @@ def draw_images(
         results (`dict`, *optional*): Those of the run, whose model, hardware and date the picture names.
 
     Returns:
-        `str`: The file's name, or None where tokens lie on no grid or an image cannot be read. That is only logged,
-        because the training that asks for the picture is over.
+        `str`: The file's name, or None where tokens lie on no grid, no row has one image alone, an image cannot be read
+        or the file cannot be written. That is only logged, because the training that asks for the picture is over.
     """
     model, training, views = prepare.model, prepare.model.training, []
     calls, watch = watch_calls(prepare.pruner)
@@ -146,16 +146,18 @@ def draw_images(
                 prepare(inputs)
             view = view_of(calls, inputs, image, processor)
             if view is None:
-                logger.info("No picture of kept tokens: those of %s lie on no one grid.", type(model).__name__)
+                logger.warning("No picture of kept tokens: those of %s lie on no one grid.", type(model).__name__)
                 return None
             views.append(view)
+        if not views:
+            raise ValueError("no row has one image alone.")
+        return draw_sheet(views, prepare.pruner, path, results or {}).name
     except (ValueError, OSError, IndexError) as error:
         logger.warning("No picture of kept tokens: %s", one_line(error))
         return None
     finally:
         watch()
         model.train(training)
-    return draw_sheet(views, prepare.pruner, path, results or {}).name
 
 
 def first_images(rows: Dataset, count: int) -> Dataset:

@@ -294,8 +294,11 @@ def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
         silent=is_silent(trainer.args),
     )
     found = {"accuracy": answers["accuracy"], "n": answers["n"]}
-    if found["n"] < whole:
-        found["eval_part"] = f"first {found['n']}" if len(test) == whole else f"readable {found['n']} of {whole}"
+    count = found["n"]
+    if count < len(test):
+        found["eval_part"] = f"first {count}" if len(test) == whole else f"first {count} readable"
+    elif count < whole:
+        found["eval_part"] = f"readable {count} of {whole}"
     if recipe.dataset == recipe.eval_dataset and recipe.dataset in EASY_VQA:
         found["majority_accuracy"] = majority_accuracy(train, test.select(range(found["n"])))
     return found
@@ -305,6 +308,8 @@ def _picture(recipe: RecipeArguments, trainer: DualSpeedTrainer, data: Dataset) 
     """Draws the kept tokens of the data's first different images."""
     dual_forward = trainer.dual_forward
     if dual_forward.pruner.in_language_model or trainer.is_sharded:
+        why = "the model is sharded" if trainer.is_sharded else "the pruner works inside the language model"
+        logger.warning("`card_images` is %s, but kept tokens are not drawn: %s.", recipe.card_images, why)
         return {}
     model = trainer.accelerator.unwrap_model(trainer.model)
     prepare = prompts_of(dual_forward, model)

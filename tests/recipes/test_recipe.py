@@ -1,12 +1,15 @@
 import json
 import re
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
 from PIL import Image
 from recipe_cases import ROOT, TINY
 from transformers import (
@@ -16,10 +19,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from hf_dualspeed import AutoPruner
 from hf_dualspeed.evaluation import visualize as kept_tokens
 from hf_dualspeed.evaluation.visualize import FRAME
 from hf_dualspeed.models.components import freeze_roles, parameter_roles
 from hf_dualspeed.publishing.files import published_files
+from hf_dualspeed.recipes import run as running
 from hf_dualspeed.recipes.arguments import TOPICS, RecipeArguments, parse_recipe
 from hf_dualspeed.recipes.run import run_recipe
 from hf_dualspeed.recipes.tiny_llava import build_tiny_llava
@@ -351,6 +356,37 @@ def test_the_card_shows_kept_tokens_only_where_it_is_asked_to(run, tmp_path):
     assert not framed[: len(framed) // 2].any()
     assert framed[len(framed) // 2 :].any()
     assert "kept_tokens.png" in published_files(folder, (folder / "README.md").read_text())
+
+
+@pytest.mark.parametrize(
+    ("readable", "limit", "part"),
+    [(10, None, None), (10, 4, "first 4"), (8, None, "readable 8 of 10"), (8, 4, "first 4 readable")],
+)
+def test_results_say_which_questions_were_asked(monkeypatch, readable, limit, part):
+    monkeypatch.setattr(running, "_whole_model", lambda *given: None)
+    asked = {"accuracy": 1.0, "n": limit or readable}
+    monkeypatch.setattr(running, "answer_accuracy", lambda *given, **options: asked)
+    recipe = RecipeArguments(model_name_or_path="org/model", dataset="data", eval_dataset="test", eval_limit=limit)
+    trainer = SimpleNamespace(processing_class=None, args=SimpleNamespace(process_index=1))
+    assert running._evaluate(recipe, trainer, None, range(readable), 10).get("eval_part") == part
+
+
+@pytest.mark.parametrize(("sharded", "why"), [(False, "inside the language model"), (True, "is sharded")])
+def test_pictures_that_are_not_drawn_are_said(caplog, sharded, why):
+    recipe = RecipeArguments(model_name_or_path="org/model", dataset="data", card_images=4)
+    view = SimpleNamespace(pruner=SimpleNamespace(in_language_model=not sharded))
+    assert running._picture(recipe, SimpleNamespace(dual_forward=view, is_sharded=sharded), None) == {}
+    assert "`card_images` is 4, but kept tokens are not drawn" in caplog.text
+    assert why in caplog.text
+
+
+def test_without_a_picture_there_is_none_to_draw(tmp_path, caplog):
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": "What colour?"}]}])
+    prepare = SimpleNamespace(model=torch.nn.Linear(1, 1), pruner=AutoPruner.from_name("random"))
+    chosen = kept_tokens.first_images(rows, 2)
+    assert len(chosen) == 0
+    assert kept_tokens.draw_images(prepare, None, chosen, tmp_path / "kept_tokens.png") is None
+    assert "No picture of kept tokens: no row has one image alone." in caplog.text
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_training(run, monkeypatch, caplog):
