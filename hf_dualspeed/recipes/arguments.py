@@ -242,6 +242,12 @@ class RecipeArguments:
         if self.processor_options and self.tiny_llava is not None:
             raise ValueError("`processor_options` are for a loaded model. Set the image_size of `tiny_llava` instead.")
         check_choice("dtype", self.dtype, DTYPES)
+        for name, usual in {"dtype": "float32", "attn_implementation": None}.items():
+            if self.tiny_llava is not None and getattr(self, name) != usual:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but `tiny_llava` loads no weights: it makes new ones in "
+                    "float32, under SDPA. Leave it out; bf16=true trains in bfloat16."
+                )
         for name in (
             "eval_batch_size",
             "max_new_tokens",

@@ -241,6 +241,8 @@ def test_mappings_on_the_command_line(recipe):
         ({"eval_image_column": ["a"]}, [], r"`eval_image_column` is \['a'\], but there is no `eval_dataset`"),
         ({"dtype": "bfloat"}, [], r"`dtype` must be one of .* Did you mean 'bfloat16'\?"),
         ({"tiny_llava": {"layers": 1}}, [], r"exactly one of `model_name_or_path`"),
+        ({"tiny_llava": {}}, ["--dtype", "bfloat16"], r"`dtype` is 'bfloat16', but `tiny_llava` loads no weights"),
+        ({"tiny_llava": {}}, ["--attn_implementation", "eager"], r"`attn_implementation` is 'eager', but `tiny_llava`"),
         ({"model_name_or_path": None}, [], r"exactly one of `model_name_or_path`"),
         ({"dataset": None}, [], r"`dataset` is not set"),
         ({"load_in_4bit": True}, [], r"`load_in_4bit` is True, .* `lora` \(got None\)"),
