@@ -51,6 +51,13 @@ class ModeSchedule:
             raise ValueError("`tail_ratio` needs `total_steps`, got None. Set total_steps or tail_ratio=0.0.")
         if self.kind in CHANGING and not self.total_steps:
             raise ValueError(f"`kind` {self.kind!r} needs `total_steps`, got None. Set total_steps or kind='random'.")
+        if self.kind in CHANGING and self.ratio > 0.5:
+            logger.warning(
+                "A %s schedule of ratio %s goes to twice that, more than 1, and is cut off there: fewer steps are "
+                "slow. Use 0.5 or less, or 'random'.",
+                self.kind,
+                self.ratio,
+            )
         if self.kind == "periodic" and self.ratio and abs(1 / self.period - self.ratio) > 0.1 * self.ratio:
             logger.warning(
                 "A periodic schedule of ratio %s is slow every %d step(s), a ratio of %.2f. Use 1/N, or 'random'.",

@@ -50,6 +50,14 @@ def test_periodic_ratio_that_is_no_fraction_of_one_warns(caplog):
     assert "slow every 1 step(s), a ratio of 1.00" in caplog.text
 
 
+def test_a_changing_ratio_that_would_go_above_one_warns(caplog):
+    for ratio, kind in ((0.5, "growing"), (0.9, "random")):
+        ModeSchedule(ratio, kind, total_steps=10)
+    assert not caplog.text
+    ModeSchedule(0.8, "shrinking", total_steps=10)
+    assert "A shrinking schedule of ratio 0.8 goes to twice that, more than 1" in caplog.text
+
+
 def test_bad_schedules_are_named():
     with pytest.raises(ValueError, match=r"`ratio` must be in \[0, 1\], got 1.5"):
         ModeSchedule(1.5)
