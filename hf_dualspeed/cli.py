@@ -64,7 +64,7 @@ def run(module: str, function: str, words: list[str]) -> int | None:
     from .utils.progress import Work
 
     quiet_command()
-    asked = any(word.startswith("--disable_tqdm") for word in words)
+    asked = any(word.replace("-", "_").startswith("__disable_tqdm") for word in words)
     with Work("Loading the libraries", disable=asked or not is_first_process()):
         command = getattr(import_module(f"hf_dualspeed.commands.{module}"), function)
     return command(words)

@@ -135,7 +135,10 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("rank", "words", "shown"), [("0", [], 2), ("1", [], 0), ("0", ["--disable_tqdm", "true"], 0)])
+@pytest.mark.parametrize(
+    ("rank", "words", "shown"),
+    [("0", [], 2), ("1", [], 0), ("0", ["--disable_tqdm", "true"], 0), ("0", ["--disable-tqdm", "true"], 0)],
+)
 def test_libraries_are_loaded_in_silence_where_a_run_is_silent(monkeypatch, rank, words, shown):
     begun = []
     monkeypatch.setattr(progress.Work, "__enter__", lambda work: begun.append(work) or work)
