@@ -35,7 +35,7 @@ MAX_EDGE = 2048  # pixels; larger images are scaled down first
 MAX_QUESTION = 300
 MAX_NEW_TOKENS = 32
 MAX_RATIO = 0.95
-TIMED = int(os.environ.get("DEMO_TIMED", "3"))  # answers after the first, of which the latency is the median
+TIMED = max(0, int(os.environ.get("DEMO_TIMED", "3")))  # answers after the first, of which the latency is the median
 PATIENCE = 0.5  # seconds of a first answer beyond which it is not repeated: visitors wait
 # Files that are downloaded of a model: no code, and no pickled weights.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "learning_curve.png")

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from huggingface_hub.constants import ENDPOINT
-from inference import Answer
+from inference import TIMED, Answer
 from overlay import data_url
 from slots import HERE, Pair, Slot
 
@@ -28,8 +28,7 @@ ABOUT = """
   time of the training on its machine, and the speed-up of its average step over a plain one on all tokens.
 - **All tokens** is the model as it is deployed. **Pruned tokens** is the same model on what the chosen pruner keeps of
   the image; DualSpeed's isolator, a few learned tokens, stands in front of them where the checkpoint has one.
-- **Latency** is measured on this machine, from the preprocessed image to the last token. A first answer warms up; the
-  latency is the median of three more. A model that takes over half a second answers once, so that visitors do not wait.
+- **Latency** is measured on this machine, from the preprocessed image to the last token. {timing}
 - **Probability** is that of exactly this answer: the product of the probabilities of its tokens, its end included.
 - **The picture** is what the model saw, as its processor cut and scaled it. Kept tokens are in colour. Where a pruner
   merges, they stand for others too, and the picture shows only where each group has its place. Of models that cut an
@@ -39,6 +38,10 @@ ABOUT = """
 - Pruners inside the language model (fastv, pyramiddrop) shorten no prompt and are not offered; learned ones only where
   a checkpoint was trained with them.
 """
+
+
+TIMING = """A first answer warms up; the latency is the median of {count} more. A model that takes over half a second
+  answers once, so that visitors do not wait."""
 
 
 def header(slots: list[Slot]) -> str:
@@ -66,7 +69,8 @@ def header(slots: list[Slot]) -> str:
 def about(pruners: Mapping[str, str]) -> str:
     """How to read the page, as Markdown, with a line on each pruner that is offered."""
     lines = "".join(f"  - `{name}`: {words}\n" for name, words in pruners.items())
-    return f"{ABOUT.rstrip()}\n- **The pruners**, each by its own words:\n{lines}"
+    timing = TIMING.format(count=TIMED) if TIMED else "Each question is answered once."
+    return f"{ABOUT.format(timing=timing).rstrip()}\n- **The pruners**, each by its own words:\n{lines}"
 
 
 def cards(slots: list[Slot], answers: Mapping[str, Pair] | None = None, pruner: str = "") -> str:

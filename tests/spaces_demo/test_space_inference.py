@@ -429,6 +429,14 @@ def test_every_pruner_has_a_line(checkpoints):
     assert f"`grid`: {lines['grid']}" in views.about(lines)
 
 
+@pytest.mark.parametrize(
+    ("timed", "said"), [(0, "the last token. Each question is answered once."), (5, "the median of 5 more. A model")]
+)
+def test_the_page_says_how_often_an_answer_is_timed(monkeypatch, timed, said):
+    monkeypatch.setattr(views, "TIMED", timed, raising=False)
+    assert said in views.about({})
+
+
 # --- the page's words ---------------------------------------------------------------------------------------------
 
 
