@@ -40,7 +40,7 @@ from ..utils.progress import Work
 from ..utils.text import markdown_table
 from ..utils.writing import write_file
 from .measure import order
-from .options import BenchArguments
+from .options import QUESTIONS, BenchArguments
 from .report import check_format, print_table, quartiles
 
 KIND = "batches from JPEG files"
@@ -48,7 +48,6 @@ MEGAPIXELS = (1, 2, 4, 8, 12)
 QUALITY, GRAIN, ASPECT, SEED = 90, 5.0, 4 / 3, 0
 EDGE, PATCH = 336, 14
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-NeXT's
-QUESTIONS = 4  # about each picture, where one comes again
 # Samples and seconds of a fast step at 7 B on an H100, without the optimizer, checkpointing on, from docs/results:
 # bench_h100_llava_1_5.json and bench_h100_llava_next.json.
 H100 = {"llava-1.5": (8, 0.2134), "llava-next": (3, 0.1805)}
@@ -162,7 +161,7 @@ def ways_of(shape: str, files: list[Path]) -> dict[str, Callable[[], object]]:
     processor, count = processor_of(shape), len(files)
     # No picture is kept beyond a batch: all rounds read the same files.
     collator = VisionLanguageCollator(processor, image_cache_mib=0)
-    few = files[: max(1, count // QUESTIONS)]
+    few = files[: count // QUESTIONS]
     ways = {
         "read": lambda: [open_image(file) for file in files],
         "batch": partial(collator, samples_of(files, count)),

@@ -33,8 +33,9 @@ KINDS = {
     "selection": {**STEPS, "checkpointing": ["off"]},
     "same_memory": {**STEPS, "shape": ["llava-1.5"], "rounds": 3, "optimizer": list(OPTIMIZERS), "kernels": ["off"]},
 }
-# The shapes whose loader is measured.
+# The shapes whose loader is measured, and the questions about each picture, where one comes again.
 LOADED = ("llava-1.5", "llava-next")
+QUESTIONS = 4
 # Options that a single kind has.
 OWN = {
     "steps": "lengths",
@@ -78,7 +79,7 @@ HELP = {
     "checkpointing": f"Activation checkpointing 'on', 'off' or both. {defaults('checkpointing')}",
     "slow_splits": "Parts of a slow step's batch, or 'auto'. Unset: 1; 'auto' with checkpointing on and no --lengths.",
     "batch": "Samples, with one image each. Unset: 8 of llava-1.5, 6 of other shapes, 4 of --model, 1 with --growth. "
-    "With --same-memory the most that are tried. Unset: 64.",
+    "With --same-memory the most that are tried. Unset: 64. With --loader a multiple of 4. Unset: 8.",
     "text_tokens": "Text tokens per sample, at most 64 of them supervised; with --lengths at most so many. "
     f"{defaults('text_tokens')}",
     "image_size": "Edge of the image in pixels, for llava-1.5 and --model. Unset: 336.",
@@ -228,6 +229,8 @@ class BenchArguments:
                 f"`loader` is measured with the processors of {' and '.join(LOADED)}. Leave --model and other --shape "
                 "out."
             )
+        if self.loader and self.batch is not None:
+            check_multiple("batch", self.batch, QUESTIONS)
         if self.model is not None and (self._given or self.hidden_size or self.layers or self.scale == "full"):
             raise ValueError(
                 f"`model` is {self.model!r}, which brings its own sizes. Leave --shape, --scale, --hidden-size and "

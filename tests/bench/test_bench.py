@@ -546,6 +546,7 @@ def test_defaults_follow_the_kind_of_measurement():
         (["--model", "own", "--shape", "smolvlm"], r"`model` is 'own', which brings its own sizes.*or --model"),
         (["--growth", "--shape", "llava-next"], r"`growth` is measured on llava-1\.5"),
         (["--loader", "--image-size", "672"], r"`image_size` is 672, but --loader does not read it"),
+        (["--loader", "--batch", "6"], r"`batch` must be a positive multiple of 4, got 6\. Use 8"),
         (["--loader", "--slow-ratio", "0.2"], r"`slow_ratio` is 0\.2, but --loader does not read it"),
         (["--profile", "--checkpointing", "on"], r"`checkpointing` is \['on'\], but --profile does not read it"),
         (["--selection", "--slow-splits", "2"], r"`slow_splits` is '2', but --selection does not read it"),

@@ -29,7 +29,7 @@ def measured(tmp_path_factory):
         patch.setattr(loader, "PINPOINTS", [[56, 112], [112, 56], [112, 112]])
         patch.setenv("TOKENIZERS_PARALLELISM", "kept")
         threads = torch.get_num_threads()
-        assert cli.main(["bench", "--loader", "--rounds", "2", "--batch", "2", "--output", str(path)]) == 0
+        assert cli.main(["bench", "--loader", "--rounds", "2", "--batch", "4", "--output", str(path)]) == 0
         assert (torch.get_num_threads(), os.environ["TOKENIZERS_PARALLELISM"]) == (threads, "kept")
     return path, json.loads(path.read_text())
 
