@@ -41,8 +41,8 @@ from ..bench.options import SETTINGS
 from ..trainer.schedule import FAST, SLOW
 from ..utils.environment import versions
 from ..utils.progress import Work
-from ..utils.text import in_thousands, without_paths
-from ..utils.validation import Parser, check_range
+from ..utils.text import in_thousands, parse_json, without_paths
+from ..utils.validation import Parser, check_range, surprises_named
 from ..utils.writing import write_file, write_json
 
 DESCRIPTION = """Tells parameters, visual tokens before and after pruning, memory, the largest batch that fits and the
@@ -88,10 +88,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def held(path: Path | None, otherwise: dict | None = None) -> dict:
-    """What the file holds, which other calls write to meanwhile; `otherwise`, or nothing, where there is no file."""
-    if path is not None and path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    return otherwise or {"models": []}
+    """What the file holds, which other calls write to meanwhile; `otherwise`, or nothing, where there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if path is None or not path.is_file():
+        return otherwise or {"models": []}
+    with surprises_named(f"`json` {str(path)!r} holds no results of `dualspeed estimate`"):
+        results = parse_json(path.read_bytes())
+        for found in results["models"]:
+            needed = {"model", "settings", "versions", "parameters", "runs"} - found.keys()
+            if needed:
+                raise ValueError(f"{', '.join(sorted(needed))} of a model")
+        return results
 
 
 def tell(words: str) -> None:

@@ -451,6 +451,15 @@ def test_a_table_says_what_holds_for_all_of_its_rows(monkeypatch):
         est.readme_table({"models": models, "gpus": [24.0]})
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"models": [1]}', '{"models": [{"model": "a"}]}'])
+def test_a_file_of_something_else_is_named_before_anything_is_read(tmp_path, capsys, text):
+    path = tmp_path / "memory.json"
+    path.write_text(text)
+    assert cli.main(["estimate", "no/model", "--json", str(path)]) == 2
+    assert "holds no results of `dualspeed estimate`" in " ".join(capsys.readouterr().err.split())
+    assert path.read_text() == text
+
+
 def test_json_alone_is_printed(measured_before, config_file, capsys):
     assert cli.main(["estimate", str(config_file), *FLAGS, "--checkpointing", "off", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["models"]
