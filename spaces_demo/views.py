@@ -109,12 +109,18 @@ def figures(slot: Slot) -> str:
     """What the training reached and cost, as far as the results say."""
     seconds, speedup = slot.number("seconds", "total"), slot.number("speedup", "speedup")
     rows = {
-        "Accuracy": percent(slot.number("accuracy")),
+        "Accuracy": escape(accuracy(slot) or ""),
         "Training": seconds is not None and training_time(seconds),
         "Speed-up": speedup is not None and f"{speedup:.2f}x",
     }
     facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows.items() if value)
     return f'<dl class="trained">{facts}</dl>' if facts else ""
+
+
+def accuracy(slot: Slot) -> str | None:
+    """The accuracy, and of which questions it is where those are a part of the data."""
+    share, part = percent(slot.number("accuracy")), slot.told("eval_part")
+    return f"{share} ({part})" if share and isinstance(part, str) else share
 
 
 def answers(pair: Pair, pruner: str) -> str:
@@ -213,7 +219,7 @@ def run_row(slot: Slot) -> tuple[str, ...]:
     machine = slot.told("machine", "accelerator") or slot.told("machine", "cpu")
     return (
         f"{slot.title()} ({slot.name})",
-        percent(slot.number("accuracy")) or "n/a",
+        accuracy(slot) or "n/a",
         percent(slot.number("majority_accuracy")) or "n/a",
         *(str(steps) if (steps := slot.told("steps", kind)) is not None else "n/a" for kind in ("fast", "slow")),
         "n/a" if seconds is None else training_time(seconds),

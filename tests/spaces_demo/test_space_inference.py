@@ -429,6 +429,15 @@ def test_every_pruner_has_a_line(checkpoints):
     assert f"`grid`: {lines['grid']}" in views.about(lines)
 
 
+def test_an_accuracy_of_a_part_of_the_questions_says_so():
+    results = {"accuracy": 0.5, "eval_part": "first 200 <b>"}
+    slot = Slot("dualspeed", "run", SimpleNamespace(results=results))
+    assert "<dd>50.0% (first 200 &lt;b&gt;)</dd>" in views.figures(slot)
+    assert "50.0% <span>(first 200 &lt;b&gt;)</span>" in views.runs_table([slot])
+    del results["eval_part"]
+    assert "<dd>50.0%</dd>" in views.figures(slot)
+
+
 @pytest.mark.parametrize(
     ("timed", "said"), [(0, "the last token. Each question is answered once."), (5, "the median of 5 more. A model")]
 )
