@@ -33,7 +33,7 @@ from ..common import KeptRun, pruned_prompts, ratio, stored_results, summary_of,
 from ..workers import worker_pool
 from .callbacks import DrawnBudgets, LearningCurve, wait_for_device
 from .language import Size
-from .plan import BASELINE, FORMAT, GROUPS, PLAIN_SETUP, REFERENCE, TIMED, Setup, Variant, setup_of
+from .plan import BASELINE, CURVE_QUESTIONS, FORMAT, GROUPS, PLAIN_SETUP, REFERENCE, TIMED, Setup, Variant, setup_of
 from .report import write_report
 from .task import STORE, Task, accuracy, build_model, language_parameters, load_task, majority, patches_of
 from .worlds import world_of
@@ -88,7 +88,6 @@ class Settings:
 
 
 PLAIN = Settings()
-CURVE_QUESTIONS = 240  # that a point of a learning curve asks
 QUESTIONS_TOKENS = 14_400  # visual tokens that are asked at once
 
 

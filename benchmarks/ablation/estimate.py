@@ -26,9 +26,9 @@ from hf_dualspeed.utils.validation import Parser, check_range
 from hf_dualspeed.utils.writing import write_json
 
 from . import task as tasks
-from .ablation import CURVE_QUESTIONS, QUESTIONS_TOKENS, Run, Settings, _arguments, settings_of
+from .ablation import QUESTIONS_TOKENS, Run, Settings, _arguments, settings_of
 from .language import BATCH, WRITTEN_SIDE, WrittenGrids, collate, language_model_config, written
-from .plan import GROUPS, SETUPS, Variant, setup_of
+from .plan import CURVE_QUESTIONS, GROUPS, SETUPS, Variant, setup_of
 from .task import ASKED, Task, accuracy, encoded, patches_of
 from .worlds import world_of
 

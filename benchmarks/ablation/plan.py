@@ -45,6 +45,7 @@ class Setup:
     bf16: bool = False
 
 
+CURVE_QUESTIONS = 240  # that a point of a learning curve asks
 FORMAT = 2  # of result files; in format 1, all variants discarded the pruned tokens
 BASELINE, REFERENCE = "full-tokens", "dualspeed"
 TIMED, ORIGINAL, PAPER = "time:", ":original", "paper:"

@@ -14,7 +14,7 @@ from hf_dualspeed.publishing.plots import describe, figure_of, save_figure
 from hf_dualspeed.utils.text import in_thousands, markdown_table
 
 from ..common import cell, print_table
-from .plan import BASELINE, FORMAT, MEASURED, ORIGINAL, PAPER, PLAIN_SETUP, TIMED, of_seven_billion
+from .plan import BASELINE, CURVE_QUESTIONS, FORMAT, MEASURED, ORIGINAL, PAPER, PLAIN_SETUP, TIMED, of_seven_billion
 from .worlds import SHOWN
 
 HEADER = ("trained with", "all tokens", "pruned tokens", "retention", "seconds", "speed-up", "steps", "slow")
@@ -27,8 +27,13 @@ LOOKS = {
     KEPT: ("#009E73", "^"),
     "full tokens": ("#000000", "D"),
 }
-# In learning curves.
-CURVES = {"pruned-only": "#56B4E9"}
+# Colours and names in learning curves, where a table's order does not explain its names.
+CURVES = {
+    "full-tokens": ("#000000", "full tokens"),
+    "paper:dualspeed": ("#D55E00", "the paper's DualSpeed, 10 % slow steps"),
+    "pruned-only": ("#56B4E9", "pruned only, others merged"),
+    "dualspeed": ("#0072B2", "DualSpeed, others merged, 5 % slow steps"),
+}
 SAME_TIME = "equal time"  # the group that is drawn over time
 PLAIN = {BASELINE, *(of_seven_billion(speed_up).key for speed_up in MEASURED)}
 
@@ -189,16 +194,16 @@ def plot_curves(results: dict, path: Path) -> None:
         points = list(zip(*curves, strict=True))
         seconds = [mean(second for _, second, _ in at) for at in points]
         low, middle, high = ([of([share for *_, share in at]) for at in points] for of in (min, mean, max))
-        colour = CURVES.get(key.removeprefix(TIMED), LOOKS[kind_of(key, results)][0])
+        colour, label = CURVES.get(key.removeprefix(TIMED), (LOOKS[kind_of(key, results)][0], name))
         if key.startswith(TIMED):
             lengths = [[middle[-1] - low[-1]], [high[-1] - middle[-1]]]
             mark = {"fmt": "D", "markersize": 8, "markerfacecolor": "white", "capsize": 4, "zorder": 5}
-            axis.errorbar(seconds[-1], middle[-1], lengths, color=colour, label=f"{name}: its end", **mark)
+            axis.errorbar(seconds[-1], middle[-1], lengths, color=colour, label=f"{label}, in DualSpeed's time", **mark)
         else:
             axis.fill_between(seconds, low, high, color=colour, alpha=0.12, linewidth=0)
-            axis.plot(seconds, middle, color=colour, marker="o", markersize=3, label=name)
+            axis.plot(seconds, middle, color=colour, marker="o", markersize=3, label=label)
     axis.set_xlabel("processor seconds of training" if results.get("by_processor") else "seconds of training")
-    axis.set_ylabel("accuracy with all tokens")
+    axis.set_ylabel(f"accuracy with all tokens, on {min(results['n'], CURVE_QUESTIONS)} questions")
     axis.set_xlim(left=0)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.grid(alpha=0.3)

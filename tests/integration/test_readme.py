@@ -161,6 +161,7 @@ TABLES = {
     "ablation_longer": ablation_report.readme_table,
     "ablation_slow_ratios": ablation_report.readme_table,
     "ablation_equal_time": ablation_report.readme_table,
+    "ablation_deeper": ablation_report.readme_table,
     "ablation_pruning": ablation_report.readme_table,
     "ablation_schedules": ablation_report.readme_table,
     "ablation_pruners": ablation_report.readme_table,
