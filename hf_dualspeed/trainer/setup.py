@@ -80,11 +80,24 @@ def check_given(arguments: Mapping[str, object]) -> None:
 def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, interface: ModelInterface) -> Pruner:
     """The pruner to train with: the given object, or `args.pruner` as a registered name, a folder or a Hub repo.
 
-    `args.pruning_ratio` wins if set. A pruner built by name whose config has a `hidden_size`, such as a learned one,
-    gets the model's.
+    `args.pruning_ratio` wins over the ratio of a saved pruner if it is set. A pruner built by name whose config has a
+    `hidden_size`, such as a learned one, gets the model's.
+
+    Raises:
+        ValueError: an option would not be followed, or the pruner takes none of its name or value.
     """
+    ratio = (args.pruner_kwargs or {}).get("pruning_ratio", args.pruning_ratio)
+    if ratio != args.pruning_ratio and not isinstance(args.pruning_ratio, Default):
+        raise ValueError(
+            f"`pruning_ratio` is {args.pruning_ratio}, but `pruner_kwargs` has {ratio!r} for it. Leave it out there."
+        )
     if pruner is None:
         if args.pruner in available_pruners():
+            if args.pruner_revision is not None:
+                raise ValueError(
+                    f"`pruner_revision` is {args.pruner_revision!r}, but `pruner` is {args.pruner!r}, a registered "
+                    "name of no Hub repo. Leave it out, or name a repo 'user/name'."
+                )
             settings = {"pruning_ratio": float(args.pruning_ratio), **(args.pruner_kwargs or {})}
             known = [f.name for f in fields(pruner_class(args.pruner).config_class)]
             check_keys("pruner_kwargs", settings, known)

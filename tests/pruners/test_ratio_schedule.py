@@ -69,6 +69,24 @@ def test_a_saved_pruner_takes_further_settings(tmp_path):
         DualSpeedTrainingArguments(output_dir=str(tmp_path), pruner_kwargs="linear")
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_one_ratio_is_given(tmp_path, saved):
+    pruner = "grid"
+    if saved:
+        pruner = str(tmp_path / "pruner")
+        AutoPruner.from_name("grid", pruning_ratio=0.5).save_pretrained(pruner)
+    given = {"pruner": pruner, "pruner_kwargs": {"pruning_ratio": 0.25}}
+    with pytest.raises(ValueError, match="`pruning_ratio` is 0.75, but `pruner_kwargs` has 0.25 for it"):
+        make(tmp_path, pruning_ratio=0.75, **given)
+    assert make(tmp_path, **given)._pruner.pruning_ratio == 0.25  # the other is left alone
+    assert make(tmp_path, pruning_ratio=0.25, **given)._pruner.pruning_ratio == 0.25
+
+
+def test_a_revision_of_no_repo_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`pruner_revision` is 'v1', but `pruner` is 'grid', a registered name"):
+        make(tmp_path, pruner="grid", pruner_revision="v1")
+
+
 def test_evaluation_in_between_prunes_by_the_end_of_the_schedule(tmp_path):
     trainer, _ = run(tmp_path)
     kept = []
