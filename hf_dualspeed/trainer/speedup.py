@@ -59,7 +59,7 @@ class SpeedupMeter:
 
     def measure(self, trainer, steps: int) -> dict | None:
         """Times plain, fast and slow passes, forward and backward, and forgets the micro-batches. Returns None, with a
-        log message, if that is impossible.
+        log message, if that is impossible or interrupted.
 
         A plain pass is `transformers.Trainer`'s own: the model's loss on all tokens. Fast and slow passes are those of
         training. Rounds are interleaved, the first one is a warm-up, and medians are compared. The speed-up is `plain /
@@ -83,9 +83,10 @@ class SpeedupMeter:
         try:
             with untouched(trainer), Work("Measuring the speed-up", passes, is_silent(trainer.args)) as work:
                 times = time_rounds(trainer, batches, modes, self.rounds, work)
-        # A failure here, such as too little memory for a plain pass, must not lose a training that is not saved yet.
-        except Exception as error:
-            self.reason = f"{type(error).__name__}: {one_line(error)}"
+        # Neither a failure here, such as too little memory for a plain pass, nor Ctrl-C, which ends the measurement
+        # alone, must lose a training that is not saved yet.
+        except (Exception, KeyboardInterrupt) as error:
+            self.reason = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
             logger.warning("Speed-up not measured: %s", self.reason)
         medians = [median(times[name]) if times else float("nan") for name in (PLAIN, *modes)]
         means = trainer.accelerator.reduce(torch.tensor(medians, device=trainer.args.device), "mean").tolist()

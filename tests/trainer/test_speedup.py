@@ -255,6 +255,19 @@ def test_out_of_memory_costs_nothing_but_the_figure(tmp_path, monkeypatch, caplo
     assert drawn() == state
 
 
+def test_an_interruption_ends_the_measurement_alone(tmp_path, monkeypatch, caplog):
+    """Ctrl-C behind the last step, ahead of a script's `save_model()`."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speedup, "plain_pass", interrupted)
+    trainer = make(tmp_path, **ENOUGH)
+    assert trainer.train().global_step == ENOUGH["max_steps"]
+    assert "speedup" not in trainer.record()
+    assert "Speed-up not measured: KeyboardInterrupt" in caplog.text
+
+
 def test_bad_options_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"`speedup_rounds` must be in \[0, inf\), got -1\. Use 0 not to measure"):
         DualSpeedTrainingArguments(str(tmp_path), speedup_rounds=-1, use_cpu=True)
