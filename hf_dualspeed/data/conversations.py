@@ -8,7 +8,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -222,7 +222,7 @@ def _turns(example: dict[str, Any], name: str) -> list[dict]:
     """The conversation as turns with `role` and `content`, which is a text or a list of parts."""
     for column in ("conversations", "messages"):
         if filled(example.get(column)):
-            return [_turn(turn, column, name) for turn in _conversation(example[column], column, name)]
+            return _with_parts([_turn(turn, column, name) for turn in _conversation(example[column], column, name)])
     prompt, completion = example.get("prompt"), example.get("completion")
     if filled(prompt) and filled(completion):
         turns = []
@@ -231,15 +231,17 @@ def _turns(example: dict[str, Any], name: str) -> list[dict]:
                 turns.append({"role": role, "content": side})
             else:
                 turns += [_turn(turn, column, name) for turn in _conversation(side, column, name)]
-        return turns
+        return _with_parts(turns)
     question = example.get("question")
     if filled(question):
         if not isinstance(question, str):
             raise _refused(name, "question", question, "it must be a text. Correct it, or leave the sample out.")
         number = example.get("answer")
-        for key in CHOICES if isinstance(number, int) and not isinstance(number, bool) else ():
+        text = isinstance(number, str) and number.strip().isdecimal()  # as all cells of a CSV file are
+        for key in CHOICES if text or (isinstance(number, Integral) and not isinstance(number, bool)) else ():
             choices = example.get(key)
-            if filled(choices) and isinstance(choices, (list, tuple)) and str(number) not in map(str, choices):
+            listed = filled(choices) and isinstance(choices, (list, tuple))
+            if listed and str(number).strip() not in map(str, choices) and (not text or int(number) <= len(choices)):
                 why = f"it seems to number one of the `{key}`, and would be trained on as it stands."
                 raise _refused(
                     name, "answer", number, f"{why} Write the answer in words, and the choices into the question."
@@ -258,6 +260,16 @@ def _turns(example: dict[str, Any], name: str) -> list[dict]:
         "`prompt` and `completion`, `conversations`, or `question` and `answer`. A table with other names is brought "
         "into these by `dualspeed convert table`."
     )
+
+
+def _with_parts(turns: list[dict]) -> list[dict]:
+    """The turns with their parts decoded, where a table holds these as JSON text.
+
+    The assistant's are decoded where others' are, too: alone, they are JSON that a model is to answer.
+    """
+    read = [{**turn, "content": _json_parts(turn["content"])} for turn in turns]
+    known = any(one["role"] != "assistant" and one != turn for one, turn in zip(read, turns, strict=True))
+    return read if known else turns
 
 
 def _with_system(example: Mapping[str, Any], turns: list[dict], name: str) -> list[dict]:
@@ -347,7 +359,7 @@ def _turn(turn: Mapping[str, Any], column: str, name: str) -> dict:
     if content_key is None and not filled(turn.get("tool_calls")):
         where = next((key for key in keys if key in turn), keys[0])
         raise _refused(name, where, None, f"the turn of {role!r} has no text. Fill it, or leave the sample out.")
-    content = _json_parts(turn[content_key]) if content_key else []
+    content = turn[content_key] if content_key else []
     if not isinstance(content, (str, list, tuple, np.ndarray)):
         raise _refused(name, content_key, content, "it must be a text, or a list of parts such as {'type': 'text'}.")
     extra = {key: value for key, value in turn.items() if key not in ("role", "from", *keys) and filled(value)}

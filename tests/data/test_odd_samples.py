@@ -259,12 +259,43 @@ TEXTS = {
         chat(USER, said("assistant", content='[{"type": "text", "bbox": [1]}]')),
         Read('[{"type": "text", "bbox": [1]}]<|im_end|>'),
     ),
+    "an answer that is JSON of parts": (
+        chat(USER, said("assistant", content='[{"type": "text", "text": "a"}]')),
+        Read('[{"type": "text", "text": "a"}]<|im_end|>'),
+    ),
+    "an answer that is JSON of a page": (
+        chat(USER, said("assistant", content='[{"type": "title", "text": "a"}]')),
+        Read('[{"type": "title", "text": "a"}]<|im_end|>'),
+    ),
+    "parts of all turns as JSON text": (
+        chat(
+            {"role": "user", "content": '[{"type": "text", "text": "q"}]'},
+            said("assistant", content='[{"type": "text", "text": "a"}]'),
+        ),
+        Read("a<|im_end|>", "user\nq<|im_end|>"),
+    ),
+    "parts of prompt and completion as JSON text": (
+        {
+            "id": "x",
+            "prompt": [{"role": "user", "content": '[{"type": "text", "text": "q"}]'}],
+            "completion": [said("assistant", content='[{"type": "text", "text": "a"}]')],
+        },
+        Read("a<|im_end|>", "user\nq<|im_end|>"),
+    ),
     "an answer that is an empty list": (chat(USER, said("assistant", content="[]")), Read("[]<|im_end|>")),
     "question and answer": ({"id": "x", "question": "q", "answer": "a"}, Read("a<|im_end|>", "user\nq<|im_end|>")),
     "question and answer, a number": ({"id": "x", "question": "q", "answer": 7}, Read("7<|im_end|>")),
     "question and a choice's number": (
         {"id": "x", "question": "q", "choices": ["a", "b"], "answer": 1},
         Refused("has 1 under `answer`: it seems to number one of the `choices`.*in words"),
+    ),
+    "question and a choice's number as text": (
+        {"id": "x", "question": "q", "options": ["a", "b"], "answer": "1"},
+        Refused("has '1' under `answer`: it seems to number one of the `options`.*in words"),
+    ),
+    "question and a number that numbers no choice": (
+        {"id": "x", "question": "q", "options": ["a", "b"], "answer": "12"},
+        Read("12<|im_end|>"),
     ),
     "question and a choice that is a number": (
         {"id": "x", "question": "q", "options": ["1", "2"], "answer": 2},
