@@ -21,6 +21,8 @@ GIVEN = re.compile(r"<!-- front matter by dualspeed: ([\w -]*) -->")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 # Cards generate none below the second level: smaller ones are a person's, also within a generated section.
 HEADING = re.compile(r"(#{1,6})[ \t]+(.*)")
+# Of Markdown's lines; `splitlines` ends them within words, too, such as at U+2028.
+LINE_END = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
@@ -177,7 +179,7 @@ def sections(body: str) -> list[Section]:
     The title is the generated heading of level 1, or the first one if none is generated.
     """
     found, fence = [Section("", "", False)], None
-    for line in body.splitlines(keepends=True):
+    for line in LINE_END.split(body):
         mark = FENCE.match(line)
         if mark is not None and (fence is None or mark[1].startswith(fence)):
             fence = mark[1] if fence is None else None

@@ -119,6 +119,14 @@ def test_headings_in_code_are_code():
     assert keys("~~~\n# a\n```\n# b\n~~~\n## c\n````\n## d\n```\n## e\n````\n## f\n") == ["", "c", "f"]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c"])
+def test_lines_end_where_those_of_markdown_do(mark):
+    assert keys(f"words{mark}## no heading\n\n## a{mark}b\r\n## c\r## d") == ["", f"a{mark}b", "c", "d"]
+    # Words of a generated section do not become a person's, who would keep them for ever.
+    told = GENERATED.replace("Us.", f"Us{mark}## They\n")
+    assert merge_card(told, GENERATED) == GENERATED
+
+
 def test_generated_keys_win_and_an_unchanged_front_matter_keeps_its_comments():
     existing = GENERATED.replace("library_name: hf_dualspeed", "library_name: hf_dualspeed  # ours")
     assert merge_card(existing, GENERATED) == existing
