@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 
 import torch
 import transformers
@@ -299,9 +301,20 @@ def fingerprint(outer: nn.Module, precision: str) -> str:
         "autocast": precision,
         "transformers": transformers.__version__,
     }
+    brought = code_of(tower)
+    facts |= {"code": brought} if brought else {}
     found = blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in tower.state_dict().items():
         found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         for chunk in tensor.detach().contiguous().flatten().view(torch.uint8).split(CHUNK):
             found.update(chunk.cpu().numpy())
     return found.hexdigest()
+
+
+def code_of(tower: nn.Module) -> list[str]:
+    """Hashes of the files that define the tower's modules, but for those of torch and transformers: code that a model
+    brings along changes under the same names."""
+    kinds = {kind for module in tower.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
+    names = {kind.__module__ for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "transformers")}
+    paths = [getattr(sys.modules.get(name), "__file__", None) for name in names]
+    return sorted(blake2b(Path(path).read_bytes(), digest_size=16).hexdigest() for path in paths if path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import pickle
 from functools import partial
@@ -391,6 +392,9 @@ def test_keys_follow_pixels_and_what_the_tower_is_told(tmp_path):
     assert [a == b for a, b in zip(whole, keys_of(masked, tmp_path), strict=True)] == [True, False]
     patches = {"pixel_values": torch.ones(8, 6), "image_grid_thw": torch.tensor([[1, 2, 2], [1, 1, 4]])}
     assert len(set(keys_of(patches, tmp_path))) == 2  # the same patches in another shape
+    row = {"pixel_values": torch.ones(1, 3, 2, 16)}  # patches of one image in a row
+    wide, high = (keys_of({**row, "target_sizes": torch.tensor([sizes])}, tmp_path) for sizes in ((2, 4), (4, 2)))
+    assert wide != high
     assert units_of({"input_ids": torch.ones(1, 1)}, None) is None
     with pytest.raises(ValueError, match=r"`pixel_values` \(\(8, 6\)\) is neither.*Set vision_feature_cache=None"):
         keys_of({"pixel_values": torch.ones(8, 6)}, tmp_path)
@@ -428,6 +432,23 @@ def test_fingerprints_follow_all_that_the_output_depends_on():
     other = frozen("llava")  # what comes behind the tower changes nothing
     other.model.multi_modal_projector.linear_1.weight += 1
     assert fingerprint(other, "no") == fingerprint(model, "no")
+
+
+def test_fingerprints_follow_code_that_a_model_brings_along(tmp_path, monkeypatch):
+    """Of the same class and weights, as that of a repo whose code has changed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    prints = set()
+    for number, factor in enumerate((1, 2, 2)):
+        name = f"tower_code_{number}"
+        (tmp_path / f"{name}.py").write_text(
+            "from torch import nn\n\n\nclass Norm(nn.Identity):\n"
+            f"    def forward(self, states):\n        return {factor} * states\n"
+        )
+        model = frozen("llava")
+        model.get_encoder(modality="image").norm = importlib.import_module(name).Norm()
+        prints.add(fingerprint(model, "no"))
+    assert len(prints) == 2  # wherever the same code lies
+    assert fingerprint(frozen("llava"), "no") not in prints
 
 
 # --- marks, room and failures while training -----------------------------------------------------------------------
