@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..models.attention import allowed_rows, change_calls
 from ..models.interface import ModelInterface
 from .sample_rows import REMEDY as PADDED
-from .sample_rows import SampleRows
+from .sample_rows import SampleRows, layer_kinds
 
 # Attribute by which modules of a language model find its `KeySizes`. Not a parameter or buffer, so in no checkpoint.
 ATTRIBUTE = "_dualspeed_key_sizes"
@@ -30,6 +30,7 @@ HOOKED = "_dualspeed_takes_sizes"
 # Key of the sizes in `mm_encoder_outputs`, which `generate` passes on to the prefill.
 CARRIED = "dualspeed_key_log_sizes"
 REMEDY = "Set proportional_attention=False."
+KEEPS_PROMPT = "reference_sliding_attention"  # layers whose window is one of generated tokens, as in Unlimited-OCR
 EXTRA_WIDTH = 8  # FlashAttention's kernels take head widths in multiples of 8 ...
 LARGEST_WIDTH = 256  # ... up to this one
 PIECES = 3  # three numbers of 8 bits hold the 24 bits of a float32 exactly in half precision
@@ -46,6 +47,7 @@ class KeySizes:
         taken_by (*optional*): the owner that sets them now: a training pass, or the model that is being called.
         used (`bool`): whether an attention function has used them since they were set.
         model_name (`str`): what errors call the model.
+        keeps_prompt (`bool`): whether sliding caches keep the prompt, and slide over what follows it.
         rows (`SampleRows`, *optional*): the samples of a row that attention has to see each by itself.
     """
 
@@ -54,6 +56,7 @@ class KeySizes:
     taken_by: object = None
     used: bool = False
     model_name: str = "The model"
+    keeps_prompt: bool = False
     rows: SampleRows | None = None
     _masks: list[tuple] = field(default_factory=list, repr=False)
     _thread: int = 0
@@ -114,7 +117,7 @@ class KeySizes:
 
     def __getstate__(self) -> dict:
         """The state of copies and pickles, which are not in the middle of a pass."""
-        return {"model_name": self.model_name}
+        return {"model_name": self.model_name, "keeps_prompt": self.keeps_prompt}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -122,8 +125,8 @@ class KeySizes:
     def of_keys(self, batch: int, count: int) -> torch.Tensor:
         """The bias `(batch, count)` of the keys of an attention call.
 
-        A cache holds the prompt first; a sliding one only its end; a static one has empty places at the end. Beams
-        repeat each sample.
+        A cache holds the prompt first; a sliding one only the end, unless it keeps the prompt; a static one has empty
+        places at the end. Beams repeat each sample.
 
         Raises:
             ValueError: the keys are not those of the batch.
@@ -142,7 +145,7 @@ class KeySizes:
         if count == known == self.total:
             return sizes
         # Zeros for tokens after the prompt and for empty places, then the `count` keys that the cache holds.
-        start = max(0, self.total - count)
+        start = 0 if self.keeps_prompt else max(0, self.total - count)
         return F.pad(sizes, (0, max(self.total, count) - known))[:, start : start + count]
 
     def attend(self, implementation: str, function: Callable, module: nn.Module, query, key, value, mask, options):
@@ -289,7 +292,7 @@ def key_sizes_of(interface: ModelInterface) -> KeySizes:
     decoder = interface.outer.get_decoder()
     sizes = sizes_of(decoder)
     if sizes is None:
-        sizes = KeySizes(model_name=interface.name)
+        sizes = KeySizes(model_name=interface.name, keeps_prompt=KEEPS_PROMPT in layer_kinds(interface.text_config))
         decoder.register_forward_pre_hook(_forget_sizes)
     # Every module refers to the same object.
     for module in decoder.modules():  # layers may have been added since

@@ -14,6 +14,7 @@ from families import FAMILIES, MIXED, batch
 from layer_reference import deep
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface
+from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrDynamicReferenceSlidingWindowLayer
 
 from hf_dualspeed import AutoPruner, prune_inputs, prune_visual_tokens
 from hf_dualspeed.models.attention import change_calls
@@ -125,6 +126,18 @@ def test_capped_logits_are_refused_where_the_cap_would_eat_the_size():
 def test_keys_of_another_batch_are_refused():
     with pytest.raises(ValueError, match="knows the sizes of 2 samples, but is asked for those of 3"):
         key_sizes().of_keys(3, 4)
+
+
+def test_a_window_of_generated_tokens_leaves_the_sizes_of_the_prompt():
+    """Unlimited-OCR's cache, whose states are here what is to be added for them."""
+    prompt, window = torch.arange(1.0, 6.0)[None], UnlimitedOcrDynamicReferenceSlidingWindowLayer(sliding_window=3)
+    sizes = KeySizes(keeps_prompt=True)
+    for generated in range(7):
+        states = (prompt if not generated else torch.zeros(1, 1)).view(1, 1, -1, 1)
+        keys, _ = window.update(states, states)
+        sizes.set(prompt, prompt.shape[1] + generated)
+        assert torch.equal(sizes.of_keys(1, keys.shape[2]), keys.view(1, -1))
+    assert keys.shape[2] < sizes.total  # some were dropped
 
 
 # --- in models ----------------------------------------------------------------------------------------------------
