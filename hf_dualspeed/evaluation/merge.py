@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,7 +15,7 @@ from ..publishing.model_card import LICENSE, license_of, read_card, write_model_
 from ..publishing.results import OF_WEIGHTS, is_hub_id, read_results, write_results
 from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, RESULTS_NAME
 from ..utils.validation import checked
-from ..utils.writing import check_new_folder, clear_abandoned, copy_file, sync_files, write_file
+from ..utils.writing import check_new_folder, copy_file, new_folder, write_file
 from .checkpoint import BESIDE, Checkpoint, find_checkpoint
 
 # The pictures of a run's card.
@@ -57,15 +55,10 @@ def merge(
         model = unpacked(model, None if dtype == "auto" else getattr(torch, dtype))
     model = found.adapted(model).merge_and_unload(safe_merge=True)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    clear_abandoned(output)
-    with TemporaryDirectory(prefix=f"_{output.name}.{os.getpid()}.", suffix=".part", dir=output.parent) as aside:
-        folder = Path(aside) / output.name
+    with new_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         _write_record(found, folder)
-        sync_files(folder)
-        folder.replace(output)
     return found
 
 

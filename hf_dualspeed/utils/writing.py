@@ -9,8 +9,9 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from .constants import UNFINISHED_NAME
@@ -115,6 +116,26 @@ def check_new_folder(name: str, folder: str | Path) -> None:
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"`{name}` is {str(folder)!r}, but nothing can be written into {str(above)!r}. Name another.")
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder aside whose files become those of a new or empty one once the body is done and all is on the disk."""
+    folder = Path(folder)
+    there = folder.is_dir()  # it may be a mount, or where the user's shell is
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(folder)
+    name = folder.resolve().name
+    place = {"prefix": f"_{name}.{os.getpid()}.", "suffix": ".part", "dir": folder if there else folder.parent}
+    with TemporaryDirectory(**place) as aside:
+        part = Path(aside) / name
+        part.mkdir()
+        yield part
+        if there:
+            take_place(part, folder, stale="")
+        else:
+            sync_files(part)
+            part.replace(folder)
 
 
 def write_json(path: str | Path, value: object) -> Path:

@@ -9,12 +9,13 @@ import re
 import stat
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import hf_dualspeed
-from hf_dualspeed.utils.writing import copy_file, write_file, write_json
+from hf_dualspeed.utils.writing import copy_file, new_folder, write_file, write_json
 
 ROOT = Path(hf_dualspeed.__file__).parents[1]
 WRITES = {"write_text", "write_bytes", "savefig", "save_file", "to_parquet", "imwrite", "tofile", "to_csv"}
@@ -155,3 +156,23 @@ def test_parts_of_killed_processes_are_cleared_and_no_others(tmp_path):
     write_file(path, "whole")
     assert {name: (tmp_path / name).exists() for name in names} == names
     assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_new_folder_has_files_once_all_are_written(tmp_path, monkeypatch, there):
+    folder = tmp_path / "model"
+    if there:
+        folder.mkdir()
+    monkeypatch.chdir(folder if there else tmp_path)
+    given = "." if there else "model"
+    with suppress(KeyboardInterrupt), new_folder(given) as part:
+        write_file(part / "config.json", "half")
+        raise KeyboardInterrupt
+    assert folder.exists() == there
+    with new_folder(given) as part:
+        assert part.name == "model"
+        write_file(part / "code" / "model.py", "code")
+        write_file(part / "config.json", "whole")
+        assert not (folder / "config.json").exists()
+    assert sorted(path.name for path in folder.rglob("*")) == ["code", "config.json", "model.py"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
