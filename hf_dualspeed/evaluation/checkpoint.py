@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
 from ..hub.errors import explained
 from ..hub.source import is_repo_id
@@ -64,6 +64,12 @@ class Checkpoint:
         """What the model is loaded from: the checkpoint's and the base model's files by hash, or the Hub's commits."""
         found = {"checkpoint": _contents(self.name, self.commit)}
         return found if self.base is None else {**found, "base model": _contents(self.base, self.base_commit)}
+
+    def search(self) -> dict[str, int]:
+        """What answers have in place of beams, where a local generation config asks for these, as earlier ones did."""
+        path = Path(self.base or self.name) / GENERATION_CONFIG_NAME
+        asked = parse_json(path.read_bytes()).get("num_beams") if path.is_file() else None
+        return {"num_beams": 1} if asked not in (None, 1) else {}
 
     def processor(self) -> ProcessorMixin:
         """Loads the processor, that of the base model where an adapter has none.

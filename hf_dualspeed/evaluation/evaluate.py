@@ -26,7 +26,7 @@ from ..publishing.results import merged_evaluations, read_results, write_results
 from ..utils.constants import CARD_NAME, RESULTS_NAME
 from ..utils.progress import Work
 from ..utils.text import one_line, parse_json, without_paths
-from ..utils.writing import write_json
+from ..utils.writing import alone_in, write_json
 from .checkpoint import Checkpoint, find_checkpoint
 from .fingerprint import hash_of, processor_parts, pruner_code
 from .generation import answers_in_batches, prompts, question
@@ -116,7 +116,7 @@ def identity(evaluation: Evaluation, view: View) -> dict[str, Any]:
     options, questions = evaluation.options, evaluation.questions
     names = ("batch_size", "max_new_tokens", "dtype")
     found = {**evaluation.source, **questions.asked, "n": len(questions.table)}
-    found |= {name: getattr(options, name) for name in names}
+    found |= {name: getattr(options, name) for name in names} | evaluation.checkpoint.search()
     if view.pruner is not None:
         learned = {key: tensor.cpu().contiguous() for key, tensor in view.pruner.state_dict().items()}
         found |= {"pruner": view.pruner.config.to_dict(), "no_isolator": options.no_isolator, "seed": options.seed}
@@ -247,14 +247,16 @@ def earlier_scores(folder: Path) -> list[dict[str, Any]]:
 def record(evaluation: Evaluation, entries: list[dict[str, Any]]) -> None:
     """Writes the scores beside the answers. A run's folder also gets them in its results and card."""
     path = evaluation.folder / SUMMARY
-    summary = {"evaluations": _merged(path, earlier_scores(evaluation.folder), entries)}
-    write_json(path, without_paths(summary))
+    with alone_in(evaluation.folder):
+        summary = {"evaluations": _merged(path, earlier_scores(evaluation.folder), entries)}
+        write_json(path, without_paths(summary))
     run = evaluation.checkpoint.run
     if run is not None:
-        results = read_results(run)
-        results["evaluations"] = _merged(run / RESULTS_NAME, results.get("evaluations", []), entries)
-        write_results(run, results)
-        render(run)
+        with alone_in(run):  # another evaluation may end now, too
+            results = read_results(run)
+            results["evaluations"] = _merged(run / RESULTS_NAME, results.get("evaluations", []), entries)
+            write_results(run, results)
+            render(run)
 
 
 def _merged(path: Path, earlier: list[dict[str, Any]], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

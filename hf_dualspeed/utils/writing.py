@@ -138,6 +138,23 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
             part.replace(folder)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Lets processes that change what a folder's files hold wait for each other, where the system can."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: str | Path, value: object) -> Path:
     """Writes a JSON file by [`write_file`]."""
     return write_file(path, json.dumps(value, indent=2) + "\n")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +41,7 @@ from hf_dualspeed.evaluation import evaluate as evaluate_command
 from hf_dualspeed.evaluation.generation import answers, prompts
 from hf_dualspeed.evaluation.predictions import FEATURES, Predictions
 from hf_dualspeed.publishing.results import read_results
+from hf_dualspeed.utils.writing import write_json
 
 
 @pytest.fixture
@@ -297,6 +301,34 @@ def test_scores_go_into_results_and_card(folder):
     assert "| data.json |  | anls | all visual tokens |" in card.text
     summary = json.loads(Path("run/evaluations/data.json/evaluation.json").read_text())
     assert summary["evaluations"] == entries
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of folders")
+def test_evaluations_that_end_at_once_lose_no_score(tmp_path, monkeypatch):
+    """One has read the results and not written them yet while another ends."""
+
+    def entry(metric: str) -> dict:
+        return {"dataset": "d", "metric": metric, "view": "full", "value": 0.5, "n": 2, "model_hash": "m"}
+
+    write_json(tmp_path / "results.json", {"name": "run"})
+    (tmp_path / "answers").mkdir()
+    ended = SimpleNamespace(folder=tmp_path / "answers", checkpoint=SimpleNamespace(run=tmp_path))
+    other = Thread(target=evaluate_command.record, args=(ended, [entry("anls")]))
+
+    def read_slowly(run):
+        found = read_results(run)
+        if not other.ident:
+            other.start()
+            other.join(timeout=1)
+        return found
+
+    monkeypatch.setattr(evaluate_command, "read_results", read_slowly)
+    monkeypatch.setattr(evaluate_command, "render", lambda run: None)
+    evaluate_command.record(ended, [entry("exact_match")])
+    other.join()
+    for path in (tmp_path / "results.json", tmp_path / "answers" / "evaluation.json"):
+        found = json.loads(path.read_text())["evaluations"]
+        assert [one["metric"] for one in found] == ["exact_match", "anls"]
 
 
 def test_later_scores_join_earlier_ones_and_replace_their_likes(folder):

@@ -198,6 +198,22 @@ def test_what_no_answer_depends_on_changes_nothing(folder, asked):
     assert not asked
 
 
+def test_answers_that_were_searched_with_beams_start_anew(folder, asked, caplog):
+    evaluate()
+    path = Path(PLACE) / "full.json"
+    assert "num_beams" not in json.loads(path.read_text())  # answers of other checkpoints stay
+    GenerationConfig.from_pretrained("run").save_pretrained("run")
+    change_json("run/generation_config.json", num_beams=2)
+    evaluate()
+    earlier = json.loads(path.read_text())
+    del earlier["num_beams"]  # as it was while beams were followed
+    path.write_text(json.dumps(earlier))
+    asked.clear()
+    evaluate()
+    assert len(asked) == 4
+    assert "what its answers depend on has changed: num_beams was None, is 1" in caplog.text
+
+
 def test_two_checkpoints_in_one_folder_are_not_mixed(folder, asked, caplog):
     shutil.copytree("run", "other")
     change_weights()  # of "run"
