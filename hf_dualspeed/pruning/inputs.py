@@ -112,7 +112,8 @@ def shorten_inputs(
     mask = mask_of(inputs)
     finite = [of.finite for of in kept.values() if of.finite is not None]
     copies = {e.token_id: kept[e.modality].repeats for e in encodings}
-    plan = plan_shortening(inputs["input_ids"], mask, copies, finite, multiple, one_row)
+    generates = packing is None and inputs.get("labels") is None
+    plan = plan_shortening(inputs["input_ids"], mask, copies, finite, multiple, one_row, generates)
     packing = Packing.of_rows(interface, inputs["input_ids"]) if one_row else packing
     consumed = set().union(*(e.consumed for e in encodings))
     original = {} if position_ids != "original" else {"position_ids": full_positions(interface, inputs, mask)}

@@ -82,8 +82,11 @@ def plan_shortening(
     finite: Sequence[torch.Tensor] = (),
     multiple: int = 1,
     one_row: bool = False,
+    generates: bool = False,
 ) -> Shortening:
     """Plans the removal and repetition of placeholders. The result is padded on the same side as the batch.
+
+    A batch without padding, which shows no side, is padded on the right, or on the left where it `generates`.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(B, S)`).
@@ -93,6 +96,7 @@ def plan_shortening(
         finite (`Sequence[torch.BoolTensor]`): whether the features of each modality are finite, without dimensions.
         multiple (`int`): S' is padded to a multiple of it; a single row on the right.
         one_row (`bool`): lay the samples end to end in one row instead of padding them.
+        generates (`bool`): generation may continue the rows.
 
     Raises:
         ValueError: the numbers of placeholders and features differ (the message names both), or features are not
@@ -110,7 +114,9 @@ def plan_shortening(
     ends = count.cumsum(1)
     length = ends.narrow(1, -1, 1)
     # The one host synchronisation of shortening: tensors need a size.
-    sizes = [length.amax(), real.select(1, 0).all(), *([length.sum()] if one_row else [])]
+    begins = real.select(1, 0).all()
+    begins = begins & ~real.all() if generates else begins
+    sizes = [length.amax(), begins, *([length.sum()] if one_row else [])]
     longest, begins, *found = torch.stack([*sizes, *found, *finite]).tolist()
     total = found.pop(0) if one_row else None
     check_finite(all(found[len(copies) :]))

@@ -264,6 +264,23 @@ def test_generation(family, side):
         model.generate(**inputs, **options)
 
 
+def test_generation_goes_on_behind_rows_that_were_of_one_length():
+    """No row was padded, and pruning leaves them of different lengths."""
+    model, processor = FAMILIES["llava"].build("left")
+    alone = batch(FAMILIES["llava"], processor, [MIXED[0]], labels=False)
+    ids = alone["input_ids"]
+    words = torch.full_like(ids, ids[0, -1])
+    both = {**alone, "input_ids": torch.cat([ids, words]), "attention_mask": torch.ones_like(torch.cat([ids, words]))}
+    short = prune_inputs(model, both, pruner())
+    assert short["attention_mask"][:, -1].all()
+    assert not short["attention_mask"].all()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**prune_inputs(model, alone, pruner()), **options)
+    assert torch.equal(model.generate(**short, **options)[0, -6:], expected[0, -6:])
+    # A batch to train on is padded on the right, as before.
+    assert prune_inputs(model, {**both, "labels": both["input_ids"]}, pruner())["attention_mask"][:, 0].all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_only_batch_comes_back_as_it_is(family):
     model, processor = FAMILIES[family].build()
