@@ -493,12 +493,13 @@ def test_a_call_goes_on_where_another_ended(measured_before, config_file, tmp_pa
 
 
 def test_calls_at_the_same_time_share_a_file(config_file, tmp_path, monkeypatch):
-    path, other = tmp_path / "memory.json", {"model": "other", "settings": {}, "runs": []}
+    common = {"parameters": {}, "versions": {}}
+    path, other = tmp_path / "memory.json", {"model": "other", "settings": {}, "runs": [], **common}
 
     def estimate(subject, settings, train, checkpointing, say):
         path.write_text(json.dumps({"models": [other], "gpus": [1.0]}))  # another call ends meanwhile
         run = {"train": train, "checkpointing": checkpointing}
-        return {"model": subject.name, "settings": est.as_json(settings), "runs": [run]}
+        return {"model": subject.name, "settings": est.as_json(settings), "runs": [run], **common}
 
     monkeypatch.setattr(command, "estimate", estimate)
     monkeypatch.setattr(command, "show", lambda *shown: None)

@@ -315,7 +315,7 @@ def test_each_call_adds_the_next_seed_to_the_results_of_the_card(trained, tmp_pa
     assert done == [(variant.key, 0) for variant in GROUPS["large"]] + [("full-tokens", 1)]
     assert results["seeds"] == [0, 1]
     assert results["card"] == "cpu"
-    assert all(len(run["curve"]) == 2 for run in results["runs"])
+    assert all(len(run["curve"]) == 2 for run in results["runs"] if not run["way"].startswith("time:"))
     steps = {run["way"]: sum(run["steps"].values()) for run in results["runs"]}
     seconds = {run["way"]: run["seconds"] for run in results["runs"] if run["seed"] == 0}
     assert steps["dualspeed"] == steps["paper:dualspeed"] == 4

@@ -166,6 +166,7 @@ TABLES = {
     "ablation_schedules": ablation_report.readme_table,
     "ablation_pruners": ablation_report.readme_table,
     "ablation_pruners_paper": ablation_report.readme_table,
+    "ablation_cool-down": ablation_report.readme_table,
     "estimate_ablation": ablation_estimate.readme_table,
 }
 CPU = ["bench_batch8", "bench_batch6"]
@@ -195,7 +196,7 @@ def test_what_to_expect_is_what_was_measured():
 
 
 def test_every_marked_table_is_checked():
-    marked = {(page, name) for page in PAGES for name in re.findall(r"<!-- (\w+)-table-start -->", text_of(page))}
+    marked = {(page, name) for page in PAGES for name in re.findall(r"<!-- ([\w-]+)-table-start -->", text_of(page))}
     tables = {(page, name) for page, names in TABLES_OF.items() for name in names}
     assert marked == {*tables, ("docs/ablation.md", "expected")}
 
@@ -241,7 +242,7 @@ def test_every_command_is_listed():
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_exist(page):
     """Of the command line, of make and of the benchmarks; tables keep the commands that were really run."""
-    text = re.sub(r"<!-- \w+-table-start -->.*?<!-- \w+-table-end -->", "", text_of(page), flags=re.DOTALL)
+    text = re.sub(r"<!-- [\w-]+-table-start -->.*?<!-- [\w-]+-table-end -->", "", text_of(page), flags=re.DOTALL)
     assert set(re.findall(r"(?<![\w-])dualspeed ([a-z][a-z-]*)", text)) <= cli.COMMANDS.keys()
     targets = " ".join(re.findall(r"^([a-z -]+):", text_of("Makefile"), re.MULTILINE)).split()
     assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
