@@ -201,6 +201,20 @@ def test_every_marked_table_is_checked():
     assert marked == {*tables, ("docs/ablation.md", "expected")}
 
 
+def test_the_accuracy_is_that_of_the_ablation():
+    said = " ".join(text_of("README.md").split())
+    ours, paper, full = (
+        json.loads(text_of("docs/results/ablation_deeper.json"))["summary"][key]
+        for key in ("dualspeed", "paper:dualspeed", "time:full-tokens")
+    )
+    for way, words in ((ours, "keeps {} of full tokens' accuracy at {} times their speed"), (paper, "{} at {} times")):
+        assert (
+            words.format(f"{way['retention']['mean']:.1%}", f"{way['speed_up']['mean']:.2f}").replace("%", " %") in said
+        )
+    steps, ends = full["steps"]["slow"], [f"{way['full']['mean']:.1%}".replace("%", " %") for way in (full, ours)]
+    assert "get {:.0f} of 400 steps and end at {}, against {}".format(steps, *ends) in said
+
+
 def test_the_first_figures_are_those_of_the_bench():
     said = " ".join(text_of("README.md").split())
     gpu = ["bench_h100_llava_1_5", "bench_h100_llava_next", "bench_h100_llava_next_off"]
