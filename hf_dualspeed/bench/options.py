@@ -44,11 +44,9 @@ OWN = {
 }
 # Options that most kinds read, and these do not: a loader is that of a real processor on one core, and fast steps leave
 # checkpointing out.
-UNREAD = {
-    "loader": ("scale", "lora", "checkpointing", "slow_splits", "text_tokens", "image_size", "hidden_size", "layers"),
-    **dict.fromkeys(("profile", "selection"), ("checkpointing", "slow_splits")),
-}
-UNREAD["loader"] += ("pruner", "pruning_ratio", "slow_ratio", "threads")
+TRAINED = ("checkpointing", "slow_splits")
+MODEL = ("scale", "lora", "text_tokens", "image_size", "hidden_size", "layers", "pruner", "pruning_ratio", "slow_ratio")
+UNREAD = {"loader": (*TRAINED, *MODEL, "threads"), **dict.fromkeys(("profile", "selection"), TRAINED)}
 
 
 def flag(name: str) -> str:
