@@ -166,6 +166,7 @@ TABLES = {
     "ablation_schedules": ablation_report.readme_table,
     "ablation_pruners": ablation_report.readme_table,
     "ablation_pruners_paper": ablation_report.readme_table,
+    "ablation_budgets": ablation_report.readme_table,
     "ablation_cool-down": ablation_report.readme_table,
     "estimate_ablation": ablation_estimate.readme_table,
 }
