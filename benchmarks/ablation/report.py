@@ -14,7 +14,19 @@ from hf_dualspeed.publishing.plots import describe, figure_of, save_figure
 from hf_dualspeed.utils.text import in_thousands, markdown_table
 
 from ..common import cell, print_table
-from .plan import BASELINE, CURVE_QUESTIONS, FORMAT, MEASURED, ORIGINAL, PAPER, PLAIN_SETUP, TIMED, of_seven_billion
+from .plan import (
+    BASELINE,
+    CURVE_QUESTIONS,
+    FORMAT,
+    MEASURED,
+    MERGED_ONLY,
+    ORIGINAL,
+    PAPER,
+    PLAIN_SETUP,
+    REFERENCE,
+    TIMED,
+    of_seven_billion,
+)
 from .worlds import SHOWN
 
 HEADER = ("trained with", "all tokens", "pruned tokens", "retention", "seconds", "speed-up", "steps", "slow")
@@ -29,10 +41,10 @@ LOOKS = {
 }
 # Colours and names in learning curves, where a table's order does not explain its names.
 CURVES = {
-    "full-tokens": ("#000000", "full tokens"),
-    "paper:dualspeed": ("#D55E00", "the paper's DualSpeed, 10 % slow steps"),
-    "pruned-only": ("#56B4E9", "pruned only, others merged"),
-    "dualspeed": ("#0072B2", "DualSpeed, others merged, 5 % slow steps"),
+    BASELINE: (LOOKS["full tokens"][0], "full tokens"),
+    PAPER + REFERENCE: (LOOKS[DISCARDED][0], "the paper's DualSpeed, 10 % slow steps"),
+    MERGED_ONLY.key: ("#56B4E9", "pruned only, others merged"),
+    REFERENCE: (LOOKS[MERGED][0], "DualSpeed, others merged, 5 % slow steps"),
 }
 SAME_TIME = "equal time"  # the group that is drawn over time
 PLAIN = {BASELINE, *(of_seven_billion(speed_up).key for speed_up in MEASURED)}

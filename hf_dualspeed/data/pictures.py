@@ -40,7 +40,6 @@ class Pictures:
     def _clear(self) -> None:
         self.decoded = 0  # pictures that were read, for tests and benches
         self._held = 0
-        self._settings: tuple | None = None  # of the processor that the kept ones were shrunk for
         self._kept: OrderedDict[Hashable, Image.Image] = OrderedDict()
         self._batch: dict[Hashable, Image.Image] = {}
         self._given: list[Any] = []  # keeps objects alive as long as their ids are keys
@@ -55,9 +54,8 @@ class Pictures:
     def begin_batch(self) -> None:
         """Forgets the last batch, but for pictures within the bound, which were shrunk as they would be now."""
         self._batch, self._given = {}, []
-        settings = self.shrunk and settings_of(self.shrunk.processor)
-        if self._settings != settings:
-            self._settings, self._held = settings, 0
+        if self.shrunk is not None and self.shrunk.renewed():
+            self._held = 0
             self._kept.clear()
 
     def open(self, image: Any, folder: str | None = None) -> Image.Image:
@@ -115,17 +113,19 @@ class Shrunk:
     """
 
     def __init__(self, processor: ProcessorMixin):
-        self.processor = processor
-        self._look()
+        self.processor, self._settings = processor, None
+        self.renewed()
 
-    def _look(self) -> None:
-        self._settings = settings_of(self.processor)
-        self.size = fixed_size(self.processor)
+    def renewed(self) -> bool:
+        """Looks at the processor again if it has changed, and says whether it has."""
+        settings = settings_of(self.processor)
+        if settings == self._settings:
+            return False
+        self._settings, self.size = settings, fixed_size(self.processor)
         self.works: bool | None = None if self.size else False
+        return True
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        if self._settings != settings_of(self.processor):  # changed since
-            self._look()
         if self.works is False:
             return image
         size = self.size_of(image)

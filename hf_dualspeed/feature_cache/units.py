@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
+from ..pruning.repeats import BESIDE, VIDEO
 from .store import FeatureStore
 
 UNITS = "image_units"  # key in the batch; the trainer removes it before the model's forward
 PIXELS = ("pixel_values", "pixel_values_images")
-BESIDE = ("pixel_", "image_", "spatial_", "target_")  # prefixes of further inputs of the tower for each image
-VIDEO = "video"  # part of the names of video inputs, which do not count
 REMEDY = "Set vision_feature_cache=None to train without the cache."
 
 

@@ -83,7 +83,8 @@ def push_files(
         additions = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
         if renew is not None and CARD_NAME in contents:
             api.preupload_lfs_files(repo_id, additions.values(), repo_type=kind, revision=revision)
-            local = contents[CARD_NAME] if isinstance(contents[CARD_NAME], bytes) else contents[CARD_NAME].read_bytes()
+            local = contents[CARD_NAME]
+            local = local if isinstance(local, bytes) else local.read_bytes()
             card = renew(local.decode("utf-8"), published_card(repo_id, revision, token)).encode("utf-8")
             check_no_secret({CARD_NAME: card}, [token], folder)
             additions[CARD_NAME] = CommitOperationAdd(CARD_NAME, card)

@@ -14,7 +14,7 @@ import torch
 REPEATS = "image_repeats"  # key in the batch; the trainer removes it before the model's forward
 PIXELS = "pixel_values"
 COUNTS = "batch_num_images"  # images of each sample, of which LLaVA-OneVision cuts those into tiles that are alone
-BESIDE = ("pixel_", "image_", "spatial_", COUNTS)  # prefixes of inputs with a value for each image
+BESIDE = ("pixel_", "image_", "spatial_", "target_")  # prefixes of inputs with a value for each image
 VIDEO = "video"  # part of the names of video inputs, which do not count
 SAMPLED = 64  # values of an image that are compared before all of them are
 
@@ -50,7 +50,8 @@ class Repeats:
 
 def values_of_images(inputs: Mapping) -> list[str]:
     """The inputs beside pixels that hold values of images."""
-    return [key for key in inputs if key.startswith(BESIDE) and key not in (PIXELS, REPEATS) and VIDEO not in key]
+    prefixes = (*BESIDE, COUNTS)
+    return [key for key in inputs if key.startswith(prefixes) and key not in (PIXELS, REPEATS) and VIDEO not in key]
 
 
 def reads_more(names: Iterable[str], inputs: Mapping) -> bool:
