@@ -219,9 +219,7 @@ def execute(run: Run) -> dict:
     def answered(prepare: Callable | None = None, asked: list[dict] | None = None) -> dict[str, float]:
         return accuracy(model, task, prepare, size, asked)
 
-    # Of runs in the reference's time the end matters: whole curves would ask as many questions as all tests.
-    count = min(1, run.settings.curve) if run.variant.same_time else run.settings.curve
-    curve = LearningCurve(count, lambda model: answered(asked=few)["all"], now)
+    curve = LearningCurve(curve_points(run.variant, run.settings), lambda model: answered(asked=few)["all"], now)
     trainer.add_callback(curve)
     if run.variant.budgets:
         trainer.add_callback(DrawnBudgets(trainer.dual_forward.pruner, run.variant.budgets, run.seed))
@@ -239,6 +237,11 @@ def execute(run: Run) -> dict:
         "slow_ratios": [entry["slow_mode_ratio"] for entry in trainer.state.log_history if "slow_mode_ratio" in entry],
     }
     return run.keep({**result, "curve": curve.points} if curve.points else result)
+
+
+def curve_points(variant: Variant, settings: Settings) -> int:
+    """Points of a variant's learning curve: of runs in the reference's time, the end alone, which is what matters."""
+    return min(1, settings.curve) if variant.same_time else settings.curve
 
 
 def _arguments(run: Run) -> DualSpeedTrainingArguments:

@@ -26,7 +26,7 @@ from hf_dualspeed.utils.validation import Parser, check_range
 from hf_dualspeed.utils.writing import write_json
 
 from . import task as tasks
-from .ablation import QUESTIONS_TOKENS, Run, Settings, _arguments, settings_of
+from .ablation import QUESTIONS_TOKENS, Run, Settings, _arguments, curve_points, settings_of
 from .language import BATCH, WRITTEN_SIDE, WrittenGrids, collate, language_model_config, written
 from .plan import CURVE_QUESTIONS, GROUPS, SETUPS, Variant, setup_of
 from .task import ASKED, Task, accuracy, encoded, patches_of
@@ -99,7 +99,7 @@ def estimated(group: str, cores: int, known: dict) -> dict:
         runs += steps_cost(variant, settings, seconds)
         # Answers from all tokens and from pruned ones, which cost less; a curve's points come on top.
         pruned = seconds["fast"] / seconds["full"]
-        runs += seconds["question"] * (questions * (1 + pruned) + settings.curve * CURVE_QUESTIONS)
+        runs += seconds["question"] * (questions * (1 + pruned) + curve_points(variant, settings) * CURVE_QUESTIONS)
     first = seconds["image"] * (size.train_grids + size.test_grids)
     first += seconds["pretraining"] * size.pretraining_steps + seconds["full"] * size.start_steps
     return {
