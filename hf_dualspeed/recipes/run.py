@@ -138,10 +138,12 @@ def load_model(recipe: RecipeArguments, train: Dataset, seed: int) -> tuple[PreT
     return load_weights(recipe), load_processor(recipe)
 
 
-def load_weights(recipe: RecipeArguments) -> PreTrainedModel:
-    with loading(recipe.model_name_or_path):
+def load_weights(recipe: RecipeArguments, folder: str | None = None) -> PreTrainedModel:
+    """The recipe's model, or a trained one of a folder, loaded in the same way."""
+    name = folder or recipe.model_name_or_path
+    with loading(name):
         return AutoModelForImageTextToText.from_pretrained(
-            recipe.model_name_or_path,
+            name,
             dtype=recipe.dtype,
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
@@ -324,10 +326,7 @@ def _whole_model(trainer: DualSpeedTrainer, recipe: RecipeArguments):
         return trainer.accelerator.unwrap_model(trainer.model)
     # One process holds only shards, so the saved model is loaded; under ZeRO-3 it would be partitioned over all.
     unset_hf_deepspeed_config()
-    saved = AutoModelForImageTextToText.from_pretrained(
-        trainer.args.output_dir, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
-    )
-    return saved.to(trainer.args.device)
+    return load_weights(recipe, trainer.args.output_dir).to(trainer.args.device)
 
 
 def _texts(dataset: Dataset) -> Iterator[str]:

@@ -373,6 +373,16 @@ def test_results_say_which_questions_were_asked(monkeypatch, readable, limit, pa
     assert running._evaluate(recipe, trainer, None, range(readable), 10).get("eval_part") == part
 
 
+def test_the_saved_model_of_a_sharded_run_answers_with_the_recipes_options(tmp_path):
+    build_tiny_llava(["a word"], **TINY)[0].save_pretrained(tmp_path)
+    options = {"model_name_or_path": "org/model", "dataset": "data", "attn_implementation": "eager"}
+    args = SimpleNamespace(output_dir=str(tmp_path), device="cpu")
+    trainer = SimpleNamespace(is_sharded=True, args=args)
+    loaded = running._whole_model(trainer, RecipeArguments(**options, dtype="bfloat16"))
+    assert loaded.config.get_text_config()._attn_implementation == "eager"
+    assert loaded.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize(("sharded", "why"), [(False, "inside the language model"), (True, "is sharded")])
 def test_pictures_that_are_not_drawn_are_said(caplog, sharded, why):
     recipe = RecipeArguments(model_name_or_path="org/model", dataset="data", card_images=4)
