@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(THREADS)
 
 .PHONY: help quickstart demo chromium compare ablation ablation-deeper ablation-reading ablation-objects \
-	ablation-cool-down ablation-budgets ablation-first-layers ablation-selection ablation-large ablation-estimate \
+	ablation-cool-down ablation-budgets ablation-first-layers ablation-selection ablation-selection-cost ablation-large ablation-estimate \
 	cards bench bench-gpu gpu memory conformance test test-min test-deepspeed lint docs
 
 help:
@@ -72,6 +72,9 @@ ablation: $(STAMP)
 # One of the deeper, wider and harder groups: its name is the group's.
 ablation-deeper ablation-reading ablation-objects ablation-cool-down ablation-budgets ablation-first-layers ablation-selection: $(STAMP)
 	$(ABLATION)_$(@:ablation-%=%).json --groups $(@:ablation-%=%)
+
+ablation-selection-cost: $(STAMP)
+	$(BIN)/python -m benchmarks.ablation.selection_cost
 
 ablation-estimate: $(STAMP)
 	$(BIN)/python -m benchmarks.ablation.estimate

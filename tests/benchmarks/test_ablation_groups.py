@@ -14,7 +14,7 @@ from tiny import write_fashion_mnist
 from torch.nn.functional import normalize
 from transformers import Dinov2Config, Dinov2Model, LlamaModel, TrainerState, get_scheduler
 
-from benchmarks.ablation import ablation, estimate, large, reading
+from benchmarks.ablation import ablation, estimate, large, reading, selection_cost
 from benchmarks.ablation import task as ablation_task
 from benchmarks.ablation.callbacks import DrawnBudgets, LearningCurve
 from benchmarks.ablation.fashion_grid import FASHION, FASHION_336
@@ -279,6 +279,25 @@ def test_kmeans_is_what_a_loop_finds(place, start, ragged):
         own = torch.tensor(owner)
         means = torch.stack([features[image, :count][own == slot].mean(0) for slot in order])
         torch.testing.assert_close(pruned.features[image, :k], means)
+
+
+def test_choices_are_timed_beside_divprune(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(selection_cost, "TOKENS", (40, 60))
+    monkeypatch.setattr(selection_cost, "WIDTHS", (8,))
+    path = tmp_path / "cost.json"
+    selection_cost.main(["--output", str(path), "--rounds", "2"])
+    results = json.loads(path.read_text())
+    assert [size["visual_tokens"] for size in results["sizes"]] == [40, 60]
+    # Four choices, alone and with one and two rounds of k-means, of which the baseline over itself is 1.
+    seconds, over = results["sizes"][0]["seconds"], results["sizes"][0]["over_divprune"]
+    assert len(seconds) == len(over) == 12
+    assert min(seconds.values()) > 0
+    assert over["divprune"] == {"mean": 1.0, "min": 1.0, "max": 1.0, "sd": 0.0}
+    table = selection_cost.readme_table(results).splitlines()
+    assert table[2] == "| chosen by | 40 x 8 | 60 x 8 |"
+    assert len(table) == 4 + 12
+    assert table[-1].startswith("| tome, k-means 2x | ")
+    assert table[-1] in capsys.readouterr().out
 
 
 # --- on one GPU

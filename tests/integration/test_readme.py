@@ -20,6 +20,7 @@ import hf_dualspeed
 from benchmarks.ablation import estimate as ablation_estimate
 from benchmarks.ablation import expected
 from benchmarks.ablation import report as ablation_report
+from benchmarks.ablation import selection_cost as ablation_selection_cost
 from benchmarks.compare import report as compare_report
 from hf_dualspeed import cli
 from hf_dualspeed.bench import estimate as bench_estimate
@@ -168,6 +169,8 @@ TABLES = {
     "ablation_pruners_paper": ablation_report.readme_table,
     "ablation_budgets": ablation_report.readme_table,
     "ablation_cool-down": ablation_report.readme_table,
+    "ablation_selection": ablation_report.readme_table,
+    "ablation_selection_cost": ablation_selection_cost.readme_table,
     "estimate_ablation": ablation_estimate.readme_table,
 }
 CPU = ["bench_batch8", "bench_batch6"]
