@@ -10,8 +10,8 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(THREADS)
 
 .PHONY: help quickstart demo chromium compare ablation ablation-deeper ablation-reading ablation-objects \
-	ablation-cool-down ablation-budgets ablation-first-layers ablation-selection ablation-selection-cost ablation-large ablation-estimate \
-	cards bench bench-gpu gpu memory conformance test test-min test-deepspeed lint docs
+	ablation-cool-down ablation-budgets ablation-first-layers ablation-selection ablation-selection-cost \
+	ablation-large ablation-estimate cards bench bench-gpu gpu memory conformance test test-min test-deepspeed lint docs
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"
@@ -20,6 +20,7 @@ help:
 	@echo "make ablation    measure what each part, ratio, pruner and schedule is worth (hours; rerun it to resume)"
 	@echo "make ablation-GROUP one more of deeper, reading, objects, cool-down, budgets, first-layers, selection (hours each)"
 	@echo "make ablation-estimate how long each of them would take here (minutes)"
+	@echo "make ablation-selection-cost time what selects tokens, side by side (minutes)"
 	@echo "make ablation-large full tokens, the paper's way and ours on one GPU of 80 GB; rerun it for the next seeds"
 	@echo "make cards       render the cards in model_cards anew, that of the quickstart from its last run"
 	@echo "make bench       time training steps, their growth with the tokens, and batches of like length (1 to 2 hours)"
