@@ -569,10 +569,13 @@ class DualSpeedMixin(
         return parts_of(rows, length, self.clock.fast_tokens, self.args.slow_mode_splits, whole)
 
     def _step_generator(self) -> torch.Generator | None:
-        """Random generator for pruners, seeded by seed, step, micro-batch and rank, so a resumed run draws the same."""
+        """Random generator for pruners, seeded by seed, step, micro-batch and rank, so a resumed run draws the same.
+
+        Tensor parallel ranks receive the same batch, of which all have to keep the same tokens.
+        """
         if self._pruner.deterministic:
             return None
-        seed = hash((self.args.seed, *self._micro, self.args.process_index)) % 2**63
+        seed = hash((self.args.seed, *self._micro, self.args.process_index // self.get_tp_size())) % 2**63
         return torch.Generator(self.args.device).manual_seed(seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

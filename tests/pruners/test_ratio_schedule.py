@@ -127,3 +127,14 @@ def test_draws_differ_between_micro_batches_ranks_and_seeds(tmp_path, monkeypatc
     draws = [draw(), draw((0, 1)), draw((1, 0)), draw(rank=1)]
     assert len(set(draws)) == 4
     assert draw() == draws[0]
+
+
+def test_tensor_parallel_ranks_draw_alike(tmp_path, monkeypatch):
+    """They receive the same batch: with tokens of their own each, layers would add up parts of different sequences."""
+    trainer = make(tmp_path, pruner="random")
+    monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
+    draws = []
+    for rank in range(4):
+        monkeypatch.setattr(type(trainer.args), "process_index", rank)
+        draws.append(float(torch.rand(1, generator=trainer._step_generator())))
+    assert draws[0] == draws[1] != draws[2] == draws[3]
