@@ -21,7 +21,7 @@ from ..utils.writing import write_file
 from .card import push_pruner
 from .config import AUTO_CLASS, PrunerConfig, budget
 from .ops import counts, nearest_kept, take, top_k, unpruned
-from .registry import is_own
+from .registry import check_name, is_own
 from .tokens import PrunedTokens, VisualTokens
 
 
@@ -43,6 +43,11 @@ class Pruner(nn.Module):
     @checked
     def __init__(self, config: PrunerConfig):
         super().__init__()
+        # Registering gives a class a config class of its own, which knows its name: a config of the one that it derives
+        # from does as well.
+        own = type(self).config_class
+        if type(config) is not own and issubclass(own, type(config)):
+            config = own(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})
         self.config = config
 
     @property
@@ -70,11 +75,27 @@ class Pruner(nn.Module):
         """Source positions, best first, `(B, k)`; padding last. Runs without gradients."""
         raise NotImplementedError(f"{type(self).__name__} must implement `rank` or override `reduce`.")
 
+    def checked_rank(self, tokens: VisualTokens, k: int) -> torch.Tensor:
+        """What [`rank`] returns, `(B, k)`, found without gradients.
+
+        Raises:
+            ValueError: it is of another shape, or holds no positions.
+        """
+        with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
+            ranked = self.rank(tokens, k)
+        known, shape = isinstance(ranked, torch.Tensor), (len(tokens.features), k)
+        if not known or ranked.shape != shape or ranked.is_floating_point() or ranked.dtype == torch.bool:
+            given = f"{ranked.dtype} of shape {tuple(ranked.shape)}" if known else f"a {type(ranked).__name__}"
+            raise ValueError(
+                f"`rank` of {type(self).__name__} must return the positions of the {k} best tokens of each image, "
+                f"whole numbers of shape {shape}, got {given}. `hf_dualspeed.pruners.ops.top_k(scores, tokens.valid, "
+                "k)` makes them of scores."
+            )
+        return ranked
+
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
         """Keeps the first `lengths[b]` ranked positions of image b, in source order."""
-        with torch.no_grad(), torch.autocast(tokens.features.device.type, enabled=False):
-            ranked = self.rank(tokens, max(lengths))
-        return take(tokens, ranked, lengths, self.config.dropped_tokens)
+        return take(tokens, self.checked_rank(tokens, max(lengths)), lengths, self.config.dropped_tokens)
 
     def forward(self, tokens: VisualTokens, progress: float = 1.0) -> PrunedTokens:
         """Prunes the tokens of each image.
@@ -115,7 +136,12 @@ class Pruner(nn.Module):
         """Writes `pruner_config.json` and, for a learned pruner, `pruner.safetensors`.
 
         `state_dict` replaces the pruner's own weights where those are sharded.
+
+        Raises:
+            ValueError: the config has the name of another class, as that of a class that derives from a registered
+                one and is not registered itself.
         """
+        check_name(type(self), self.config.pruner_type)
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder, **({} if is_own(type(self)) else save_code(self, AUTO_CLASS, Path(folder))))
         weights = self.state_dict() if state_dict is None else state_dict

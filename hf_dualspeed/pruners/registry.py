@@ -36,8 +36,7 @@ def register_pruner(name: str) -> Callable[[type[Pruner]], type[Pruner]]:
         known = _REGISTRY.get(name)
         # A class of the same qualified name replaces itself: a notebook cell may run twice. Code from the Hub is
         # replaced too: two revisions may be loaded.
-        twin = known is None or (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
-        if not twin and not is_fetched(known):
+        if known is not None and not is_twin(known, cls) and not is_fetched(known):
             raise ValueError(f"`name` {name!r} is taken by {known.__qualname__}. Choose another name.")
         unknown = sorted(cls.needs - NEEDS)
         if unknown:
@@ -73,6 +72,25 @@ def known_class(name: object) -> type[Pruner] | None:
 def keep_class(name: str, cls: type[Pruner]) -> None:
     """Registers a fetched class and replaces an earlier one of that name."""
     _REGISTRY[name] = cls
+
+
+def is_twin(known: type[Pruner], cls: type[Pruner]) -> bool:
+    """Whether two classes are the same, or stand at the same place."""
+    return (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+
+
+def check_name(cls: type[Pruner], name: str) -> None:
+    """Raises a `ValueError` if the config of a pruner of class `cls` has the `name` of another class.
+
+    Whoever loads what is saved with it would get that one.
+    """
+    known = known_class(name)
+    if known is not None and not is_twin(known, cls) and not is_fetched(known):
+        raise ValueError(
+            f"The config of a {cls.__name__} says {name!r}, so that whoever loads it gets {known.__name__} in its "
+            "place. Put @register_pruner(...) above the class, with a name of its own, and build the pruner by "
+            "AutoPruner.from_name."
+        )
 
 
 def is_own(cls: type[Pruner]) -> bool:

@@ -69,9 +69,11 @@ class TokenLearner(Pruner):
         self.project = Float32Linear(config.hidden_size, config.bottleneck_size)
         self.maps = Float32Linear(config.bottleneck_size, config.max_tokens, bias=False)  # a softmax drops a bias
         self.focus = nn.Parameter(torch.zeros(config.max_tokens))
+        self.eval()  # as models of transformers are; in training, `check` looks ahead
 
     def forward(self, tokens: VisualTokens, progress: float = 1.0) -> PrunedTokens:
-        self.check(tokens)
+        if isinstance(tokens, VisualTokens):
+            self.check(tokens, progress)
         return super().forward(tokens, progress)
 
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
@@ -83,7 +85,7 @@ class TokenLearner(Pruner):
             positions, order, valid = unique_places(weights.argmax(-1), lengths, tokens.lengths, weights.shape[-1])
         weights = weights.gather(1, order[..., None].expand_as(weights))
         # sizes (B, K): every map weighs all tokens, so each stands for an equal share, N / K.
-        shares = torch.tensor([[n / k] for n, k in zip(tokens.lengths, lengths, strict=True)])
+        shares = torch.tensor([[n / max(1, k)] for n, k in zip(tokens.lengths, lengths, strict=True)])
         sizes = shares.to(device, non_blocking=True).expand(positions.shape)
         sizes = sizes if valid is None else sizes * valid
 
@@ -104,13 +106,13 @@ class TokenLearner(Pruner):
             scores = scores.masked_fill(~tokens.valid[:, None], float("-inf"))
         return scores.softmax(-1)
 
-    def check(self, tokens: VisualTokens) -> None:
+    def check(self, tokens: VisualTokens, progress: float) -> None:
         """Raises a `ValueError` if the tokens have another width, or an image keeps more of them than there are maps.
 
         In training, the lowest ratio of a schedule counts. A ratio that never prunes needs no maps.
         """
         check_width(tokens.features, self.config.hidden_size)
-        changes = self.training and self.config.pruning_schedule != "constant"
+        changes = (self.training or progress < 1) and self.config.pruning_schedule != "constant"
         ratio = self.config.lowest_ratio if changes else self.config.pruning_ratio
         count = max(tokens.lengths)
         most = budget(count, ratio)

@@ -100,6 +100,23 @@ class PrunedTokens:
     finite: torch.Tensor | None = None
     auxiliary_loss: torch.Tensor | None = None
 
+    def __post_init__(self):
+        batch, most = len(self.lengths), max(self.lengths)
+        width = self.positions.shape[-1]
+        for name in ("positions", "features", "valid", "sizes"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape[:2] != (batch, width):
+                raise ValueError(
+                    f"`{name}` must begin with the shape (B, K), ({batch}, {width}) by `lengths` and `positions`, got "
+                    f"{tuple(tensor.shape)}."
+                )
+        if width < most or (self.valid is None and width > min(self.lengths)):
+            raise ValueError(
+                f"`lengths` are {shortened(self.lengths)}, but rows hold {width} tokens, `valid` is "
+                f"{'None' if self.valid is None else 'given'}: rows are as long as the most of `lengths`, and `valid` "
+                "is False behind the tokens of those that keep fewer."
+            )
+
     def apply_to(self, features: torch.Tensor) -> torch.Tensor:
         """Prunes other features `(B, N, D')` of the same tokens alike, `(B, K, D')`."""
         return self.merge(features) if self.merge is not None else gather_rows(features, self.positions)

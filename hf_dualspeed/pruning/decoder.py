@@ -146,7 +146,14 @@ class LayerPass:
         self._key_sizes: dict[int, KeySizes] = {}
         self._hooks, self._observing = ExitStack(), ExitStack()
 
-    def locate(self, inputs: Mapping, encodings: list[VisualEncoding], isolator_length: int, packed: bool) -> None:
+    def locate(
+        self,
+        inputs: Mapping,
+        encodings: list[VisualEncoding],
+        isolator_length: int,
+        packed: bool,
+        generator: torch.Generator | None = None,
+    ) -> None:
         """Finds the tokens that may be dropped in a batch that holds all of them.
 
         Args:
@@ -154,6 +161,7 @@ class LayerPass:
             encodings (`list[VisualEncoding]`): the encoded tokens in it, each unit after an isolator.
             isolator_length (`int`): tokens of the isolator.
             packed (`bool`): whether rows hold several samples.
+            generator (`torch.Generator`, *optional*): for pruners that sample.
 
         Raises:
             ValueError: tokens of this batch cannot be dropped.
@@ -162,6 +170,7 @@ class LayerPass:
             raise refused(
                 self.interface, self.pruner, "rows of the batch hold several samples", "Pad the batch instead."
             )
+        self._generator = generator
         self._units, row_of, counts = find_units(inputs, encodings, isolator_length)
         self._budgets = budgets(self.stages, self._units.lengths, row_of, counts)
         # DeepStack adds features of all visual tokens to the first layers, so stages must come after them.
@@ -290,10 +299,9 @@ class LayerPass:
         scores, slots = self._scores.pop(index), self._slots(index, self._units.places)
         features = hidden[units.rows, slots]
         # The pruner ranks each unit's tokens; the best of them stay, (U, K) in source order.
-        with torch.autocast(hidden.device.type, enabled=False):
-            valid = kept_mask(units.lengths, hidden.device)
-            tokens = VisualTokens(features, valid, attention=scores, lengths=units.lengths)
-            ranked = self.pruner.rank(tokens, max(left.lengths))
+        valid, generator = kept_mask(units.lengths, hidden.device), self._generator
+        tokens = VisualTokens(features, valid, attention=scores, generator=generator, lengths=units.lengths)
+        ranked = self.pruner.checked_rank(tokens, max(left.lengths))
         positions, _, valid = in_source_order(ranked, left.lengths, scores.shape[1])
         # Their positions in the full sequence, (U, K); padding repeats the first.
         places = units.places.gather(1, positions)

@@ -130,7 +130,8 @@ def shorten_inputs(
         short["position_ids"] = compact_positions(interface, inputs, plan, packing)
     # Find the tokens that layers will drop later.
     if layer_pass is not None:
-        layer_pass.locate(short, encodings, 0 if prompt is None else len(prompt), packing is not None)
+        length = 0 if prompt is None else len(prompt)
+        layer_pass.locate(short, encodings, length, packing is not None, generator)
     # Keep the samples of a packed row apart, and a single sample together.
     rows = separate_rows(interface, plan) if one_row else None
     if rows is None and packing is not None:

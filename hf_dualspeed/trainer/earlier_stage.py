@@ -11,8 +11,9 @@ from torch import nn
 from ..hub.source import Source, is_repo_id
 from ..models.adapters import Origin, active_adapters, merged_origins, origin_of, seems_trained
 from ..models.interface import ModelInterface
-from ..pruners import Pruner, PrunerConfig
+from ..pruners import Pruner
 from ..pruning.isolator import ModeIsolator
+from ..publishing.files import read_mapping
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.text import one_line
 from .dual_forward import earlier_fast_view
@@ -112,7 +113,7 @@ def holds_weights_of(folder: Path, pruner: Pruner) -> bool:
     """Whether `folder` holds the weights of a learned pruner of this type. Warns of another learned type."""
     if not pruner.state_dict() or not (folder / PRUNER_WEIGHTS_NAME).is_file():
         return False
-    saved, wanted = PrunerConfig.from_pretrained(folder).pruner_type, pruner.config.pruner_type
+    saved, wanted = read_mapping(folder / PRUNER_CONFIG_NAME).get("pruner_type"), pruner.config.pruner_type
     if saved != wanted:
         logger.warning("The pruner %r starts anew: what was trained and saved in %s is a %r.", wanted, folder, saved)
     return saved == wanted

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..models.components import language_parts
 from ..models.interface import ModelInterface
 from ..pruners import AutoPruner, Pruner, available_pruners, pruner_class
+from ..pruners.registry import check_name
 from ..pruning.encoding import IN_TOWER
 from ..utils.validation import check_keys, shortened
 from .dual_forward import DualForward
@@ -105,6 +106,7 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, interface: M
                 settings["hidden_size"] = interface.text_config.hidden_size
             return AutoPruner.from_name(args.pruner, **settings)
         pruner = AutoPruner.from_pretrained(args.pruner, revision=args.pruner_revision, token=args.hub_token)
+    check_name(type(pruner), pruner.config.pruner_type)
     given = dict(args.pruner_kwargs or {})
     if not isinstance(args.pruning_ratio, Default):
         given["pruning_ratio"] = args.pruning_ratio

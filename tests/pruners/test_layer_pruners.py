@@ -22,6 +22,7 @@ from hf_dualspeed import (
     prune_visual_tokens,
 )
 from hf_dualspeed.bench.counters import count_syncs
+from hf_dualspeed.pruners.fastv import FastV
 from hf_dualspeed.trainer.dual_forward import DualForward
 from hf_dualspeed.trainer.schedule import FAST, SLOW
 
@@ -46,6 +47,28 @@ def fastv(ratio=0.75, layer=1, **settings):
 
 def pyramid(ratio=0.875, **settings):
     return AutoPruner.from_name("pyramiddrop", pruning_ratio=ratio, **{"dropped_tokens": "discard"} | settings)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """`fastv` as a baseline of a user's own, that keeps a random subset."""
+
+    def rank(self, tokens, k):
+        return torch.rand(tokens.attention.shape, generator=tokens.generator).argsort(1)[:, :k]
+
+    monkeypatch.setattr(FastV, "rank", rank)
+
+
+def test_a_choice_is_drawn_from_the_generator_that_is_given(drawn):
+    model = deep("llava")
+    inputs = batch(FAMILIES["llava"], model)
+
+    def draw(seed):
+        with prune_visual_tokens(model, fastv(), generator=torch.Generator().manual_seed(seed)):
+            return model(**inputs).logits
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
 
 
 def layers_of(model) -> list:

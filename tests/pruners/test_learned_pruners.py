@@ -475,6 +475,15 @@ def test_what_dynamicvit_learned_is_equal_on_all_ranks(tmp_path, config):
 # --- the auxiliary loss -------------------------------------------------------------------------------------------
 
 
+def test_out_of_training_the_ratio_at_its_end_counts_for_the_maps():
+    schedule = {"pruning_ratio": 0.75, "pruning_schedule": "linear", "initial_pruning_ratio": 0.25}
+    pruner = AutoPruner.from_name("token_learner", hidden_size=WIDTH, max_tokens=16, **schedule)
+    assert pruner(tokens((6, 6))).lengths == [9]
+    for training in (False, True):
+        with pytest.raises(ValueError, match=r"`max_tokens` is 16, but an image of 36 tokens keeps 27 .* 0\.25"):
+            pruner.train(training)(tokens((6, 6)), progress=0.0)
+
+
 @pytest.fixture
 def taxed():
     """A pruner whose auxiliary loss is half the square of its one weight, and whose choice is fixed."""

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dualspeed import (
     AutoPruner,
+    DualSpeedTrainingArguments,
+    PrunedTokens,
     Pruner,
     PrunerConfig,
     VisualTokens,
@@ -30,6 +32,7 @@ from hf_dualspeed import (
 from hf_dualspeed.pruners import budget, pruner_class
 from hf_dualspeed.pruners.divprune import DivPrune
 from hf_dualspeed.pruners.registry import _REGISTRY
+from hf_dualspeed.trainer.setup import resolve_pruner
 
 RATIOS = (0.1, 0.5, 0.75, 0.9, 0.999)
 
@@ -124,6 +127,16 @@ def test_a_pruner_that_counts_nothing_is_counted_by_the_nearest():
     reduce = own.reduce
     own.reduce = lambda *given: replace(reduce(*given), sizes=None)
     assert torch.equal(own(batch).sizes, expected)
+
+
+@pytest.mark.parametrize("name", available_pruners())
+def test_what_is_no_visual_tokens_is_named_and_an_empty_image_pruned(name):
+    pruner = build(name, pruning_ratio=0.5)
+    with pytest.raises(ValueError, match="`tokens` must be VisualTokens, got a Tensor"):
+        pruner(torch.ones(1, 4, 16))
+    batch = tokens((4, 4), (3, 3))
+    empty = replace(batch, valid=batch.valid & torch.tensor([[True], [False]]), lengths=None)
+    assert pruner(empty).lengths == [8, 0]
 
 
 @pytest.mark.parametrize("name", available_pruners())
@@ -349,8 +362,6 @@ def test_bad_names_folders_and_ratios_are_named(tmp_path):
 
 
 def test_outsiders_register_pruners(tmp_path):
-    from dataclasses import dataclass
-
     @dataclass
     class FirstConfig(PrunerConfig):
         skip: int = 0
@@ -391,6 +402,78 @@ def test_outsiders_register_pruners(tmp_path):
     finally:
         _REGISTRY.pop("first", None)
         _REGISTRY.pop("twin", None)
+
+
+@pytest.fixture
+def first():
+    """A class of a user's own with settings of its own, as they are written above the class."""
+
+    @dataclass
+    class FirstConfig(PrunerConfig):
+        skip: int = 0
+
+    @register_pruner("first")
+    class First(Pruner):
+        config_class = FirstConfig
+
+    yield First, FirstConfig
+    _REGISTRY.pop("first")
+
+
+@pytest.mark.parametrize("written", ["own", "plain"])
+def test_a_config_from_above_a_registered_class_gets_its_name(tmp_path, first, written):
+    cls, own = first
+    cls(own(pruning_ratio=0.5, skip=2) if written == "own" else PrunerConfig(pruning_ratio=0.5)).save_pretrained(
+        tmp_path
+    )
+    loaded = AutoPruner.from_pretrained(tmp_path)
+    assert type(loaded) is cls
+    assert (loaded.config.pruning_ratio, loaded.config.skip) == (0.5, 2 if written == "own" else 0)
+
+
+def test_a_config_with_the_name_of_another_class_is_not_saved(tmp_path, first):
+    """It would be loaded as that class, without a word."""
+    derived, other = type("Derived", (DivPrune,), {}), first[0]
+    for pruner in (derived(DivPrune.config_class()), other(DivPrune.config_class())):
+        with pytest.raises(ValueError, match=f"a {type(pruner).__name__} says 'divprune', .* gets DivPrune in its pl"):
+            pruner.save_pretrained(tmp_path)
+        args = DualSpeedTrainingArguments(str(tmp_path), use_cpu=True)
+        with pytest.raises(ValueError, match="says 'divprune'"):
+            resolve_pruner(pruner, args, None)
+    assert derived(DivPrune.config_class(0.5))(tokens((4, 4))).lengths == [8]
+
+
+RANKS = {
+    "all tokens": lambda tokens, k: tokens.attention.argsort(1, descending=True),
+    "too few": lambda tokens, k: tokens.attention.topk(k - 1).indices,
+    "one image": lambda tokens, k: tokens.attention[0].topk(k).indices,
+    "a mask": lambda tokens, k: tokens.attention > 0.5,
+    "scores": lambda tokens, k: tokens.attention[:, :k],
+    "all of topk": lambda tokens, k: tokens.attention.topk(k),
+}
+
+
+@pytest.mark.parametrize("rank", RANKS.values(), ids=RANKS)
+@pytest.mark.parametrize("shapes", [[(4, 4), (4, 4)], [(4, 4), (3, 3)]])
+def test_what_is_no_ranking_is_refused(monkeypatch, rank, shapes):
+    pruner = build("random", pruning_ratio=0.5)
+    monkeypatch.setattr(type(pruner), "rank", lambda self, *given: rank(*given))
+    with pytest.raises(ValueError, match=r"`rank` of RandomPruner must return .* of shape \(2, 8\), got .*top_k"):
+        pruner(tokens(*shapes))
+
+
+def test_what_reduce_returns_must_fit_together():
+    good = {"features": torch.zeros(2, 3, 4), "positions": torch.arange(3).expand(2, -1), "valid": None}
+    PrunedTokens(**good, lengths=[3, 3])
+    for change, message in (
+        ({"lengths": [3, 2]}, r"`lengths` are \[3, 2\], but rows hold 3 tokens, `valid` is None"),
+        ({"lengths": [4, 3]}, "`lengths` are .*, but rows hold 3"),
+        ({"features": torch.zeros(2, 5, 4)}, r"`features` must begin with the shape \(B, K\), \(2, 3\)"),
+        ({"sizes": torch.ones(2, 5)}, "`sizes` must begin with the shape"),
+        ({"valid": torch.ones(3, 3, dtype=torch.bool)}, "`valid` must begin with the shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PrunedTokens(**{**good, "lengths": [3, 3], **change})
 
 
 @pytest.mark.parametrize("name", available_pruners())

@@ -16,8 +16,11 @@ from tiny_models import FAMILIES
 from training import make
 from transformers import AutoModelForImageTextToText
 
+from hf_dualspeed import AutoPruner
 from hf_dualspeed.models.adapters import remember_origins
-from hf_dualspeed.utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_WEIGHTS_NAME
+from hf_dualspeed.trainer.earlier_stage import holds_weights_of
+from hf_dualspeed.utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME
+from hf_dualspeed.utils.writing import write_json
 
 PRUNER = {"pruner": "token_learner", "max_steps": 2}
 
@@ -203,6 +206,11 @@ def test_a_learned_pruner_of_another_kind_starts_anew_by_name(tmp_path, stages, 
         make(tmp_path, model=loaded(stages), **{**PRUNER, "pruner": "dynamicvit"})
     assert "The pruner 'dynamicvit' starts anew: what was trained and saved in" in caplog.text
     assert "'token_learner'" in caplog.text
+    # Nor does it take code of its own, which is not run.
+    write_json(tmp_path / PRUNER_CONFIG_NAME, {"pruner_type": "mine", "auto_map": {"AutoPruner": "mine.Mine"}})
+    (tmp_path / PRUNER_WEIGHTS_NAME).touch()
+    assert not holds_weights_of(tmp_path, AutoPruner.from_name("dynamicvit", hidden_size=8))
+    assert "is a 'mine'" in caplog.text
 
 
 def test_adapters_of_unknown_origin_are_named(tmp_path, stages, monkeypatch, caplog):
