@@ -204,10 +204,10 @@ class Checkpoint:
         if own is not None and own.config.pruner_type == name:
             pruner = copy.deepcopy(own)
             pruner.reconfigure(pruning_ratio=ratio, pruning_schedule="constant", initial_pruning_ratio=None)
-            return pruner.eval()
+            return pruner
         if is_learned(name):
             raise InputError(f"This model was not trained with the learned pruner {name}. Choose another pruner.")
-        return AutoPruner.from_name(name, pruning_ratio=ratio).eval()
+        return AutoPruner.from_name(name, pruning_ratio=ratio)
 
     def answer(self, image: Image.Image, question: str, pruner: Pruner | None = None) -> Answer:
         """Answers from all visual tokens, or from the isolator and those that `pruner` keeps.

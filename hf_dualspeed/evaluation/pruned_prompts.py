@@ -118,4 +118,4 @@ def prompt_pruner(name: str | None, checkpoint: Checkpoint, ratio: float | None)
     check_prompt_pruner(pruner.config.pruner_type)
     if ratio is not None:
         pruner.reconfigure(pruning_ratio=ratio)
-    return pruner.eval()
+    return pruner

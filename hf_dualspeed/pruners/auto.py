@@ -12,7 +12,11 @@ from .registry import pruner_class
 
 
 class AutoPruner:
-    """Builds pruners by registered name, from a folder or from the Hub."""
+    """Builds pruners by registered name, from a folder or from the Hub.
+
+    They are in evaluation mode, as models of transformers are that are loaded: those that draw in training draw after
+    `train()`, which a trainer calls.
+    """
 
     def __init__(self):
         raise TypeError("AutoPruner is not instantiated: use AutoPruner.from_name or AutoPruner.from_pretrained.")
@@ -27,7 +31,7 @@ class AutoPruner:
             TypeError: the pruner has no such setting.
         """
         cls = pruner_class(name)
-        return cls(cls.config_class(**settings))
+        return cls(cls.config_class(**settings)).eval()
 
     @staticmethod
     @checked
@@ -53,9 +57,9 @@ class AutoPruner:
         cls = pruner_class(config.pruner_type)
         expected = planned_weights(cls, config, f"{PRUNER_CONFIG_NAME} of {source}")
         if not expected:
-            return cls(config)
+            return cls(config).eval()
         # Check the file before the pruner takes memory: the file bounds what its config may ask for.
         path = weights_file(source.name if source.local else source.fetch(PRUNER_WEIGHTS_NAME).parent, expected, config)
         pruner = cls(config)
         pruner.load_weights(path.parent)
-        return pruner
+        return pruner.eval()

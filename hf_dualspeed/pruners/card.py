@@ -97,11 +97,12 @@ def usage(pruner: Pruner, repo_id: str, revision: str | None = None) -> str:
     """Three lines that load the published pruner and run a model on pruned tokens."""
     options = f', revision="{revision}"' if revision else ""
     options += ", trust_remote_code=True" if is_custom(pruner) else ""
+    device = ".to(model.device)" if pruner.state_dict() else ""
     function, line = "prune_inputs", "answer = model.generate(**prune_inputs(model, inputs, pruner))"
     if pruner.in_language_model:
         function, line = "prune_visual_tokens", "with prune_visual_tokens(model, pruner): loss = model(**inputs).loss"
     return f"""from hf_dualspeed import AutoPruner, {function}
-pruner = AutoPruner.from_pretrained("{repo_id}"{options})
+pruner = AutoPruner.from_pretrained("{repo_id}"{options}){device}
 {line}"""
 
 

@@ -86,7 +86,6 @@ class DynamicViT(Pruner):
             nn.GELU(),
             Float32Linear(width // 4, 1, bias=False),  # a bias changes no choice
         )
-        self.eval()  # as models of transformers are; `train()` turns the noise on
 
     def reduce(self, tokens: VisualTokens, lengths: list[int]) -> PrunedTokens:
         check_width(tokens.features, self.config.hidden_size)

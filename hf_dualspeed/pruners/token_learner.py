@@ -69,7 +69,6 @@ class TokenLearner(Pruner):
         self.project = Float32Linear(config.hidden_size, config.bottleneck_size)
         self.maps = Float32Linear(config.bottleneck_size, config.max_tokens, bias=False)  # a softmax drops a bias
         self.focus = nn.Parameter(torch.zeros(config.max_tokens))
-        self.eval()  # as models of transformers are; in training, `check` looks ahead
 
     def forward(self, tokens: VisualTokens, progress: float = 1.0) -> PrunedTokens:
         if isinstance(tokens, VisualTokens):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -92,13 +93,16 @@ def resolve_pruner(pruner: Pruner | None, args: DualSpeedArguments, interface: M
         raise ValueError(
             f"`pruning_ratio` is {args.pruning_ratio}, but `pruner_kwargs` has {ratio!r} for it. Leave it out there."
         )
+    if args.pruner_revision is not None:
+        of_repo = pruner is None and args.pruner not in available_pruners() and not Path(args.pruner).is_dir()
+        if not of_repo:
+            given = repr(args.pruner) if pruner is None else f"a {type(pruner).__name__} already"
+            raise ValueError(
+                f"`pruner_revision` is {args.pruner_revision!r}, but `pruner` is {given}, which is not read from a Hub "
+                "repo. Leave it out, or name a repo 'user/name'."
+            )
     if pruner is None:
         if args.pruner in available_pruners():
-            if args.pruner_revision is not None:
-                raise ValueError(
-                    f"`pruner_revision` is {args.pruner_revision!r}, but `pruner` is {args.pruner!r}, a registered "
-                    "name of no Hub repo. Leave it out, or name a repo 'user/name'."
-                )
             settings = {"pruning_ratio": float(args.pruning_ratio), **(args.pruner_kwargs or {})}
             known = [f.name for f in fields(pruner_class(args.pruner).config_class)]
             check_keys("pruner_kwargs", settings, known)

@@ -103,6 +103,18 @@ def test_code_is_pushed_and_run_where_it_is_trusted(hub, published, tmp_path):
     assert kept(AutoPruner.from_pretrained(tmp_path / "copy", trust_remote_code=True)) == [1, 2, 3, 4]
 
 
+def test_a_class_may_have_any_name(tmp_path):
+    """transformers takes one with "Tokenizer" in it for a pair of classes."""
+    (tmp_path / "single.py").write_text(
+        CODE.replace("class First(", "class VisualTokenizer(").replace(".helper", "helper")
+    )
+    (tmp_path / "helper.py").write_text("ORDER = 1\n")
+    importlib.import_module("single")
+    AutoPruner.from_name("own_first", pruning_ratio=0.5).save_pretrained(tmp_path / "saved")
+    forget()
+    assert kept(AutoPruner.from_pretrained(tmp_path / "saved", trust_remote_code=True)) == [0, 1, 2, 3]
+
+
 def test_without_trust_no_code_is_fetched(hub, published, tmp_path):
     before = len(hub.log)
     with pytest.raises(ValueError, match="is not run unasked") as error:

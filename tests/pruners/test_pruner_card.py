@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from loopback_hub import TOKEN
 from pruner_cases import build
-from tiny_models import FAMILIES, batch
+from tiny_models import FAMILIES, HIDDEN, batch
 
 from hf_dualspeed import AutoPruner, available_pruners, cli
 from hf_dualspeed.pruners.card import pruner_card
@@ -46,12 +46,14 @@ def test_the_paper_is_cited():
     assert "the rule:" not in text(build("random"))
 
 
-@pytest.mark.parametrize("name", ["divprune", "fastv"])
+@pytest.mark.parametrize("name", ["divprune", "dynamicvit", "fastv"])
 def test_the_three_lines_run(hub, name):
-    AutoPruner.from_name(name, pruning_ratio=0.5, **({"layer": 1} if name == "fastv" else {})).push_to_hub(REPO)
+    settings = {"fastv": {"layer": 1}, "dynamicvit": {"hidden_size": HIDDEN}}.get(name, {})
+    AutoPruner.from_name(name, pruning_ratio=0.5, **settings).push_to_hub(REPO)
     card = hub.files(REPO)["README.md"].decode()
     (lines,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
     assert lines.count("\n") == 2
+    assert (".to(model.device)\n" in lines) == (name == "dynamicvit")
     model, processor = FAMILIES["llava"].build("left")
     scope = {"model": model, "inputs": batch(FAMILIES["llava"], processor)}
     exec(lines, scope)

@@ -414,7 +414,12 @@ def first():
 
     @register_pruner("first")
     class First(Pruner):
-        config_class = FirstConfig
+        config_class, learned = FirstConfig, None
+
+        def __init__(self, config):
+            super().__init__(config)
+            if type(self).learned is not None:
+                self.weight = type(self).learned
 
     yield First, FirstConfig
     _REGISTRY.pop("first")
@@ -429,6 +434,16 @@ def test_a_config_from_above_a_registered_class_gets_its_name(tmp_path, first, w
     loaded = AutoPruner.from_pretrained(tmp_path)
     assert type(loaded) is cls
     assert (loaded.config.pruning_ratio, loaded.config.skip) == (0.5, 2 if written == "own" else 0)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_loaded_pruner_is_in_evaluation_mode(tmp_path, first, learned):
+    """One of a user's own may drop out or draw in training."""
+    first[0].learned = torch.nn.Parameter(torch.ones(1)) if learned else None
+    pruner = AutoPruner.from_name("first")
+    assert not pruner.training
+    pruner.train().save_pretrained(tmp_path)
+    assert not AutoPruner.from_pretrained(tmp_path).training
 
 
 def test_a_config_with_the_name_of_another_class_is_not_saved(tmp_path, first):

@@ -8,6 +8,7 @@ from training import make
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments, prune_inputs
 from hf_dualspeed.pruners import budget
+from hf_dualspeed.trainer.setup import resolve_pruner
 
 RISING = {"pruning_schedule": "linear", "initial_pruning_ratio": 0.25}
 STEPS = 5
@@ -83,8 +84,18 @@ def test_one_ratio_is_given(tmp_path, saved):
 
 
 def test_a_revision_of_no_repo_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`pruner_revision` is 'v1', but `pruner` is 'grid', a registered name"):
-        make(tmp_path, pruner="grid", pruner_revision="v1")
+    saved = AutoPruner.from_name("grid")
+    saved.save_pretrained(tmp_path)
+    for name, given, said in (
+        ("grid", None, "'grid'"),
+        (str(tmp_path), None, "'/.*'"),
+        ("grid", saved, "a GridPruner"),
+    ):
+        args = DualSpeedTrainingArguments(str(tmp_path), use_cpu=True, pruner=name, pruner_revision="v1")
+        with pytest.raises(
+            ValueError, match=f"`pruner_revision` is 'v1', but `pruner` is {said}.*no.* from a Hub repo"
+        ):
+            resolve_pruner(given, args, None)
 
 
 def test_evaluation_in_between_prunes_by_the_end_of_the_schedule(tmp_path):
