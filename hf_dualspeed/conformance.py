@@ -199,7 +199,7 @@ def alone_as_in_a_batch(model: nn.Module, batch: Batch) -> bool | None:
         together = shorten(model, batch, name=name)
         alone = shorten_one(model, batch, batch.alone, RATIO, name)
         mask, single = together["attention_mask"][batch.row].bool(), alone["attention_mask"][0].bool()
-        # Left padding shifts a sample's positions, and rotary embeddings ignore a shift: compare differences.
+        # Left padding may shift positions that a batch brings, and rotary embeddings ignore a shift.
         beside, own = together["position_ids"][..., batch.row, mask], alone["position_ids"][..., 0, single]
         assert torch.equal(beside - beside[..., :1], own - own[..., :1]), f"{name} keeps other positions"
         same(model(**together).logits[batch.row][mask], model(**alone).logits[0][single])

@@ -404,12 +404,9 @@ def compact_positions(
 
 def full_positions(interface: ModelInterface, inputs: Mapping, mask: torch.Tensor) -> torch.Tensor:
     """The positions that the model gives the full sequence, `(B, S)` or `(3, B, S)`."""
-    # The batch may bring its own, and most models number 0, 1, ...
-    given = inputs.get("position_ids")
-    if given is not None:
-        return given
-    ids, owner = inputs["input_ids"], interface.positions_owner
-    if owner is None:
-        return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    positions = numbered(owner, inputs, mask)
-    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
+    # The batch may bring its own, and the model may number on several axes.
+    positions, owner = inputs.get("position_ids"), interface.positions_owner
+    if positions is None and owner is not None:
+        positions = numbered(owner, inputs, mask)
+    # Others number 0, 1, ...: without padding, which counts where positions are learned (OPT).
+    return (mask.long().cumsum(1) - 1).clamp_(min=0) if positions is None else positions

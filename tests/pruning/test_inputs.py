@@ -10,6 +10,7 @@ from families import FAMILIES as CONFORMING
 from families import batch as mixed
 from pruner_cases import build, shortens
 from tiny_models import FAMILIES, HIDDEN, MIXED, batch
+from transformers import Blip2ForConditionalGeneration, OPTConfig
 
 from hf_dualspeed import ModeIsolator, available_pruners, freeze_roles, prune_inputs, prune_visual_tokens
 from hf_dualspeed.data import MaskVisualLabels
@@ -49,6 +50,26 @@ def test_ratio_zero_without_isolator_is_the_plain_forward(family, side):
             inside = model(**inputs)
     torch.testing.assert_close(inside.loss, plain.loss)
     torch.testing.assert_close(model(**inputs).loss.detach(), plain.loss)  # the context is over
+
+
+def test_learned_positions_are_counted_without_padding():
+    """OPT, BLIP-2's language model, looks up its positions, so that left padding may not shift them."""
+    family = CONFORMING["blip_2"]
+    config, sizes = family.model().config, {"hidden_size": HIDDEN, "ffn_dim": 32, "word_embed_proj_dim": HIDDEN}
+    config.text_config = OPTConfig(
+        vocab_size=100,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        init_std=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        **sizes,
+    )
+    model = Blip2ForConditionalGeneration(config).eval()
+    inputs = mixed(family, model, [[3, "image", 5], ["image", 9]], side="left")
+    short = prune_inputs(model, inputs, pruner(ratio=0.0), position_ids="original")
+    expected = real(model(**inputs).logits, inputs["attention_mask"])
+    torch.testing.assert_close(real(model(**short).logits, short["attention_mask"]), expected)
 
 
 @pytest.mark.parametrize("side", SIDES)
