@@ -23,8 +23,6 @@ class FastVConfig(PrunerConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range("layer", self.layer, 1, off="The paper's is 2.")
-        if self.layer != int(self.layer):
-            raise ValueError(f"`layer` must be a whole number, got {self.layer!r}. The paper's is 2.")
 
 
 @register_pruner("fastv")

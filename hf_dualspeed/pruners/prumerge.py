@@ -31,8 +31,6 @@ class PruMergeConfig(PrunerConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range("neighbours", self.neighbours, 0, off="Use 0 to select without merging.")
-        if not isinstance(self.neighbours, int):
-            raise ValueError(f"`neighbours` must be a whole number, got {self.neighbours!r}.")
 
 
 @register_pruner("prumerge")

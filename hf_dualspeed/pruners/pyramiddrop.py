@@ -22,8 +22,7 @@ class PyramidDropConfig(PrunerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        listed = isinstance(self.stages, (list, tuple)) and len(self.stages) > 0
-        if not listed:
+        if not self.stages:
             raise ValueError(f"`stages` must be a list of depths such as [0.25, 0.5, 0.75], got {self.stages!r}.")
         for depth in self.stages:
             check_range("stages", depth, 0, 1, left_open=True, right_open=True, off="Depths are fractions of layers.")
