@@ -138,8 +138,8 @@ class Pruner(nn.Module):
         `state_dict` replaces the pruner's own weights where those are sharded.
 
         Raises:
-            ValueError: the config has the name of another class, as that of a class that derives from a registered
-                one and is not registered itself.
+            ValueError: the class is not registered, so that its config has no name, or that of another class which it
+                derives from.
         """
         check_name(type(self), self.config.pruner_type)
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -80,15 +80,17 @@ def is_twin(known: type[Pruner], cls: type[Pruner]) -> bool:
 
 
 def check_name(cls: type[Pruner], name: str) -> None:
-    """Raises a `ValueError` if the config of a pruner of class `cls` has the `name` of another class.
+    """Raises a `ValueError` if the config of a pruner of class `cls` has no `name`, or that of another class.
 
-    Whoever loads what is saved with it would get that one.
+    Nobody could load what is saved with it, or would get that one.
     """
     known = known_class(name)
-    if known is not None and not is_twin(known, cls) and not is_fetched(known):
+    of_other = known is not None and not is_twin(known, cls) and not is_fetched(known)
+    if of_other or not name:
+        result = f"gets {known.__name__} in its place" if of_other else "would find nothing"
         raise ValueError(
-            f"The config of a {cls.__name__} says {name!r}, so that whoever loads it gets {known.__name__} in its "
-            "place. Put @register_pruner(...) above the class, with a name of its own, and build the pruner by "
+            f"The config of a {cls.__name__} has the name {name!r}, so that whoever loads it {result}. Put "
+            "@register_pruner(...) above the class, with a name of its own, and build the pruner by "
             "AutoPruner.from_name."
         )
 

@@ -446,14 +446,16 @@ def test_a_loaded_pruner_is_in_evaluation_mode(tmp_path, first, learned):
     assert not AutoPruner.from_pretrained(tmp_path).training
 
 
-def test_a_config_with_the_name_of_another_class_is_not_saved(tmp_path, first):
-    """It would be loaded as that class, without a word."""
+def test_a_config_without_a_name_or_with_that_of_another_class_is_not_saved(tmp_path, first):
+    """It could not be loaded, or would be as that class, without a word."""
     derived, other = type("Derived", (DivPrune,), {}), first[0]
-    for pruner in (derived(DivPrune.config_class()), other(DivPrune.config_class())):
-        with pytest.raises(ValueError, match=f"a {type(pruner).__name__} says 'divprune', .* gets DivPrune in its pl"):
+    nameless = type("Nameless", (Pruner,), {})(PrunerConfig())
+    for pruner in (derived(DivPrune.config_class()), other(DivPrune.config_class()), nameless):
+        said = "'', .* would find nothing" if pruner is nameless else "'divprune', .* gets DivPrune in its place"
+        with pytest.raises(ValueError, match=f"a {type(pruner).__name__} has the name {said}"):
             pruner.save_pretrained(tmp_path)
         args = DualSpeedTrainingArguments(str(tmp_path), use_cpu=True)
-        with pytest.raises(ValueError, match="says 'divprune'"):
+        with pytest.raises(ValueError, match="has the name"):
             resolve_pruner(pruner, args, None)
     assert derived(DivPrune.config_class(0.5))(tokens((4, 4))).lengths == [8]
 
