@@ -248,11 +248,17 @@ class ModelInterface:
         return {name: self.outer.get_encoder(modality=name) for name in read}
 
     def check_protocol(self) -> None:
-        """Raises a `ValueError` that names what is missing, unless the model takes encoded images or reads audio."""
+        """Raises a `ValueError` that names what is missing, unless the model takes encoded images or reads audio.
+
+        What an encoder and a decoder share is not one sequence: labels are no part of what is shortened, and the
+        decoder's own keys have other sizes.
+        """
         image, audio = self.encoders["image"], self.encoders["audio"]
-        if not audio.missing and not audio.family.whole:
-            return
         missing = []
+        if getattr(self.text_config, "is_encoder_decoder", False):
+            missing.append("its language model is an encoder and a decoder")
+        elif not audio.missing and not audio.family.whole:
+            return
         if "mm_encoder_outputs" not in self.forward.names:
             missing.append("its forward takes no `mm_encoder_outputs`")
         if self.owner_of(image.modality.method) is None:

@@ -116,8 +116,6 @@ def check_padding_free(interface: ModelInterface, pruner: Pruner) -> None:
     foreign = sorted(layer_kinds(config) - SEPARABLE)
     if pruner.in_language_model:
         reason = f"the pruner {pruner.config.pruner_type!r} drops tokens between layers, row by row"
-    elif getattr(interface.config, "is_encoder_decoder", False):
-        reason = f"{interface.name} is an encoder and a decoder"
     elif interface.family.places:
         reason = f"the attention of {interface.name} takes position ids for places in the sequence"
     elif foreign:

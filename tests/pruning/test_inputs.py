@@ -10,7 +10,7 @@ from families import FAMILIES as CONFORMING
 from families import batch as mixed
 from pruner_cases import build, shortens
 from tiny_models import FAMILIES, HIDDEN, MIXED, batch
-from transformers import Blip2ForConditionalGeneration, OPTConfig
+from transformers import Blip2ForConditionalGeneration, OPTConfig, T5Config
 
 from hf_dualspeed import ModeIsolator, available_pruners, freeze_roles, prune_inputs, prune_visual_tokens
 from hf_dualspeed.data import MaskVisualLabels
@@ -50,6 +50,16 @@ def test_ratio_zero_without_isolator_is_the_plain_forward(family, side):
             inside = model(**inputs)
     torch.testing.assert_close(inside.loss, plain.loss)
     torch.testing.assert_close(model(**inputs).loss.detach(), plain.loss)  # the context is over
+
+
+def test_an_encoder_and_a_decoder_are_refused_by_name():
+    """Labels are another sequence than what is shortened, and the decoder's own keys have no sizes."""
+    family = CONFORMING["blip_2"]
+    config = family.model().config
+    config.text_config = T5Config(vocab_size=100, d_model=HIDDEN, d_ff=32, num_layers=1, num_heads=4, d_kv=8)
+    model = Blip2ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="Blip2.* cannot be pruned: its language model is an encoder and a decoder"):
+        prune_inputs(model, mixed(family, model, [["image", 5]]), pruner())
 
 
 def test_learned_positions_are_counted_without_padding():
