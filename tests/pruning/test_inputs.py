@@ -56,6 +56,7 @@ def test_an_encoder_and_a_decoder_are_refused_by_name():
     """Labels are another sequence than what is shortened, and the decoder's own keys have no sizes."""
     family = CONFORMING["blip_2"]
     config = family.model().config
+    config.use_decoder_only_language_model = False
     config.text_config = T5Config(vocab_size=100, d_model=HIDDEN, d_ff=32, num_layers=1, num_heads=4, d_kv=8)
     model = Blip2ForConditionalGeneration(config)
     with pytest.raises(ValueError, match="Blip2.* cannot be pruned: its language model is an encoder and a decoder"):
