@@ -18,6 +18,7 @@ from .pruning.api import prune_inputs
 from .pruning.encoding import VisualEncoding, encode
 from .pruning.inputs import full_positions
 from .pruning.isolator import ModeIsolator
+from .pruning.packing import shortest_reach
 from .pruning.proportional_attention import key_sizes_of
 from .trainer.dual_forward import DualForward
 from .trainer.schedule import FAST, SLOW
@@ -157,9 +158,11 @@ def original_positions_are_masking(model: nn.Module, batch: Batch) -> bool | Non
 
     With proportional attention, kept tokens of that forward count for as many as they stand for.
     """
-    if not batch.masks_tokens or batch.position_ids != "original":
-        return False
     mask = batch.inputs["attention_mask"].clone()
+    # A window shorter than the sequence counts kept tokens alone, which masking does not show.
+    near = shortest_reach(ModelInterface(model).text_config, mask.shape[1])
+    if not batch.masks_tokens or batch.position_ids != "original" or near is not None:
+        return False
     sizes = torch.ones(mask.shape)
     # Write each unit's kept places and sizes into mask and sizes (B, S), by flat places of the encoding's tokens.
     for encoding in encodings(model, batch):

@@ -90,7 +90,7 @@ class Packing:
         if flash:
             return packed
         # Causal mask that separates samples by restarting positions, (B, 1, S', S'), for layers that see all of them.
-        reach = self._reach(plan.source.shape[1])
+        reach = shortest_reach(config, plan.source.shape[1])
         if reach is None:
             packed["attention_mask"] = create_causal_mask(
                 config=config,
@@ -140,12 +140,12 @@ class Packing:
                 "each other. Pad the batch instead of packing it (padding_free=False)."
             )
 
-    def _reach(self, length: int) -> int | None:
-        """How many tokens the layers see that see the fewest, if a row of `length` tokens is longer."""
-        config = self.interface.text_config
-        kinds = layer_kinds(config) or set(LOCAL)  # without kinds, all layers follow the option
-        reaches = [getattr(config, option, None) for kind, option in LOCAL.items() if kind in kinds]
-        return min((reach for reach in reaches if reach and reach < length), default=None)
+
+def shortest_reach(config, length: int) -> int | None:
+    """How many tokens the layers of a language model see that see the fewest, if a row of `length` tokens is longer."""
+    kinds = layer_kinds(config) or set(LOCAL)  # without kinds, all layers follow the option
+    reaches = [getattr(config, option, None) for kind, option in LOCAL.items() if kind in kinds]
+    return min((reach for reach in reaches if reach and reach < length), default=None)
 
 
 def is_packed(inputs: Mapping) -> bool:

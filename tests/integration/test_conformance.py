@@ -10,7 +10,7 @@ import supported_models
 from families import FAMILIES
 from families.cases import CASES, batch_of
 
-from hf_dualspeed.conformance import CHECKS, Batch, check_model, encodings
+from hf_dualspeed.conformance import CHECKS, Batch, check_model, encodings, original_positions_are_masking
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -32,6 +32,16 @@ def test_a_budget_for_each_frame(name):
     assert sum(frames.lengths) == sum(clips.lengths)
     assert len(frames.lengths) >= len(clips.lengths)
     assert failures(model, batch) == []
+
+
+def test_a_window_shorter_than_the_prompt_is_no_failure():
+    """It counts kept tokens, so that a pass on all tokens with the dropped ones hidden is no reference."""
+    family = FAMILIES["mistral3"]
+    model = family.model()
+    batch = batch_of(family, model, "image", "left")
+    assert original_positions_are_masking(model, batch) is None
+    model.config.text_config.sliding_window = 6
+    assert original_positions_are_masking(model, batch) is False  # not shown
 
 
 def failures(model, batch: Batch) -> list[str]:
