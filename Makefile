@@ -134,8 +134,9 @@ memory: $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/python tests/helpers/supported_models.py
 
-# A process per core, but no more than memory bears; each takes whole files, whose fixtures are shared.
-WORKERS := -n auto --maxprocesses 4 --dist loadfile
+# A process per core, but no more than memory bears; each takes whole files, whose fixtures are shared, in the order of
+# tests/conftest.py.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # For the browser tests, which are skipped without it.
 chromium:

@@ -5,6 +5,7 @@ import os
 # Tiny models gain nothing from threads, and wait for each other very long where other programs use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -35,3 +36,12 @@ def same_verbosity():
     logging.set_verbosity(VERBOSITY)
     yield
     logging.set_verbosity(VERBOSITY)
+
+
+@pytest.hookimpl(trylast=True)  # behind the choice by marks
+def pytest_collection_modifyitems(items):
+    """Files that start several processes come first, then those of most tests: xdist hands files out in this order, and
+    what takes minutes would keep one process busy when the others are done."""
+    count = Counter(item.path for item in items)
+    several = {item.path for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: (item.path not in several, -count[item.path]))

@@ -15,6 +15,7 @@ FEW = {"random": 0, "chosen": 4, "full": 1}
 MANY = {"random": 40, "chosen": 42, "full": 6}
 
 
+@pytest.mark.distributed
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("counts", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_killed_runs_resume_to_the_bit(tmp_path, counts):
