@@ -93,9 +93,9 @@ bench: $(STAMP)
 	$(BIN)/dualspeed bench --rounds 3 --batch 3
 	$(BIN)/dualspeed bench --shape llava-1.5 --rounds 4 --output docs/results/bench_batch8.json
 	$(BIN)/dualspeed bench --shape llava-next --rounds 3 --output docs/results/bench_batch6.json
-	$(BIN)/dualspeed bench --shape smolvlm --checkpointing off --output docs/results/bench_smolvlm.json
+	$(BIN)/dualspeed bench --shape smolvlm --checkpointing off --rounds 3 --output docs/results/bench_smolvlm.json
 	$(BIN)/dualspeed bench --profile
-	$(BIN)/dualspeed bench --growth
+	$(BIN)/dualspeed bench --growth --rounds 3
 	$(BIN)/dualspeed bench --lengths
 	$(BENCH_LENGTHS) --steps 24 --output docs/results/bench_one_row.json
 	$(BENCH_LENGTHS) --steps 8 --switches padding_free fast_length_multiple compile_regions \

@@ -1,6 +1,8 @@
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from hf_dualspeed.commands.bench import main
 from hf_dualspeed.utils.memory import GIB
 
 FLAGS += ["--shape", "llava-1.5", "--rounds", "2", "--pruning-ratio", "0.9", "--threads", "1"]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -590,3 +593,25 @@ def test_help(capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "--pruning-ratio" in out
     assert "a round of llava-1.5 takes" in out
+
+
+def test_make_measures_what_the_result_files_hold(monkeypatch):
+    """`make bench` and `make bench-gpu` regenerate them; older files differ in the ratio of slow steps."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ").replace("$(GPU)", "h100")
+    variables = dict(re.findall(r"^(\w+) := (.*)$", text, re.MULTILINE))
+    for name in ("BENCH_LENGTHS", "BENCH_GPU"):
+        text = text.replace(f"$({name})", variables[name])
+    monkeypatch.chdir(ROOT)
+    measured = set()
+    for line in re.findall(r"^\t\$\(BIN\)/dualspeed bench (.*)", text, re.MULTILINE):
+        options = parse_arguments(line.split())
+        results = json.loads(Path(options.output).read_text())
+        assert results["rounds"] == options.rounds, line
+        assert results["runs"][0]["shape"] == options.shape[0]
+        if options.kind != "loader":
+            told = {key: value for key, value in results["settings"].items() if key != "slow_ratio"}
+            assert told.items() <= options.recorded().items(), line
+            assert {run["batch"] for run in results["runs"]} == {options.rows(shape) for shape in options.shapes()}
+        measured.add(Path(options.output).name)
+    kept = {path.name for path in (ROOT / "docs/results").glob("bench*.json")}
+    assert kept - measured == {"bench_same_memory.json", "bench_h100_profile.json"}  # by commands that pages name
