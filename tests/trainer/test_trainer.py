@@ -482,12 +482,14 @@ def test_best_model_and_sharded_checkpoints_are_read_back(tmp_path):
         eval_strategy="steps",
         eval_steps=2,
         load_best_model_at_end=True,
+        greater_is_better=True,  # for the last weights are the best
         learning_rate=0.5,
     )
     save = trainer.model.save_pretrained
     trainer.model.save_pretrained = lambda *args, **options: save(*args, max_shard_size="100KB", **options)
     trainer.train()
     best = trainer.state.best_model_checkpoint
+    assert not best.endswith("-6")
     assert len(list(Path(best).glob("model-*.safetensors"))) > 1
     loaded, _ = FAMILIES["llava"].build(seed=9)
     loaded = type(loaded).from_pretrained(best)
