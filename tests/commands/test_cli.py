@@ -213,10 +213,27 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"dualspeed {__version__}\n"
 
 
-def test_every_public_name_is_there():
+WITHOUT_TRL = """
+import sys
+sys.modules["trl"] = None
+import hf_dualspeed
+assert "DualSpeedSFTTrainer" not in dir(hf_dualspeed)
+hf_dualspeed.data.VisionLanguageCollator
+from hf_dualspeed import *
+DualSpeedTrainer
+try:
+    hf_dualspeed.DualSpeedSFTTrainer
+except ImportError as error:
+    assert 'pip install "hf-dualspeed[trl]"' in str(error)
+else:
+    raise AssertionError("no error")
+"""
+
+
+def test_every_public_name_is_there_and_needs_no_trl():
     for name in hf_dualspeed.__all__:
         assert getattr(hf_dualspeed, name).__name__ == name
-    code = "import hf_dualspeed; hf_dualspeed.data.VisionLanguageCollator; from hf_dualspeed import *; DualSpeedTrainer"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", WITHOUT_TRL], check=True, timeout=300)
+    assert {"DualSpeedSFTConfig", "DualSpeedSFTTrainer", "DualSpeedTrainer"} <= set(dir(hf_dualspeed))
     with pytest.raises(AttributeError, match="has no attribute 'DualSpedTrainer'"):
         _ = hf_dualspeed.DualSpedTrainer
