@@ -238,6 +238,7 @@ def test_the_longest_samples_are_measured(tmp_path):
     assert fast == slow == max(lengths)  # the column knows of no visual tokens
 
 
+@pytest.mark.distributed
 def test_ranks_agree_on_the_smallest(tmp_path):
     options = ("--batch", "1", "--max-steps", "2", "--rooms", str(ROOM), str(2 * ROOM))
     ranks = run(tmp_path, *options, config=DDP)
