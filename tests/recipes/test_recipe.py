@@ -424,12 +424,15 @@ def test_an_evaluation_that_fails_costs_neither_card_nor_results(run, tmp_path, 
 
 
 def test_a_run_resumes_from_its_last_checkpoint(run, tmp_path):
+    def logged(step: int) -> list[dict]:
+        return json.loads((tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+
     run("--save_steps", "2", "--resume_from_checkpoint", "last")
-    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    before = logged(4)
     results = run("--max_steps", "6", "--resume_from_checkpoint", "last")
-    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
-    assert state["global_step"] == 6
-    assert sum(results["steps"].values()) in (2, 6)
+    assert [entry["step"] for entry in logged(6)] == [1, 2, 3, 4, 5, 6]
+    assert logged(6)[:4] == before  # with their seconds, which steps that are run again would not take
+    assert sum(results["steps"].values()) == 6
 
 
 def test_a_run_with_adapters(run, tmp_path):
