@@ -12,6 +12,7 @@ from operator_calls import calls_of_step
 from packaging.version import Version
 from pruner_cases import build, shortens, tokens
 from tiny_models import FAMILIES, batch
+from torch._dynamo.utils import counters as graphs
 from training import history, make
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainingArguments, available_pruners, prune_inputs
@@ -106,15 +107,20 @@ def test_a_compiled_pruner_prunes_and_trains_alike(tmp_path):
     model, processor = FAMILIES["llava"].build()
     inputs = batch(FAMILIES["llava"], processor)
     plain, compiled = (AutoPruner.from_name("divprune", pruning_ratio=0.5) for _ in range(2))
+    torch._dynamo.reset()
+    graphs.clear()
     compiled.compile(backend="aot_eager", fullgraph=True)
     expected, actual = (prune_inputs(model, inputs, pruner) for pruner in (plain, compiled))
     assert torch.equal(actual["input_ids"], expected["input_ids"])
+    assert graphs["stats"]["unique_graphs"] == 1
     runs = []
     for compiled in (False, True):
         trainer = make(tmp_path, slow_mode_ratio=0.5, mode_schedule="periodic")
+        graphs.clear()
         if compiled:
             trainer.dual_forward.pruner.compile(backend="aot_eager", dynamic=True)
         trainer.train()
+        assert bool(graphs["stats"]["unique_graphs"]) == compiled
         runs.append((history(trainer, "loss", "distillation_loss"), trainer.clock.visual_tokens))
     assert runs[0] == runs[1]
 
