@@ -203,10 +203,12 @@ def test_the_teacher_of_one_row_is_the_padded_one():
     family = FAMILIES["qwen2_5_vl"]
     model = family.model()
     inputs = batch(family, model, [[4, "image", 3], [9], ["image", 5]], "left")
-    passes = []
+    passes, rows = [], []
+    model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     for free in (False, True):
         with forward_of(model, free).in_mode(SLOW, distil=True):
             passes.append(model(**inputs))
+    assert rows == [3, 3, 1, 3]  # the student is not shortened
     torch.testing.assert_close(passes[1].teacher_logits, passes[0].teacher_logits, **CLOSE)
     torch.testing.assert_close(passes[1].logits, passes[0].logits, **CLOSE)
 
