@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 from torch.distributed.checkpoint import save
 from training import make
+from transformers import TrainerCallback
 
 from hf_dualspeed.evaluation.checkpoint import find_checkpoint
 from hf_dualspeed.publishing.files import check_checkpoint
@@ -92,10 +93,15 @@ def test_what_is_not_whole_is_skipped_by_name_and_refused_where_it_is_asked_for(
 
 
 def test_true_takes_the_last_whole_one(run):
+    class Steps(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trained.append(state.global_step)
+
     (run / "checkpoint-3" / "optimizer.pt").unlink()
-    trainer = make(run, max_steps=4, **SAVING)
+    trained: list[int] = []
+    trainer = make(run, max_steps=4, callbacks=[Steps()], **SAVING)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 4
+    assert trained == [3, 4]
     assert sum("loss" in entry for entry in trainer.state.log_history) == 4
     for folder in run.glob("checkpoint-*"):
         (folder / UNFINISHED).touch()

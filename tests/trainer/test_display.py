@@ -239,12 +239,14 @@ def test_steps_to_come_are_those_of_the_schedule(last, monkeypatch):
         assert found[SLOW] == pytest.approx(slow, abs=0 if last == 50 else 0.02 * last)
 
 
-def test_a_run_that_goes_on_counts_from_where_it_is(tmp_path):
-    trainer = make(tmp_path, **{**SHOWN, "disable_tqdm": True}, save_strategy="steps", save_steps=2)
-    trainer.train()
-    again = make(tmp_path, **SHOWN, max_steps=8)
+def test_a_run_that_goes_on_counts_from_where_it_is(tmp_path, capsys, monkeypatch):
+    make(tmp_path, **{**SHOWN, "disable_tqdm": True}, save_strategy="steps", save_steps=2).train()
+    again, counts, advance = make(tmp_path, **SHOWN, max_steps=8), [], display.Work.advance
+    monkeypatch.setattr(display.Work, "advance", lambda bar, *given: (advance(bar, *given), counts.append(bar.done)))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert again.state.log_history[2]["step"] == 3
+    first, *logs, _ = said(capsys)
+    assert (first["start"]["step"], first["start"]["steps"]) == (2, {"fast": 3, "slow": 3})
+    assert counts == [3, 4, 5, 6, 7, 8] == [log["step"] for log in logs[:6]]
     assert again.steps_left() == {FAST: 0, SLOW: 0}
 
 
