@@ -319,7 +319,7 @@ def test_evaluations_that_end_at_once_lose_no_score(tmp_path, monkeypatch):
         found = read_results(run)
         if not other.ident:
             other.start()
-            other.join(timeout=1)
+            other.join(timeout=0.3)
         return found
 
     monkeypatch.setattr(evaluate_command, "read_results", read_slowly)

@@ -64,7 +64,9 @@ def test_ddp_by_length_equals_one_process_and_resumes_within_an_epoch(tmp_path):
     (alone,) = run(one, "--batch", "2", *options)
     assert_same_training(one, two, alone, run(two, "--batch", "1", *options, config=DDP))
     (two / "checkpoint-6").rename(two / "finished")
-    assert_same_training(one, two, alone, run(two, "--batch", "1", *options, "--resume", config=DDP))
+    resumed = run(two, "--batch", "1", *options, "--resume", config=DDP)
+    assert [len(report["moved"]) for report in resumed] == [3, 3]
+    assert_same_training(one, two, alone, resumed)
 
 
 @pytest.mark.slow
