@@ -11,7 +11,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -197,7 +197,11 @@ class CheckpointMixin:
         model = self.accelerator.unwrap_model(self.model)
         if self.is_sharded or not isinstance(model, PreTrainedModel) or not (Path(folder) / CONFIG_NAME).is_file():
             return False
-        saved, info = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+        # All tensors are read in one type, which must be no narrower than that of any, such as a projector in float32
+        # in a model in bfloat16.
+        own = [tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{NAME}.")]
+        dtype = reduce(torch.promote_types, {tensor.dtype for tensor in own if tensor.is_floating_point()})
+        saved, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
         check_tensors(folder, info["missing_keys"], info["unexpected_keys"])
         model.load_state_dict(saved.state_dict(), strict=False)
         return True

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import save
 from training import make
 from transformers import TrainerCallback
 
+from hf_dualspeed import freeze_roles
 from hf_dualspeed.evaluation.checkpoint import find_checkpoint
 from hf_dualspeed.publishing.files import check_checkpoint
 from hf_dualspeed.trainer.checkpoints import UNFINISHED, last_whole_checkpoint
@@ -51,6 +52,31 @@ def test_a_finished_run_is_trained_no_further(run, caplog):
     trainer = make(run, max_steps=4, **SAVING)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
+
+
+def test_weights_of_several_types_come_back_to_the_bit(tmp_path):
+    """A projector in float32 is trained in a model in bfloat16."""
+
+    def build(**options):
+        model = FAMILIES["llava"].build()[0].bfloat16()
+        freeze_roles(model, train_language_model=False)
+        model.model.multi_modal_projector.float()
+        return make(tmp_path, model=model, bf16=True, learning_rate=1e-3, max_steps=2, **SAVING, **options)
+
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer = build(**best)
+    trainer.train()
+    saved = trainer.state.best_model_checkpoint
+    resumed = build()
+    resumed._load_from_checkpoint(saved)
+    projector = {k: v for k, v in load_file(f"{saved}/model.safetensors").items() if "projector" in k}
+    assert len(projector) == 4
+    for of in (trainer, resumed):
+        weights = dict(of.model.named_parameters())
+        for name, weight in projector.items():
+            own = weights[f"model.{name}"]
+            assert own.dtype == torch.float32
+            assert torch.equal(own, weight), name
 
 
 def cut(name):
