@@ -484,3 +484,13 @@ class MaskVisualLabels:
                 count,
                 IGNORED,
             )
+
+
+def mask_labels(loader: object, masking: Callable[[Callable], MaskVisualLabels]) -> None:
+    """Wraps the collator of a data loader by `masking`, unless its labels are masked already."""
+    loader = getattr(loader, "base_dataloader", loader)  # accelerate's stands around it
+    collator = inner = getattr(loader, "collate_fn", None)
+    while inner is not None and not isinstance(inner, MaskVisualLabels):
+        inner = getattr(inner, "collator", None) or getattr(inner, "data_collator", None)
+    if collator is not None and inner is None:
+        loader.collate_fn = masking(collator)

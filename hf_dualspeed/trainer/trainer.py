@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import ProcessorMixin, Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from ..data.collators import MaskVisualLabels
+from ..data.collators import MaskVisualLabels, mask_labels
 from ..feature_cache.cache import dropout_rates, feature_cache_of, image_tower
 from ..feature_cache.units import WithImageUnits
 from ..models.adapters import check_adapter, remember_origins
@@ -230,9 +231,10 @@ class DualSpeedMixin(
         self._run_as_trained()
         asks = "text" in self._pruner.needs or self._pruner.in_language_model
         visual, name = interface.visual_token_ids, self._pruner.config.pruner_type
-        self.data_collator = MaskVisualLabels(
-            self.given_collator, visual, name if asks else None, media=interface.media
+        self._masking = partial(
+            MaskVisualLabels, visual_token_ids=visual, asks=name if asks else None, media=interface.media
         )
+        self.data_collator = self._masking(self.given_collator)
 
         self.selective_checkpointing.always = args.fast_mode_checkpointing
         self._leave_out(self.feature_cache)
@@ -332,7 +334,7 @@ class DualSpeedMixin(
                 handler.find_unused_parameters = True
         return built
 
-    def _prepare_for_training(self, *args, **kwargs):
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Checks that the model is still the trainer's, then makes the optimizer and wraps the model."""
         adapted = hasattr(self.model, "peft_config") and NAME not in dict(self.model.named_children())
         if adapted or getattr(self.model, NAME, None) is not self.dual_forward:
@@ -343,7 +345,8 @@ class DualSpeedMixin(
         check_loss_func(self.compute_loss_func)
         self._micro = (-1, 0)  # of an earlier call, which may have ended within a step
         self._roles = parameter_counts(self.dual_forward.interface.outer, self.dual_forward)  # before they are sharded
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        mask_labels(train_dataloader, self._masking)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if not self.is_sharded:  # which puts parameters of its own in place
             check_optimizer(self.optimizer, self.dual_forward)
         return prepared

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
+from torch.utils.data import DataLoader
 from training import DATA, QUIET, Collator, Watch, history, make
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
@@ -589,14 +590,31 @@ def test_labels_on_visual_tokens_are_masked_with_one_warning(tmp_path, caplog, m
             "labels": inputs["labels"].masked_fill(inputs["input_ids"] == processor.image_token_id, -100),
         }
 
+    class OwnBatches(DualSpeedTrainer):
+        def get_train_dataloader(self):
+            order = self._get_train_sampler()
+            return self.accelerator.prepare(DataLoader(DATA, batch_size=2, sampler=order, collate_fn=everything))
+
+    def inside(trainer):
+        trainer.data_collator.collator = everything
+
+    def in_its_place(trainer):
+        trainer.data_collator = everything
+
+    def without(trainer):
+        trainer.data_collator.collator = no_visual
+
     logs = []
-    for collator in (everything, no_visual):
-        trainer = make(tmp_path, slow_mode_ratio=0.5, max_steps=4)
-        trainer.data_collator.collator = collator
+    for kind, place in ((DualSpeedTrainer, inside), (DualSpeedTrainer, in_its_place), (OwnBatches, without)):
+        trainer = make(tmp_path, cls=kind, slow_mode_ratio=0.5, max_steps=4)
+        place(trainer)
         with caplog.at_level(logging.WARNING):
             trainer.train()
         logs.append(history(trainer, "loss"))
-    assert logs[0] == logs[1]
+    trainer = make(tmp_path, slow_mode_ratio=0.5, max_steps=4)
+    without(trainer)
+    trainer.train()
+    assert logs == 3 * [history(trainer, "loss")]
     assert sum("-100" in r.getMessage() for r in caplog.records) == 1
 
 
