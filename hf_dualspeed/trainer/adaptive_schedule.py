@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import TrainerCallback
@@ -67,7 +68,8 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
             self._waiting = torch.tensor(values["waiting"]), None
         self._before: dict[str, torch.Tensor] = {}
         if self.pruner is not None:
-            self.pruner.reconfigure(pruning_ratio=values.get("pruning_ratio", self.max_pruning_ratio))
+            ratio = values.get("pruning_ratio", self.max_pruning_ratio)
+            self.pruner.reconfigure(pruning_ratio=max(self.min_pruning_ratio, min(self.max_pruning_ratio, ratio)))
 
     @property
     def ratio(self) -> float:
@@ -86,6 +88,10 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         self._restore(saved["attributes"] if saved else {})
+        ratio = self._bounded(self.ratio)
+        if ratio != self.ratio:  # of a run with other bounds
+            self.steps.append(state.global_step)
+            self.ratios.append(ratio)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._before = dict(self.losses.sums)
@@ -107,9 +113,20 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
         self.end()
 
     def end(self) -> None:
-        """Gives the pruner its configured ratio again, with which it is saved."""
+        """Gives the pruner its configured ratio again."""
         if self.pruner is not None:
             self.pruner.reconfigure(pruning_ratio=self.max_pruning_ratio)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Gives the pruner its configured ratio for the body, in which it is saved or described."""
+        now = self.pruner and self.pruner.config.pruning_ratio
+        self.end()
+        try:
+            yield
+        finally:
+            if self.pruner is not None:
+                self.pruner.reconfigure(pruning_ratio=now)
 
     def _of_step(self, name: str) -> torch.Tensor | None:
         """The loss that the step has added to a sum; None if it added nothing."""
@@ -132,14 +149,17 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
         self.gap = before + SMOOTHING * (gap - before)
         change = math.exp(min(MOST, max(-MOST, GAIN * (self.gap + self.gap - before))))
         # The ratio within its bounds, from this step on.
-        low, high = self.bounds
         self.steps.append(step)
-        self.ratios.append(min(high, max(low, self.ratio * change)))
+        self.ratios.append(self._bounded(self.ratio * change))
         # The kept fraction changes by the same factor.
         if self.pruner is not None:
             kept = (1 - self.pruner.config.pruning_ratio) * change
             ratio = 1 - min(1 - self.min_pruning_ratio, max(1 - self.max_pruning_ratio, kept))
             self.pruner.reconfigure(pruning_ratio=ratio)
+
+    def _bounded(self, ratio: float) -> float:
+        low, high = self.bounds
+        return min(high, max(low, ratio))
 
     # --- logs and checkpoints -------------------------------------------------------------------------------------
 

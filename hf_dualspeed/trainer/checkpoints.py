@@ -87,7 +87,8 @@ class CheckpointMixin:
         """Saves isolator and pruner, whose weights are `parts`."""
         prefix = "pruner."
         learned = {k.removeprefix(prefix): v for k, v in parts.items() if k.startswith(prefix)}
-        self._pruner.save_pretrained(folder, learned)
+        with self.as_configured():
+            self._pruner.save_pretrained(folder, learned)
         prompt = parts.get("isolator.prompt")
         if prompt is not None:
             save_isolator(prompt, folder)

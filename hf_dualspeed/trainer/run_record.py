@@ -51,6 +51,8 @@ class RunRecordMixin:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.display.stop()
+            if self.adaptive_schedule is not None:  # errors and Ctrl-C pass the end of training by
+                self.adaptive_schedule.end()
         if self.display.shows_end and not is_silent(self.args):
             try:
                 self.print_end(self.record())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
 from importlib.util import find_spec
@@ -262,6 +262,10 @@ class DualSpeedMixin(
             self._followed = followed
         self._add_own_callbacks()
 
+    def as_configured(self) -> AbstractContextManager:
+        """A context in which the pruner has the ratio that was asked for, wherever an adaptive schedule moved it."""
+        return nullcontext() if self.adaptive_schedule is None else self.adaptive_schedule.paused()
+
     def _leave_out(self, callback: TrainerCallback | None) -> None:
         if callback in self.callback_handler.callbacks:
             self.remove_callback(callback)
@@ -284,8 +288,6 @@ class DualSpeedMixin(
 
         Otherwise, takes in what was changed since construction.
         """
-        if self.adaptive_schedule is not None:  # an earlier training may have been interrupted
-            self.adaptive_schedule.end()
         searches = self.hp_search_backend is not None and trial is not None
         if searches:
             self._forget_size()
@@ -670,9 +672,11 @@ class DualSpeedMixin(
 
     def summary(self) -> dict:
         """Settings, steps and wall seconds by mode, for the results file and the model card."""
+        with self.as_configured():
+            pruner = self._pruner.config.to_dict()
         return {
-            "pruner": self._pruner.config.to_dict(),
-            "pruning_ratio": self._pruner.config.pruning_ratio,
+            "pruner": pruner,
+            "pruning_ratio": pruner["pruning_ratio"],
             "slow_mode_ratio": self.slow_mode_ratio,
             "mode_schedule": self.args.mode_schedule,
             "slow_warmup_steps": self.args.slow_warmup_steps,

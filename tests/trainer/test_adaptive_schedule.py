@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from training import ADAPTIVE, history, make
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from hf_dualspeed import DualSpeedTrainingArguments, ModeSchedule
-from hf_dualspeed.pruners import AutoPruner
+from hf_dualspeed.pruners import AutoPruner, PrunerConfig
 from hf_dualspeed.publishing.plots import plot_learning_curve
 from hf_dualspeed.trainer.adaptive_schedule import MOST, AdaptiveSchedule
 from hf_dualspeed.trainer.callbacks import ModeLosses
@@ -113,6 +113,27 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path):
     assert [resumed.mode_at(step) for step in range(12)] == [unbroken.mode_at(step) for step in range(12)]
     keys = ("loss", "slow_mode_ratio", "pruning_ratio")
     assert history(resumed, *keys) == history(unbroken, *keys)
+
+
+def test_an_interrupted_run_keeps_its_ratio_and_goes_on_within_other_bounds(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    options = {**ADAPTIVE, "min_pruning_ratio": 0.25, "pruning_ratio": 0.75, "slow_warmup_steps": 3}
+    trainer = make(tmp_path, callbacks=[Stop()], save_strategy="steps", save_steps=3, **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert 0.25 < history(trainer, "pruning_ratio")[-1][0] < 0.75
+    assert trainer.summary()["pruning_ratio"] == PrunerConfig.from_pretrained(tmp_path / "checkpoint-3").pruning_ratio
+    assert trainer.summary()["pruning_ratio"] == 0.75
+    # A run with other bounds keeps to them from its first step on.
+    other = {"pruning_ratio": 0.5, "max_slow_mode_ratio": 0.5, "min_pruning_ratio": 0.4}
+    trainer = make(tmp_path / "b", **{**options, **other})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert trainer.adaptive_schedule.ratios[-2] > 0.5
+    assert history(trainer, "slow_mode_ratio", "pruning_ratio")[-1] == [0.5, 0.5]
 
 
 def test_a_run_of_another_schedule_goes_on_adaptively(tmp_path):
