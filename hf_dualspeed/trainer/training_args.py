@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -22,7 +23,7 @@ MODE_SCHEDULES = ("random", "periodic", "growing", "shrinking", "adaptive")
 FUSED_HEAD_LOSSES = ("auto", "on", "off")
 
 # Mappings that the command line gives as JSON.
-DICTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+DICTS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 # Options that allow more types than their annotations say, which are for a command-line parser.
 WIDER = {
     "slow_mode_splits": Any,  # a count or "auto", checked by name below
@@ -350,7 +351,10 @@ class DualSpeedArguments:
         check_fields(self, wider=WIDER)
         # A text that is no mapping would be an error of Python's in the middle of the training.
         for name in DICTS:
-            setattr(self, name, as_dict(name, getattr(self, name)))
+            given = getattr(self, name)
+            value = as_dict(name, given)
+            # transformers reads texts by itself, and takes "false" within them for False.
+            setattr(self, name, json.dumps(value) if isinstance(given, str) else value)
         self.check_options()
         self._check_ranges()
         # Without an accelerator, torch warns about pinned memory in every data loader.

@@ -51,6 +51,7 @@ from hf_dualspeed.publishing.results import read_results, write_results
 from hf_dualspeed.recipes.arguments import RecipeArguments, parse_recipe
 from hf_dualspeed.recipes.tiny_llava import build_tiny_llava
 from hf_dualspeed.trainer.checkpoints import fault_of
+from hf_dualspeed.trainer.training_args import DICTS
 
 NAN, INF = float("nan"), float("inf")
 BASE = "model_name_or_path: org/model\ndataset: easy-vqa\noutput_dir: run\nuse_cpu: true\n"
@@ -324,7 +325,7 @@ def training_arguments() -> list[tuple]:
     rows += wrong(kind, "fused_head_loss", None, 3, "maybe")
     rows += wrong(kind, "max_steps", 0, -7, 2.5, "3")
     rows += wrong(kind, "save_steps", 0, -1, "3", NAN)
-    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
+    for name in DICTS:
         rows += wrong(kind, name, 3, "3", "x", "[1]", said="{name}must be a")
     rows += wrong(kind, "hub_token", 3, said="{name}must be a text or None, got a int")
     rows += wrong(kind, "lr_scheduler_type", "fast", 3, None, said="{name}must be one of 'linear'")

@@ -217,6 +217,9 @@ def test_the_recipe_of_small_data_stops_early_and_keeps_the_best_checkpoint(tmp_
 def test_mappings_on_the_command_line(recipe):
     recipe_args, _ = parse_recipe(["--config", recipe(lora={"r": 4}), "--lora", '{"r": 8}'])
     assert recipe_args.lora == {"r": 8}
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        _, args = parse_recipe(["--config", recipe(), f"--{name}", '{"use_reentrant": "false"}'])
+        assert args.activation_checkpointing_kwargs == {"use_reentrant": False}
 
 
 @pytest.mark.parametrize(
