@@ -44,7 +44,6 @@ class RunRecordMixin:
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._begin_record()
-        reset_peak_memory(self.args.device)
         if resume_from_checkpoint:
             self._earlier = read_results(self.args.output_dir)
         try:
@@ -71,9 +70,11 @@ class RunRecordMixin:
         finally:
             self.display.end_evaluation()
 
-    def _hp_search_setup(self, trial):
-        super()._hp_search_setup(trial)
+    def _inner_training_loop(self, *args, **kwargs):
+        # Of this try of `auto_find_batch_size` alone: batches of an earlier one do not fit.
         self.speedup_meter = SpeedupMeter(self.args.speedup_rounds)
+        reset_peak_memory(self.args.device)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _begin_record(self) -> None:
         self._began = time.time()

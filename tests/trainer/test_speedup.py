@@ -12,7 +12,7 @@ import torch
 from launching import DDP, run
 from training import make
 
-from hf_dualspeed import DualSpeedTrainingArguments
+from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.trainer import speedup
 from hf_dualspeed.trainer.speedup import STEPS_PER_ROUND, SpeedupMeter, rotated, summary
 
@@ -253,6 +253,18 @@ def test_out_of_memory_costs_nothing_but_the_figure(tmp_path, monkeypatch, caplo
     other = make(tmp_path, **{**ENOUGH, "speedup_rounds": 0})
     other.train()
     assert drawn() == state
+
+
+def test_batches_that_did_not_fit_are_not_measured(tmp_path):
+    class Small(DualSpeedTrainer):
+        def step_in_mode(self, mode, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) > 3 and self.state.global_step > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().step_in_mode(mode, model, inputs, *args, **kwargs)
+
+    trainer = make(tmp_path, cls=Small, auto_find_batch_size=True, per_device_train_batch_size=4, **ENOUGH)
+    trainer.train()
+    assert trainer.record()["speedup"]["samples"] == 3
 
 
 def test_an_interruption_ends_the_measurement_alone(tmp_path, monkeypatch, caplog):
