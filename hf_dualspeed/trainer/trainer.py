@@ -301,6 +301,8 @@ class DualSpeedMixin(
                     plain = float if isinstance(value, Default) else int
                     setattr(self.args, name, plain(value))  # the trial's choice is no default
             self.args.check_options()
+        elif not (self._is_sized or self.args.auto_find_batch_size):
+            self._train_batch_size = self.args.train_batch_size  # which the Trainer takes from where it was made
         if self.model_init is not None:
             self._attach(self.model, self.args)
             if self.place_model_on_device:

@@ -197,8 +197,8 @@ def test_an_option_that_a_trainer_can_no_longer_follow(tmp_path, name):
 
 def test_options_that_a_trainer_follows_later(tmp_path):
     late = make(tmp_path / "late", pruning_ratio=0.5)
-    early = make(tmp_path / "early", pruning_ratio=0.5, slow_mode_ratio=1.0)
-    late.args.slow_mode_ratio = 1.0
+    early = make(tmp_path / "early", pruning_ratio=0.5, slow_mode_ratio=1.0, per_device_train_batch_size=3)
+    late.args.slow_mode_ratio, late.args.per_device_train_batch_size = 1.0, 3
     for trainer in (late, early):
         trainer.train()
     assert late.clock.steps == {"fast": 0, "slow": 4}
