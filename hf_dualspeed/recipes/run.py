@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -30,7 +31,7 @@ from ..evaluation.pruned_prompts import prompts_of
 from ..evaluation.questions import label
 from ..evaluation.visualize import PICTURE_NAME, draw_images, first_images
 from ..models.adapters import add_lora, four_bit
-from ..models.components import freeze_roles
+from ..models.components import freeze_roles, parameter_counts
 from ..pruners import PrunerConfig, available_pruners
 from ..publishing.display import is_silent
 from ..publishing.results import read_results
@@ -234,15 +235,22 @@ def check_answers(test: Dataset, recipe: RecipeArguments, learns: bool) -> None:
 
 def prepare_model(model: PreTrainedModel, recipe: RecipeArguments):
     """Adds the recipe's LoRA adapters and freezes the roles that it does not train."""
-    prepared = model
-    if recipe.lora is not None:
-        prepared = add_lora(model, recipe.lora)
+    prepared = model if recipe.lora is None else add_lora(model, recipe.lora)
     freeze_roles(
         model,
         train_vision_tower=recipe.train_vision_tower,
         train_projector=recipe.train_projector,
         train_language_model=recipe.train_language_model,
     )
+    for role, counts in parameter_counts(model, nn.Module()).items() if recipe.lora is not None else ():
+        if getattr(recipe, f"train_{role}", False) and not counts["trained"]:
+            logger.warning(
+                "`train_%s` is True, but nothing of it is trained: `lora` freezes all weights, and has no adapters "
+                "there. Name its modules in the `target_modules` of `lora`, or in `modules_to_save` to train them as a "
+                "whole; or set train_%s=False.",
+                role,
+                role,
+            )
     return prepared
 
 

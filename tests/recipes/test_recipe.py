@@ -301,6 +301,15 @@ def test_only_the_trained_role_learns(build, tower, projector, trained):
     assert set(parameter_roles(model).values()) == set(ROLES)
 
 
+def test_roles_that_lora_leaves_frozen_are_named(caplog):
+    pytest.importorskip("peft")
+    adapters = {"target_modules": r".*language_model.*q_proj"}
+    for lora in (adapters, {**adapters, "modules_to_save": ["multi_modal_projector"]}):
+        running.prepare_model(tiny_llava(), RecipeArguments(model_name_or_path="x", dataset="y", lora=lora))
+    said = [record.getMessage() for record in caplog.records if "nothing of it" in record.getMessage()]
+    assert [words.split()[0] for words in said] == ["`train_projector`"]
+
+
 def test_a_model_without_the_roles_is_an_error():
     model = tiny_llava().model.language_model
     with pytest.raises(ValueError, match="LlamaModel has no module that is known to be its vision_tower"):
