@@ -39,6 +39,7 @@ from ..trainer.checkpoints import last_whole_checkpoint
 from ..trainer.trainer import DualSpeedTrainer
 from ..trainer.training_args import DualSpeedTrainingArguments
 from ..utils.constants import CHECKED_SAMPLES
+from ..utils.devices import others_wait
 from ..utils.progress import Work
 from ..utils.quiet import hide_bars
 from ..utils.text import one_line
@@ -106,17 +107,18 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
     with Work("Saving the model", disable=silent):
         trainer.save_model(_internal_call=True)  # pushed below, with results and card
     results = {}
-    if trainer.is_world_process_zero():
-        if test is not None:
-            trainer.facts |= _accuracy(recipe, trainer, train, test, whole)
-        if recipe.card_images:
-            with Work("Drawing kept tokens", disable=silent):
-                trainer.facts |= _picture(recipe, trainer, train if test is None else test)
-        with Work("Writing results and card", disable=silent):
-            trainer.create_model_card()
-        results = read_results(training_args.output_dir)
-        if not silent:
-            trainer.print_end(results)
+    with others_wait():
+        if trainer.is_world_process_zero():
+            if test is not None:
+                trainer.facts |= _accuracy(recipe, trainer, train, test, whole)
+            if recipe.card_images:
+                with Work("Drawing kept tokens", disable=silent):
+                    trainer.facts |= _picture(recipe, trainer, train if test is None else test)
+            with Work("Writing results and card", disable=silent):
+                trainer.create_model_card()
+            results = read_results(training_args.output_dir)
+            if not silent:
+                trainer.print_end(results)
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:
         with Work("Pushing", disable=silent):

@@ -1,11 +1,17 @@
-"""Transfers between devices and the host, and of what several devices share."""
+"""Transfers between devices and the host, and what several devices share or wait for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 
 import torch
+from torch import distributed
+
+# Numbers the bodies of `others_wait`, alike in all processes.
+BODIES = count()
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -29,3 +35,19 @@ def gathered(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager
     from deepspeed import zero
 
     return zero.GatheredParameters(parameters)
+
+
+@contextmanager
+def others_wait() -> Iterator[None]:
+    """At the end of the body, all processes wait for the first one, however long its body takes.
+
+    A barrier alone would end all of them at the timeout of collectives, which is half an hour.
+    """
+    yield
+    if not distributed.is_initialized():
+        return
+    store, past = distributed.distributed_c10d._get_default_store(), f"hf_dualspeed/past/{next(BODIES)}"
+    if distributed.get_rank() == 0:
+        store.set(past, "1")
+    while not store.check([past]):
+        time.sleep(0.1)
