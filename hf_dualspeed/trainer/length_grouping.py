@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from ..data.lengths import REMEDY, SampleLengths, TokenCounter, given_lengths, measured_lengths, visual_name
+from ..utils.devices import others_wait
 from .schedule import FAST, SLOW
 
 MEGABATCH = 50  # steps, as in transformers' grouping; at most a fourth of an epoch, so that the order stays random
@@ -228,11 +229,12 @@ class LengthGroupingMixin:
         """Counts the lengths in the first process and sends them, or the error, to all processes."""
         found: list[SampleLengths | Exception | None] = [None]
         # Only the first process reads the data.
-        if self.args.process_index == 0:
-            try:
-                found = [self._count_lengths(dataset)]
-            except (ValueError, TypeError) as error:
-                found = [error]
+        with others_wait():
+            if self.args.process_index == 0:
+                try:
+                    found = [self._count_lengths(dataset)]
+                except (ValueError, TypeError) as error:
+                    found = [error]
         return broadcast_object_list(found)[0]
 
     def _count_lengths(self, dataset) -> SampleLengths:

@@ -27,6 +27,7 @@ from ..publishing.files import RECORD, is_stale, left_out, published_files
 from ..publishing.model_card import adopt_published_card, license_of, read_card, with_latest_words, write_model_card
 from ..publishing.results import OF_WEIGHTS, dataset_name, is_hub_id, read_results, run_record, write_results
 from ..utils.constants import CARD_NAME
+from ..utils.devices import others_wait
 from ..utils.environment import peak_memory, reset_peak_memory
 from ..utils.text import one_line, without_paths
 from ..utils.validation import checked
@@ -87,7 +88,8 @@ class RunRecordMixin:
         self._evaluated_on: dict[tuple[int, str], str | None] = {}
 
     def _finalize_training(self, *args, **kwargs):
-        output = super()._finalize_training(*args, **kwargs)
+        with others_wait():  # for its pushes
+            output = super()._finalize_training(*args, **kwargs)
         self.add_up()  # before plain passes, which need more memory
         steps = self.state.global_step - self._initial_global_step
         self._speedup = self.speedup_meter.measure(self, steps)

@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -712,6 +713,22 @@ def test_image_and_placeholder_counts_that_differ_are_both_named(tmp_path):
     trainer.data_collator.collator = one_image_short
     with pytest.raises(ValueError, match=r"48 placeholders .* 32 visual features"):
         trainer.train()
+
+
+def test_processes_wait_for_pushes_of_the_first_one_ahead_of_what_they_add_up(tmp_path, monkeypatch):
+    said = []
+
+    @contextmanager
+    def others_wait():
+        yield
+        said.append("waited")
+
+    monkeypatch.setattr("hf_dualspeed.trainer.run_record.others_wait", others_wait)
+    trainer = make(tmp_path, max_steps=1)
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: said.append("pushed"))
+    monkeypatch.setattr(trainer, "add_up", lambda: said.append("added up"))
+    trainer.train()
+    assert said[:3] == ["pushed", "waited", "added up"]
 
 
 def test_isolator_of_another_length_is_refused(tmp_path):
