@@ -11,9 +11,10 @@ from .dual_forward import EVALUATION
 
 
 class PlainEvaluationMixin:
-    """Evaluation as in `Trainer`, with one difference.
+    """Evaluation as in `Trainer`, with two differences.
 
-    If only the loss is requested, the head runs at supervised positions only, and gives the same loss.
+    If only the loss is requested, the head runs at supervised positions only, and gives the same loss. In several
+    processes each batch counts alike, as in one; the Trainer weighs those of the same time by their tokens.
     """
 
     # Whether the trainer uses logits for more than the loss.
