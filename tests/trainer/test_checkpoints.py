@@ -61,7 +61,7 @@ def test_weights_of_several_types_come_back_to_the_bit(tmp_path):
         model = FAMILIES["llava"].build()[0].bfloat16()
         freeze_roles(model, train_language_model=False)
         model.model.multi_modal_projector.float()
-        return make(tmp_path, model=model, bf16=True, learning_rate=1e-3, max_steps=2, **SAVING, **options)
+        return make(tmp_path, model=model, bf16=True, learning_rate=1e-3, max_steps=1, **SAVING, **options)
 
     best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
     trainer = build(**best)

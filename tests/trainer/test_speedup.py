@@ -255,14 +255,17 @@ def test_out_of_memory_costs_nothing_but_the_figure(tmp_path, monkeypatch, caplo
     assert drawn() == state
 
 
-def test_batches_that_did_not_fit_are_not_measured(tmp_path):
+def test_batches_that_did_not_fit_are_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(speedup, "STEPS_PER_ROUND", 4)
+
     class Small(DualSpeedTrainer):
         def step_in_mode(self, mode, model, inputs, *args, **kwargs):
-            if len(inputs["input_ids"]) > 3 and self.state.global_step > 2:
+            if len(inputs["input_ids"]) > 3 and self.state.global_step > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().step_in_mode(mode, model, inputs, *args, **kwargs)
 
-    trainer = make(tmp_path, cls=Small, auto_find_batch_size=True, per_device_train_batch_size=4, **ENOUGH)
+    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "speedup_rounds": 1}
+    trainer = make(tmp_path, cls=Small, max_steps=4, slow_mode_ratio=0.0, **options)
     trainer.train()
     assert trainer.record()["speedup"]["samples"] == 3
 

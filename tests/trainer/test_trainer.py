@@ -607,12 +607,12 @@ def test_labels_on_visual_tokens_are_masked_with_one_warning(tmp_path, caplog, m
 
     logs = []
     for kind, place in ((DualSpeedTrainer, inside), (DualSpeedTrainer, in_its_place), (OwnBatches, without)):
-        trainer = make(tmp_path, cls=kind, slow_mode_ratio=0.5, max_steps=4)
+        trainer = make(tmp_path, cls=kind, slow_mode_ratio=0.5, max_steps=2)
         place(trainer)
         with caplog.at_level(logging.WARNING):
             trainer.train()
         logs.append(history(trainer, "loss"))
-    trainer = make(tmp_path, slow_mode_ratio=0.5, max_steps=4)
+    trainer = make(tmp_path, slow_mode_ratio=0.5, max_steps=2)
     without(trainer)
     trainer.train()
     assert logs == 3 * [history(trainer, "loss")]

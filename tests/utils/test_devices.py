@@ -46,7 +46,7 @@ def test_others_wait_for_the_first_process_however_long_it_takes(monkeypatch):
     rank.value, waiting = 0, threading.Thread(target=other)
     with others_wait():
         waiting.start()
-        waiting.join(0.3)
+        waiting.join(0.2)
         told.append("done")
     waiting.join()
     assert told == ["done", "on"]
