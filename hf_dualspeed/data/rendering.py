@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,16 +22,11 @@ def render(
     """The text of messages and tools as [`to_messages`] returns them, through the processor's or another `template`.
 
     Raises:
-        ValueError: the template fails, or the text is no Unicode.
+        ValueError: the template fails or takes no parts, or the text is no Unicode.
     """
+    options = {"chat_template": template, "tools": tools, "add_generation_prompt": add_generation_prompt}
     try:
-        text = processor.apply_chat_template(
-            messages,
-            chat_template=template,
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        text = _written(partial(processor.apply_chat_template, tokenize=False, **options), messages)
         text.encode()
     except UnicodeEncodeError as error:
         near = shown(text[max(0, error.start - 20) : error.end + 20])
@@ -43,6 +39,42 @@ def render(
             "Correct the conversation, or set another `chat_template`."
         ) from error
     return text
+
+
+def _written(write: Callable[[list[dict]], str], messages: list[dict]) -> str:
+    """What `write` makes of messages, with plain texts in place of parts where the template takes no others.
+
+    Some do so for the system, the assistant or tools: they join a list to a text, which fails, or print it as Python or
+    JSON does.
+    """
+    text, failure = "", None
+    try:
+        text = write(messages)
+        places = [place for place, message in enumerate(messages) if _is_printed(message, text)]
+    except Exception as error:
+        failure, places = error, [place for place, message in enumerate(messages) if message["role"] != "user"]
+    plain = [place for place in places if all(part["type"] == "text" for part in messages[place]["content"])]
+    changed = list(messages)
+    for place in plain:
+        changed[place] = {**messages[place], "content": "".join(part["text"] for part in messages[place]["content"])}
+    if plain:
+        try:
+            text = write(changed)
+        except Exception as error:
+            raise failure or error from None
+    # Where it failed, it may also have looked for parts in the texts, and written none of them.
+    if failure and not (plain and all(changed[place]["content"].strip() in text for place in plain)):
+        raise failure
+    if any(_is_printed(message, text) for message in changed):
+        raise TypeError("it takes plain texts and no parts, so it has no place for a picture")
+    return text
+
+
+def _is_printed(message: dict, text: str) -> bool:
+    """Whether a part of a message stands in the text as Python or JSON prints it."""
+    parts = message["content"] if isinstance(message["content"], list) else []
+    texts = [part for part in parts if part["type"] == "text"]
+    return any(form in text for part in texts for form in (str(part), json.dumps(part, ensure_ascii=False)))
 
 
 def rendered(processor: ProcessorMixin, sample: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:

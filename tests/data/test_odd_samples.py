@@ -648,6 +648,37 @@ def test_a_template_that_raises_names_the_sample():
         collator([chat({"role": "user", "content": []}, ANSWER)])
 
 
+PARTS = "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("written", "messages", "expected"),
+    [
+        ("{{ message.content | trim }}", [{"role": "system", "content": "S"}, USER, ANSWER], "S</s>q</s>a</s>"),
+        ("{{ message.content | tojson }}", [USER, {"role": "tool", "content": "4"}, ANSWER], 'q</s>"4"</s>a</s>'),
+        ("{{ 'A' + message.content }}", [USER, ANSWER, USER, ANSWER], "q</s>Aa</s>q</s>Aa</s>"),
+    ],
+)
+def test_a_template_gets_plain_texts_where_it_takes_no_parts(written, messages, expected):
+    """As those of Llama 3.2 Vision and Pixtral do: a list of parts would be learned as Python prints it."""
+    processor, odd = tiny_llava_processor(), {"'A'": "assistant", "json": "tool"}
+    role = next((role for mark, role in odd.items() if mark in written), "system")
+    turn = f"{{% if message.role == '{role}' %}}{written}{{% else %}}{PARTS}{{% endif %}}</s>"
+    processor.chat_template = f"{{% for message in messages %}}{turn}{{% endfor %}}"
+    batch = VisionLanguageCollator(processor)([chat(*messages)])
+    assert processor.tokenizer.decode(batch["input_ids"][0]).removeprefix("<s>") == expected
+    assert supervised(processor, batch, 0).endswith("a</s>")
+
+
+@pytest.mark.parametrize("written", ["{{ message.content }}", "{{ 'A' + message.content }}"])
+def test_a_template_without_a_place_for_pictures_is_refused(written):
+    processor = tiny_llava_processor()
+    processor.chat_template = f"{{% for message in messages %}}{written}</s>{{% endfor %}}"
+    assert VisionLanguageCollator(processor)([chat({"role": "system", "content": "S"}, ANSWER)])["labels"].numel()
+    with pytest.raises(ValueError, match=r"id 'x'\) cannot be rendered: .*(no place for a picture|concatenate)"):
+        VisionLanguageCollator(processor)([chat(USER, ANSWER, images=[picture()])])
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
