@@ -147,6 +147,8 @@ def convert(layout: str, words: Any, output: str | Path, image_folder: str | Pat
         if not path.is_file():
             missing.append(str(path))
         place = os.path.relpath(path, output.parent)
+        if place.startswith(os.pardir):  # which leads up from where a link points to
+            place = os.path.relpath(os.path.realpath(path), os.path.realpath(output.parent))
         lines.append(json.dumps({"id": str(number), **row, "image": place}, ensure_ascii=False))
     if missing:
         raise ValueError(

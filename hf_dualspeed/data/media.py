@@ -146,8 +146,10 @@ def image_size(image: Any, folder: str | None = None) -> tuple[int, int]:
     """Height and width of the image that [`open_image`] would return, read from its header."""
     image = opened(image, folder)
     width, height = image.size
-    # `getexif` would decode a PNG that has no EXIF data, so look at `info` first.
-    turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    # `getexif` would decode a PNG that has no EXIF data, so look at `info` first. It also reads XMP.
+    turned = not image.info.keys().isdisjoint(("exif", "xmp")) and (
+        image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    )
     return (width, height) if turned else (height, width)
 
 

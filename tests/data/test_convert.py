@@ -56,6 +56,13 @@ def test_a_list_of_one_picture_and_a_mark_of_its_place(place):
     assert converted(place, "table", source, *words) == [("What?", ["red"])]
 
 
+def test_a_file_in_a_linked_folder_has_paths_that_lead_out_of_it(place, tmp_path_factory):
+    (place / "out").symlink_to(tmp_path_factory.mktemp("disk"))
+    source = put(place / "t.jsonl", json.dumps({"image": "pics/a.png", "question": "q", "answer": "a"}))
+    converted(place, "table", source)
+    assert Path(load_examples(str(place / "out" / "made.jsonl"))[0]["images"][0]).samefile(place / "pics" / "a.png")
+
+
 def test_captions_of_coco(place):
     images = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "x.png"}]
     said = [{"image_id": 2, "caption": " A cat.\n"}, {"image_id": 1, "caption": "ein Hund"}]

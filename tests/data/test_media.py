@@ -104,6 +104,13 @@ def test_a_turned_transparent_picture(tmp_path):
     assert image_size(tmp_path / "turned.png") == (4, EDGE)
 
 
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_the_size_is_that_of_a_picture_turned_by_its_xmp(tmp_path, form):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+    picture(4, EDGE).save(tmp_path / "turned", form, xmp=xmp)
+    assert image_size(tmp_path / "turned") == open_image(tmp_path / "turned").size[::-1]  # Pillow 10 turns neither
+
+
 # more than 8 bits
 
 RAMP = np.linspace(0, 1, EDGE * EDGE).reshape(EDGE, EDGE)
