@@ -49,7 +49,7 @@ def build(slots: list[Slot], webcam: bool = False) -> limits.Page:
         slots (`list[Slot]`): The checkpoints.
         webcam (`bool`): Whether visitors may take a picture.
     """
-    with limits.Page(title="DualSpeed", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with limits.Page(title="DualSpeed", analytics_enabled=False, delete_cache=(limits.MAX_AGE, limits.MAX_AGE)) as page:
         gr.HTML(header(slots), elem_id="masthead")
         pruners = explained_pruners(pruner_names(loaded(slots)))
         with gr.Tab("Ask"):
@@ -65,7 +65,7 @@ def build(slots: list[Slot], webcam: bool = False) -> limits.Page:
 
 def _ask_tab(page: limits.Page, slots: list[Slot], pruners: Mapping[str, str], webcam: bool) -> None:
     shapes = know_shapes_alone(slots)
-    examples = write_examples(Path(tempfile.mkdtemp(prefix="dualspeed-examples-")), shapes_first=shapes)
+    examples = write_examples(Path(tempfile.mkdtemp(prefix="examples-", dir=limits.FOLDER)), shapes_first=shapes)
     first = examples[0] if loaded(slots) else (None, "")
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
@@ -99,11 +99,11 @@ def _ask_tab(page: limits.Page, slots: list[Slot], pruners: Mapping[str, str], w
     inputs = [image, question, pruner, ratio]
     answer, renew = handlers(slots)
     # Both events share one limit by its id.
-    limits = {"concurrency_id": "models", "concurrency_limit": 1}
+    shared = {"concurrency_id": "models", "concurrency_limit": 1}
     asked = [button.click, question.submit]
-    gr.on(asked, answer, inputs, shown, api_name="ask", **limits)
+    gr.on(asked, answer, inputs, shown, api_name="ask", **shared)
     changes = [pruner.input, ratio.release]  # "always_last": while busy, only the last change is kept
-    gr.on(changes, renew, inputs, shown, api_visibility="private", trigger_mode="always_last", **limits)
+    gr.on(changes, renew, inputs, shown, api_visibility="private", trigger_mode="always_last", **shared)
     checks = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 4}
     image.upload(checked_upload, image, image, **checks)
     gr.on(asked, None, [image, question], js=TO_ANSWERS, api_visibility="private")
@@ -210,7 +210,7 @@ def launch(page: limits.Page, wait: bool = True, **options) -> tuple:
         css_paths=HERE / "style.css",
         max_file_size=limits.MAX_UPLOAD,
         state_session_capacity=limits.MAX_SESSIONS,
-        app_kwargs={"middleware": [Middleware(limits.BodyLimit)]},
+        app_kwargs={"middleware": [Middleware(limits.BodyLimit, page=page)]},
         ssr_mode=False,
         footer_links=[],
         prevent_thread_lock=True,

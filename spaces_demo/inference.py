@@ -56,7 +56,8 @@ class Answer:
         text (`str`): The greedy answer.
         seconds (`float`): From the preprocessed input to the last token: encoding, pruning and generation. The median
             of `timed` answers after a first one, or of that one where it took longer than `PATIENCE`.
-        probability (`float`): Probability of exactly this answer with its end: the product over its tokens.
+        probability (`float`): Probability of exactly this answer with its end, which one of `MAX_NEW_TOKENS` tokens may
+            lack: the product over its tokens.
         used, total (`int`): Visual tokens that the language model gets, and those of the whole image.
         isolator (`int`): Learned tokens in front of them.
         view (`View`, *optional*): Places of the used tokens. None where all are used or the places are unknown.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import html
 import math
 import os
+import shutil
 import tempfile
+import time
 from pathlib import Path
+from stat import S_ISDIR
 from threading import Thread
 
 # Read when gradio is imported, and at each upload. By default all of a machine's pages would share one folder.
@@ -14,7 +19,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1000")
 UPLOADS = os.environ.get("GRADIO_TEMP_DIR")
 Path(UPLOADS or tempfile.gettempdir()).mkdir(parents=True, exist_ok=True)
-os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(tempfile.mkdtemp(prefix="dualspeed-uploads-", dir=UPLOADS))
+FOLDER = Path(os.path.realpath(tempfile.mkdtemp(prefix="dualspeed-uploads-", dir=UPLOADS)))
+os.environ["GRADIO_TEMP_DIR"] = str(FOLDER)
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 import gradio as gr  # noqa: E402
 from gradio.utils import get_upload_folder  # noqa: E402
@@ -23,6 +30,9 @@ from starlette.formparsers import MultiPartException  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
 MAX_UPLOAD = 10 * 2**20  # bytes of an upload
+MAX_HELD = 50 * MAX_UPLOAD  # bytes of all uploads on the disk
+MAX_FILES = 1000  # their number
+MAX_AGE = 3600  # seconds that an upload stays
 MAX_FIELDS = 16 * 2**10  # bytes of a request's other fields
 MAX_SESSIONS = 64  # sessions that are kept while they wait for nothing
 MAX_UNREAD = 8  # answers of a session that were not fetched yet
@@ -73,16 +83,22 @@ class Page(gr.Blocks):
 
 
 class BodyLimit:
-    """Middleware that reads no request of more bytes than the page sends: an upload, or a few fields."""
+    """Middleware that reads no request of more bytes than the page sends: an upload, or a few fields.
 
-    def __init__(self, app):
-        self.app = app
+    After an upload, the oldest ones go where all together are too many. So does what gradio itself never removes: files
+    of uploads that were broken off, or that had another field's name.
+    """
+
+    def __init__(self, app, page: Page):
+        self.app, self.page = app, page
+        self.own = {path for path in FOLDER.rglob("*") if path.is_file()}  # examples and plots
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = MAX_FIELDS + (MAX_UPLOAD if scope["path"].rstrip("/").endswith("/upload") else 0)
+        uploads = scope["path"].rstrip("/").endswith("/upload")
+        limit = MAX_FIELDS + MAX_UPLOAD * uploads
         words, read = f"The request exceeds the maximum allowed size of {limit} bytes.", 0
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
@@ -97,7 +113,30 @@ class BodyLimit:
                 raise MultiPartException(words)  # gradio removes what it has written of the upload
             return message
 
-        await self.app(scope, counted, send)
+        try:
+            await self.app(scope, counted, send)
+        finally:
+            if uploads:
+                self.make_room()
+
+    def make_room(self) -> None:
+        """Removes uploads that are too old, and the oldest ones beyond `MAX_HELD` and `MAX_FILES`."""
+        now, held, found = time.time(), 0, []
+        for path in FOLDER.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # gradio removes files, too
+                found.append((path, path.lstat()))
+        files = [(path, status) for path, status in found if not S_ISDIR(status.st_mode) and path not in self.own]
+        files.sort(key=lambda one: one[1].st_mtime, reverse=True)
+        for number, (path, status) in enumerate(files):
+            held += status.st_size
+            if held > MAX_HELD or number >= MAX_FILES or now - status.st_mtime > MAX_AGE:
+                path.unlink(missing_ok=True)
+                for known in self.page.temp_file_sets:
+                    known.discard(str(path))
+        for path, status in found:  # folders without files; a new one is about to get its file
+            if S_ISDIR(status.st_mode) and now - status.st_mtime > MAX_AGE:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
 
 def checked(part: gr.blocks.Block, value: object) -> object:

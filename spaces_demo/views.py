@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from huggingface_hub.constants import ENDPOINT
-from inference import TIMED, Answer
+from inference import MAX_NEW_TOKENS, TIMED, Answer
 from overlay import data_url
 from slots import HERE, Pair, Slot
 
@@ -29,7 +29,8 @@ ABOUT = """
 - **All tokens** is the model as it is deployed. **Pruned tokens** is the same model on what the chosen pruner keeps of
   the image; DualSpeed's isolator, a few learned tokens, stands in front of them where the checkpoint has one.
 - **Latency** is measured on this machine, from the preprocessed image to the last token. {timing}
-- **Probability** is that of exactly this answer: the product of the probabilities of its tokens, its end included.
+- **Probability** is that of exactly this answer: the product of the probabilities of its tokens, its end included. An
+  answer is cut after {most} tokens; without an end, the probability is that of all answers which begin so.
 - **The picture** is what the model saw, as its processor cut and scaled it. Kept tokens are in colour. Where a pruner
   merges, they stand for others too, and the picture shows only where each group has its place. Of models that cut an
   image into tiles, it shows the whole image's own tokens.
@@ -68,9 +69,10 @@ def header(slots: list[Slot]) -> str:
 
 def about(pruners: Mapping[str, str]) -> str:
     """How to read the page, as Markdown, with a line on each pruner that is offered."""
-    lines = "".join(f"  - `{name}`: {words}\n" for name, words in pruners.items())
+    lines = "".join(f"  - `{name}`: {line}\n" for name, line in pruners.items())
     timing = TIMING.format(count=TIMED) if TIMED else "Each question is answered once."
-    return f"{ABOUT.format(timing=timing).rstrip()}\n- **The pruners**, each by its own words:\n{lines}"
+    words = ABOUT.format(timing=timing, most=MAX_NEW_TOKENS).rstrip()
+    return f"{words}\n- **The pruners**, each by its own words:\n{lines}"
 
 
 def cards(slots: list[Slot], answers: Mapping[str, Pair] | None = None, pruner: str = "") -> str:

@@ -61,6 +61,7 @@ def server(slots: list[Slot]):
         _, url, _ = app.launch(page, server_name="127.0.0.1", wait=False, quiet=True)
         yield Server(url, page, outside)
         page.close()
+        page.worker.join()  # a thread within torch would abort the process at its end
 
 
 # --- in a process of its own --------------------------------------------------------------------------------------

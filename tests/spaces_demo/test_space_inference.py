@@ -444,6 +444,7 @@ def test_an_accuracy_of_a_part_of_the_questions_says_so():
 def test_the_page_says_how_often_an_answer_is_timed(monkeypatch, timed, said):
     monkeypatch.setattr(views, "TIMED", timed, raising=False)
     assert said in views.about({})
+    assert "cut after 32 tokens" in views.about({})
 
 
 # --- the page's words ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -94,6 +95,29 @@ def test_postscript_is_no_image(space_process):
         {"path": space_process.upload(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")}
     )
     assert "damaged, or no image" in answer
+
+
+# --- disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bound", "value", "left"), [("MAX_HELD", 10_000, 3), ("MAX_FILES", 3, 3), ("MAX_AGE", -1, 0)])
+def test_uploads_have_a_bound_together(server, monkeypatch, bound, value, left):
+    """Those that gradio itself never removes, too: files of another field. The page's own stay."""
+    limits = pytest.importorskip("limits")
+    monkeypatch.setattr(limits, bound, value)
+    with httpx.Client(base_url=f"{server.url}gradio_api/", timeout=60, trust_env=False) as http:
+        for field in ("files", "others", "files", "others", "files", "files"):
+            answer = http.post("upload", files={field: ("a.png", os.urandom(3000))})
+    for _ in range(100):  # room is made behind the answer
+        found = [path for path in limits.FOLDER.rglob("*") if path.is_file()]
+        held = {str(path) for path in found if path.stat().st_size == 3000}
+        if len(held) == left and server.page.upload_file_set <= held:
+            break
+        time.sleep(0.05)
+    assert len(held) == left
+    assert (answer.json()[0] in held) is (left > 0)
+    assert server.page.upload_file_set <= held
+    assert any(path.parent.name.startswith("examples-") for path in found)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
