@@ -29,7 +29,7 @@ from ..utils.text import one_line, parse_json, without_paths
 from ..utils.writing import alone_in, write_json
 from .checkpoint import Checkpoint, find_checkpoint
 from .fingerprint import hash_of, processor_parts, pruner_code
-from .generation import answers_in_batches, prompts, question
+from .generation import answers_in_batches, prompts, question, without_thoughts
 from .predictions import Predictions, set_others_aside
 from .pruned_prompts import PrunedPrompts, prompt_pruner
 from .questions import Questions, check_options, load_questions
@@ -203,11 +203,11 @@ def keep(store: Predictions, table: list[dict[str, Any]], batches: Generator[lis
 
 
 def score(metric: str, table: list[dict[str, Any]], predictions: list[str]) -> float:
-    """The score of all answers by a metric."""
+    """The score of all answers by a metric, without what a model has thought."""
     columns = {"references": [row["references"] for row in table]}
     if needs_options(metric):
         columns["options"] = [row["options"] for row in table]
-    return load_metric(metric).compute(predictions=predictions, **columns)[metric]
+    return load_metric(metric).compute(predictions=list(map(without_thoughts, predictions)), **columns)[metric]
 
 
 def entry(evaluation: Evaluation, view: View, store: Predictions, metric: str) -> dict[str, Any]:

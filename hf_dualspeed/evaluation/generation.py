@@ -20,6 +20,7 @@ from ..utils.progress import Work
 from ..utils.validation import check_range, checked
 
 CONVERSATIONS = ("messages", "prompt", "conversations")
+THOUGHT = "</think>"
 
 
 @checked
@@ -58,8 +59,14 @@ def answer_accuracy(
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "prepare": prepare}
     batches = answers_in_batches(model, processor, dataset, description=description, silent=silent, **options)
     predictions = [answer for batch in batches for answer in batch]
-    accuracy = load_metric("exact_match").compute(predictions=predictions, references=expected)["exact_match"]
+    said = list(map(without_thoughts, predictions))
+    accuracy = load_metric("exact_match").compute(predictions=said, references=expected)["exact_match"]
     return {"accuracy": accuracy, "n": len(predictions), "predictions": predictions}
+
+
+def without_thoughts(text: str) -> str:
+    """What an answer says behind its thoughts. Their beginning may stand in the prompt, as templates write it there."""
+    return text.rpartition(THOUGHT)[2]
 
 
 def first_rows(dataset: Dataset, limit: int | None) -> Dataset:
@@ -140,7 +147,7 @@ def prompt_text(processor: ProcessorMixin, sample: dict[str, list], name: str) -
     Raises:
         ValueError: a text holds a placeholder, or the template refuses the messages.
     """
-    check_texts(processor, sample["messages"], name)
+    check_texts(processor, [sample["messages"], sample["tools"]], name)
     try:
         return render(processor, sample["messages"], sample["tools"], add_generation_prompt=True)
     except ValueError as error:

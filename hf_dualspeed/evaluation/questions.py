@@ -95,7 +95,8 @@ def load_questions(
             except (*IMAGE_ERRORS, TypeError) as error:
                 where = f"Row {index} of {name!r} (columns: {', '.join(dataset.column_names)})"
                 raise ValueError(f"{where} cannot be evaluated: {error}") from error
-            messages.append(hash_of(sample["messages"]))
+            said, tools = sample["messages"], sample["tools"]
+            messages.append(hash_of([said, tools] if tools else said))
             work.advance()
     if not any(media) and image_column != []:
         logger.warning("No question of %r has a picture: all are asked of text alone.", name)

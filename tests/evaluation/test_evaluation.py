@@ -13,6 +13,8 @@ from tiny_models import FAMILIES, picture
 
 from hf_dualspeed.data.collators import VisionLanguageCollator
 from hf_dualspeed.data.easy_vqa import FEATURES
+from hf_dualspeed.evaluation import generation
+from hf_dualspeed.evaluation.evaluate import score
 from hf_dualspeed.evaluation.generation import (
     answer_accuracy,
     answers,
@@ -21,6 +23,7 @@ from hf_dualspeed.evaluation.generation import (
     question_and_answers,
 )
 from hf_dualspeed.evaluation.pruned_prompts import PrunedPrompts
+from hf_dualspeed.metrics import CLASSES
 from hf_dualspeed.pruners import AutoPruner
 from hf_dualspeed.recipes.tiny_llava import build_tiny_llava
 
@@ -77,6 +80,16 @@ def test_learned_answers_are_found_whatever_the_padding(trained, batch_size):
 def test_case_and_white_space_do_not_count(trained):
     result = answer_accuracy(*trained, rows(ANSWERS | {"one?": " Red ", "so?": "wrong"}))
     assert result["accuracy"] == 0.75
+
+
+def test_thoughts_are_kept_and_not_scored(trained, monkeypatch):
+    """Templates of thinking models open them in the prompt: an answer that was learned without any begins behind."""
+    said = ["hm, red\n</think>\n\nblue"] * 2
+    monkeypatch.setattr(generation, "answers", lambda *_: said)
+    result = answer_accuracy(*trained, rows({"one?": "blue", "two?": "red"}))
+    assert result == {"accuracy": 0.5, "n": 2, "predictions": said}
+    table = [{"references": ["blue"], "options": ["red", "blue"]}]
+    assert [score(name, table, said[:1]) for name in CLASSES] == [1.0] * len(CLASSES)
 
 
 def test_without_answer_column_the_last_message_is_expected(trained):

@@ -83,6 +83,10 @@ def change_prompt():
     write_rows(Path("data.json"), table)
 
 
+def change_tools():
+    write_rows(Path("data.json"), rows(tools=[{"type": "function", "function": {"name": "look"}}]))
+
+
 def change_order():
     write_rows(Path("data.json"), rows()[::-1])
 
@@ -110,6 +114,7 @@ CHANGES = [
     (change_model_config, r"checkpoint config\.json changed", 8),
     (change_pixels, "pictures changed", 8),
     (change_prompt, "questions changed", 8),
+    (change_tools, "questions changed", 8),
     (change_order, "pictures changed", 8),
     (change_isolator, "isolator changed", 4),
     (change_pruner, "pruner dropped_tokens was 'merge', is 'discard'", 4),
