@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from transformers import ProcessorMixin
 
 from .media import shown
+
+PRINTED = ("'type': 'text'", '"type": "text"')  # of a part of text, as Python and JSON print it
 
 
 def render(
@@ -50,7 +52,7 @@ def _written(write: Callable[[list[dict]], str], messages: list[dict]) -> str:
     text, failure = "", None
     try:
         text = write(messages)
-        places = [place for place, message in enumerate(messages) if _is_printed(message, text)]
+        places = _printed(messages, text)
     except Exception as error:
         failure, places = error, [place for place, message in enumerate(messages) if message["role"] != "user"]
     plain = [place for place in places if all(part["type"] == "text" for part in messages[place]["content"])]
@@ -65,16 +67,22 @@ def _written(write: Callable[[list[dict]], str], messages: list[dict]) -> str:
     # Where it failed, it may also have looked for parts in the texts, and written none of them.
     if failure and not (plain and all(changed[place]["content"].strip() in text for place in plain)):
         raise failure
-    if any(_is_printed(message, text) for message in changed):
+    if _printed(changed, text):
         raise TypeError("it takes plain texts and no parts, so it has no place for a picture")
     return text
 
 
-def _is_printed(message: dict, text: str) -> bool:
-    """Whether a part of a message stands in the text as Python or JSON prints it."""
-    parts = message["content"] if isinstance(message["content"], list) else []
-    texts = [part for part in parts if part["type"] == "text"]
-    return any(form in text for part in texts for form in (str(part), json.dumps(part, ensure_ascii=False)))
+def _printed(messages: list[dict], text: str) -> list[int]:
+    """The places of messages of which a part stands in the text as Python or JSON prints it."""
+    if not any(mark in text for mark in PRINTED):
+        return []
+    return [place for place, message in enumerate(messages) if any(form in text for form in _forms(message))]
+
+
+def _forms(message: dict) -> Iterator[str]:
+    for part in message["content"] if isinstance(message["content"], list) else []:
+        if part["type"] == "text":
+            yield from (str(part), json.dumps(part, ensure_ascii=False))
 
 
 def rendered(processor: ProcessorMixin, sample: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
