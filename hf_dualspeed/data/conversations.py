@@ -368,7 +368,7 @@ def _turn(turn: Mapping[str, Any], column: str, name: str) -> dict:
         why = "a turn is learned (1) or not (0), and nothing between. Write 0 or 1, or leave the weight out."
         raise _refused(name, "weight", weight, why)
     for key in LEARNED:
-        if isinstance(extra.get(key), bool):
+        if isinstance(extra.get(key), Real) and extra[key] in (0, 1):  # a table may hold numbers
             weight = min(weight, extra.pop(key))
     if weight == 0:
         extra["weight"] = 0

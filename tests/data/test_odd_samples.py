@@ -142,6 +142,10 @@ SPEAKERS = {
     "weight a list": (chat(USER, said("assistant", weight=[1, 0])), Refused(r"has \[1, 0\] under `weight`")),
     "weight a tensor": (chat(USER, said("assistant", weight=torch.ones(2))), Refused(r"tensor.* under `weight`")),
     "role an array": (chat(USER, {"role": np.zeros(2), "content": "a"}), Refused("`role` must be .*got 'array")),
+    "loss a number": (
+        chat(USER, said("assistant", loss=0), USER, said("assistant", content="b", loss=1.0)),
+        Read("b<|im_end|>"),
+    ),
     "loss false": (
         chat(USER, said("assistant", loss=False), USER, said("assistant", content="b", loss=True)),
         Read("b<|im_end|>"),
