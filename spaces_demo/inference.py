@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from hf_dualspeed import AutoPruner, ModeIsolator, Pruner, available_pruners, prune_inputs
 from hf_dualspeed.data.collators import encode
 from hf_dualspeed.data.media import IMAGE_ERRORS, open_image, opened
+from hf_dualspeed.data.rendering import render
 from hf_dualspeed.evaluation.visualize import View, view_of, watch_calls
 from hf_dualspeed.hub.errors import explained
 from hf_dualspeed.hub.source import is_repo_id
@@ -239,9 +240,7 @@ class Checkpoint:
         if placeholder and placeholder in question:
             raise InputError(f"The question may not contain {placeholder}, which stands for the image.")
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        text = render(self.processor, [{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = encode(self.processor, [text], [[image]], padding_side="left")
         return dict(inputs.to(self.model.device, self.model.dtype))
 

@@ -312,6 +312,14 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         ask([missing], IMAGE, QUESTION, "grid", 0.5)
 
 
+def test_a_template_that_refuses_a_question_leaves_the_other_slots(tiny_runs, tmp_path):
+    run = shutil.copytree(tiny_runs["pruned"], tmp_path / "run")
+    (run / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
+    slot = load_slot("pruned", str(run))
+    assert "Could not be loaded: The chat template fails" in slot.problem
+    assert "no users" in slot.problem
+
+
 def test_the_others_answer_where_one_is_missing(slots):
     some = [slots[0], Slot("dualspeed", "gone/away", problem="Could not be loaded: gone"), slots[2]]
     answers = ask(some, IMAGE, QUESTION, "grid", 0.5)
