@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from hf_dualspeed import AutoPruner, ModeIsolator, Pruner, available_pruners, prune_inputs
 from hf_dualspeed.data.collators import encode
+from hf_dualspeed.data.labels import mark_in
 from hf_dualspeed.data.media import IMAGE_ERRORS, open_image, opened
 from hf_dualspeed.data.rendering import render
 from hf_dualspeed.evaluation.visualize import View, view_of, watch_calls
@@ -215,7 +216,7 @@ class Checkpoint:
         """Answers from all visual tokens, or from the isolator and those that `pruner` keeps.
 
         Raises:
-            InputError: the question contains the model's placeholder for images.
+            InputError: the question contains a placeholder of the model's for pictures or clips.
             ValueError: the pruner does not work with this model.
         """
         inputs = self._inputs(image, question)
@@ -236,9 +237,9 @@ class Checkpoint:
         return Answer(text, seconds, probability, used, total, isolator, view, timed, merged)
 
     def _inputs(self, image: Image.Image, question: str) -> dict:
-        placeholder = getattr(self.processor, "image_token", None)
-        if placeholder and placeholder in question:
-            raise InputError(f"The question may not contain {placeholder}, which stands for the image.")
+        mark = mark_in(self.processor, question)
+        if mark is not None:
+            raise InputError(f"The question may not contain {mark}, which stands for a picture or a clip.")
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = render(self.processor, [{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = encode(self.processor, [text], [[image]], padding_side="left")

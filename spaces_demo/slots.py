@@ -136,8 +136,12 @@ def ask(slots: list[Slot], image: Image.Image, question: str, pruner: str, ratio
 
 
 def pair(checkpoint: Checkpoint, image: Image.Image, question: str, pruner: str, ratio: float) -> Pair:
-    full = checkpoint.answer(image, question)
+    full = None
     try:
+        full = checkpoint.answer(image, question)
         return Pair(full, checkpoint.answer(image, question, checkpoint.pruner(pruner, ratio)))
-    except ValueError as error:  # the pruner does not work with this model
-        return Pair(full, " ".join(str(error).split())[:300])
+    except ValueError as error:  # the picture, or the pruner, does not work with this model
+        if full is None and isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        return Pair(full or reason, reason)

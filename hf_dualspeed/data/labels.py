@@ -141,16 +141,21 @@ def check_texts(processor: ProcessorMixin, messages: list, name: str) -> None:
         messages (`list`): Messages as [`to_messages`] makes them, or tools.
         name (`str`): What the error calls the sample.
     """
-    # Some templates write the mark in front of an image, and the processor puts the image's tokens behind it.
-    marks = placeholders_of(processor) | {str(mark) for mark in [getattr(processor, "boi_token", None)] if mark}
     for key, text in texts_in(messages):
-        mark = next((mark for mark in marks if mark in text), None)
+        mark = mark_in(processor, text)
         if mark is not None:
             raise ValueError(
                 f"The sample ({name}) has {shown(text)} under `{key}`: {type(processor).__name__} would read "
                 f"{mark!r} in it as a picture or clip. Write a part of that type where there is one; else change the "
                 f"text, for example to {mark[:1] + ' ' + mark[1:]!r}."
             )
+
+
+def mark_in(processor: ProcessorMixin, text: str) -> str | None:
+    """What of a text the processor would read as a picture, clip or sound; None if there is nothing."""
+    # Some templates write the mark in front of an image, and the processor puts the image's tokens behind it.
+    marks = placeholders_of(processor) | {str(mark) for mark in [getattr(processor, "boi_token", None)] if mark}
+    return next((mark for mark in marks if mark in text), None)
 
 
 def texts_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -163,6 +163,12 @@ def test_tiles_show_the_whole_image_and_count_the_rest(tmp_path):
 def test_the_placeholder_of_images_is_no_question(checkpoints):
     with pytest.raises(InputError, match="may not contain <image>"):
         checkpoints["baseline"].answer(IMAGE, "what is <image>?")
+    processor = SimpleNamespace(image_token="<image>", video_token="<video>", boi_token="<start>")
+    odd = Checkpoint.__new__(Checkpoint)
+    odd.processor = processor
+    for mark in vars(processor).values():
+        with pytest.raises(InputError, match=f"may not contain {mark}"):
+            odd.answer(IMAGE, f"what is {mark}?")
 
 
 def test_the_latency_is_the_median_after_a_warm_up(checkpoints, monkeypatch):
@@ -318,6 +324,18 @@ def test_a_template_that_refuses_a_question_leaves_the_other_slots(tiny_runs, tm
     slot = load_slot("pruned", str(run))
     assert "Could not be loaded: The chat template fails" in slot.problem
     assert "no users" in slot.problem
+
+
+def test_a_picture_that_one_model_refuses_leaves_the_others(slots, monkeypatch):
+    """As Qwen-VL's processor refuses very long ones."""
+
+    def refuse(*_):
+        raise ValueError("absolute aspect ratio must be smaller than 200")
+
+    monkeypatch.setattr(slots[1].checkpoint, "_inputs", refuse)
+    page = views.cards(slots, ask(slots, IMAGE, QUESTION, "grid", 0.5), "grid")
+    assert page.count("aspect ratio") == 2
+    assert page.count("<figure>") == 2
 
 
 def test_the_others_answer_where_one_is_missing(slots):
