@@ -49,7 +49,7 @@ def build(slots: list[Slot], webcam: bool = False) -> limits.Page:
         slots (`list[Slot]`): The checkpoints.
         webcam (`bool`): Whether visitors may take a picture.
     """
-    with limits.Page(title="DualSpeed", analytics_enabled=False, delete_cache=(limits.MAX_AGE, limits.MAX_AGE)) as page:
+    with limits.Page(title="DualSpeed", analytics_enabled=False, delete_cache=(300, limits.MAX_AGE)) as page:
         gr.HTML(header(slots), elem_id="masthead")
         pruners = explained_pruners(pruner_names(loaded(slots)))
         with gr.Tab("Ask"):
