@@ -182,9 +182,9 @@ def encoded(grid: int, questions: list[Question], world: World = FASHION) -> dic
 
 def majority(task: Task) -> float:
     """Accuracy of always giving the most frequent answer to each kind of question. It needs no image."""
-    answers: dict[str, list[int]] = {kind: [] for kind in task.world.kinds}
+    answers: dict[str, list[tuple]] = {kind: [] for kind in task.world.kinds}
     for row in task.test:
-        answers[row["kind"]].append(row["labels"][-2])
+        answers[row["kind"]].append(tuple(label for label in row["labels"] if label != IGNORED))
     return sum(max(map(given.count, set(given)), default=0) for given in answers.values()) / len(task.test)
 
 
@@ -257,7 +257,7 @@ def accuracy(
     batch_size: int = 100,
     rows: list[dict[str, Any]] | None = None,
 ) -> dict[str, float]:
-    """The share of test questions whose answer, one word, is the most probable next token: in all, and by kind.
+    """The share of test questions to which the model gives the right answer, greedily: in all, and by kind.
 
     Args:
         model (`nn.Module`): A trained model of [`build_model`].
@@ -276,11 +276,12 @@ def accuracy(
             batch = batch if prepare is None else prepare(batch)
             labels = batch.pop("labels")
             logits = model(**batch).logits
-        # The answer's place (B,) is the first supervised one; its logits (B, V) stand one place before.
-        place = (labels != IGNORED).int().argmax(1)
-        each = torch.arange(len(labels), device=device)
-        answers = logits[each, place - 1].argmax(-1)
-        hits += (answers == labels[each, place]).tolist()
+        # Tokens of the answer, (B, S): the supervised ones but the last, which ends it.
+        answer = labels != IGNORED
+        answer &= answer.flip(1).cumsum(1).flip(1) > 1
+        # Each has to be the most probable one behind those before it.
+        right = logits[:, :-1].argmax(-1) == labels[:, 1:]
+        hits += (right | ~answer[:, 1:]).all(1).tolist()
     shares = {
         kind: [hit for hit, row in zip(hits, asked, strict=True) if row["kind"] == kind] for kind in task.world.kinds
     }
