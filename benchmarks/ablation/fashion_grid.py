@@ -62,6 +62,10 @@ class Grid:
             whole.paste(enlarged, (column * self.edge, row * self.edge))
         return whole
 
+    def patches(self, side: int) -> np.ndarray:
+        """The item of each of side x side patches, `(side, side)`."""
+        return np.kron(np.reshape(self.items, (SIDE, SIDE)), np.ones((side // SIDE, side // SIDE), dtype=int))
+
     def questions(self, generator: random.Random) -> list[Question]:
         """Eight questions in random order: all four items, two counts, two comparisons."""
         asked = [

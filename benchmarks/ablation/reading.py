@@ -25,14 +25,15 @@ HIGHEST = 9
 VOCABULARY = (
     "apple arrow badge beach bell bird boat bread brick brush cable camp card chair cloud coin corn crown desk door "
     "drum duck eagle farm field fish flag flute frog glass glove goat gold grape hand honey horse house iron ivory "
-    "jade jeep juice kite knife lake lamp leaf lemon lion maple mask melon milk moon nest ocean olive onion paint paper "
-    "pearl piano pilot plate pond queen rain river robe rope rose sail salt shoe shop silk snow spoon star stone sugar "
-    "table tiger train tree truck tulip vase wagon water whale wheel wolf zebra"
+    "jade jeep juice kite knife lake lamp leaf lemon lion maple mask melon milk moon nest ocean olive onion paint "
+    "paper pearl piano pilot plate pond queen rain river robe rope rose sail salt shoe shop silk snow spoon star stone "
+    "sugar table tiger train tree truck tulip vase wagon water whale wheel wolf zebra"
 )
 LONGEST = 5  # letters of a word
 WORDS = tuple(VOCABULARY.split())
-# What stands at a place of a page: a letter, nothing, or a digit.
-SIGNS = (*string.ascii_lowercase, "", *string.digits)
+# What stands at a place of a page: a letter, nothing, a digit, or a part of a bar.
+SIGNS = (*string.ascii_lowercase, "", *string.digits, "bar")
+COLOURED = 30  # distance of the colours of a pixel, which bars alone have
 DIGITS = 2  # of a number
 
 
@@ -61,14 +62,34 @@ class Page:
         """The page as an image of 336 x 336 pixels."""
         generator = random.Random(self.style)
         page = Pillow.new("RGB", (PIXELS, PIXELS), "white")
-        pen, step = ImageDraw.Draw(page), (PIXELS - CHART) // ROWS
-        for row, texts in enumerate(zip(self.words, self.numbers, strict=True)):
-            for left, text in zip((6, 232), texts, strict=True):
-                written = font(generator.choice(FONTS), generator.randint(34, 40))
-                place = (left + generator.randint(0, 14), row * step + step // 2 + generator.randint(-3, 3))
-                pen.text(place, text, (generator.randint(0, 100),) * 3, written, anchor="lm")
+        pen = ImageDraw.Draw(page)
+        for text, written, place, grey in self._texts(generator):
+            pen.text(place, text, (grey,) * 3, written, anchor="lm")
         page.paste(self._chart(generator), (0, PIXELS - CHART))
         return page
+
+    def _texts(self, generator: random.Random) -> list[tuple]:
+        """Each word and number with its font, its left and middle in pixels, and its shade of grey."""
+        texts, step = [], (PIXELS - CHART) // ROWS
+        for row, pair in enumerate(zip(self.words, self.numbers, strict=True)):
+            for left, text in zip((6, 232), pair, strict=True):
+                written = font(generator.choice(FONTS), generator.randint(34, 40))
+                place = (left + generator.randint(0, 14), row * step + step // 2 + generator.randint(-3, 3))
+                texts.append((text, written, place, generator.randint(0, 100)))
+        return texts
+
+    def patches(self, side: int) -> np.ndarray:
+        """The code of the sign in the middle of each of side x side patches, `(side, side)`."""
+        signs = np.full((side, side), SIGNS.index(""))
+        middles = (np.arange(side) + 0.5) * PIXELS / side
+        for text, written, (left, middle), _ in self._texts(random.Random(self.style)):
+            lines = abs(middles - middle) < written.size / 2
+            for index, sign in enumerate(text):
+                begin, end = (left + written.getlength(text[:count]) for count in (index, index + 1))
+                signs[np.ix_(lines, (begin <= middles) & (middles < end))] = SIGNS.index(sign)
+        at = middles.astype(int)
+        signs[np.ptp(np.asarray(self.image(), dtype=int), axis=2)[np.ix_(at, at)] > COLOURED] = SIGNS.index("bar")
+        return signs
 
     def _chart(self, generator: random.Random) -> Pillow.Image:
         figure = Figure((PIXELS / 100, CHART / 100), dpi=100)

@@ -23,7 +23,6 @@ from hf_dualspeed.utils.text import markdown_table, spread, without_paths
 from hf_dualspeed.utils.validation import Parser, check_range
 from hf_dualspeed.utils.writing import write_json
 
-from . import kmeans  # noqa: F401, which registers it
 from .plan import CHOICES, KMEANS_ROUNDS
 
 RESULTS = "docs/results/ablation_selection_cost.json"
@@ -49,6 +48,8 @@ def main(argv: list[str]) -> None:
 
 def choices() -> dict[str, Pruner]:
     """The pruners of the group by name: each choice alone, and with rounds of k-means after it."""
+    from . import kmeans  # noqa: F401, which registers it, where it is used alone
+
     found = {}
     for name in CHOICES:
         found[name] = AutoPruner.from_name(name, pruning_ratio=RATIO)

@@ -40,6 +40,7 @@ from .language import (
     train_plainly,
 )
 from .letters import LETTERS
+from .reading import READING
 from .tower import letter_tower, pixel_values
 from .worlds import Scene, World
 
@@ -89,10 +90,10 @@ def _encode(tower: nn.Module, made: list[Scene], path: Path, description: str, b
 
 
 def tower_of(world: World, folder: Path, steps: int) -> nn.Module:
-    """The frozen tower: a pretrained DINOv2-small, or for letters, which need no files, one trained for `steps`."""
-    return (
-        letter_tower(folder, steps) if world.name == LETTERS.name else read_vision_tower(fetch(VISION, default_cache()))
-    )
+    """The frozen tower: a pretrained DINOv2-small, or where there is something to read, one trained for `steps`."""
+    if world.name in (LETTERS.name, READING.name):
+        return letter_tower(world, folder, steps)
+    return read_vision_tower(fetch(VISION, default_cache()))
 
 
 @dataclass(frozen=True)

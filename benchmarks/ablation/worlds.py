@@ -6,6 +6,7 @@ import random
 from functools import cache
 from typing import Protocol
 
+import numpy as np
 from PIL import Image as Pillow
 
 from hf_dualspeed.utils.validation import check_choice
@@ -22,6 +23,8 @@ class Scene(Protocol):
     items: tuple[int, ...]
 
     def image(self) -> Pillow.Image: ...
+
+    def patches(self, side: int) -> np.ndarray: ...
 
     def questions(self, generator: random.Random) -> list[Question]: ...
 

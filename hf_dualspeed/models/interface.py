@@ -224,6 +224,12 @@ class ModelInterface:
         return self.owner_of("compute_3d_position_ids")
 
     @cached_property
+    def skips_padding(self) -> bool:
+        """Whether the language model numbers tokens by the mask: its learned positions are looked up so (OPT)."""
+        tables = (module for module in self.outer.modules() if isinstance(module, nn.Embedding))
+        return any("attention_mask" in argument_names(table.forward) for table in tables)
+
+    @cached_property
     def visual_token_ids(self) -> list[int]:
         """Every placeholder id."""
         return visual_token_ids(self.config)

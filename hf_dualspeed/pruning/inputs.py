@@ -408,5 +408,9 @@ def full_positions(interface: ModelInterface, inputs: Mapping, mask: torch.Tenso
     positions, owner = inputs.get("position_ids"), interface.positions_owner
     if positions is None and owner is not None:
         positions = numbered(owner, inputs, mask)
-    # Others number 0, 1, ...: without padding, which counts where positions are learned (OPT).
-    return (mask.long().cumsum(1) - 1).clamp_(min=0) if positions is None else positions
+    if positions is not None:
+        return positions
+    # Some leave padding out, most number 0, 1, ...
+    if interface.skips_padding:
+        return (mask.long().cumsum(1) - 1).clamp_(min=0)
+    return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)

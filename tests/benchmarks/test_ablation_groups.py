@@ -199,6 +199,24 @@ def test_a_page_written_as_text_has_its_signs_where_the_picture_has_them():
     assert [int(sign) for sign in patches[32::2]] == 4 * page.heights
 
 
+def test_the_tower_is_told_what_is_at_each_patch():
+    page = READING.drawn(random.Random(5))
+    signs = np.array(reading.SIGNS)[page.patches(24)]
+    for row in range(4):
+        # From left to right in the middle of a row. A letter narrower than a patch may lie between two middles.
+        line = [sign for sign in signs[4 * row + 2] if sign]
+        seen = [sign for index, sign in enumerate(line) if index == 0 or sign != line[index - 1]]
+        rest = iter(page.words[row] + page.numbers[row])
+        assert all(sign in rest for sign in seen)
+        assert len(seen) >= 4
+    bars = [(part == "bar").sum(0).max() for part in np.array_split(signs[16:, 2:23], 4, axis=1)]
+    assert [bars[at] for at in np.argsort(page.heights)] == sorted(bars)
+    assert len(set(bars)) > 1
+    assert not (signs[:16] == "bar").any()
+    grid = LETTERS.drawn(random.Random(5))
+    assert grid.patches(4)[[0, 1, 2, 3], [1, 2, 0, 3]].tolist() == [grid.items[place] for place in (0, 1, 2, 3)]
+
+
 def test_bars_are_as_high_as_they_are_said_to_be():
     """The share of coloured pixels below each bar's place grows with its height."""
     codes = [reading.SIGNS.index(sign) for sign in (*"applebreadchairdrums", *"10203040", *"9631")]
