@@ -243,7 +243,8 @@ GROUPS: dict[str, tuple[Variant, ...]] = {
     "pruning ratios": (FULL, *PRUNING_RATIOS),
     "pruners": (FULL, *PRUNERS),
     "deeper": (FULL, MERGED_ONLY, PAPERS[-1], DUALSPEED, timed(FULL), timed(MERGED_ONLY), timed(PAPERS[-1])),
-    "reading": (FULL, *at_ratios(0.5, 0.75, 0.9)),
+    "deeper-positions": (FULL, DUALSPEED, original(DUALSPEED)),
+    "reading": (FULL, *at_ratios(0.5, 0.75, 0.9), *map(original, at_ratios(0.5, 0.75, 0.9)[3:])),
     "objects": (FULL, PAPERS[-1], DUALSPEED, *at_ratios(0.5, 0.75), timed(FULL)),
     "cool-down": (FULL, *COOL_DOWN),
     "budgets": (FULL, *BUDGETS),
@@ -265,6 +266,7 @@ LARGE = {
 PLAIN_SETUP = Setup()
 SETUPS = {
     "deeper": DEEPER,
+    "deeper-positions": DEEPER,
     "reading": Setup("reading", {"heads": 2, "test_grids": 300}, bf16=True),
     "objects": Setup("objects", DEEP, curve=10, bf16=True),
     "cool-down": Setup(decay=0.1),
