@@ -71,8 +71,7 @@ ablation: $(STAMP)
 	$(ABLATION)_longer.json --steps 800 --groups parts "equal time"
 
 # One of the deeper, wider and harder groups: its name is the group's.
-ablation-deeper ablation-deeper-positions ablation-reading ablation-objects ablation-cool-down ablation-budgets \
-	ablation-first-layers ablation-selection: $(STAMP)
+ablation-deeper ablation-deeper-positions ablation-reading ablation-objects ablation-cool-down ablation-budgets ablation-first-layers ablation-selection: $(STAMP)
 	$(ABLATION)_$(@:ablation-%=%).json --groups $(@:ablation-%=%)
 
 ablation-selection-cost: $(STAMP)
