@@ -88,7 +88,7 @@ class Page:
                 begin, end = (left + written.getlength(text[:count]) for count in (index, index + 1))
                 signs[np.ix_(lines, (begin <= middles) & (middles < end))] = SIGNS.index(sign)
         at = middles.astype(int)
-        signs[np.ptp(np.asarray(self.image(), dtype=int), axis=2)[np.ix_(at, at)] > COLOURED] = SIGNS.index("bar")
+        signs[np.ptp(np.asarray(self.image(), dtype=int)[np.ix_(at, at)], axis=2) > COLOURED] = SIGNS.index("bar")
         return signs
 
     def _chart(self, generator: random.Random) -> Pillow.Image:

@@ -6,18 +6,17 @@ Each is timed on one image, merging and sizes included, in the same round as Div
 from __future__ import annotations
 
 import sys
-import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from rich.progress import track
 
-from hf_dualspeed.bench.selection import TOKENS, WIDTHS, image
+from hf_dualspeed.bench.selection import TOKENS, WIDTHS, image, seconds_of
 from hf_dualspeed.cli import call
 from hf_dualspeed.pruners import AutoPruner, Pruner, VisualTokens
-from hf_dualspeed.utils.devices import synchronize
 from hf_dualspeed.utils.environment import machine, versions
 from hf_dualspeed.utils.text import markdown_table, spread, without_paths
 from hf_dualspeed.utils.validation import Parser, check_range
@@ -62,15 +61,7 @@ def choices() -> dict[str, Pruner]:
 def sized(pruners: dict[str, Pruner], count: int, width: int, device: torch.device, rounds: int) -> dict:
     """Seconds of each choice from one image of `count` tokens, and its ratio to the baseline's in the same round."""
     tokens = VisualTokens(image("regions", count, width).to(device))
-    seconds: dict[str, list[float]] = {name: [] for name in pruners}
-    for number in range(-1, rounds):  # one to warm up
-        for name, pruner in pruners.items():
-            synchronize(device)
-            begun = time.perf_counter()
-            pruner(tokens)
-            synchronize(device)
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - begun)
+    seconds = seconds_of({name: partial(pruner, tokens) for name, pruner in pruners.items()}, device, rounds)
     over = {
         name: spread([own / base for own, base in zip(values, seconds[BASE], strict=True)])
         for name, values in seconds.items()

@@ -148,8 +148,16 @@ def sized(
     pruner: Pruner, kind: str, count: int, width: int, device: torch.device, dtype: torch.dtype, rounds: int
 ) -> dict:
     """Seconds of selecting from one image of `count` tokens, each way after the other in each round."""
-    ways = ways_of(pruner, VisualTokens(image(kind, count, width).to(device, dtype)))
-    seconds = {name: [] for name in ways}
+    seconds = seconds_of(ways_of(pruner, VisualTokens(image(kind, count, width).to(device, dtype))), device, rounds)
+    own = seconds[OWN]
+    over = {name: median(v / o for v, o in zip(values, own, strict=True)) for name, values in seconds.items()}
+    spreads = {name: quartiles(torch.tensor(values, dtype=torch.float64)) for name, values in seconds.items()}
+    return {"tokens": kind, "visual_tokens": count, "width": width, "seconds": spreads, "over_own": over}
+
+
+def seconds_of(ways: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way by round, one after the other in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-1, rounds):  # one to warm up
         for name, run in ways.items():
             synchronize(device)
@@ -158,10 +166,7 @@ def sized(
             synchronize(device)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - begun)
-    own = seconds[OWN]
-    over = {name: median(v / o for v, o in zip(values, own, strict=True)) for name, values in seconds.items()}
-    spreads = {name: quartiles(torch.tensor(values, dtype=torch.float64)) for name, values in seconds.items()}
-    return {"tokens": kind, "visual_tokens": count, "width": width, "seconds": spreads, "over_own": over}
+    return seconds
 
 
 def image(kind: str, count: int, width: int) -> torch.Tensor:
