@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from stat import S_ISDIR
 from threading import Thread
@@ -91,7 +92,7 @@ class BodyLimit:
 
     def __init__(self, app, page: Page):
         self.app, self.page = app, page
-        self.own = {path for path in FOLDER.rglob("*") if path.is_file()}  # examples and plots
+        self.own = {path for path in within(FOLDER) if path.is_file()}  # examples and plots
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -122,7 +123,7 @@ class BodyLimit:
     def make_room(self) -> None:
         """Removes uploads that are too old, and the oldest ones beyond `MAX_HELD` and `MAX_FILES`."""
         now, held, found = time.time(), 0, []
-        for path in FOLDER.rglob("*"):
+        for path in within(FOLDER):
             with contextlib.suppress(FileNotFoundError):  # gradio removes files, too
                 found.append((path, path.lstat()))
         files = [(path, status) for path, status in found if not S_ISDIR(status.st_mode) and path not in self.own]
@@ -137,6 +138,12 @@ class BodyLimit:
             if S_ISDIR(status.st_mode) and now - status.st_mtime > MAX_AGE:
                 with contextlib.suppress(OSError):
                     path.rmdir()
+
+
+def within(folder: Path) -> Iterator[Path]:
+    """Files and folders anywhere in a folder. Unlike `Path.rglob`, it bears that others remove folders meanwhile."""
+    for path, folders, files in os.walk(folder):
+        yield from (Path(path, name) for name in (*folders, *files))
 
 
 def checked(part: gr.blocks.Block, value: object) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -109,7 +110,7 @@ def test_uploads_have_a_bound_together(server, monkeypatch, bound, value, left):
         for field in ("files", "others", "files", "others", "files", "files"):
             answer = http.post("upload", files={field: ("a.png", os.urandom(3000))})
     for _ in range(100):  # room is made behind the answer
-        found = [path for path in limits.FOLDER.rglob("*") if path.is_file()]
+        found = [path for path in limits.within(limits.FOLDER) if path.is_file()]
         held = set()
         for path in found:
             with contextlib.suppress(FileNotFoundError):  # deleted in between
@@ -121,6 +122,23 @@ def test_uploads_have_a_bound_together(server, monkeypatch, bound, value, left):
     assert (answer.json()[0] in held) is (left > 0)
     assert server.page.upload_file_set <= held
     assert any(path.parent.name.startswith("examples-") for path in found)
+
+
+def test_a_folder_may_vanish_while_uploads_are_counted(server, monkeypatch):
+    """As gradio removes what is older than an hour."""
+    limits = pytest.importorskip("limits")
+    (limits.FOLDER / "upload").mkdir()
+    (limits.FOLDER / "upload" / "a.png").write_bytes(b"")
+
+    def scanned(path):
+        if str(path).endswith("upload"):
+            shutil.rmtree(path, ignore_errors=True)
+        return scan(path)
+
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", scanned)
+    limits.BodyLimit(None, server.page).make_room()
+    assert not (limits.FOLDER / "upload").exists()
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
