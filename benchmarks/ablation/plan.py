@@ -159,7 +159,7 @@ def of_seven_billion(speed_up: float) -> Variant:
 
 # A deeper model of many tokens: images of 336 pixels are 576 tokens.
 DEEP = {"hidden_size": 128, "layers": 12, "heads": 2, "test_grids": 300}
-DEEPER = Setup("grids-336", DEEP, curve=10, bf16=True)
+DEEPER, OBJECTS = Setup("grids-336", DEEP, curve=10, bf16=True), Setup("objects", DEEP, bf16=True)
 
 # When slow steps come, at a learning rate that is still high.
 COOL_DOWN = tuple(
@@ -243,9 +243,8 @@ GROUPS: dict[str, tuple[Variant, ...]] = {
     "pruning ratios": (FULL, *PRUNING_RATIOS),
     "pruners": (FULL, *PRUNERS),
     "deeper": (FULL, MERGED_ONLY, PAPERS[-1], DUALSPEED, timed(FULL), timed(MERGED_ONLY), timed(PAPERS[-1])),
-    "deeper-positions": (FULL, DUALSPEED, original(DUALSPEED)),
     "reading": (FULL, *at_ratios(0.5, 0.75, 0.9), *map(original, at_ratios(0.5, 0.75, 0.9)[3:])),
-    "objects": (FULL, PAPERS[-1], DUALSPEED, *at_ratios(0.5, 0.75), timed(FULL)),
+    "objects": (FULL, PAPERS[-1], DUALSPEED, original(DUALSPEED), at_ratios(0.75)[1], timed(FULL)),
     "cool-down": (FULL, *COOL_DOWN),
     "budgets": (FULL, *BUDGETS),
     "first-layers": (FULL, *FIRST_LAYERS),
@@ -266,11 +265,10 @@ LARGE = {
 PLAIN_SETUP = Setup()
 SETUPS = {
     "deeper": DEEPER,
-    "deeper-positions": DEEPER,
     "reading": Setup("reading", {"heads": 2, "test_grids": 300}, bf16=True),
-    "objects": Setup("objects", DEEP, curve=10, bf16=True),
+    "objects": OBJECTS,
     "cool-down": Setup(decay=0.1),
-    "first-layers": DEEPER,
+    "first-layers": OBJECTS,
     "large": Setup("letters", LARGE, batch_size=64, learning_rate=4e-4, curve=10, bf16=True),
 }
 

@@ -1,6 +1,6 @@
 """A small vision tower that reads letters, trained in seconds on a GPU and in minutes on a CPU.
 
-Of the pretrained ones that can be brought along, none reads.
+Of the pretrained ones that can be brought along, none reads. As in a ViT, its states tell where a patch stands.
 
 Shapes: B images, H patches in a row (24), D features (384).
 """
@@ -27,6 +27,7 @@ FEATURES, PATCH = 384, 14
 SIGHT = 8  # pixels of a patch that the tower sees
 # Width, stride and dilation of each 3 x 3 convolution.
 CONVOLUTIONS = ((32, 2, 1), (64, 2, 1), (128, 2, 1), (256, 1, 2))
+WAVELENGTHS = 10_000  # the longest of the positions' waves in the shortest
 BATCH, LEARNING_RATE = 16, 1e-3
 DRAWN = 4000  # scenes at most that it is trained with, over and over
 
@@ -60,7 +61,18 @@ class LetterTower(nn.Module):
 
     def states(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normed states `(B, H^2, D)` of what the tower sees, `(B, 3, 8 H, 8 H)`."""
-        return self.norm(self.layers(pixels).flatten(2).mT)
+        states = self.layers(pixels).flatten(2).mT
+        return self.norm(states + positions(pixels.shape[-1] // SIGHT).to(states))
+
+
+@cache
+def positions(side: int) -> torch.Tensor:
+    """Sines and cosines of the row and the column of each patch, `(H^2, D)`, at wavelengths of 2 pi to 20,000 pi."""
+    frequencies = WAVELENGTHS ** -torch.linspace(0, 1, FEATURES // 4)
+    angles = torch.arange(side)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], 1)  # (H, D / 2)
+    rows, columns = line[:, None].expand(side, side, -1), line[None].expand(side, side, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)
 
 
 def seen(pixel_values: torch.Tensor) -> torch.Tensor:
