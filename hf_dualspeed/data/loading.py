@@ -304,7 +304,11 @@ def _with_paths(dataset: Dataset, image_folder: str | Path | None) -> Dataset:
     talks += [name for name in sides if _may_hold_paths(dataset.features[name])]
     locate = _locator(image_folder)
     if columns:
-        dataset = dataset.map(lambda row: {name: [locate(path) for path in _as_list(row[name])] for name in columns})
+        # Told, because the first rows may all be text alone, of which `datasets` would infer another type.
+        features = Features({**dataset.features, **dict.fromkeys(columns, List(Value("string")))})
+        dataset = dataset.map(
+            lambda row: {name: [locate(path) for path in _as_list(row[name])] for name in columns}, features=features
+        )
     records = [name for name in ("image", "images") if _has_bare_paths(dataset, name)]
     if records:
         features = dataset.features

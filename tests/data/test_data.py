@@ -543,3 +543,14 @@ def test_records_of_paths_start_from_the_image_folder(tmp_path, column):
     Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
     (found,) = load_examples(str(tmp_path / "rows.parquet"), image_folder=str(tmp_path / "here"))
     assert "pixel_values" in VisionLanguageCollator(tiny_llava_processor())([found])
+
+
+def test_pictures_of_a_table_may_begin_behind_many_rows_of_text(tmp_path):
+    """`datasets` infers types from the first thousand rows."""
+    many = 1001
+    rows = {"image": [None] * many + ["one.png"], "question": ["what?"] * (many + 1), "answer": ["noise"] * (many + 1)}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    found = load_examples(str(tmp_path / "rows.parquet"))
+    assert found[0]["image"] == []
+    assert found[many]["image"] == [str(tmp_path / "one.png")]
+    assert to_messages(found[0])["images"] == []
