@@ -22,6 +22,7 @@ from hf_dualspeed.data.collators import encode
 from hf_dualspeed.data.labels import mark_in
 from hf_dualspeed.data.media import IMAGE_ERRORS, open_image, opened
 from hf_dualspeed.data.rendering import render
+from hf_dualspeed.evaluation.checkpoint import view_settings
 from hf_dualspeed.evaluation.visualize import View, view_of, watch_calls
 from hf_dualspeed.hub.errors import explained
 from hf_dualspeed.hub.source import is_repo_id
@@ -168,8 +169,7 @@ class Checkpoint:
         self.model: PreTrainedModel = model.to(device).eval()
         self.processor: ProcessorMixin = AutoProcessor.from_pretrained(self.folder)
         self.results = read_results(self.folder)
-        settings = self.results.get("settings", {})
-        self.fast_view = {key: settings[key] for key in ("position_ids", "proportional_attention") if key in settings}
+        self.fast_view = view_settings(self.folder)
         self.isolator = self._isolator()
         self.own_pruner = self._pruner()
         self._warm_up()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
 from ..hub.errors import explained
@@ -24,7 +26,14 @@ from ..models.adapters import load_adapters
 from ..pruning.isolator import ModeIsolator, saved_length
 from ..publishing.files import check_finished
 from ..publishing.results import read_results
-from ..utils.constants import ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, RESULTS_NAME
+from ..trainer.callbacks import saved_by_clock
+from ..utils.constants import (
+    ISOLATOR_WEIGHTS_NAME,
+    PRUNER_CONFIG_NAME,
+    PRUNER_WEIGHTS_NAME,
+    RESULTS_NAME,
+    VIEW_SETTINGS,
+)
 from ..utils.text import parse_json
 from ..utils.validation import check_tensors, checked, loading, surprises_named
 from .fingerprint import hash_of_file, model_files
@@ -59,6 +68,11 @@ class Checkpoint:
         """The folder of the run that trained it, where it is local and has results."""
         folder = Path(self.name)
         return folder if (folder / RESULTS_NAME).is_file() else None
+
+    def is_of_run(self) -> bool:
+        """Whether a pruner or an isolator lies beside it, which a training with DualSpeed leaves there."""
+        names = (ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME)
+        return self.beside is not None and any((self.beside / name).is_file() for name in names)
 
     def files(self) -> dict[str, dict[str, str]]:
         """What the model is loaded from: the checkpoint's and the base model's files by hash, or the Hub's commits."""
@@ -141,9 +155,8 @@ class Checkpoint:
         return isolator.to(model.device, model.dtype)
 
     def settings(self) -> dict[str, str | bool]:
-        """The run's settings of positions, video budget and attention, as far as its results have them."""
-        known = read_results(self.beside).get("settings", {}) if self.beside is not None else {}
-        return {key: known[key] for key in ("position_ids", "video_budget", "proportional_attention") if key in known}
+        """The run's settings of positions, video budget and attention, as far as they lie beside the model."""
+        return {} if self.beside is None else view_settings(self.beside)
 
 
 @checked
@@ -186,6 +199,19 @@ def find_checkpoint(
         paths = [path for path in (_file(name, file, commit) for file in BESIDE) if path is not None]
         beside = paths[0].parent if paths else None
     return Checkpoint(name, dtype, trust_remote_code, base, commit, base_commit, beside)
+
+
+def view_settings(folder: Path) -> dict[str, str | bool]:
+    """The settings of a run's pruned view, out of its results, or out of a checkpoint's state, which has no results.
+
+    Raises:
+        ValueError: one of the two files is damaged.
+    """
+    known, state = read_results(folder).get("settings"), folder / TRAINER_STATE_NAME
+    if known is None and state.is_file():
+        with surprises_named(f"{str(state)!r} is no state of a training"):
+            known = dict(saved_by_clock(json.loads(state.read_bytes())).get("view") or {})
+    return {key: known[key] for key in VIEW_SETTINGS if key in (known or {})}
 
 
 def _base_commit(name: str, base: str, revision: str | None) -> str:

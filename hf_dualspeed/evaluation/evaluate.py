@@ -73,6 +73,13 @@ def prepare(options: argparse.Namespace) -> Evaluation:
         read_results(checkpoint.run)
         split_front_matter(read_card(checkpoint.run / CARD_NAME))
     views = [View(FULL), *(pruned_views(options, checkpoint) if pruned else [])]
+    if pruned and not checkpoint.settings() and checkpoint.is_of_run():
+        logger.warning(
+            "Nothing beside %s says with which positions and attention its fast steps ran, so pruned tokens get those "
+            "of the defaults. If the run had others, evaluate its output folder, which has a %s.",
+            checkpoint.name,
+            RESULTS_NAME,
+        )
     processor = checkpoint.processor()
     where = {"image_folder": options.image_folder, "image_column": options.image_column}
     questions = load_questions(options.dataset, options.split, limit=options.limit, processor=processor, **where)

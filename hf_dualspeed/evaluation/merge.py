@@ -16,7 +16,7 @@ from ..publishing.results import OF_WEIGHTS, is_hub_id, read_results, write_resu
 from ..utils.constants import CARD_NAME, PRUNER_CONFIG_NAME, RESULTS_NAME
 from ..utils.validation import checked
 from ..utils.writing import check_new_folder, copy_file, new_folder, write_file
-from .checkpoint import BESIDE, Checkpoint, find_checkpoint
+from .checkpoint import BESIDE, Checkpoint, find_checkpoint, view_settings
 
 # The pictures of a run's card.
 PICTURES = {"learning_curve": "learning_curve.png", "kept_tokens": "kept_tokens.png"}
@@ -93,6 +93,8 @@ def _write_record(found: Checkpoint, folder: Path) -> None:
     config = beside / PRUNER_CONFIG_NAME
     code = code_files(beside, [config.name], links=True) if config.is_file() else ()
     results = {key: value for key, value in read_results(beside).items() if key not in OF_WEIGHTS}
+    if view := view_settings(beside):  # that of a checkpoint lies in its state
+        results.setdefault("settings", view)
     for key in PICTURES:
         if not (beside / PICTURES[key]).is_file():
             results.pop(key, None)

@@ -141,6 +141,7 @@ class ModeClock(TrainerCallback, ExportableState):
 
     def __init__(self, mode: str | None = None):
         self.size: dict = {}  # of a micro-batch, so that a run resumes with the same
+        self.view: dict = {}  # settings of the pruned view, for whoever answers from the checkpoint
         self._restore({})
         self._mode = mode  # of the last micro-batch; of all steps if micro-batches are not counted
         self._begun = 0.0
@@ -236,8 +237,14 @@ class ModeClock(TrainerCallback, ExportableState):
         self.pass_time()
         values = {"steps": self.steps, "seconds": self.seconds, "total_seconds": self.total_seconds}
         values |= {"visual_tokens": self.all_visual_tokens, "fast_tokens": self.fast_tokens}
-        values |= {"data_times": dict(self.data.sums), "size": self.size}
+        values |= {"data_times": dict(self.data.sums), "size": self.size, "view": self.view}
         return {"args": {}, "attributes": values}
+
+
+def saved_by_clock(state: dict) -> dict:
+    """What a [`ModeClock`] has saved in the Trainer's state; {} if there was none."""
+    clock = (state.get("stateful_callbacks") or {}).get(ModeClock.__name__) or {}
+    return clock.get("attributes") or {}
 
 
 class ModeLosses(TrainerCallback):

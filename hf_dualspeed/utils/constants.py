@@ -4,6 +4,8 @@ from __future__ import annotations
 
 POSITION_IDS = ("auto", "original", "compact")
 VIDEO_BUDGETS = ("clip", "frame")
+# What the pruned view depends on beside pruner and isolator.
+VIEW_SETTINGS = ("position_ids", "video_budget", "proportional_attention")
 
 PRUNER_CONFIG_NAME = "pruner_config.json"
 PRUNER_WEIGHTS_NAME = "pruner.safetensors"

@@ -354,6 +354,18 @@ def test_a_plain_checkpoint_keeps_its_folder_but_for_the_answers(folder, capsys)
     assert "Results and card" not in capsys.readouterr().out
 
 
+def test_the_view_of_a_checkpoint_is_that_of_its_state_or_warned_of(folder, caplog):
+    Path("run/results.json").unlink()
+    evaluate("--pruning_ratio", "0.5")
+    assert "Nothing beside run says with which positions and attention its fast steps ran" in caplog.text
+    caplog.clear()
+    view = {"position_ids": "original", "proportional_attention": False}
+    write_json("run/trainer_state.json", {"stateful_callbacks": {"ModeClock": {"attributes": {"view": view}}}})
+    evaluate("--pruning_ratio", "0.5")
+    assert "Nothing beside run" not in caplog.text
+    assert "position_ids was None, is 'original'; proportional_attention was None, is False" in caplog.text
+
+
 def test_a_checkpoint_on_the_hub(folder, hub, asked, caplog):
     hub.put("tester/run", {path.name: path.read_bytes() for path in Path("run").iterdir()})
     assert evaluate("--pruning_ratio", "0.5", checkpoint="tester/run", data="data.json") == 0

@@ -65,6 +65,16 @@ def test_a_run_becomes_an_ordinary_checkpoint(trained, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
 
+def test_the_view_of_a_checkpoint_goes_along(trained, tmp_path):
+    folder = shutil.copytree(trained[0] / "run", tmp_path / "checkpoint-2")
+    (folder / "results.json").unlink()
+    view = {"position_ids": "original", "proportional_attention": False}
+    state = {"stateful_callbacks": {"ModeClock": {"attributes": {"view": view}}}}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    merge(str(folder), tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "results.json").read_text())["settings"] == view
+
+
 def test_a_merged_folder_is_pushed_as_it_is(trained, tmp_path, hub):
     hub.user = "user"
     merge(str(trained[0] / "run"), tmp_path / "merged")

@@ -54,6 +54,14 @@ def test_a_finished_run_is_trained_no_further(run, caplog):
     assert trainer.state.global_step == 4
 
 
+def test_a_checkpoint_knows_the_view_of_its_fast_steps(tmp_path):
+    """Whoever answers from its pruned tokens goes by it, though only the run's folder has results."""
+    view = {"position_ids": "original", "video_budget": "clip", "proportional_attention": False}
+    make(tmp_path, max_steps=1, **view, **SAVING).train()
+    assert not (tmp_path / "checkpoint-1" / "results.json").exists()
+    assert find_checkpoint(str(tmp_path / "checkpoint-1")).settings() == view
+
+
 def test_weights_of_several_types_come_back_to_the_bit(tmp_path):
     """A projector in float32 is trained in a model in bfloat16."""
 

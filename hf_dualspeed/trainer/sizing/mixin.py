@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ...publishing.display import is_silent
 from ...utils.environment import reset_peak_memory
 from ...utils.text import in_bytes, one_line
-from ..callbacks import ModeClock
+from ..callbacks import saved_by_clock
 from ..schedule import FAST, SLOW
 from ..training_args import Chosen
 from .choice import Limits, choose
@@ -203,8 +203,7 @@ def saved_size(checkpoint: str) -> dict | None:
         state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except OSError:
         return None
-    clock = (state.get("stateful_callbacks") or {}).get(ModeClock.__name__) or {}
-    size = clock.get("attributes", {}).get("size")
+    size = saved_by_clock(state).get("size")
     return size or (state.get("train_batch_size") and {"micro_batch": state["train_batch_size"]}) or None
 
 
