@@ -5,6 +5,7 @@ python examples/sft.py HuggingFaceTB/SmolVLM-256M-Instruct trl-lib/llava-instruc
 
 import sys
 
+from datasets import Image, List
 from peft import LoraConfig
 
 from hf_dualspeed import DualSpeedSFTConfig, DualSpeedSFTTrainer
@@ -24,6 +25,7 @@ args = DualSpeedSFTConfig(
     report_to="none",
 )
 peft_config = LoraConfig(r=16, target_modules=r".*(text_model|language_model).*\.(q|k|v|o)_proj")
-trainer = DualSpeedSFTTrainer(name, args, train_dataset=load_examples(data), peft_config=peft_config)
+dataset = load_examples(data).cast_column("images", List(Image()))  # decoded, as TRL's collator takes them
+trainer = DualSpeedSFTTrainer(name, args, train_dataset=dataset, peft_config=peft_config)
 trainer.train()
 trainer.save_model()

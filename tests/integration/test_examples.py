@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from recipe_cases import TINY
 from tiny_models import picture
 from transformers import AutoModelForImageTextToText
@@ -52,9 +53,17 @@ def test_lora_on_data_of_ones_own(place, tmp_path, monkeypatch):
     assert not any(info.values())
 
 
-def test_sft(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("of_trl", [False, True])
+def test_sft(place, tmp_path, monkeypatch, of_trl):
+    """On a file of one's own, and on a data set in TRL's columns, which holds the pictures themselves."""
     pytest.importorskip("trl")
-    ran = start(monkeypatch, "sft.py", place / "model", place / "train.jsonl", tmp_path / "run", "--cpu")
+    data = place / "train.jsonl"
+    if of_trl:
+        turns = {"prompt": ("user", "What is it ?"), "completion": ("assistant", "noise")}
+        row = {column: [{"role": role, "content": text}] for column, (role, text) in turns.items()}
+        Dataset.from_list([{**row, "images": [picture()]}] * 4).save_to_disk(tmp_path / "data")
+        data = tmp_path / "data"
+    ran = start(monkeypatch, "sft.py", place / "model", data, tmp_path / "run", "--cpu")
     assert sum(ran["trainer"].clock.steps.values()) == ran["trainer"].state.max_steps > 0
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
