@@ -13,6 +13,7 @@ from pruner_cases import build
 from tiny_models import FAMILIES, HIDDEN, batch
 
 from hf_dualspeed import AutoPruner, available_pruners, cli
+from hf_dualspeed.pruners import card as card_of_pruners
 from hf_dualspeed.pruners.card import pruner_card
 from hf_dualspeed.publishing.cards import MARKER, merge_card
 
@@ -59,6 +60,16 @@ def test_the_three_lines_run(hub, name):
     exec(lines, scope)
     assert scope["pruner"].config.pruner_type == name
     assert scope["loss"].isfinite() if name == "fastv" else scope["answer"].shape[0] == len(scope["inputs"]["labels"])
+
+
+def test_whoever_trains_with_code_of_its_own_is_told_how_to_trust_it(monkeypatch):
+    """The arguments of a training have no such word, so a name there is refused."""
+    by_name = f'DualSpeedTrainingArguments(..., pruner="{REPO}")'
+    assert by_name in text(build("grid"))
+    monkeypatch.setattr(card_of_pruners, "is_custom", lambda pruner: True)
+    told = text(build("grid"))
+    assert by_name not in told
+    assert f"`DualSpeedTrainer(..., pruner=pruner)`, or `pruner: {REPO}` and `trust_remote_code: true` in a" in told
 
 
 def test_a_ratio_that_changes_is_told_at_both_ends():
