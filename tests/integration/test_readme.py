@@ -343,6 +343,16 @@ def test_readme_links_every_page():
     assert [page for page in PAGES[1:] if f"]({page})" not in text_of("README.md")] == []
 
 
+def test_the_reference_names_what_there_is():
+    pytest.importorskip("trl")
+    named = re.findall(r"^::: ([\w.]+)(?:\n +options: \{members: \[([\w, ]+)\])?", text_of("docs/api.md"), re.MULTILINE)
+    assert len(named) > 10
+    for path, members in named:
+        module, _, name = path.rpartition(".")
+        found = getattr(import_module(module), name)
+        assert [member for member in members.split(", ") if member and not hasattr(found, member)] == []
+
+
 def test_the_site_has_every_page():
     """`make docs` builds it, and fails where a link leads nowhere."""
     said = re.findall(r": ([\w/]+\.md)$", text_of("mkdocs.yml"), re.MULTILINE)
