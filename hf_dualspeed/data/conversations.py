@@ -247,9 +247,9 @@ def _turns(example: dict[str, Any], name: str) -> list[dict]:
                     name, "answer", number, f"{why} Write the answer in words, and the choices into the question."
                 )
         try:
-            right = given_texts(example.get("answer"), "answer")
-            # A blank answer is none where there are others, as in an evaluation.
-            right = [text for text in right if text.strip()] or given_texts(example.get("answers"), "answers")
+            known = (given_texts(example.get(column), column) for column in ("answer", "answers"))
+            # A blank answer is none, as in an evaluation.
+            right = next(filter(None, ([text for text in texts if text.strip()] for texts in known)), [])
         except ValueError as error:
             raise ValueError(f"The sample ({name}) cannot be read: {error}") from None
         # Of VQAv2's ten answers, most people's.

@@ -317,6 +317,8 @@ TEXTS = {
     "question and SQuAD's answers": ({"id": "x", "question": "q", "answers": {"text": ["a"], "answer_start": [1]}}, A),
     "question and answers as JSON text": ({"id": "x", "question": "q", "answers": '["b", "a", "a"]'}, A),
     "question, a blank answer and answers": ({"id": "x", "question": "q", "answer": " ", "answers": ["a"]}, A),
+    "question and answers, the first ones blank": ({"id": "x", "question": "q", "answers": ["", " ", "", "a"]}, A),
+    "question and blank answers alone": ({"id": "x", "question": "q", "answers": ["", " "]}, Read("")),
     "question and answer NaN": (
         {"id": "x", "question": "q", "answer": float("nan")},
         Refused("cannot be read: `answer` is nan.*leave out the whole row"),
