@@ -162,6 +162,14 @@ class ModeClock(TrainerCallback, ExportableState):
         # The Trainer restores callbacks on request only, as new objects. This one restores itself.
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         self._restore(saved["attributes"] if saved else {})
+        earlier = saved["attributes"].get("view", {}) if saved else {}
+        changed = [name for name in earlier if earlier[name] != self.view.get(name)]
+        if changed:
+            before, now = (", ".join(f"{name}={of.get(name)!r}" for name in changed) for of in (earlier, self.view))
+            logger.warning(
+                "The checkpoint's fast steps had %s, and those of the resumed run have %s. Set %s to go on as before.",
+                *(before, now, before),
+            )
         if not state.is_world_process_zero:  # one process continues from the sum
             self.visual_tokens = {"full": 0, "kept": 0}
         self.data.device = args.device
