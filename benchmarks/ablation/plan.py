@@ -51,8 +51,9 @@ BASELINE, REFERENCE = "full-tokens", "dualspeed"
 TIMED, ORIGINAL, PAPER = "time:", ":original", "paper:"
 # The fast view. MERGED: the other tokens are averaged into the kept ones, which count for as many in attention.
 # DISCARDED, as in the paper: kept tokens stay as they are, the others are dropped.
-MERGED = {"proportional_attention": True}
-DISCARDED = {"proportional_attention": False, "pruner_kwargs": {"dropped_tokens": "discard"}}
+# Kept tokens are renumbered.
+MERGED = {"proportional_attention": True, "position_ids": "compact"}
+DISCARDED = {**MERGED, "proportional_attention": False, "pruner_kwargs": {"dropped_tokens": "discard"}}
 # The parts beside the fast view.
 NONE = {"slow_mode_ratio": 0.0, "isolator_length": 0, "distillation_weight": 0.0}
 ISOLATED, DISTILLED = {"isolator_length": 4}, {"distillation_weight": 1.0}
@@ -222,6 +223,7 @@ SELECTION = tuple(
         ),
     )
 )
+READ = at_ratios(0.5, 0.75, 0.9)[3:]
 # The speed-ups of the paper's DualSpeed measured at 7 B parameters, LLaVA-1.5 and LLaVA-NeXT.
 MEASURED = (2.83, 3.81)
 # One table each, in the order of training.
@@ -243,8 +245,8 @@ GROUPS: dict[str, tuple[Variant, ...]] = {
     "pruning ratios": (FULL, *PRUNING_RATIOS),
     "pruners": (FULL, *PRUNERS),
     "deeper": (FULL, MERGED_ONLY, PAPERS[-1], DUALSPEED, timed(FULL), timed(MERGED_ONLY), timed(PAPERS[-1])),
-    "reading": (FULL, *at_ratios(0.5, 0.75, 0.9), *map(original, at_ratios(0.5, 0.75, 0.9)[3:])),
-    "objects": (FULL, PAPERS[-1], DUALSPEED, original(DUALSPEED), at_ratios(0.75)[1], timed(FULL)),
+    "reading": (FULL, at_ratios(0.9)[0], *READ, *map(original, READ)),
+    "objects": (FULL, PAPERS[-1], DUALSPEED, original(DUALSPEED), original(at_ratios(0.75)[1]), timed(FULL)),
     "cool-down": (FULL, *COOL_DOWN),
     "budgets": (FULL, *BUDGETS),
     "first-layers": (FULL, *FIRST_LAYERS),

@@ -278,18 +278,18 @@ class ModelInterface:
                 "language model that has `get_audio_features` and an `audio_token_id` (such as Voxtral)."
             )
 
-    def position_scheme(self, scheme: str) -> str:
+    def position_scheme(self, scheme: str, merged: bool = False) -> str:
         """Resolves "auto" for this model; other schemes stay as they are.
 
-        "auto" is "original" if the model's positions have rows and columns (M-RoPE), which renumbering would remove,
-        and "compact" otherwise.
+        "auto" is "original" if the model's positions have rows and columns (M-RoPE), which renumbering would remove, or
+        if the kept tokens are `merged`: they stand for the whole image, and for attention, too. Else it is "compact".
 
         Raises:
             ValueError: the model cannot take positions with gaps.
         """
         places = self.family.places
         if scheme == "auto":
-            return "compact" if places or self.positions_owner is None else "original"
+            return "compact" if places or not (merged or self.positions_owner is not None) else "original"
         if scheme == "original" and places:
             raise ValueError(
                 f"position_ids='original' does not work with {self.name}: its attention takes position ids for places "

@@ -78,6 +78,10 @@ class PrunerConfig:
         done = progress if self.pruning_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return self.initial_pruning_ratio + done * (self.pruning_ratio - self.initial_pruning_ratio)
 
+    def merged(self, proportional_attention: bool) -> bool:
+        """Whether kept tokens stand for all of an image: the others are merged into them, and attention counts them."""
+        return self.dropped_tokens == MERGE and proportional_attention
+
     @property
     def lowest_ratio(self) -> float:
         """The pruning ratio where most tokens are kept."""

@@ -39,7 +39,7 @@ def prune_inputs(
         isolator (`ModeIsolator`, *optional*): l learned tokens before each image's kept tokens.
         position_ids (`str`): "original": each kept token keeps its position, and the isolator takes its image's first;
             "compact": the shortened sequence is renumbered 0, 1, ... (on all three axes for M-RoPE); "auto": original
-            for M-RoPE, otherwise compact.
+            for M-RoPE, and where dropped tokens are merged and attention is proportional, otherwise compact.
         generator (`torch.Generator`, *optional*): for pruners that sample.
         video_budget (`str`): "clip": the tokens of a video are pruned as one; "frame": those of each frame separately,
             each frame after its own isolator.
@@ -62,7 +62,8 @@ def prune_inputs(
             audio) or is encoded already, the numbers of features and placeholders differ, the pruner drops tokens
             inside the language model, or (when the model is called) its attention cannot be made proportional.
     """
-    interface, position_ids = checked_interface(model, position_ids, video_budget, isolator)
+    interface = checked_interface(model, position_ids, video_budget, isolator)
+    position_ids = interface.position_scheme(position_ids, pruner.config.merged(proportional_attention))
     if inputs.get("mm_encoder_outputs") is not None:
         raise ValueError(
             "`inputs` hold `mm_encoder_outputs`, images that are encoded already and perhaps pruned. Pass on what the "
@@ -93,7 +94,8 @@ def prune_visual_tokens(
     length. `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))`
     and raises inside this context.
     """
-    interface, position_ids = checked_interface(model, position_ids, video_budget, isolator)
+    interface = checked_interface(model, position_ids, video_budget, isolator)
+    position_ids = interface.position_scheme(position_ids, pruner.config.merged(proportional_attention))
     check_pruner(interface, pruner)
     layer_passes: list[LayerPass] = []
     key_sizes = watch_calls(interface, model)
@@ -139,8 +141,8 @@ def prune_visual_tokens(
 
 def checked_interface(
     model: nn.Module, position_ids: str, video_budget: str, isolator: ModeIsolator | None
-) -> tuple[ModelInterface, str]:
-    """The model's interface and its position scheme.
+) -> ModelInterface:
+    """The model's interface.
 
     Raises:
         ValueError: the model cannot be pruned, or not with these options or this isolator.
@@ -155,4 +157,4 @@ def checked_interface(
             f"`isolator` has the width {isolator.hidden_size}, but the model {width}. Use the one that was trained "
             "with it, or ModeIsolator.for_model(model, length)."
         )
-    return interface, interface.position_scheme(position_ids)
+    return interface

@@ -24,14 +24,7 @@ from ..models.adapters import load_adapters
 from ..pruning.isolator import save_isolator, saved_length
 from ..publishing.files import WHOLE_MODEL, check_checkpoint, known_files, read_mapping
 from ..publishing.model_card import kept_card
-from ..utils.constants import (
-    CARD_NAME,
-    ISOLATOR_WEIGHTS_NAME,
-    PRUNER_CONFIG_NAME,
-    PRUNER_WEIGHTS_NAME,
-    SAVING_NAME,
-    VIEW_SETTINGS,
-)
+from ..utils.constants import CARD_NAME, ISOLATOR_WEIGHTS_NAME, PRUNER_CONFIG_NAME, PRUNER_WEIGHTS_NAME, SAVING_NAME
 from ..utils.constants import UNFINISHED_NAME as UNFINISHED
 from ..utils.devices import gathered
 from ..utils.text import one_line
@@ -142,7 +135,6 @@ class CheckpointMixin:
 
     def _save_checkpoint(self, model, trial):
         self.add_up()
-        self.clock.view = {name: getattr(self.dual_forward, name) for name in VIEW_SETTINGS}
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             write_file(folder / UNFINISHED, "")

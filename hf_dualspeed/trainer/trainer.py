@@ -27,7 +27,7 @@ from ..pruning import positions
 from ..pruning.isolator import ModeIsolator
 from ..pruning.repeats import REPEATS, WithRepeats
 from ..publishing.display import RunDisplay, takes_the_place_of_defaults
-from ..utils.constants import ISOLATOR_WEIGHTS_NAME
+from ..utils.constants import ISOLATOR_WEIGHTS_NAME, VIEW_SETTINGS
 from ..utils.validation import checked
 from .adaptive_schedule import ADAPTIVE, AdaptiveSchedule, adaptive_schedule_of
 from .batch_splitting import can_be_split, parts_of
@@ -161,13 +161,14 @@ class DualSpeedMixin(
         interface = ModelInterface(model)
         interface.check_protocol()
         check_head(interface)
-        positions = interface.position_scheme(args.position_ids)
 
         # New weights depend on the seed only, and their creation leaves the global random state unchanged.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             isolator = ModeIsolator.for_model(interface.outer, args.isolator_length) if args.isolator_length else None
             self._pruner = resolve_pruner(self._given_pruner, args, interface)
+        merged = self._pruner.config.merged(args.proportional_attention)
+        positions = interface.position_scheme(args.position_ids, merged)
 
         # A model that was trained with DualSpeed has its fast view with it, or beside its weights or its adapters'.
         by_name = self._given_pruner is None and args.pruner in available_pruners()
@@ -208,6 +209,7 @@ class DualSpeedMixin(
         Called again wherever these change: for each model of `model_init`, and so for each trial of a search.
         """
         args = self.args
+        self.clock.view = {name: getattr(self.dual_forward, name) for name in VIEW_SETTINGS}
         check_optimizer(self.optimizer, self.dual_forward)
         check_optim(args, (name for names in self.mode_parameters.names.values() for name in names))
         self.check_deepspeed()

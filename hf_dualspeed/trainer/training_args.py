@@ -160,7 +160,8 @@ class DualSpeedArguments:
         default="auto",
         metadata={
             "help": "'compact': kept tokens are renumbered, as in the paper; 'original': they keep their positions; "
-            "'auto': 'original' for models whose positions have rows and columns (M-RoPE), 'compact' for others."
+            "'auto': 'original' for models whose positions have rows and columns (M-RoPE), and where dropped tokens "
+            "are merged and attention is proportional, else 'compact'."
         },
     )
     proportional_attention: bool = field(

@@ -62,6 +62,17 @@ def test_a_checkpoint_knows_the_view_of_its_fast_steps(tmp_path):
     assert find_checkpoint(str(tmp_path / "checkpoint-1")).settings() == view
 
 
+def test_a_run_that_is_resumed_with_another_view_says_so(run, caplog):
+    make(run, max_steps=4, position_ids="compact", **SAVING).train(resume_from_checkpoint=True)
+    assert (
+        "fast steps had position_ids='original', and those of the resumed run have position_ids='compact'"
+        in caplog.text
+    )
+    caplog.clear()
+    make(run, max_steps=5, position_ids="compact", **SAVING).train(resume_from_checkpoint=True)
+    assert "resumed run" not in caplog.text
+
+
 def test_weights_of_several_types_come_back_to_the_bit(tmp_path):
     """A projector in float32 is trained in a model in bfloat16."""
 
