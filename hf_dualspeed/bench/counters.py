@@ -12,7 +12,7 @@ from functools import partial, wraps
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..feature_cache.cache import FeatureCache
 from ..feature_cache.units import UNITS, units_of
@@ -30,7 +30,7 @@ FLOP_COUNTING = (
 
 def flops_of(run: Callable[[], object]) -> int:
     """The floating-point operations of a call, with its backward if it runs one."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OWN_FORMULAS) as counter:
         run()
     return counter.get_total_flops()
 
@@ -43,8 +43,10 @@ def with_heads_of(query: torch.Size, *shapes: torch.Size) -> list[tuple[int, ...
     return [(shape[0], query[1], *shape[2:]) for shape in shapes]
 
 
-# FlopCounterMode has no formulas for the CPU's flash attention.
-CPU_FORMULAS = {
+# FlopCounterMode has no formulas for the CPU's flash attention, and torch 2.13's of `bmm` fails where the type of the
+# result is given, as in DivPrune's kernel.
+OWN_FORMULAS = {
+    torch.ops.aten.bmm: lambda one, other, *_, **__: bmm_flop(one, other),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query, *with_heads_of(query, key, value)
     ),

@@ -24,7 +24,7 @@ from ..models.components import role_modules
 from ..models.interface import unwrap
 from ..trainer.schedule import FAST, SLOW
 from ..trainer.training_args import DualSpeedTrainingArguments
-from .counters import CPU_FORMULAS, LiveMemory
+from .counters import OWN_FORMULAS, LiveMemory
 from .measure import SteppedTrainer
 from .repeats import repeat_blocks
 
@@ -64,7 +64,7 @@ def places_of(mask: torch.Tensor) -> list[torch.Tensor]:
     return list(real.nonzero(as_tuple=True))
 
 
-FORMULAS = {**flop_registry, **{packet: shape_wrapper(formula) for packet, formula in CPU_FORMULAS.items()}}
+FORMULAS = {**flop_registry, **{packet: shape_wrapper(formula) for packet, formula in OWN_FORMULAS.items()}}
 
 
 class Counts(LiveMemory):

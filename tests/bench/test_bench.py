@@ -18,7 +18,7 @@ from hf_dualspeed.bench import growth as bench_growth
 from hf_dualspeed.bench import measure as bench
 from hf_dualspeed.bench import options as bench_arguments
 from hf_dualspeed.bench import report as bench_report
-from hf_dualspeed.bench.counters import peak_memory
+from hf_dualspeed.bench.counters import flops_of, peak_memory
 from hf_dualspeed.bench.largest_batch import largest_batch, size_lines
 from hf_dualspeed.bench.options import BenchArguments, parse_arguments
 from hf_dualspeed.bench.shapes import FIRST_WORD, IMAGE_ID, SHAPES, build_batch, build_config, encoder_ratio
@@ -199,6 +199,13 @@ def test_flops_of_the_plain_step_are_those_of_its_layers(tiny):
     attention += 4 * rows * (visual + 1) ** 2 * tower_width * vision.num_hidden_layers
     expected = language + projector + tower + attention
     assert tiny.count_flops("plain") == pytest.approx(expected, rel=0.01)
+
+
+def test_products_in_another_type_are_counted():
+    """DivPrune's kernel multiplies so on a GPU, and an error there would turn it off for good."""
+    rows = torch.empty(2, 8, 4, dtype=torch.bfloat16, device="meta")
+    assert flops_of(lambda: torch.bmm(rows, rows.mT, out_dtype=torch.float32)) == 2 * 2 * 8 * 8 * 4
+    assert flops_of(lambda: rows @ rows.mT) == 2 * 2 * 8 * 8 * 4
 
 
 def test_attention_is_counted_on_the_cpu(tiny):

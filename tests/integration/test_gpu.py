@@ -19,8 +19,9 @@ from tiny_models import FAMILIES
 from training import ADAPTIVE, history, make
 
 from hf_dualspeed import available_pruners, cli
-from hf_dualspeed.bench.counters import device_waits
+from hf_dualspeed.bench.counters import device_waits, flops_of
 from hf_dualspeed.bench.same_memory import Fitted
+from hf_dualspeed.pruners import farthest
 from hf_dualspeed.trainer.callbacks import DataWait
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -72,6 +73,17 @@ def test_selection_never_waits_for_the_device(name):
     batch = on_device(tokens((6, 6), (4, 7)))
     pruner(batch)
     never_waiting(pruner)(batch)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_chooses_also_while_operations_are_counted(dtype, monkeypatch):
+    monkeypatch.setattr(farthest, "_broken", [])
+    pruner, batch = build("divprune", pruning_ratio=0.75).cuda(), on_device(tokens((12, 12), (9, 12), dtype=dtype))
+    chosen = []
+    assert flops_of(lambda: chosen.append(pruner(batch).positions))
+    assert not farthest._broken
+    assert torch.equal(chosen[0], pruner(batch).positions)
 
 
 def test_large_images_are_chosen_from_without_waiting(monkeypatch):
