@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -125,6 +126,24 @@ def test_each_device_takes_its_fastest_way(monkeypatch):
     monkeypatch.setattr(farthest, "find_spec", lambda name: name)
     monkeypatch.setattr(batched, "MATRIX_BYTES", 4 * 576**2 - 1)
     assert ways.of(pruner, large) == ["batched"]
+
+
+def test_the_kernel_is_launched_on_the_device_of_the_features(monkeypatch):
+    """Triton launches on the current device, which need not be that of a model on the second one."""
+    ways, pruner, current = Ways(monkeypatch), build("divprune", pruning_ratio=0.9), []
+    monkeypatch.setattr(farthest, "TRITON_DEVICES", ("cpu",))
+
+    @contextmanager
+    def device_of(features):
+        current.append(features)
+        yield
+        current.pop()
+
+    images, launched, choose = tokens((24, 24)), [], ways.kernel.farthest_first
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    ways.kernel.farthest_first = lambda *given: (launched.append(current[-1] is given[0]), choose(*given))[1]
+    assert ways.of(pruner, images) == ["kernel"]
+    assert launched == [True]
 
 
 def test_a_kernel_that_fails_is_told_once_and_left_out(monkeypatch, caplog):

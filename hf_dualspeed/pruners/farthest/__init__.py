@@ -43,7 +43,8 @@ def farthest_first(tokens: VisualTokens, lengths: list[int], plain: bool = False
         from . import kernel
 
         try:
-            return kernel.farthest_first(features, valid, counts, lengths)
+            with torch.cuda.device_of(features):  # where Triton launches, which is not always the current device
+                return kernel.farthest_first(features, valid, counts, lengths)
         except Exception as error:  # no compiler, a card that Triton does not know, ...
             if isinstance(error, torch.OutOfMemoryError):
                 raise
