@@ -16,6 +16,7 @@ import pytest
 import torch
 from farthest_cases import CASES, DTYPES, as_lists, expected, given, random
 from pruner_cases import build, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dualspeed import VisualTokens
 from hf_dualspeed.pruners import farthest
@@ -81,6 +82,30 @@ def test_the_kernel_compiles_for_a_gpu(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("counts", "lengths", "copies"), [([9, 9], [3, 3], 0), ([9, 7], [3, 3], 1)])
+def test_images_that_are_alike_need_no_copy_from_the_host(counts, lengths, copies):
+    """A CUDA graph cannot capture one."""
+    found = batched.table_of(counts, lengths, torch.device("cpu"))
+    assert found.dtype == torch.int32
+    assert found.is_contiguous()
+    assert found.tolist() == [list(pair) for pair in zip(counts, lengths, strict=True)]
+    with Calls() as calls:
+        batched.table_of(counts, lengths, torch.device("meta"))
+    assert calls.names.count("aten::_to_copy") == copies
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name().partition(".")[0])
+        return function(*args, **(kwargs or {}))
 
 
 class Ways:

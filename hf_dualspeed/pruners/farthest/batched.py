@@ -25,6 +25,17 @@ def units_of(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features.float(), dim=-1)
 
 
+def table_of(counts: list[int], lengths: list[int], device: torch.device) -> torch.Tensor:
+    """Tokens of each image and how many of them to choose, `(B, 2)`, as whole numbers of 32 bits on a device.
+
+    Where images are alike, nothing is copied from the host, which a CUDA graph cannot capture.
+    """
+    if min(counts) < max(counts) or min(lengths) < max(lengths):
+        return torch.tensor([counts, lengths], dtype=torch.int32).mT.contiguous().to(device, non_blocking=True)
+    alike = [torch.full((len(counts),), own[0], dtype=torch.int32, device=device) for own in (counts, lengths)]
+    return torch.stack(alike, dim=1)
+
+
 def farthest_first(
     features: torch.Tensor, valid: torch.Tensor | None, lengths: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:

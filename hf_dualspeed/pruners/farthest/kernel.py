@@ -23,8 +23,7 @@ def farthest_first(
     batch, count, _ = features.shape
     ranked = torch.zeros(batch, max(lengths), dtype=torch.long, device=features.device)
     nearest = torch.zeros(batch, count, dtype=torch.long, device=features.device)
-    # Tokens and choices of each image, (B, 2).
-    table = torch.tensor([counts, lengths], dtype=torch.int32).mT.contiguous().to(features.device, non_blocking=True)
+    table = batched.table_of(counts, lengths, features.device)
     block = triton.next_power_of_2(count)
     # Groups of as many images as have similarities that fit into memory, each one launch with a program per image.
     size = batched.fitting(count)
