@@ -15,16 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections import deque
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Thread
 
 import torch
-from packaging.requirements import Requirement
 
 from hf_dualspeed.bench.measure import PART
 from hf_dualspeed.utils.environment import machine, versions
@@ -33,6 +30,7 @@ from hf_dualspeed.utils.validation import Parser, check_choice, check_range
 from hf_dualspeed.utils.writing import write_file, write_json
 
 from ..common import print_table
+from .packages import check_packages
 from .parts import ROOT, Part, plan
 
 RESULTS = "docs/results"
@@ -40,8 +38,6 @@ PUBLISHED = ROOT / RESULTS
 BUDGET = 540  # seconds
 RESERVE = 10  # seconds kept for stopping a part and writing what is there
 PREFIX = "gpu"
-# Beside the library's own dependencies: LoRA and the tests.
-NEEDED = ("peft>=0.20", "pytest>=8")
 # The module that renders each kind of result.
 RENDERED = {
     "training steps, forward and backward": "measure",
@@ -214,24 +210,6 @@ def commit_of(given: str | None) -> dict:
     except (OSError, subprocess.CalledProcessError):
         return {"commit": given, "changed": None}
     return {"commit": head, "changed": changed}
-
-
-def check_packages() -> None:
-    """Raises a `ValueError` that names each package that is missing or too old."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wrong = []
-    for need in (Requirement(words) for words in (*project["dependencies"], *NEEDED)):
-        try:
-            found = version(need.name)
-        except PackageNotFoundError:
-            found = None
-        if found is None or not need.specifier.contains(found, prereleases=True):
-            wrong.append(f"{need} ({'missing' if found is None else f'found {found}'})")
-    if wrong:
-        raise ValueError(
-            f"{sys.executable} lacks {', '.join(wrong)}. Install them, or where nothing can be downloaded bring their "
-            "wheels in a folder: make gpu WHEELS=folder."
-        )
 
 
 def render(folder: Path) -> None:

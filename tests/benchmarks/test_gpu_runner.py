@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks.ablation import large
-from benchmarks.gpu import gpu
+from benchmarks.gpu import gpu, packages
 from benchmarks.gpu import tests as gpu_tests
-from benchmarks.gpu.parts import ABLATION, BENCH, TESTS, Part, plan
+from benchmarks.gpu.parts import ABLATION, BENCH, ROOT, TESTS, Part, plan
 from hf_dualspeed.bench.options import parse_arguments
 
 WRITES = "import json, sys; json.dump({'benchmark': 'nothing', 'value': 7}, open(sys.argv[2], 'w'))"
@@ -191,9 +191,28 @@ def test_without_git_the_commit_is_the_given_one(monkeypatch):
 
 
 def test_packages_that_are_missing_are_named(monkeypatch):
-    monkeypatch.setattr(gpu, "NEEDED", ("peft>=999", "no-such-thing"))
+    monkeypatch.setattr(packages, "NEEDED", ("peft>=999", "no-such-thing"))
     with pytest.raises(ValueError, match=r"lacks peft>=999 \(found .*no-such-thing \(missing\).*WHEELS=folder"):
         gpu.main(["--tiny", "--output", "nowhere"])
+
+
+def test_packages_without_which_nothing_can_be_imported_are_named():
+    """As on a machine that has torch with CUDA and little else."""
+    without = (
+        "import importlib.metadata as m, runpy, sys\n"
+        "sys.modules['datasets'] = None\n"
+        "known = m.version\n"
+        "def version(name):\n"
+        "    if name == 'datasets': raise m.PackageNotFoundError(name)\n"
+        "    return known(name)\n"
+        "m.version, sys.argv = version, ['gpu', '--dry-run']\n"
+        "runpy.run_module('benchmarks.gpu', run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", without], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert "lacks datasets>=4.7 (missing)." in run.stderr
+    assert "make gpu WHEELS=folder" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_a_card_is_needed(monkeypatch):
