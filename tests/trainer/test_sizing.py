@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pickle
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,6 +237,27 @@ def test_the_longest_samples_are_measured(tmp_path):
         assert lengths[samples["slow"]["index"]] == max(lengths)
     fast, slow = (lengths[samples[mode]["index"]] for mode in ("fast", "slow"))
     assert fast == slow == max(lengths)  # the column knows of no visual tokens
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "stance"),
+    [
+        ("flex_attention", "cuda", "default"),
+        ("flex_attention", "cpu", "force_eager"),
+        ("sdpa", "cuda", "force_eager"),
+        (None, "cuda", "force_eager"),
+    ],
+)
+def test_flex_attention_is_measured_as_it_trains(tmp_path, monkeypatch, kernel, device, stance):
+    """Without being compiled it holds the scores of all pairs of tokens, and next to nothing would seem to fit."""
+    model, stances = nn.Sequential(nn.Linear(1, 1)), []
+    model[0].config = SimpleNamespace(_attn_implementation=kernel)
+    found = probe.stance_of(model, torch.device(device))
+    assert found == stance
+    monkeypatch.setattr(probe, "stance_of", lambda *given: found)
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda given: nullcontext(stances.append(given)))
+    with probe.probing(auto(tmp_path)):
+        assert stances == [stance]
 
 
 @pytest.mark.distributed

@@ -175,7 +175,7 @@ def probing(trainer, given: tuple[dict, Callable] | None = None) -> Iterator[Pro
     before = [(owner, name, vars(owner)[name]) for owner, name in kept if name in vars(owner)]
     ratio, optimizer = trainer._pruner.config.pruning_ratio, optimizer_bytes(trainer)
     try:
-        with untouched(trainer), in_precision(trainer), torch.compiler.set_stance("force_eager"):
+        with untouched(trainer), in_precision(trainer), torch.compiler.set_stance(stance_of(model, args.device)):
             model.zero_grad()
             gc.collect()
             parts = [*model.parameters(), *model.buffers()]
@@ -192,6 +192,15 @@ def probing(trainer, given: tuple[dict, Callable] | None = None) -> Iterator[Pro
             setattr(owner, name, value)
         if args.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def stance_of(model: nn.Module, device: torch.device) -> str:
+    """How compiled code runs while steps are measured: eagerly, so that no size is compiled.
+
+    FlexAttention on a GPU stays compiled, and layers with it: eagerly, it would hold the scores of all pairs of tokens.
+    """
+    kernels = (getattr(getattr(part, "config", None), "_attn_implementation", None) for part in model.modules())
+    return "default" if device.type == "cuda" and any("flex" in (kernel or "") for kernel in kernels) else "force_eager"
 
 
 @contextmanager
