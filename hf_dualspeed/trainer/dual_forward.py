@@ -214,7 +214,9 @@ class DualForward(nn.Module):
         # Checkpoints of the model leave out these weights.
         ours = {f"{NAME}.{key}" for key in self.state_dict()}
         model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *ours}
-        self.slices_logits = self.supervised_logits_only and self.interface.slices_logits
+        # A mask of positions on the inputs' device cannot choose from hidden states on another one.
+        apart = lies_apart(self.interface.outer)
+        self.slices_logits = self.supervised_logits_only and self.interface.slices_logits and not apart
         # Modalities that share a tower.
         tower_of = {name: id(tower) for name, tower in self.interface.towers().items()}
         distinct = dict.fromkeys(tower_of.values())  # in one order on all ranks
@@ -590,6 +592,11 @@ def earlier_fast_view(model: nn.Module) -> DualForward | None:
     """What was attached last to a model, whether or not it was wrapped in PEFT then or is now; None without any."""
     found = vars(ModelInterface(model).outer).get(LATEST)
     return found if isinstance(found, DualForward) else None
+
+
+def lies_apart(outer: nn.Module) -> bool:
+    """Whether `device_map` has spread a model's layers over several accelerators."""
+    return len({*(getattr(outer, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}) > 1
 
 
 def visual_parameters(outer: nn.Module) -> Iterator[nn.Parameter]:

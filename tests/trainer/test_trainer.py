@@ -352,6 +352,22 @@ def test_the_head_runs_at_supervised_positions_only(tmp_path):
     assert 0 < rows < 2 * 20
 
 
+@pytest.mark.parametrize(
+    ("places", "apart"), [({"": "cpu"}, False), ({"model": "cpu", "lm_head": "disk"}, False), ({"a": 0, "b": 1}, True)]
+)
+def test_a_head_on_another_device_makes_all_logits(tmp_path, places, apart):
+    """The mask of supervised positions lies with the inputs, and cannot choose from states on another device."""
+    trainers = []
+    for given in ({}, {"hf_device_map": places}):
+        model, _ = FAMILIES["llava"].build()
+        vars(model).update(given)
+        trainers.append(make(tmp_path, model=model, slow_mode_ratio=0.5, max_steps=2, optim="sgd"))
+        trainers[-1].train()
+    assert [trainer.dual_forward.slices_logits for trainer in trainers] == [True, not apart]
+    one, other = (history(trainer, "loss", "grad_norm") for trainer in trainers)
+    assert other == [pytest.approx(entry, rel=1e-5) for entry in one]
+
+
 def test_batch_without_supervised_token_gives_a_finite_zero(tmp_path):
     family = FAMILIES["llava"]
     _, processor = family.build()
