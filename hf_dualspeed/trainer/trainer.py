@@ -167,6 +167,8 @@ class DualSpeedMixin(
             torch.manual_seed(args.seed)
             isolator = ModeIsolator.for_model(interface.outer, args.isolator_length) if args.isolator_length else None
             self._pruner = resolve_pruner(self._given_pruner, args, interface)
+        # The Trainer moves no quantized model, nor one on several devices, and so nothing that is attached to it.
+        self._pruner.to(interface.outer.get_input_embeddings().weight.device)
         merged = self._pruner.config.merged(args.proportional_attention)
         positions = interface.position_scheme(args.position_ids, merged)
 

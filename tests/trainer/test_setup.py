@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES
 from training import ADAPTIVE, DATA, QUIET, Collator, history, make
 from transformers import Trainer
+from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.trainer.callbacks import ModeClock
@@ -48,6 +49,14 @@ def test_models_that_cannot_be_trained_are_refused_by_name(tmp_path, name):
     build, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, build())
+
+
+def test_a_learned_pruner_lies_where_the_model_does(tmp_path):
+    """The Trainer leaves a quantized model where it is, and with it what it has got: on a GPU, a pruner on the host."""
+    model = llava().to("meta")
+    model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+    trainer = make(tmp_path, model=model, pruner="dynamicvit", isolator_length=0)
+    assert {parameter.device.type for parameter in trainer.dual_forward.pruner.parameters()} == {"meta"}
 
 
 def test_two_trainers_of_one_model(tmp_path):
