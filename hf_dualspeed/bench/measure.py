@@ -81,6 +81,15 @@ def measured(
     `evaluate` maps a run and the slow ratio to what is added to the run. `benchmark` says what was measured.
     """
     threads, runs = torch.get_num_threads(), []
+
+    def kept(run: dict) -> dict:
+        """The results up to a run, which are kept for an interrupted measurement."""
+        found = [*runs, {**run, **evaluate(run, options.slow_ratio)}]
+        results = {**surroundings(options), "benchmark": benchmark, "runs": found}
+        if options.kind in ("steps", "same_memory"):  # other reports need all runs
+            write(results, Path(options.output).with_suffix(PART))
+        return results
+
     try:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
@@ -88,22 +97,25 @@ def measured(
             for checkpointing in options.checkpointing:
                 gc.collect()  # frees the last run's model
                 with tempfile.TemporaryDirectory() as folder:
-                    run = run_or_say(options, shape, checkpointing, folder, partial(run_of, names=names))
-                runs.append({**run, **evaluate(run, options.slow_ratio)})
-                results = {**surroundings(options), "benchmark": benchmark, "runs": runs}
-                if options.kind in ("steps", "same_memory"):  # other reports need all runs
-                    write(results, Path(options.output).with_suffix(PART))
+                    run = run_or_say(options, shape, checkpointing, folder, partial(run_of, names=names), kept)
+                results = kept(run)
+                runs = results["runs"]
         return results
     finally:
         torch.set_num_threads(threads)
 
 
 def run_or_say(
-    options: BenchArguments, shape: Shape | None, checkpointing: str, folder: str, run: Callable[[Bench], dict]
+    options: BenchArguments,
+    shape: Shape | None,
+    checkpointing: str,
+    folder: str,
+    run: Callable[[Bench], dict],
+    keep: Callable[[dict], object],
 ) -> dict:
-    """One run, or a `ValueError` with the remedy where memory runs out."""
+    """One run, or a `ValueError` with the remedy where memory runs out. `keep` is the bench's."""
     try:
-        return run(Bench(options, shape, checkpointing, folder))
+        return run(Bench(options, shape, checkpointing, folder, keep))
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{options.model or shape.name} with a batch of {options.rows(shape)} and checkpointing {checkpointing} "
@@ -223,10 +235,20 @@ class FixedPruner:
 
 
 class Bench:
-    """The steps of two trainers on one model, and the parts of the fast step."""
+    """The steps of two trainers on one model, and the parts of the fast step.
 
-    def __init__(self, options: BenchArguments, shape: Shape | None, checkpointing: str, folder: str):
-        self.options, self.checkpointing = options, checkpointing
+    `keep` takes what a long run has so far.
+    """
+
+    def __init__(
+        self,
+        options: BenchArguments,
+        shape: Shape | None,
+        checkpointing: str,
+        folder: str,
+        keep: Callable[[dict], object] = lambda run: None,
+    ):
+        self.options, self.checkpointing, self.keep = options, checkpointing, keep
         self.device = default_device()
         self.subject = build_subject(options, shape, self.device)
         self.model, self.batch = self.subject.model, self.subject.batch

@@ -94,7 +94,7 @@ def budget_of(options: BenchArguments, device: torch.device) -> int:
 def trials(bench: Bench, names: list[str]) -> dict:
     """One run: both trainers at each setting of kernels, of recomputation in fast steps and of the optimizer.
 
-    The kernels come last, because layers keep them.
+    The kernels come last, because layers keep them. The bench keeps what there is after each trial.
     """
     budget, found, start = budget_of(bench.options, bench.device), [], {}
     # With checkpointing on, fast steps leave it out, or have it for larger micro-batches (`fast_mode_checkpointing`).
@@ -111,13 +111,10 @@ def trials(bench: Bench, names: list[str]) -> dict:
                 trial["flops"] = {name: fitted.flops(name) for name in names} if kernels == "off" else None
                 found.append({**trial, "seconds_by_round": fitted.seconds(names)})
                 fitted.close()
-    return {
-        **bench.subject.said,
-        "checkpointing": bench.checkpointing,
-        "budget_bytes": budget,
-        "trials": found,
-        "losses": bench.losses,
-    }
+                run = {**bench.subject.said, "checkpointing": bench.checkpointing, "budget_bytes": budget}
+                run |= {"trials": found, "losses": bench.losses}
+                bench.keep(run)
+    return run
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from hf_dualspeed import cli
 from hf_dualspeed.bench import same_memory
 from hf_dualspeed.bench.options import BenchArguments, parse_arguments
 from hf_dualspeed.bench.same_memory import GIB, Fitted, kernels_of, largest
+from hf_dualspeed.utils.constants import INTERRUPTED
 
 MEMORY = ["--same-memory", *FLAGS, "--rounds", "2", "--checkpointing", "off", "--memory-gib"]
 
@@ -208,6 +209,25 @@ def test_fast_steps_that_recompute_are_a_trial_of_their_own(tmp_path, monkeypatc
     assert [row[1] for row in same_memory.rows_of({"runs": [run]})] == ["on", "on, fast steps too"]
     (line,) = same_memory.best_lines({"runs": [run]})
     assert "DualSpeed" in line.split("checkpointing on, kernels off; ")[1]
+
+
+def test_an_interrupted_measurement_keeps_whole_trials(measured, tmp_path, monkeypatch):
+    assert not measured[0].with_suffix(".part.json").exists()
+    seconds, timed = Fitted.seconds, []
+
+    def stopped(fitted, names):
+        timed.append(fitted)
+        if len(timed) > 1:
+            raise KeyboardInterrupt
+        return seconds(fitted, names)
+
+    monkeypatch.setattr(Fitted, "seconds", stopped)
+    assert cli.main(["bench", *MEMORY, "0.0055", "--output", str(tmp_path / "memory.json")]) == INTERRUPTED
+    path = tmp_path / "memory.part.json"
+    assert cli.main(["bench", "--same-memory", "--render-only", "--output", str(path)]) == 0
+    (run,) = json.loads(path.read_text())["runs"]
+    assert [trial["optimizer"] for trial in run["trials"]] == ["none"]
+    assert {"seconds", "expected_speedup"} <= run["trials"][0].keys()
 
 
 def test_why_there_are_no_kernels_is_said():
