@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu`: tests, benches and profile on one GPU of 80 GB, most valuable first, in nine minutes.
 
 Each part is a process of its own and has a result file of its own, which is put in place whole when the part has ended.
-So the command may be cut off at any time; called again, it goes on with the parts that this version lacks.
+So the command may be cut off at any time; called again, it goes on with the parts that this version lacks, and comes
+last to those that were stopped at their limit before: they would leave no time for the others again.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
         if not (options.tiny or torch.cuda.is_available()):
             raise ValueError("PyTorch finds no GPU. Use --tiny to try the parts in tiny shapes, or --dry-run.")
     session = Session(folder, card_of(), begun + options.budget, commit_of(options.commit))
-    for part in parts:
+    for part in sorted(parts, key=session.was_stopped):
         session.take(part, options.dry_run, options.again)
     print_table(("part", "state", "seconds", "result"), session.rows(), f"{session.card}, {folder}")
     if not options.dry_run and options.pages:
@@ -111,11 +112,20 @@ class Session:
 
     def is_there(self, part: Part) -> bool:
         """Whether there is a whole result of this version of the sources, in the folder or among the published ones."""
+        return any(self.results(part))
+
+    def was_stopped(self, part: Part) -> bool:
+        """Whether there is no more than what a part of this version of the sources had when it was stopped."""
+        results = self.results(part)
+        return bool(results) and not any(results)
+
+    def results(self, part: Part) -> list[bool]:
+        """Whether each result of this version of the sources is whole."""
         paths = {folder / self.path_of(part).name for folder in (self.folder, PUBLISHED)}
         found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
         wanted = part.depends_on()
         origins = [one.get("origin", {}) for one in found]
-        return any(origin.get("whole") and origin["depends_on"] == wanted for origin in origins)
+        return [bool(origin.get("whole")) for origin in origins if origin.get("depends_on") == wanted]
 
     def run(self, part: Part, path: Path, limit: float) -> dict:
         """Runs a part in a folder of its own, and puts its JSON file in place with its origin added."""
