@@ -161,16 +161,25 @@ def test_original_positions_equal_masking_the_dropped_tokens(family, side):
             assert ids[kept].tolist() == list(range(int(kept.sum())))
 
 
-def test_positions_left_alone_are_those_that_fit_the_model():
-    """Renumbering would take rows and columns away from M-RoPE, and nothing from others."""
-    for family, scheme in (("llava", "compact"), ("qwen2_5_vl", "original")):
-        model, processor = FAMILIES[family].build("right")
-        inputs = batch(FAMILIES[family], processor, labels=False)
-        chosen, named = (
-            prune_inputs(model, inputs, pruner("divprune"), **given)["position_ids"]
-            for given in ({}, {"position_ids": scheme})
-        )
-        assert torch.equal(chosen, named)
+@pytest.mark.parametrize(
+    ("family", "settings", "proportional", "scheme"),
+    [
+        ("llava", {}, True, "original"),
+        ("llava", {}, False, "compact"),
+        ("llava", {"dropped_tokens": "discard"}, True, "compact"),
+        ("qwen2_5_vl", {"dropped_tokens": "discard"}, False, "original"),
+    ],
+)
+def test_positions_left_alone_are_those_that_fit_view_and_model(family, settings, proportional, scheme):
+    """Merged tokens stand where they stood, and renumbering would take rows and columns away from M-RoPE."""
+    model, processor = FAMILIES[family].build("right")
+    inputs, given = batch(FAMILIES[family], processor, labels=False), {"proportional_attention": proportional}
+    own = build("divprune", pruning_ratio=0.6, **settings)
+    chosen = prune_inputs(model, inputs, own, **given)["position_ids"]
+    assert torch.equal(chosen, prune_inputs(model, inputs, own, position_ids=scheme, **given)["position_ids"])
+    others = {"original": "compact", "compact": "original"}
+    other = prune_inputs(model, inputs, own, position_ids=others[scheme], **given)["position_ids"]
+    assert not torch.equal(chosen, other)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
