@@ -124,6 +124,7 @@ gpu:
 SECONDS ?= 700
 ablation-large:
 	$(if $(WHEELS),$(PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(SITE):$$PYTHONPATH $(PY) -m benchmarks.gpu.packages
 	PYTHONPATH=$(CURDIR):$(CURDIR)/$(SITE):$$PYTHONPATH $(PY) -m benchmarks.ablation.large --earlier $(OUTPUT) \
 		--seconds $(SECONDS) $(ARGS)
 

@@ -1,4 +1,4 @@
-"""What `make gpu` needs. Nothing here needs more than Python and packaging, so that what is missing can be named."""
+"""`python -m benchmarks.gpu.packages` says what `make gpu` lacks. Itself it needs no more than Python and packaging."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+
+from hf_dualspeed.cli import call
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 # Beside the library's own dependencies: LoRA and the tests.
@@ -30,3 +32,7 @@ def check_packages() -> None:
             f"{sys.executable} lacks {', '.join(wrong)}. Install them, or where nothing can be downloaded bring their "
             "wheels in a folder: make gpu WHEELS=folder."
         )
+
+
+if __name__ == "__main__":
+    sys.exit(call(check_packages))
