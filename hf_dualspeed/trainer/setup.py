@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -244,18 +245,33 @@ def check_router_loss(interface: ModelInterface, pruner: Pruner) -> None:
         )
 
 
-def check_ddp(args: DualSpeedArguments) -> None:
-    """Warns of options of DDP that are not followed, and raises a `ValueError` for those that cannot work."""
+def check_ddp(args: DualSpeedArguments, model: nn.Module) -> None:
+    """Warns of options of DDP that are not followed, and raises a `ValueError` for those that cannot work, the model's
+    own checkpointing among them."""
     passes = "passes of DualSpeed differ in the parameters that they use, between modes, batches and ranks"
     if args.ddp_find_unused_parameters is False:
         logger.warning("ddp_find_unused_parameters=False is taken as True, because %s.", passes)
     if args.ddp_static_graph:
         raise ValueError(f"`ddp_static_graph` is True, but {passes}. Leave it out.")
-    if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+    unseen = f"but {passes}, and DDP cannot see what is used inside reentrant checkpoints."
+    if args.activation_checkpointing:  # the Trainer turns it on anew
+        if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                f"`activation_checkpointing_kwargs` has use_reentrant=True, {unseen} Leave it out, or set it to False."
+            )
+    elif is_reentrant(model):
         raise ValueError(
-            f"`activation_checkpointing_kwargs` has use_reentrant=True, but {passes}, and DDP cannot see what is used "
-            "inside reentrant checkpoints. Leave it out, or set it to False."
+            "The model's own activation checkpointing is reentrant, as PEFT's prepare_model_for_kbit_training makes "
+            f"it, {unseen} Set activation_checkpointing=True in the arguments, or pass "
+            "gradient_checkpointing_kwargs={'use_reentrant': False} where you turn it on."
         )
+
+
+def is_reentrant(model: nn.Module) -> bool:
+    """Whether layers of a model recompute activations in torch's reentrant way, which is its default."""
+    layers = (part for part in model.modules() if getattr(part, "gradient_checkpointing", False))
+    calls = (getattr(layer, "_gradient_checkpointing_func", None) for layer in layers)
+    return any(call.keywords.get("use_reentrant") is not False for call in calls if isinstance(call, partial))
 
 
 def compile_regions(interface: ModelInterface, pruner: Pruner, backend: str) -> None:

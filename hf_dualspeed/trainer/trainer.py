@@ -216,7 +216,7 @@ class DualSpeedMixin(
         check_optim(args, (name for names in self.mode_parameters.names.values() for name in names))
         self.check_deepspeed()
         if args.world_size > 1 and not self.is_sharded:
-            check_ddp(args)
+            check_ddp(args, self.model)
         if args.slow_mode_splits != 1 and self.is_sharded:
             raise ValueError(
                 f"`slow_mode_splits` is {args.slow_mode_splits!r}, but sharded training runs each batch in one piece. "

@@ -103,14 +103,26 @@ def test_what_one_micro_batch_reaches_moves(tmp_path):
 )
 def test_options_that_ddp_cannot_follow_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        check_ddp(DualSpeedTrainingArguments(str(tmp_path), use_cpu=True, **options))
+        check_ddp(DualSpeedTrainingArguments(str(tmp_path), use_cpu=True, **options), FAMILIES["llava"].build()[0])
+
+
+def test_checkpointing_of_the_model_itself_that_ddp_cannot_follow_is_refused(tmp_path):
+    """PEFT's prepare_model_for_kbit_training turns it on so; the arguments turn it on anew, and not reentrant."""
+    model, arguments = FAMILIES["llava"].build()[0], DualSpeedTrainingArguments(str(tmp_path), use_cpu=True)
+    for given in ({}, {"use_reentrant": True}):
+        model.activation_checkpointing_enable(given)
+        with pytest.raises(ValueError, match="reentrant, as PEFT's .* Set activation_checkpointing=True"):
+            check_ddp(arguments, model)
+    check_ddp(DualSpeedTrainingArguments(str(tmp_path), use_cpu=True, activation_checkpointing=True), model)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    check_ddp(arguments, model)
 
 
 def test_ddp_always_looks_for_parameters_that_a_pass_leaves_out(tmp_path, caplog):
     trainer = make(tmp_path, activation_checkpointing=True, ddp_find_unused_parameters=False)
     assert trainer.accelerator.ddp_handler.find_unused_parameters
     with caplog.at_level(logging.WARNING):
-        check_ddp(trainer.args)
+        check_ddp(trainer.args, trainer.model)
     assert "ddp_find_unused_parameters=False is taken as True" in caplog.text
 
 
