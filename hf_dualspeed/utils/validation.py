@@ -92,7 +92,7 @@ def checked(function: Function) -> Function:
 
 
 def check_fields(options: Any, names: Iterable[str] | None = None, wider: Mapping[str, Any] | None = None) -> None:
-    """Brings the fields of a dataclass into their annotated types.
+    """Brings the fields of a dataclass into their annotated types. A field's own default is as its class means it.
 
     Args:
         options: The instance; frozen ones too.
@@ -103,8 +103,11 @@ def check_fields(options: Any, names: Iterable[str] | None = None, wider: Mappin
         ValueError: a field holds another type; the message names it, its value and what is allowed.
     """
     hints = {**hints_of(type(options)), **(wider or {})}
-    for name in [field.name for field in fields(options) if field.init] if names is None else names:
+    known = {field.name: field for field in fields(options)}
+    for name in [name for name, field in known.items() if field.init] if names is None else names:
         value = getattr(options, name)
+        if value is known[name].default:  # such as `str = None`, as many scripts write it
+            continue
         typed = as_type(name, value, hints.get(name, Any))
         if typed is not value:
             object.__setattr__(options, name, typed)

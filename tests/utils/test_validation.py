@@ -174,3 +174,17 @@ def test_what_a_file_does_not_hold_is_said():
         surprises_named("'a.json' holds no results"),
     ):
         {}["seed"]
+
+
+def test_a_field_may_be_left_at_its_default():
+    """Many scripts extend the training arguments by fields such as `str = None`."""
+
+    @dataclass
+    class Script(Options):
+        exclude: str = None
+        bits: int = field(default=None)
+
+    assert Script().exclude is None
+    assert Script(exclude="visual", bits=np.int8(4)).bits == 4
+    with pytest.raises(ValueError, match=r"^`exclude` must be a text, got 3\.$"):
+        Script(exclude=3)
