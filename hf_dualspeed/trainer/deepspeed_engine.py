@@ -35,19 +35,22 @@ class DeepSpeedMixin:
                     "isolator_length=0, a pruner that is not learned, no fast_only_parameters or slow_only_parameters."
                 )
 
-    def create_optimizer(self, model=None):
-        optimizer = super().create_optimizer(model)
-        if self.is_deepspeed_enabled:
-            # In groups of their own, parameters of one mode can be left out of a step, also as one flat tensor.
-            if hasattr(optimizer, "param_groups"):
-                groups = optimizer.param_groups
-            else:  # accelerate's stand-in for the optimizer of DeepSpeed's settings
-                groups = optimizer.params
-                if not isinstance(groups[0], dict):
-                    groups = optimizer.params = [{"params": groups}]
-            if not all("modes" in group for group in groups):
-                groups[:] = [part for group in groups for part in self.mode_parameters.split(group)]
-        return optimizer
+    def _wrap_model(self, model, training=True, dataloader=None):
+        # The Trainer has made the optimizer right before, by whatever `create_optimizer` there is.
+        if training and self.is_deepspeed_enabled:
+            self._split_groups(self.optimizer)
+        return super()._wrap_model(model, training, dataloader)
+
+    def _split_groups(self, optimizer) -> None:
+        """Gives parameters of one mode groups of their own: they can be left out of a step, also as one flat tensor."""
+        if hasattr(optimizer, "param_groups"):
+            groups = optimizer.param_groups
+        else:  # accelerate's stand-in for the optimizer of DeepSpeed's settings
+            groups = optimizer.params
+            if not isinstance(groups[0], dict):
+                groups = optimizer.params = [{"params": groups}]
+        if not all("modes" in group for group in groups):
+            groups[:] = [part for group in groups for part in self.mode_parameters.split(group)]
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if self.is_deepspeed_enabled and resume_from_checkpoint is not None:

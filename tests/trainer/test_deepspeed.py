@@ -19,6 +19,7 @@ from evaluation_cases import COLOURS, SIZES, write_rows
 from launching import DDP, ROOT, ZERO3, assert_same_training, launched, run
 from PIL import Image
 from safetensors.torch import load_file
+from training import make
 from transformers import AutoModelForImageTextToText
 
 from hf_dualspeed import DualSpeedTrainer
@@ -224,3 +225,20 @@ def test_settings_that_would_move_parameters_of_the_other_mode(settings, named):
     assert "dualspeed.isolator.prompt" in str(error.value)
     check(set(), settings)
     check({"dualspeed.isolator.prompt"}, {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}})
+
+
+def test_an_optimizer_of_a_scripts_own_is_split_by_modes(tmp_path):
+    """Which would otherwise lack what its step asks for."""
+
+    class Own(DualSpeedTrainer):
+        def create_optimizer(self):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    trainer = make(tmp_path, cls=Own)
+    trainer.create_optimizer()
+    trainer.is_deepspeed_enabled = True
+    for _ in range(2):
+        trainer._wrap_model(trainer.model)  # as the Trainer does next
+    groups = {group["modes"]: len(group["params"]) for group in trainer.optimizer.param_groups}
+    assert groups == {"fast": 1, "both": len(list(trainer.model.parameters())) - 1}

@@ -120,6 +120,19 @@ def test_an_optimizer_without_the_isolator(tmp_path):
     make(tmp_path, cls=Own, isolator_length=0).train()
 
 
+def test_a_create_optimizer_without_arguments_in_the_trainers_place(tmp_path, monkeypatch):
+    """As Qwen's own scripts put it there."""
+
+    def create_optimizer(self):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-2)
+        return self.optimizer
+
+    monkeypatch.setattr(Trainer, "create_optimizer", create_optimizer)
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    assert len(history(trainer, "loss")) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
