@@ -222,13 +222,16 @@ def check_loss_func(given: Callable | None) -> None:
 
 def check_losses(kind: type, ours: type, known: tuple[type, ...]) -> None:
     """Raises a `ValueError` if a class behind `ours` in the method resolution order of `kind` has a loss of its own,
-    which would never be called; `known` ones may."""
+    which would never be called; `known` ones may, unless a script has put another in its place."""
     behind = kind.__mro__[kind.__mro__.index(ours) + 1 :]
-    other = next((c for c in behind if "compute_loss" in vars(c) and c not in known), None)
+    losses = {c: vars(c)["compute_loss"] for c in behind if "compute_loss" in vars(c)}
+    foreign = {c: getattr(loss, "__module__", "") != c.__module__ for c, loss in losses.items()}
+    other = next((c for c in losses if c not in known or foreign[c]), None)
     if other is not None:
+        replaced = f" (now that of {losses[other].__module__})" if foreign[other] else ""
         raise ValueError(
-            f"{kind.__name__} puts DualSpeed in front of {other.__name__}, whose `compute_loss` would never be called: "
-            "DualSpeed computes cross-entropy and distillation itself. For a loss beside them, derive from "
+            f"{kind.__name__} puts DualSpeed in front of {other.__name__}, whose `compute_loss`{replaced} would never "
+            "be called: DualSpeed computes cross-entropy and distillation itself. For a loss beside them, derive from "
             "DualSpeedTrainer and add to what super().compute_loss(...) returns; other losses, such as preference "
             "losses, are not supported."
         )

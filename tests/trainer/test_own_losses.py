@@ -152,6 +152,14 @@ def test_a_loss_behind_ours_is_refused(tmp_path, behind):
     make(tmp_path, cls=type("Mine", (behind, DualSpeedTrainer), {}), max_steps=1).train()
 
 
+def test_a_loss_put_in_the_trainers_place_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "compute_loss", OfTheOutput.compute_loss)
+    with pytest.raises(
+        ValueError, match=r"front of Trainer, whose `compute_loss` \(now that of test_own_losses\) would"
+    ):
+        make(tmp_path)
+
+
 def test_a_trainer_that_generates(tmp_path):
     @dataclass
     class Arguments(DualSpeedArguments, Seq2SeqTrainingArguments):
