@@ -300,6 +300,16 @@ def compile_regions(interface: ModelInterface, pruner: Pruner, backend: str) -> 
             layer.compile(backend=backend)
 
 
+def check_fsdp(plugin) -> None:
+    """Raises a `ValueError` for FSDP of version 1."""
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"FSDP is of version {plugin.fsdp_version}, whose shards DualSpeed does not know. Set `fsdp_version: 2` in "
+            "accelerate's configuration, which means 1 where it says nothing (trainer_configs/accelerate/fsdp2.yaml is "
+            "one), or leave `version` out of `fsdp_config`."
+        )
+
+
 def wrap_existing_layers(plugin, interface: ModelInterface) -> None:
     """Sets the layers that FSDP wraps to those of `_no_split_modules` that the model has.
 

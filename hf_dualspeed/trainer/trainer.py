@@ -47,6 +47,7 @@ from .selective_checkpointing import SelectiveCheckpointing
 from .setup import (
     AT_CONSTRUCTION,
     check_ddp,
+    check_fsdp,
     check_given,
     check_head,
     check_loss_func,
@@ -229,6 +230,7 @@ class DualSpeedMixin(
         if args.compile_regions is not None:
             compile_regions(interface, self._pruner, args.compile_regions)
         if self.is_fsdp_enabled:
+            check_fsdp(self.accelerator.state.fsdp_plugin)
             wrap_existing_layers(self.accelerator.state.fsdp_plugin, interface)
 
         # Passes run in the precision of training. Labels of visual tokens are masked in the collator.

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES
@@ -16,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.trainer.callbacks import ModeClock
+from hf_dualspeed.trainer.setup import check_fsdp
 
 
 def llava():
@@ -266,3 +268,10 @@ def test_a_loss_function_that_is_set_later(tmp_path):
     trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()
     with pytest.raises(ValueError, match="`compute_loss_func` is not supported"):
         trainer.train()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_of_version_1_is_refused(version):
+    """accelerate takes it where its configuration names none."""
+    with nullcontext() if version == 2 else pytest.raises(ValueError, match="of version 1.*Set `fsdp_version: 2`"):
+        check_fsdp(FullyShardedDataParallelPlugin(fsdp_version=version))
