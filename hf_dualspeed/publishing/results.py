@@ -224,7 +224,7 @@ def _training_settings(args: DualSpeedTrainingArguments) -> dict:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "slow_mode_splits": args.slow_mode_splits,
         "learning_rate": args.learning_rate,
-        "lr_scheduler_type": args.lr_scheduler_type.value,
+        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),  # set later: a text
         "warmup_steps": args.warmup_steps,
         "mixed_precision": args.mixed_precision,
     }

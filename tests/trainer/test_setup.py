@@ -223,10 +223,12 @@ def test_options_that_a_trainer_follows_later(tmp_path):
     late = make(tmp_path / "late", pruning_ratio=0.5)
     early = make(tmp_path / "early", pruning_ratio=0.5, slow_mode_ratio=1.0, per_device_train_batch_size=3)
     late.args.slow_mode_ratio, late.args.per_device_train_batch_size = 1.0, 3
+    late.args.lr_scheduler_type = "constant"
     for trainer in (late, early):
         trainer.train()
     assert late.clock.steps == {"fast": 0, "slow": 4}
     assert torch.equal(late.model.lm_head.weight, early.model.lm_head.weight)
+    assert late.record()["training"] == early.record()["training"]
 
 
 HALF = {"slow_mode_ratio": 0.5}
