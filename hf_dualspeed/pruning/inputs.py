@@ -46,7 +46,8 @@ def check_inputs(inputs: Mapping) -> None:
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(
             f"`attention_mask` must be of shape {tuple(ids.shape)} like `input_ids`, got {tuple(mask.shape)}. "
-            "Masks of other shapes cannot be shortened."
+            "Masks of other shapes cannot be shortened. Return the mask of padding, and pad samples in place of "
+            "packing them: a trainer's padding_free=True lays those of a fast step in one row."
         )
 
 

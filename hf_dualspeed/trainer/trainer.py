@@ -129,7 +129,7 @@ class DualSpeedMixin(
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} devices in one process mean nn.DataParallel, which DualSpeed does not support. "
-                "Start one process per device: accelerate launch train.py."
+                "Start one process per device (accelerate launch train.py), or let it see one: CUDA_VISIBLE_DEVICES=0."
             )
         self.given_collator = self.data_collator  # tells how long samples are
         # The loss is always a sum divided by the items of the whole step, for any model.

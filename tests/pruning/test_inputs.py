@@ -375,6 +375,10 @@ def test_bad_batches_are_named():
         prune_inputs(model, {**inputs, "pixel_values": inputs["pixel_values"][:2]}, pruner())
     with pytest.raises(ValueError, match="`attention_mask` must be of shape"):
         prune_inputs(model, {**inputs, "attention_mask": torch.ones(3, 1, 4, 4)}, pruner())
+    with pytest.raises(
+        ValueError, match="pad samples in place of packing them"
+    ):  # ends of packed ones, as Qwen's script
+        prune_inputs(model, {**inputs, "attention_mask": torch.tensor([0, 20, 44])}, pruner())
     with pytest.raises(ValueError, match="`input_ids`"):
         prune_inputs(model, {"pixel_values": inputs["pixel_values"]}, pruner())
     with pytest.raises(ValueError, match="Did you mean 'original'"):

@@ -61,6 +61,12 @@ def test_a_learned_pruner_lies_where_the_model_does(tmp_path):
     assert {parameter.device.type for parameter in trainer.dual_forward.pruner.parameters()} == {"meta"}
 
 
+def test_several_gpus_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(DualSpeedTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="2 devices in one process .*accelerate launch.* or .*CUDA_VISIBLE_DEVICES=0"):
+        make(tmp_path)
+
+
 def test_two_trainers_of_one_model(tmp_path):
     model = llava()
     first = make(tmp_path, model=model, max_steps=1)
