@@ -102,15 +102,22 @@ class ForwardInterface:
 
 
 @cache
-def forward_interface(kind: type[nn.Module]) -> ForwardInterface:
-    """The arguments of a class's `forward`, read once per class."""
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+def forward_interface(forward: Callable) -> ForwardInterface:
+    """The arguments of a class's `forward`, read once."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return ForwardInterface(
         frozenset(p.name for p in named),
         frozenset(p.name for p in named if p.default is p.empty),
         any(p.kind is p.VAR_KEYWORD for p in parameters),
     )
+
+
+def foreign_module(kind: type, method: str) -> str | None:
+    """The module of a method that was put into a class in place of its own; None where it is the class's own."""
+    owner = next(c for c in kind.__mro__ if method in vars(c))
+    module = getattr(vars(owner)[method], "__module__", None)
+    return None if module == owner.__module__ else module
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ class ModelInterface:
 
     @cached_property
     def forward(self) -> ForwardInterface:
-        return forward_interface(type(self.outer))
+        return forward_interface(type(self.outer).forward)
 
     @cached_property
     def slices_logits(self) -> bool:
@@ -271,6 +278,12 @@ class ModelInterface:
             missing.append(f"it has no `{image.modality.method}`")
         if image.token_id is None:
             missing.append("its config has no `image_token_id`")
+        patch = foreign_module(type(self.outer), "forward")
+        if missing and patch is not None:
+            raise ValueError(
+                f"{self.name} cannot be pruned: {' and '.join(missing)}. It is that of {patch}, which has taken the "
+                "place of the model's own. Leave that patch out (Liger's: fused_linear_cross_entropy=False)."
+            )
         if missing:
             raise ValueError(
                 f"{self.name} cannot be pruned: {' and '.join(missing)}. Use a vision-language model of transformers "

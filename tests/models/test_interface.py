@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from tiny_models import FAMILIES
 from torch import nn
 
-from hf_dualspeed.models.interface import unwrap
+from hf_dualspeed.models.interface import ModelInterface, unwrap
 
 
 class Wrapper(nn.Module):
@@ -52,3 +53,19 @@ def test_the_model_inside_any_wrappers(wrappers):
     for wrapper in wrappers:
         wrapped = wrapper(wrapped)
     assert unwrap(wrapped) is model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_in_place_of_the_models_own_is_named(family, monkeypatch):
+    """As Liger's own loss and some training scripts put it there."""
+    model, _ = FAMILIES[family].build()
+    ModelInterface(model).check_protocol()
+
+    def forward(self, input_ids=None, pixel_values=None, labels=None, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(
+        ValueError, match="no `mm_encoder_outputs`. It is that of test_interface, .* Leave that patch out"
+    ):
+        ModelInterface(model).check_protocol()
