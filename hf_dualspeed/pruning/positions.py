@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.interface import ModelInterface, argument_names
+from ..models.interface import ModelInterface, argument_names, modalities_in
 from ..utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,11 @@ def numbered(owner: nn.Module, inputs: Mapping, mask: torch.Tensor) -> torch.Ten
     # The model numbers images by the type of each token, and some models take a missing type for text.
     rope = getattr(owner, "get_rope_index", None)
     asks = rope is not None and "mm_token_type_ids" in argument_names(rope)
-    if asks and inputs.get("mm_token_type_ids") is None:
+    if asks and inputs.get("mm_token_type_ids") is None and modalities_in(inputs):
         raise ValueError(
-            "`inputs` lacks `mm_token_type_ids`, without which the model numbers image tokens as text. "
-            "Let the collator pass on all that the processor returns."
+            "`inputs` lacks `mm_token_type_ids`, without which the model numbers image tokens as text. Let the "
+            "collator pass on all that the processor returns, or make them: "
+            "torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))."
         )
     arguments = {key: inputs.get(key) for key in argument_names(owner.compute_3d_position_ids)}
     if inputs.get("feature_attention_mask") is not None:  # `forward` counts mel frames this way, too

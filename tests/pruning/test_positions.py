@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES
 from families.cases import batch_of
 from tiny_models import FAMILIES as TRAINED
-from training import history, make
+from training import DATA, history, make
 
 from hf_dualspeed.bench.counters import count_syncs
 from hf_dualspeed.models.interface import ModelInterface
@@ -91,6 +91,22 @@ def test_batches_that_bring_positions_or_are_packed_stay_as_they_are():
     ids = torch.arange(6)[None]
     for batch in ({"input_ids": ids, "attention_mask": ids, "position_ids": ids}, {"input_ids": ids}):
         assert collator([batch]) is batch
+
+
+def test_types_of_tokens_are_asked_for_where_there_are_images(tmp_path):
+    """A collator may leave texts alone to the tokenizer, which makes none."""
+    trainer = make(tmp_path, "qwen2_5_vl", data=[DATA[2]] * 4, slow_mode_ratio=0.5, slow_mode_splits=2)
+    collate = trainer.data_collator.collator
+
+    def untyped(examples):
+        return {key: value for key, value in collate(examples).items() if key != "mm_token_type_ids"}
+
+    trainer.data_collator.collator = untyped
+    trainer.train()
+    assert {trainer.mode_at(step) for step in range(4)} == {"fast", "slow"}
+    trainer.train_dataset = DATA
+    with pytest.raises(ValueError, match="lacks `mm_token_type_ids`.*processor.create_mm_token_type_ids"):
+        next(iter(trainer.get_train_dataloader()))
 
 
 def test_evaluation_and_the_plain_path_number_in_the_step(tmp_path):
