@@ -9,6 +9,7 @@ import shlex
 import tarfile
 from importlib import import_module
 from pathlib import Path
+from statistics import mean
 
 import datasets
 import pytest
@@ -170,6 +171,7 @@ TABLES = {
     "ablation_budgets": ablation_report.readme_table,
     "ablation_cool-down": ablation_report.readme_table,
     "ablation_selection": ablation_report.readme_table,
+    "ablation_reading": ablation_report.readme_table,
     "ablation_selection_cost": ablation_selection_cost.readme_table,
     "estimate_ablation": ablation_estimate.readme_table,
 }
@@ -217,6 +219,20 @@ def test_the_accuracy_is_that_of_the_ablation():
         )
     steps, ends = full["steps"]["slow"], [f"{way['full']['mean']:.1%}".replace("%", " %") for way in (full, ours)]
     assert "get {:.0f} of 400 steps and end at {}, against {}".format(steps, *ends) in said
+
+
+def test_words_that_are_read_are_those_of_the_ablation():
+    said = " ".join(text_of("docs/ablation.md").split())
+    shares: dict[str, list[float]] = {}
+    for run in json.loads(text_of("docs/results/ablation_reading.json"))["runs"]:
+        shares.setdefault(run["way"], []).append(run["full"]["word"])
+    full, *ours = (mean(shares[key]) for key in ("full-tokens", *(f"pruning-{at}:original" for at in (0.5, 0.75, 0.9))))
+    words = (
+        "read {:.1%} right, letter by letter, and DualSpeed with original positions {:.1%} at 50 %, {:.1%} at 75 % and "
+    )
+    words += "{:.1%} at 90 %: {:.1%}, {:.1%} and {:.1%} of them"
+    assert words.format(full, *ours, *(own / full for own in ours)).replace("%", " %").replace("  %", " %") in said
+    assert f"reads {mean(shares['paper:pruning-0.9']):.1%} at".replace("%", " %") in said
 
 
 def test_the_first_figures_are_those_of_the_bench():
