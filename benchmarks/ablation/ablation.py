@@ -33,7 +33,19 @@ from ..common import KeptRun, pruned_prompts, ratio, stored_results, summary_of,
 from ..workers import worker_pool
 from .callbacks import DrawnBudgets, LearningCurve, wait_for_device
 from .language import Size
-from .plan import BASELINE, CURVE_QUESTIONS, FORMAT, GROUPS, PLAIN_SETUP, REFERENCE, TIMED, Setup, Variant, setup_of
+from .plan import (
+    BASELINE,
+    CURVE_QUESTIONS,
+    FORMAT,
+    GROUPS,
+    PLAIN_SETUP,
+    REFERENCE,
+    TIMED,
+    TODAYS,
+    Setup,
+    Variant,
+    setup_of,
+)
 from .report import write_report
 from .task import STORE, Task, accuracy, build_model, language_parameters, load_task, majority, patches_of
 from .worlds import world_of
@@ -290,10 +302,10 @@ def _steps(variant: Variant, settings: Settings, found: dict[tuple[str, int], di
     if not variant.same_time:
         return round(settings.steps / variant.speed_up)
 
-    def of(key: str) -> float:
-        return mean(result["seconds"] for (own, _), result in found.items() if own == key)
+    def of(*keys: str) -> float:
+        return mean(result["seconds"] for (own, _), result in found.items() if own in keys)
 
-    return max(1, round(settings.steps * of(REFERENCE) / of(variant.key.removeprefix(TIMED))))
+    return max(1, round(settings.steps * of(REFERENCE, TODAYS.key) / of(variant.key.removeprefix(TIMED))))
 
 
 def summarise(found: dict[tuple[str, int], dict], groups: list[str]) -> dict:

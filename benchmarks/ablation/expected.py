@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_dualspeed.utils.text import markdown_table
 
 from ..common import cell
-from .plan import ORIGINAL, REFERENCE
+from .plan import ORIGINAL, TODAYS
 
 FOLDER = Path(__file__).parents[2] / "docs/results"
 UNKNOWN = "unknown"
@@ -49,8 +49,9 @@ ROWS = (
     Row(GRIDS, "144", TINY, "90%", "ablation_equal_time", "dualspeed"),
     Row("colour of a shape, trained from scratch", "256", "4 layers of 192", "90%", "compare", "dualspeed"),
     Row(GRIDS, DEEP_TOKENS, DEEP, "90%", "ablation_deeper", "dualspeed"),
+    Row(OBJECTS, "576", TINY, "90%", "ablation_objects-shallow", TODAYS.key),
     Row(OBJECTS, DEEP_TOKENS, DEEP, "75%", "ablation_objects", f"pruning-0.75{ORIGINAL}"),
-    Row(OBJECTS, DEEP_TOKENS, DEEP, "90%", "ablation_objects", REFERENCE),
+    Row(OBJECTS, DEEP_TOKENS, DEEP, "90%", "ablation_objects", TODAYS.key),
     *(
         Row(READING, "576", TINY, f"{ratio:.0%}", "ablation_reading", f"pruning-{ratio}{ORIGINAL}")
         for ratio in (0.5, 0.75, 0.9)

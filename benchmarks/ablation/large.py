@@ -151,7 +151,7 @@ def steps_of(variant: Variant, seed: int, steps: int, found: dict[tuple[str, int
     """The steps of all, or as many as fit into the reference's time with this seed."""
     if not variant.same_time:
         return steps
-    reference, own = found[plan.REFERENCE, seed], found[variant.key.removeprefix(plan.TIMED), seed]
+    reference, own = found[plan.TODAYS.key, seed], found[variant.key.removeprefix(plan.TIMED), seed]
     return max(1, round(steps * reference["seconds"] / own["seconds"]))
 
 

@@ -1,4 +1,4 @@
-"""Grids of objects: the pictures of Debian's package tuxpaint-stamps-default (tuxpaint.org), each with a name.
+"""Grids of objects: the pictures of Debian's package tuxpaint-stamps-default (tuxpaint.org), by their kinds.
 
 The pictures are the same in both splits. The grids are not, so what is held out is how they are put together.
 """
@@ -18,7 +18,8 @@ from .fashion_grid import LARGE_TILE, Grids, Pictures
 FOLDER = "/usr/share/tuxpaint/stamps"
 PACKAGE = "tuxpaint-stamps-default"
 OBJECTS_SHOWN = "grids of objects"
-LEFT_OUT = "symbols"  # letters, digits and coins
+LEFT_OUT = {"symbols", "seasonal"}  # letters, digits and coins; things of all kinds that belong to a feast
+LEAST = 10  # pictures of a kind: of most names there is one alone
 
 
 def objects() -> Grids:
@@ -41,18 +42,19 @@ def objects() -> Grids:
 
 
 def stamps() -> dict[str, list[Path]]:
-    """The pictures by name, the letters of the file's name: horse of animals/mammals/horse_2.png, for example."""
-    folder = Path(os.environ.get("TUXPAINT_STAMPS", FOLDER))
-    found: dict[str, list[Path]] = {}
+    """The pictures by kind, the name of the second folder, or of the first: birds of animals/birds/owl.png, clothes of
+    clothes/shirt.png, for example."""
+    folder, found = Path(os.environ.get("TUXPAINT_STAMPS", FOLDER)), {}
     for path in sorted(folder.rglob("*.png")):
-        name = re.sub(r"[^a-z]", "", path.stem.lower())
+        folders = [name for name in path.relative_to(folder).parts[:-1] if name != "cartoon"]  # a style, no kind
         # Each has a sentence, as text beside it. Others are parts of a picture, such as its mirror image.
-        if name and path.with_suffix(".txt").is_file() and LEFT_OUT not in path.relative_to(folder).parts:
-            found.setdefault(name, []).append(path)
+        if folders and path.with_suffix(".txt").is_file() and not LEFT_OUT & set(folders):
+            found.setdefault(re.sub(r"[^a-z]", "", folders[:2][-1]), []).append(path)
+    found = {kind: paths for kind, paths in found.items() if len(paths) >= LEAST}
     if len(found) < 2:
         raise FileNotFoundError(
-            f"`TUXPAINT_STAMPS` is {str(folder)!r}, but there are no pictures with sentences in it. Install Debian's "
-            f"package {PACKAGE}, or set TUXPAINT_STAMPS to a folder with its stamps."
+            f"`TUXPAINT_STAMPS` is {str(folder)!r}, but there are no two kinds of {LEAST} pictures with sentences in "
+            f"it. Install Debian's package {PACKAGE}, or set TUXPAINT_STAMPS to a folder with its stamps."
         )
     return found
 

@@ -5,7 +5,7 @@ Each variant sets all options that it depends on, so results keep their meaning 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -158,9 +158,8 @@ def of_seven_billion(speed_up: float) -> Variant:
     return Variant(f"7b:{speed_up}", f"full tokens, same time at {speed_up}x", plain=True, speed_up=speed_up)
 
 
-# With all that is today's default: kept tokens stay in their places. Before, they were renumbered.
-TODAYS = replace(DUALSPEED, options=original(DUALSPEED).options)
-RENUMBERED = replace(DUALSPEED, key=f"{REFERENCE}:compact", name="DualSpeed, compact")
+# With all that is today's default: kept tokens stay in their places.
+TODAYS = original(DUALSPEED)
 # A deeper model of many tokens: images of 336 pixels are 576 tokens.
 DEEP = {"hidden_size": 128, "layers": 12, "heads": 2, "test_grids": 300}
 DEEPER, OBJECTS = Setup("grids-336", DEEP, curve=10, bf16=True), Setup("objects", DEEP, bf16=True)
@@ -190,7 +189,7 @@ BUDGETS = tuple(
 )
 # Pruners that show all tokens to the first layers.
 FIRST_LAYERS = (
-    Variant(REFERENCE, "divprune", TODAYS.options),
+    Variant(TODAYS.key, "divprune", TODAYS.options),
     *(
         Variant(
             f"fastv-{layer}",
@@ -199,7 +198,7 @@ FIRST_LAYERS = (
         )
         for layer in (1, 2)
     ),
-    Variant("pruner-pyramiddrop", "pyramiddrop", {**TODAYS.options, "pruner": "pyramiddrop"}),
+    Variant(f"pruner-pyramiddrop{ORIGINAL}", "pyramiddrop", {**TODAYS.options, "pruner": "pyramiddrop"}),
 )
 # What the choice of tokens is worth once the others are merged into them, and rounds of k-means after it.
 CHOICES, KMEANS_ROUNDS = ("random", "grid", "divprune", "tome"), (1, 2)
@@ -249,7 +248,8 @@ GROUPS: dict[str, tuple[Variant, ...]] = {
     "pruners": (FULL, *PRUNERS),
     "deeper": (FULL, MERGED_ONLY, PAPERS[-1], DUALSPEED, timed(FULL), timed(MERGED_ONLY), timed(PAPERS[-1])),
     "reading": (FULL, at_ratios(0.9)[0], *READ, *map(original, READ)),
-    "objects": (FULL, PAPERS[-1], TODAYS, RENUMBERED, original(at_ratios(0.75)[1]), timed(FULL)),
+    "objects": (FULL, PAPERS[-1], DUALSPEED, TODAYS, original(at_ratios(0.75)[1]), timed(FULL)),
+    "objects-shallow": (FULL, DUALSPEED, TODAYS, timed(FULL)),
     "cool-down": (FULL, *COOL_DOWN),
     "budgets": (FULL, *BUDGETS),
     "first-layers": (FULL, *FIRST_LAYERS),
@@ -272,6 +272,7 @@ SETUPS = {
     "deeper": DEEPER,
     "reading": Setup("reading", {"heads": 2, "test_grids": 300}, bf16=True),
     "objects": OBJECTS,
+    "objects-shallow": Setup("objects", {"heads": 2, "test_grids": 300}, bf16=True),
     "cool-down": Setup(decay=0.1),
     "first-layers": OBJECTS,
     "large": Setup("letters", LARGE, batch_size=64, learning_rate=4e-4, curve=10, bf16=True),

@@ -25,6 +25,7 @@ from .plan import (
     PLAIN_SETUP,
     REFERENCE,
     TIMED,
+    TODAYS,
     of_seven_billion,
 )
 from .worlds import SHOWN
@@ -45,6 +46,7 @@ CURVES = {
     PAPER + REFERENCE: (LOOKS[DISCARDED][0], "the paper's DualSpeed, 10 % slow steps"),
     MERGED_ONLY.key: ("#56B4E9", "pruned only, others merged"),
     REFERENCE: (LOOKS[MERGED][0], "DualSpeed, others merged, 5 % slow steps"),
+    TODAYS.key: (LOOKS[KEPT][0], "DualSpeed, others merged, original positions, 5 % slow steps"),
 }
 SAME_TIME = "equal time"  # the group that is drawn over time
 PLAIN = {BASELINE, *(of_seven_billion(speed_up).key for speed_up in MEASURED)}

@@ -21,7 +21,8 @@ from benchmarks.ablation.callbacks import DrawnBudgets, LearningCurve
 from benchmarks.ablation.fashion_grid import FASHION, FASHION_336
 from benchmarks.ablation.language import Size, talk, tokenizer
 from benchmarks.ablation.letters import LETTERS, NAMES
-from benchmarks.ablation.plan import GROUPS, SETUPS, setup_of
+from benchmarks.ablation.objects import LEAST
+from benchmarks.ablation.plan import GROUPS, SETUPS, TODAYS, setup_of
 from benchmarks.ablation.reading import READING
 from benchmarks.ablation.report import readme_table
 from benchmarks.ablation.worlds import WORLDS, world_of
@@ -31,7 +32,7 @@ from hf_dualspeed.pruners.tokens import VisualTokens
 
 FLAGS = ["--steps", "4", "--batch_size", "2", "--seeds", "0", "--cpu", "--jobs", "1", "--hidden_size", "16"]
 FLAGS += ["--heads", "2", "--pretraining_steps", "2", "--start_steps", "2", "--train_grids", "8", "--test_grids", "2"]
-STAMPS = {"animals/horse": "red", "animals/horse_2": "brown", "food/apple": "green", "space/rocket": "blue"}
+STAMPS = {"animals/mammals/bovines": "red", "animals/fish": "brown", "food/fruit": "green", "space": "blue"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,9 @@ def place(tmp_path_factory):
     """A working directory with small data sets, and a tower in random weights."""
     folder = tmp_path_factory.mktemp("groups")
     write_fashion_mnist(folder, tiles=40)
-    for name, colour in STAMPS.items():
+    few = {"food/nuts/one": "black", "symbols/chess/king": "black"}  # too few of a kind, and no object
+    of_kinds = {f"{kind}/{number}": colour for kind, colour in STAMPS.items() for number in range(LEAST)}
+    for name, colour in {**of_kinds, **few}.items():
         path = folder / "stamps" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Pillow.new("RGBA", (60, 40), colour).save(path)
@@ -65,7 +68,7 @@ KINDS = {
     "objects": (1, ("full-tokens", "dualspeed", "time:full-tokens")),
     "cool-down": (1, ("full-tokens", "tail-0.05", "paper:slow-0.02")),
     "budgets": (1, ("full-tokens", "budgets")),
-    "first-layers": (4, ("fastv-1", "fastv-2", "pruner-pyramiddrop")),
+    "first-layers": (4, ("fastv-1", "fastv-2", "pruner-pyramiddrop:original")),
     "selection": (1, ("full-tokens", "random-0.9:kmeans-1", "tome-0.97:kmeans-2", "divprune-0.97:kmeans-1")),
 }
 
@@ -259,12 +262,12 @@ def test_letters_need_no_files_and_splits_differ():
     assert len(set(map(len, first[1]))) == 1
 
 
-def test_stamps_of_one_name_are_one_item(place):
+def test_stamps_of_one_kind_are_one_item(place):
     world = world_of("objects")
-    assert world.names == ("apple", "horse", "rocket")
+    assert world.names == ("fish", "fruit", "mammals", "space")
     tiles, indices = world.pictures("train")
-    assert [len(own) for own in indices] == [1, 2, 1]
-    assert tuple(tiles[0][84, 84]) == (0, 128, 0)
+    assert [len(own) for own in indices] == [LEAST] * 4
+    assert tuple(tiles[indices[1][0]][84, 84]) == (0, 128, 0)
     assert tuple(tiles[0][0, 0]) == (255, 255, 255)
 
 
@@ -394,8 +397,8 @@ def test_each_call_adds_the_next_seed_to_the_results_of_the_card(trained, tmp_pa
     ends = {"time:full-tokens"} if steps["time:full-tokens"] != 4 else set()
     assert [len(run["curve"]) for run in results["runs"]] == [1 if way in ends else 2 for way, _ in done]
     seconds = {run["way"]: run["seconds"] for run in results["runs"] if run["seed"] == 0}
-    assert steps["dualspeed"] == steps["paper:dualspeed"] == 4
-    assert steps["time:full-tokens"] == max(1, round(4 * seconds["dualspeed"] / seconds["full-tokens"]))
+    assert steps[TODAYS.key] == steps["paper:dualspeed"] == 4
+    assert steps["time:full-tokens"] == max(1, round(4 * seconds[TODAYS.key] / seconds["full-tokens"]))
     # A second call goes on, in another file too, from what the card's own has.
     _, more, count = trained(3, "--output", str(tmp_path / "other.json"))
     assert count == 3
