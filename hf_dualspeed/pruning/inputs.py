@@ -137,7 +137,7 @@ def shorten_inputs(
     rows = separate_rows(interface, plan) if one_row else None
     if rows is None and packing is not None:
         short |= packing.shortened(plan, position_ids, inputs)
-    elif packing is None and prompt is not None:
+    elif packing is None and (prompt is not None or original):
         short |= one_sample(interface, plan)
     # Hand over: kept tokens in place of pixels, plus key sizes (B, S'), token counts and losses.
     log_sizes = key_log_sizes(places, encodings, kept)

@@ -164,7 +164,7 @@ def one_sample(interface: ModelInterface, plan: Shortening) -> dict:
     """Declares a batch of one row as one sample for FlashAttention.
 
     From position ids alone, FlashAttention would take each isolator token at the start of a sequence for a sample,
-    because all of them have the first position.
+    because all of them have the first position, and begin another one at each gap between original positions.
     """
     if len(plan.source) != 1 or not is_flash(interface.text_config):
         return {}

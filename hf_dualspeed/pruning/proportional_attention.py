@@ -29,6 +29,7 @@ ATTRIBUTE = "_dualspeed_key_sizes"
 HOOKED = "_dualspeed_takes_sizes"
 # Key of the sizes in `mm_encoder_outputs`, which `generate` passes on to the prefill.
 CARRIED = "dualspeed_key_log_sizes"
+UNPACKED = "dualspeed_unpacked"  # beside them, where each row is one sample
 REMEDY = "Set proportional_attention=False."
 KEEPS_PROMPT = "reference_sliding_attention"  # layers whose window is one of generated tokens, as in Unlimited-OCR
 EXTRA_WIDTH = 8  # FlashAttention's kernels take head widths in multiples of 8 ...
@@ -325,7 +326,10 @@ def set_sizes_of(layer: nn.Module, sizes: KeySizes) -> None:
 def with_sizes(interface: ModelInterface, model: nn.Module, inputs: dict, log_sizes: torch.Tensor) -> dict:
     """Adds the sizes of the keys `(B, S)` to the inputs, for `forward` and `generate` of this model."""
     watch_calls(interface, model)
-    return inputs | {"mm_encoder_outputs": {**(inputs.get("mm_encoder_outputs") or {}), CARRIED: log_sizes}}
+    carried = {CARRIED: log_sizes}
+    if inputs.get("attention_mask") is not None:  # the rows are no packed samples
+        carried[UNPACKED] = log_sizes.new_ones(len(log_sizes), 1)
+    return inputs | {"mm_encoder_outputs": {**(inputs.get("mm_encoder_outputs") or {}), **carried}}
 
 
 def watch_calls(interface: ModelInterface, model: nn.Module) -> KeySizes:
@@ -347,18 +351,21 @@ def _take_sizes(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     sizes: KeySizes = model.__dict__[HOOKED]
     if not sizes.take(model):
         return None
-    kwargs, given = dict(kwargs), None
+    kwargs, given, unpacked = dict(kwargs), None, False
     outputs = kwargs.get("mm_encoder_outputs")
     if isinstance(outputs, Mapping) and CARRIED in outputs:
         outputs = dict(outputs)  # `generate` passes the same dict at each step
-        given = outputs.pop(CARRIED)
+        given, unpacked = outputs.pop(CARRIED), outputs.pop(UNPACKED, None) is not None
         kwargs["mm_encoder_outputs"] = outputs
         if not outputs:  # some models accept no empty dict
             del kwargs["mm_encoder_outputs"]
     # Number of tokens in this call, from ids (B, S) or embeddings (B, S, D).
     states = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
-    length = (args[0] if states is None else states).shape[1]
-    sizes.set(*continued(kwargs.get("past_key_values"), given, length))
+    states = args[0] if states is None else states
+    # `generate` leaves a mask out that hides nothing. Without a cache, gaps in positions would then tell samples apart.
+    if unpacked and kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
+        kwargs["attention_mask"] = states.new_ones(states.shape[:2], dtype=torch.long)
+    sizes.set(*continued(kwargs.get("past_key_values"), given, states.shape[1]))
     return args, kwargs
 
 

@@ -219,6 +219,16 @@ def test_isolator_at_the_start_of_a_row_is_no_sample_of_its_own():
     assert torch.isfinite(model(**short).loss)
 
 
+def test_gaps_between_original_positions_begin_no_sample():
+    """Without an isolator, too."""
+    model = model_of("llava", "flash_on_cpu")
+    (sample, *_) = singles("llava", model)
+    pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
+    short = prune_inputs(model, sample, pruner, position_ids="original")
+    assert short["position_ids"].diff().max() > 1
+    assert short["cu_seq_lens_q"].tolist() == [0, short["input_ids"].shape[1]]
+
+
 MIXING = {
     "gemma3": "attention that depends on `token_type_ids`",
     "gemma4": "attention that depends on `mm_token_type_ids`",

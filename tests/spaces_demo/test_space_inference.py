@@ -95,7 +95,7 @@ def test_the_isolator_is_the_trained_one_and_counts(checkpoints, monkeypatch):
     assert checkpoint.answer(IMAGE, QUESTION, checkpoint.pruner("grid", 0.9)).probability != before
 
 
-@pytest.mark.parametrize(("key", "value"), [("position_ids", "original"), ("proportional_attention", False)])
+@pytest.mark.parametrize(("key", "value"), [("position_ids", "compact"), ("proportional_attention", False)])
 def test_the_pruned_view_is_that_of_the_training(tiny_runs, tmp_path, checkpoints, key, value):
     folder = tmp_path / "other"
     shutil.copytree(tiny_runs["dualspeed"], folder)
