@@ -9,9 +9,10 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart demo chromium compare ablation ablation-deeper ablation-reading \
-	ablation-objects ablation-objects-shallow ablation-cool-down ablation-budgets ablation-first-layers \
-	ablation-selection ablation-selection-cost ablation-large ablation-estimate cards bench bench-gpu gpu memory conformance test test-min test-deepspeed lint docs
+.PHONY: help quickstart demo chromium compare ablation ablation-deeper ablation-reading ablation-objects \
+	ablation-objects-shallow ablation-cool-down ablation-budgets ablation-first-layers ablation-selection \
+	ablation-selection-cost ablation-large ablation-estimate cards bench bench-gpu gpu memory conformance test test-min \
+	test-deepspeed lint docs
 
 help:
 	@echo "make quickstart  train a small LLaVA from scratch and write its model card to runs/quickstart"

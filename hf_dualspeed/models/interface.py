@@ -278,8 +278,7 @@ class ModelInterface:
             missing.append(f"it has no `{image.modality.method}`")
         if image.token_id is None:
             missing.append("its config has no `image_token_id`")
-        patch = foreign_module(type(self.outer), "forward")
-        if missing and patch is not None:
+        if missing and (patch := foreign_module(type(self.outer), "forward")):
             raise ValueError(
                 f"{self.name} cannot be pruned: {' and '.join(missing)}. It is that of {patch}, which has taken the "
                 "place of the model's own. Leave that patch out (Liger's: fused_linear_cross_entropy=False)."

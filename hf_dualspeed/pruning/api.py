@@ -62,8 +62,8 @@ def prune_inputs(
             audio) or is encoded already, the numbers of features and placeholders differ, the pruner drops tokens
             inside the language model, or (when the model is called) its attention cannot be made proportional.
     """
-    interface = checked_interface(model, position_ids, video_budget, isolator)
-    position_ids = interface.position_scheme(position_ids, pruner.config.merged(proportional_attention))
+    merged = pruner.config.merged(proportional_attention)
+    interface, position_ids = checked_interface(model, position_ids, video_budget, isolator, merged)
     if inputs.get("mm_encoder_outputs") is not None:
         raise ValueError(
             "`inputs` hold `mm_encoder_outputs`, images that are encoded already and perhaps pruned. Pass on what the "
@@ -94,8 +94,8 @@ def prune_visual_tokens(
     length. `model.generate` shortens its own masks while it decodes, so it needs `model.generate(**prune_inputs(...))`
     and raises inside this context.
     """
-    interface = checked_interface(model, position_ids, video_budget, isolator)
-    position_ids = interface.position_scheme(position_ids, pruner.config.merged(proportional_attention))
+    merged = pruner.config.merged(proportional_attention)
+    interface, position_ids = checked_interface(model, position_ids, video_budget, isolator, merged)
     check_pruner(interface, pruner)
     layer_passes: list[LayerPass] = []
     key_sizes = watch_calls(interface, model)
@@ -140,9 +140,9 @@ def prune_visual_tokens(
 
 
 def checked_interface(
-    model: nn.Module, position_ids: str, video_budget: str, isolator: ModeIsolator | None
-) -> ModelInterface:
-    """The model's interface.
+    model: nn.Module, position_ids: str, video_budget: str, isolator: ModeIsolator | None, merged: bool
+) -> tuple[ModelInterface, str]:
+    """The model's interface and its position scheme.
 
     Raises:
         ValueError: the model cannot be pruned, or not with these options or this isolator.
@@ -157,4 +157,4 @@ def checked_interface(
             f"`isolator` has the width {isolator.hidden_size}, but the model {width}. Use the one that was trained "
             "with it, or ModeIsolator.for_model(model, length)."
         )
-    return interface
+    return interface, interface.position_scheme(position_ids, merged)

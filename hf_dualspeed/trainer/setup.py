@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.components import language_parts
-from ..models.interface import ModelInterface
+from ..models.interface import ModelInterface, foreign_module
 from ..pruners import AutoPruner, Pruner, available_pruners, pruner_class
 from ..pruners.registry import check_name
 from ..pruning.encoding import IN_TOWER
@@ -224,11 +224,10 @@ def check_losses(kind: type, ours: type, known: tuple[type, ...]) -> None:
     """Raises a `ValueError` if a class behind `ours` in the method resolution order of `kind` has a loss of its own,
     which would never be called; `known` ones may, unless a script has put another in its place."""
     behind = kind.__mro__[kind.__mro__.index(ours) + 1 :]
-    losses = {c: vars(c)["compute_loss"] for c in behind if "compute_loss" in vars(c)}
-    foreign = {c: getattr(loss, "__module__", "") != c.__module__ for c, loss in losses.items()}
-    other = next((c for c in losses if c not in known or foreign[c]), None)
+    foreign = {c: foreign_module(c, "compute_loss") for c in behind if "compute_loss" in vars(c)}
+    other = next((c for c in foreign if c not in known or foreign[c]), None)
     if other is not None:
-        replaced = f" (now that of {losses[other].__module__})" if foreign[other] else ""
+        replaced = f" (now that of {foreign[other]})" if foreign[other] else ""
         raise ValueError(
             f"{kind.__name__} puts DualSpeed in front of {other.__name__}, whose `compute_loss`{replaced} would never "
             "be called: DualSpeed computes cross-entropy and distillation itself. For a loss beside them, derive from "
