@@ -172,6 +172,7 @@ TABLES = {
     "ablation_cool-down": ablation_report.readme_table,
     "ablation_selection": ablation_report.readme_table,
     "ablation_reading": ablation_report.readme_table,
+    "ablation_objects-shallow": ablation_report.readme_table,
     "ablation_selection_cost": ablation_selection_cost.readme_table,
     "estimate_ablation": ablation_estimate.readme_table,
 }
