@@ -97,6 +97,14 @@ class CheckpointMixin:
             if not belongs:
                 (Path(folder) / name).unlink(missing_ok=True)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """[`~transformers.Trainer.save_model`], which writes no model where FSDP's checkpoints are shards: there, too,
+        an ordinary one is written, except into checkpoints."""
+        shards = self.is_fsdp_enabled and in_shards(self.accelerator.state.fsdp_plugin)
+        if shards and (output_dir is None or Path(output_dir) != self._marked):
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         resume_from_checkpoint = as_type("resume_from_checkpoint", resume_from_checkpoint, str | bool | None)
         if resume_from_checkpoint is True:
@@ -218,6 +226,11 @@ class CheckpointMixin:
         if self.dual_forward.isolator is not None:
             self.dual_forward.isolator.load_pretrained(folder)
         self._pruner.load_weights(folder)
+
+
+def in_shards(plugin) -> bool:
+    """Whether FSDP's checkpoints are shards, from which no model of transformers is read."""
+    return "FULL_STATE_DICT" not in str(plugin.state_dict_type)
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:

@@ -19,6 +19,7 @@ from ..pruners import AutoPruner, Pruner, available_pruners, pruner_class
 from ..pruners.registry import check_name
 from ..pruning.encoding import IN_TOWER
 from ..utils.validation import check_keys, shortened
+from .checkpoints import in_shards
 from .dual_forward import DualForward
 from .training_args import Chosen, Default, DualSpeedArguments
 
@@ -306,6 +307,18 @@ def check_fsdp(plugin) -> None:
             f"FSDP is of version {plugin.fsdp_version}, whose shards DualSpeed does not know. Set `fsdp_version: 2` in "
             "accelerate's configuration, which means 1 where it says nothing (trainer_configs/accelerate/fsdp2.yaml is "
             "one), or leave `version` out of `fsdp_config`."
+        )
+
+
+def check_shards(plugin, model: nn.Module, dual_forward: DualForward) -> None:
+    """Raises a `ValueError` if FSDP's checkpoints would lack the fast view: where they are shards, accelerate takes a
+    model's adapters alone, while whole ones hold all that is trained."""
+    trained = any(parameter.requires_grad for parameter in dual_forward.parameters())
+    if in_shards(plugin) and hasattr(model, "get_base_model") and trained:
+        raise ValueError(
+            "FSDP's checkpoints are to be shards (SHARDED_STATE_DICT), which hold a model's adapters alone, so that "
+            "isolator and learned pruner would be lost where training is resumed. Set `fsdp_state_dict_type: "
+            "FULL_STATE_DICT` in accelerate's configuration: with adapters, it holds what is trained and no more."
         )
 
 

@@ -55,6 +55,7 @@ from .setup import (
     check_optim,
     check_optimizer,
     check_router_loss,
+    check_shards,
     check_unchanged,
     check_wrapper,
     compile_regions,
@@ -231,6 +232,7 @@ class DualSpeedMixin(
             compile_regions(interface, self._pruner, args.compile_regions)
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator.state.fsdp_plugin)
+            check_shards(self.accelerator.state.fsdp_plugin, self.model, self.dual_forward)
             wrap_existing_layers(self.accelerator.state.fsdp_plugin, interface)
 
         # Passes run in the precision of training. Labels of visual tokens are masked in the collator.

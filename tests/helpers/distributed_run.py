@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--images", action="store_true", help="leave samples without images out")
     parser.add_argument("--texts", action="store_true", help="leave samples with images out")
     parser.add_argument("--tower", action="store_true", help="train the vision tower")
+    parser.add_argument("--shards", action="store_true", help="FSDP saves its checkpoints in shards")
     parser.add_argument("--all-used", action="store_true", help="tell DDP that every pass uses all parameters")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--by-length", action="store_true", help="group samples by lengths that the data set has")
@@ -102,6 +103,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.zero is not None:
         os.environ.update({key: value for key, value in ONE_PROCESS.items() if key not in os.environ})
+    if options.shards:
+        os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
     speedup.STEPS_PER_ROUND = 10
     if options.fused:
         head.DEVICES, head.find_spec, head.fused_loss = ("cpu",), str, StandIn.apply

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from adapter_cases import adapted
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
@@ -390,3 +391,18 @@ def test_shards_that_are_missing_or_cut_off_are_named(run, name, caplog):
             "global_step3/mp_rank_00_model_states.pt": "no weights in global_step3",
         }
         assert said.get(name, Path(name).name) in caplog.text
+
+
+def test_a_model_is_saved_where_checkpoints_are_shards(tmp_path, monkeypatch):
+    trainer = make(tmp_path, max_steps=1)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    trainer.is_fsdp_enabled = True
+    trainer.save_model()
+    saved = type(trainer.model).from_pretrained(tmp_path)
+    assert torch.equal(saved.lm_head.weight, trainer.model.lm_head.weight)
+    prompt = load_file(tmp_path / "mode_isolator.safetensors")["prompt"]
+    assert torch.equal(prompt, trainer.dual_forward.isolator.prompt)
+    trainer._marked = tmp_path / "checkpoint-1"
+    trainer.save_model(str(trainer._marked), _internal_call=True)
+    assert not trainer._marked.exists()

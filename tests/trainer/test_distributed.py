@@ -130,6 +130,27 @@ def test_fsdp2_equals_one_process_saves_and_resumes(tmp_path):
         assert_same_training(one, two, alone, resumed)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_fsdp2_saves_a_whole_model_beside_checkpoints_in_shards(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    options = ("--batch", "1", "--images", "--shards", "--max-steps", "2", "--save-steps")
+    ranks = run(tmp_path, *options, "1", config=FSDP2)
+    trained = load_file(tmp_path / "rank0.safetensors")
+    assert not list(tmp_path.glob("checkpoint-*/*.safetensors"))
+    saved = load_file(tmp_path / "mode_isolator.safetensors")
+    assert torch.equal(saved["prompt"], trained["dualspeed.isolator.prompt"])
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
+    (tmp_path / "checkpoint-2").rename(tmp_path / "later")
+    resumed = run(tmp_path, *options, "1", "--resume", config=FSDP2)
+    assert [len(report["moved"]) for report in resumed] == [1, 1]
+    assert resumed[0]["history"] == ranks[0]["history"]
+    again = load_file(tmp_path / "rank0.safetensors")
+    assert all(torch.equal(weight, trained[name]) for name, weight in again.items())
+
+
 @pytest.mark.distributed
 def test_fsdp2_refuses_batches_with_and_without_images(tmp_path):
     """The rank with an image would wait for the other's shards for ever."""
