@@ -561,12 +561,12 @@ class DualForward(nn.Module):
         """
         if state.mode == SLOW:
             yield from self._of_fast_view()
-        # Adapters that only the fast view uses.
+        # Adapters that only the fast view uses. Shards are not gathered here.
         if self._adapters and state.mode == SLOW:
             reserved = set(self._adapters[FAST]) - set(self._adapters[SLOW])
             names = tuple(f".{adapter}." for adapter in reserved)
             reserved = (p for n, p in model.named_parameters() if p.requires_grad and any(a in n for a in names))
-            yield from (p for p in reserved if not hasattr(p, "ds_id"))
+            yield from (p for p in reserved if not is_shard(p))
 
     def _unused(self, state: PassState) -> Iterator[torch.Tensor]:
         """Trainable parameters that this batch does not reach."""

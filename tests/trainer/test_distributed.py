@@ -80,9 +80,10 @@ def test_ddp_with_the_head_in_the_loss(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_fsdp2_with_tokens_dropped_between_layers(tmp_path):
+@pytest.mark.parametrize("options", [("--pruner", "pyramiddrop"), ("--adapters",)], ids=["between_layers", "adapters"])
+def test_fsdp2_with_what_fast_steps_alone_have(tmp_path, options):
     one, two = tmp_path / "one", tmp_path / "two"
-    options = ("--images", "--pruner", "pyramiddrop")
+    options = ("--images", *options)
     (alone,) = run(one, "--batch", "2", *options)
     ranks = run(two, "--batch", "1", *options, config=FSDP2)
     assert all(report["sharded"] for report in ranks)

@@ -17,6 +17,8 @@ from transformers import AutoProcessor, TrainerCallback
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.models.components import parameter_roles
+from hf_dualspeed.trainer import dual_forward
+from hf_dualspeed.trainer.dual_forward import PassState
 
 
 @torch.no_grad()
@@ -102,6 +104,18 @@ def test_a_resumed_run_continues_exactly(tmp_path, name):
     rest = run(tmp_path / "rest", build(), resume=str(tmp_path / "checkpoint-3"), **fast_only)
     assert history(rest, "loss", "grad_norm")[-3:] == history(whole, "loss", "grad_norm")[-3:]
     assert not changed(rest.model, snapshot(whole.model))
+
+
+def test_shards_of_an_adapter_for_the_fast_view_are_left_alone(tmp_path, monkeypatch):
+    """FSDP2 gathers those of a layer in that layer, and not where a slow pass begins."""
+    trainer = make(tmp_path, model=with_two_adapters(), fast_only_parameters=["*.fast.*"])
+
+    def touched():
+        return sum(1 for _ in trainer.dual_forward._touched(trainer.model, PassState("slow")))
+
+    assert touched() > 1
+    monkeypatch.setattr(dual_forward, "is_shard", lambda parameter: True)
+    assert touched() == 1  # the isolator, which is gathered with the whole model
 
 
 def test_a_checkpoint_without_one_of_the_adapters_is_an_error(tmp_path):
