@@ -193,8 +193,9 @@ class CheckpointMixin:
     def _load_best_model(self):
         best = self.state.best_model_checkpoint
         if not (self._load_plain(best) or self._load_adapters(best)):
-            super()._load_best_model()
-        self._load_fast_view(best)
+            super()._load_best_model()  # which warns on a machine that did not save the checkpoint
+        if (Path(best) / PRUNER_CONFIG_NAME).is_file():
+            self._load_fast_view(best)
 
     def _load_plain(self, folder) -> bool:
         """Loads a full checkpoint that `save_pretrained` wrote; False for adapters, FSDP and DeepSpeed.

@@ -406,3 +406,12 @@ def test_a_model_is_saved_where_checkpoints_are_shards(tmp_path, monkeypatch):
     trainer._marked = tmp_path / "checkpoint-1"
     trainer.save_model(str(trainer._marked), _internal_call=True)
     assert not trainer._marked.exists()
+
+
+def test_a_machine_that_did_not_save_the_best_checkpoint_ends_the_training(tmp_path):
+    """Where machines share no disk, the Trainer warns there, and says what to set."""
+    trainer = make(tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    trainer._load_best_model()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
