@@ -179,6 +179,14 @@ class CheckpointMixin:
             if other not in (folder, Path(best or folder)) and fault_of(other, not self.args.save_only_model):
                 shutil.rmtree(other, ignore_errors=True)
 
+    def _tune_save_checkpoint(self, checkpoint_dir):
+        """A checkpoint for Ray Tune, from which the Trainer leaves out random states and those of callbacks."""
+        self.add_up()
+        own = filter(None, (self.clock, self.adaptive_schedule))
+        self.state.stateful_callbacks |= {type(callback).__name__: callback.state() for callback in own}
+        super()._tune_save_checkpoint(checkpoint_dir)
+        self._save_rng_state(str(Path(checkpoint_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")))
+
     def _save_optimizer_and_scheduler(self, output_dir):
         with filled_states(self.optimizer) if self.is_fsdp_enabled else nullcontext():
             super()._save_optimizer_and_scheduler(output_dir)

@@ -14,7 +14,7 @@ from adapter_cases import adapted
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 from torch.distributed.checkpoint import save
-from training import make
+from training import ADAPTIVE, make
 from transformers import TrainerCallback
 
 from hf_dualspeed import freeze_roles
@@ -415,3 +415,15 @@ def test_a_machine_that_did_not_save_the_best_checkpoint_ends_the_training(tmp_p
     trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
     trainer._load_best_model()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_checkpoint_of_ray_tune_is_resumed(tmp_path):
+    trainer = make(tmp_path, max_steps=6, **ADAPTIVE)
+    trainer.train()
+    ratios = trainer.adaptive_schedule.ratios
+    assert len(ratios) > 1
+    trainer._tune_save_checkpoint(str(tmp_path / "tune"))
+    resumed = make(tmp_path, max_steps=7, **ADAPTIVE)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "tune" / "checkpoint-6"))
+    assert sum(resumed.summary()["steps"].values()) == 7
+    assert resumed.adaptive_schedule.ratios[: len(ratios)] == ratios
