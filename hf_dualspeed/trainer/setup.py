@@ -322,6 +322,15 @@ def check_shards(plugin, model: nn.Module, dual_forward: DualForward) -> None:
         )
 
 
+def check_whole_samples(processes: int) -> None:
+    """Raises a `ValueError` if so many processes share each sample."""
+    if processes > 1:
+        raise ValueError(
+            f"By `parallelism_config`, {processes} processes share each sample (cp_size, sp_size), so that none has a "
+            "whole image to prune. Leave it out: FSDP2 and DeepSpeed share the model instead."
+        )
+
+
 def wrap_existing_layers(plugin, interface: ModelInterface) -> None:
     """Sets the layers that FSDP wraps to those of `_no_split_modules` that the model has.
 

@@ -57,6 +57,7 @@ from .setup import (
     check_router_loss,
     check_shards,
     check_unchanged,
+    check_whole_samples,
     check_wrapper,
     compile_regions,
     resolve_pruner,
@@ -230,6 +231,7 @@ class DualSpeedMixin(
         check_ligers_layers(args, interface)
         if args.compile_regions is not None:
             compile_regions(interface, self._pruner, args.compile_regions)
+        check_whole_samples(self.get_cp_size() * self.get_sp_size())
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator.state.fsdp_plugin)
             check_shards(self.accelerator.state.fsdp_plugin, self.model, self.dual_forward)

@@ -294,3 +294,9 @@ def test_shards_that_would_hold_adapters_alone_are_refused(tmp_path, kind):
         refused = kind.startswith("SHARDED") and model is adapted and not options
         with pytest.raises(ValueError, match="fsdp_state_dict_type: FULL") if refused else nullcontext():
             check_shards(plugin, trainer.model, trainer.dual_forward)
+
+
+def test_samples_that_processes_share_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "get_cp_size", lambda self: 2)
+    with pytest.raises(ValueError, match="`parallelism_config`, 2 processes share each sample"):
+        make(tmp_path)
