@@ -322,6 +322,17 @@ def check_shards(plugin, model: nn.Module, dual_forward: DualForward) -> None:
         )
 
 
+def check_loading(sharded: bool, tensor_parallel: int, processes: int) -> None:
+    """Raises a `ValueError` for a model that transformers has `sharded` as it was loaded over more of the `processes`
+    than share its batches: those with other batches run, and wait for, other layers."""
+    if sharded and tensor_parallel < processes:
+        raise ValueError(
+            "The model was sharded as it was loaded (`distributed_config`), which DualSpeed supports for tensor "
+            f"parallelism alone: that of {tensor_parallel} of {processes} processes. Load it whole, and let accelerate "
+            "shard it, by FSDP2 (trainer_configs/accelerate/fsdp2.yaml) or DeepSpeed."
+        )
+
+
 def check_whole_samples(processes: int) -> None:
     """Raises a `ValueError` if so many processes share each sample."""
     if processes > 1:

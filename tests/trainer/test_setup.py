@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.trainer.callbacks import ModeClock
-from hf_dualspeed.trainer.setup import check_fsdp, check_shards
+from hf_dualspeed.trainer.setup import check_fsdp, check_loading, check_shards
 
 
 def llava():
@@ -294,6 +294,14 @@ def test_shards_that_would_hold_adapters_alone_are_refused(tmp_path, kind):
         refused = kind.startswith("SHARDED") and model is adapted and not options
         with pytest.raises(ValueError, match="fsdp_state_dict_type: FULL") if refused else nullcontext():
             check_shards(plugin, trainer.model, trainer.dual_forward)
+
+
+@pytest.mark.parametrize(("sharded", "tensor_parallel"), [(True, 1), (True, 2), (True, 4), (False, 1)])
+def test_a_model_that_was_sharded_as_it_was_loaded_is_refused(sharded, tensor_parallel):
+    """Its ranks would wait for each other's shards for ever. Tensor parallel ones have the same batches."""
+    refused = sharded and tensor_parallel < 4
+    with pytest.raises(ValueError, match="of 4 processes. Load it whole") if refused else nullcontext():
+        check_loading(sharded, tensor_parallel, 4)
 
 
 def test_samples_that_processes_share_are_refused(tmp_path, monkeypatch):
