@@ -277,6 +277,21 @@ def is_reentrant(model: nn.Module) -> bool:
     return any(call.keywords.get("use_reentrant") is not False for call in calls if isinstance(call, partial))
 
 
+def check_compiled(args: DualSpeedArguments, pruner: Pruner) -> None:
+    """Raises a `ValueError` for what does not go with a model that is compiled as a whole."""
+    by = "`torch_compile`" if args.torch_compile else "accelerate's configuration (`dynamo_config`)"
+    reason = None
+    if pruner.in_language_model or pruner.needs & IN_TOWER:
+        reason = (
+            f"the pruner {pruner.config.pruner_type!r} reads the attention of layers, which compiled ones do not show. "
+            "Leave it out, or choose a pruner that reads none, such as 'divprune'."
+        )
+    elif args.compile_regions is not None:
+        reason = f"`compile_regions` is {args.compile_regions!r}, which compiles each layer by itself. Set one of them."
+    if reason is not None:
+        raise ValueError(f"The model is compiled as a whole by {by}, but {reason}")
+
+
 def compile_regions(interface: ModelInterface, pruner: Pruner, backend: str) -> None:
     """Compiles the layers of the language model and the towers in place, each by itself, by a `backend`.
 

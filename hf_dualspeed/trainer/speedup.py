@@ -121,7 +121,7 @@ def not_measurable(trainer, batches: list[dict], steps: int, rounds: int) -> str
         )
     if trainer.is_sharded or trainer.get_tp_size() > 1:
         return "the model is sharded, so that a plain pass cannot be run beside the training"
-    if trainer.model_wrapped is not trainer.model and trainer.args.torch_compile and trainer.args.world_size > 1:
+    if trainer.model_wrapped is not trainer.model and trainer.is_compiled and trainer.args.world_size > 1:
         return "a compiled model of several processes has no pass without exchanging gradients"
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trainer.model.parameters()):
         return f"hooks on the parameters, such as those of optim={str(trainer.args.optim)!r}, act in backward"

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import torch
 from accelerate import DistributedDataParallelKwargs
+from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import ProcessorMixin, Trainer
@@ -46,6 +47,7 @@ from .schedule import CHANGING, FAST, SLOW, ModeSchedule, StepsLeft
 from .selective_checkpointing import SelectiveCheckpointing
 from .setup import (
     AT_CONSTRUCTION,
+    check_compiled,
     check_ddp,
     check_fsdp,
     check_given,
@@ -230,6 +232,8 @@ class DualSpeedMixin(
         interface = self.dual_forward.interface
         check_router_loss(interface, self._pruner)
         check_ligers_layers(args, interface)
+        if self.is_compiled:
+            check_compiled(args, self._pruner)
         if args.compile_regions is not None:
             compile_regions(interface, self._pruner, args.compile_regions)
         check_loading(self.is_loaded_in_shards, self.get_tp_size(), args.world_size)
@@ -257,7 +261,7 @@ class DualSpeedMixin(
             self._pruner,
             self.accelerator.mixed_precision,
             separable=not (
-                self.is_sharded or self.get_tp_size() > 1 or args.torch_compile or args.compile_regions is not None
+                self.is_sharded or self.get_tp_size() > 1 or self.is_compiled or args.compile_regions is not None
             ),
         )
         self._follow_schedule()
@@ -335,7 +339,7 @@ class DualSpeedMixin(
             "this trainer reads more off the logits than the loss": self.reads_logits,
             "its `compute_loss` may read logits": self.loss_is_its_own and self.args.fused_head_loss == "auto",
             "the model is sharded": sharded or self.get_tp_size() > 1,
-            "`torch_compile` would compile the head": self.args.torch_compile,
+            "`torch_compile` would compile the head": self.is_compiled,
         }
         otherwise = next((reason for reason, holds in reasons.items() if holds), None)
         head = fused_head(self.dual_forward.interface, self.args.fused_head_loss, self.args.device, otherwise)
@@ -403,7 +407,7 @@ class DualSpeedMixin(
         if self.accelerator.dispatch_batches:
             return False
         tower = image_tower(self.dual_forward.interface.outer)
-        if tower is None or self.args.plain_path or self.args.torch_compile or self.is_sharded:
+        if tower is None or self.args.plain_path or self.is_compiled or self.is_sharded:
             return False
         parts = list(tower.modules())
         return not any(rate > 0 for part in parts for rate in dropout_rates(part)) and not any(
@@ -486,6 +490,11 @@ class DualSpeedMixin(
     def loss_is_its_own(self) -> bool:
         """Whether a subclass has a `compute_loss` of its own."""
         return not type(self).compute_loss.__module__.startswith(__package__)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model is compiled as a whole, by `torch_compile` or by accelerate's configuration."""
+        return self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
     @property
     def is_sharded(self) -> bool:

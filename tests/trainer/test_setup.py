@@ -308,3 +308,20 @@ def test_samples_that_processes_share_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "get_cp_size", lambda self: 2)
     with pytest.raises(ValueError, match="`parallelism_config`, 2 processes share each sample"):
         make(tmp_path)
+
+
+def test_a_model_that_is_compiled_as_a_whole(tmp_path, monkeypatch):
+    assert not make(tmp_path).is_compiled
+    fastv = {"pruner": "fastv", "pruner_kwargs": {"layer": 1}}
+    for options in (fastv, {"pruner": "visionzip"}):
+        said = f"as a whole by `torch_compile`, but the pruner '{options['pruner']}' reads.*'divprune'"
+        with pytest.raises(ValueError, match=said):
+            make(tmp_path, torch_compile=True, **options)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")  # as accelerate's launcher sets it
+    trainer = make(tmp_path)
+    assert trainer.is_compiled
+    assert not trainer.encodes_once
+    with pytest.raises(ValueError, match="by accelerate's configuration.*but the pruner 'fastv'"):
+        make(tmp_path, **fastv)
+    with pytest.raises(ValueError, match="by accelerate's configuration.*but `compile_regions` is 'eager'"):
+        make(tmp_path, compile_regions="eager")
