@@ -150,6 +150,7 @@ class DualSpeedMixin(
         self._micro = (-1, 0)  # the current optimizer step and micro-batch
         self._modalities: set[str] = set()  # in the current optimizer step
         self._items: torch.Tensor | int | None = None  # supervised tokens of the current optimizer step, if known
+        self._share_run = 1.0  # of the last micro-batch's tokens, those that the language model ran on
         self._follow_arguments()
         in_place = takes_the_place_of_defaults(self.callback_handler.callbacks, given)
         self.display = RunDisplay(self.run_facts, self.pace, self.kept_of, in_place)
@@ -477,6 +478,7 @@ class DualSpeedMixin(
         self.clock.count(mode, done.tokens, *done.visual_tokens)
         self.display.saw(done.lengths, done.visual_tokens, tuple(inputs["input_ids"].shape))
         self._modalities |= done.modalities
+        self._share_run = done.tokens / inputs["input_ids"].numel() if mode == FAST else 1.0
 
         # Parameters of the other mode do not move: the optimizer skips those without a gradient.
         if self.accelerator.sync_gradients:
@@ -485,6 +487,10 @@ class DualSpeedMixin(
             if self.dual_forward.sharded and not self.is_deepspeed_enabled and not self._modalities:
                 self.dual_forward.drop_gradients()
         return loss
+
+    def floating_point_ops(self, inputs):
+        """The Trainer's estimate for a micro-batch that was just run, whose tokens a fast step has pruned."""
+        return self._share_run * super().floating_point_ops(inputs)
 
     @property
     def loss_is_its_own(self) -> bool:

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, batch
 from torch.utils.data import DataLoader
-from training import DATA, QUIET, Collator, Watch, history, make
+from training import DATA, QUIET, SAMPLES, Collator, Watch, history, make
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -232,6 +232,17 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_arguments(tmp_path,
     with pytest.raises(ValueError, match="`report_to` must be one of .* Did you mean 'tensorboard'"):
         DualSpeedTrainingArguments(str(tmp_path), report_to="tensorbord")
     assert DualSpeedTrainingArguments(str(tmp_path), report_to="none").report_to == []
+
+
+def test_operations_are_those_of_the_tokens_that_were_run(tmp_path):
+    options = {"pruning_ratio": 0.75, "isolator_length": 0, "max_steps": 1, "per_device_train_batch_size": 8}
+    fast, slow = (make(tmp_path, slow_mode_ratio=ratio, **options) for ratio in (0.0, 1.0))
+    for trainer in (fast, slow):
+        trainer.train()
+    whole = batch(FAMILIES["llava"], fast.processing_class, SAMPLES)["input_ids"].numel()
+    assert fast.clock.fast_tokens < whole
+    assert fast.state.total_flos == pytest.approx(slow.state.total_flos * fast.clock.fast_tokens / whole)
+    assert slow.state.total_flos == 6 * whole * slow.model.num_parameters(exclude_embeddings=True)
 
 
 def test_slow_tail_counts_the_steps_of_the_epochs(tmp_path):
