@@ -140,6 +140,9 @@ class RunRecordMixin:
         results |= {"evaluation": evaluation, "eval_dataset": of}
         results |= {"processor": self.processing_class is not None, **self.facts}
         results |= run_record(self.args, self.summary(), self.clock.total_seconds)
+        # As it was trained, where arguments say otherwise: `auto_find_batch_size` leaves them as they were.
+        rows = self._train_batch_size // (self.args.world_size if self.accelerator.split_batches else 1)
+        results["training"] |= {"global_batch_size": self.samples_of_step, "per_device_train_batch_size": rows}
         results |= {"progress": progress(self.state), "parameters": self.parameters if self._roles else None}
         results |= {"visual_tokens": self.clock.all_visual_tokens if self.clock.all_visual_tokens["full"] else None}
         results |= {"data_wait": None if self.clock.data_wait is None else round(self.clock.data_wait, 4)}
@@ -242,6 +245,13 @@ class RunRecordMixin:
         return budget(tokens, self._pruner.config.ratio_at(progress))
 
     @property
+    def samples_of_step(self) -> int:
+        """The samples of an optimizer step, of all micro-batches and processes."""
+        if self.accelerator.split_batches:  # a micro-batch is made for all processes
+            return self._train_batch_size * self.args.gradient_accumulation_steps
+        return self.get_total_train_batch_size(self.args)
+
+    @property
     def parameters(self) -> dict[str, int]:
         """How many parameters the model has, by what training does with them."""
         return {kind: sum(counts[kind] for counts in self._roles.values()) for kind in ("trained", "frozen")}
@@ -263,7 +273,7 @@ class RunRecordMixin:
             "step": self.state.global_step,
             "max_steps": self.state.max_steps,
             "steps": self.steps_left(),
-            "samples": self.get_total_train_batch_size(self.args),
+            "samples": self.samples_of_step,
             "processes": self.args.world_size,
             "batch": self.size,
         }

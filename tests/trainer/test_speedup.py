@@ -267,7 +267,17 @@ def test_batches_that_did_not_fit_are_not_measured(tmp_path, monkeypatch):
     options = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "speedup_rounds": 1}
     trainer = make(tmp_path, cls=Small, max_steps=4, slow_mode_ratio=0.0, **options)
     trainer.train()
-    assert trainer.record()["speedup"]["samples"] == 3
+    record = trainer.record()
+    assert record["speedup"]["samples"] == 3
+    sizes = {name: record["training"][name] for name in ("global_batch_size", "per_device_train_batch_size")}
+    assert sizes == {"global_batch_size": 3, "per_device_train_batch_size": 3}
+
+
+def test_samples_of_a_step_that_processes_share(tmp_path, monkeypatch):
+    trainer = make(tmp_path, gradient_accumulation_steps=3, accelerator_config={"split_batches": True})
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    training = trainer.record()["training"]
+    assert (training["global_batch_size"], training["per_device_train_batch_size"]) == (6, 1)
 
 
 def test_an_interruption_ends_the_measurement_alone(tmp_path, monkeypatch, caplog):
