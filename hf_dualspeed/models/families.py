@@ -29,6 +29,7 @@ class Family:
             isolator. So the projection is made here, and the tokens go in as input embeddings.
         places (`bool`): `forward` reads position ids as places in the sequence and masks by them, so with gaps tokens
             would see later ones.
+        counts (`bool`): `generate` drops position ids and numbers tokens by counting them.
         slices_logits (`bool`): `logits_to_keep` may be a mask, if `forward` takes it at all.
         encode (`Callable`, *optional*): the encoder of a model without one of its own, whose `forward` encodes.
         whole (`bool`): the tokens are never pruned, and `forward` encodes them.
@@ -42,6 +43,7 @@ class Family:
     project: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
     slices_logits: bool = True
     places: bool = False
+    counts: bool = False
     encode: Callable[..., BaseModelOutputWithPooling] | None = None
     whole: bool = False
 
@@ -88,6 +90,8 @@ FAMILIES = {
     "glm46v": SHARED,
     "glm_ocr": SHARED,
     "glm5_next": SHARED,
+    "exaone4_5": Family(counts=True),
+    "hyperclovax_vision_v2": Family(counts=True),
     "chameleon": Family(slices_logits=False),  # its forward writes into logits (B, S, V)
     "fuyu": Family(field="last_hidden_state"),
     "granite4_vision": Family(field="deepstack_features", layered=True),

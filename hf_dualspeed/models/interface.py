@@ -294,14 +294,16 @@ class ModelInterface:
         """Resolves "auto" for this model; other schemes stay as they are.
 
         "auto" is "original" if the model's positions have rows and columns (M-RoPE), which renumbering would remove, or
-        if the kept tokens are `merged`: they stand for the whole image, and for attention, too. Else it is "compact".
+        if the kept tokens are `merged`: they stand for the whole image, and for attention, too. Else it is "compact",
+        and so it is where the model would answer from counted positions, whatever it was trained with.
 
         Raises:
             ValueError: the model cannot take positions with gaps.
         """
         places = self.family.places
         if scheme == "auto":
-            return "compact" if places or not (merged or self.positions_owner is not None) else "original"
+            gaps = (merged or self.positions_owner is not None) and not (places or self.family.counts)
+            return "original" if gaps else "compact"
         if scheme == "original" and places:
             raise ValueError(
                 f"position_ids='original' does not work with {self.name}: its attention takes position ids for places "

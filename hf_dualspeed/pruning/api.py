@@ -39,7 +39,8 @@ def prune_inputs(
         isolator (`ModeIsolator`, *optional*): l learned tokens before each image's kept tokens.
         position_ids (`str`): "original": each kept token keeps its position, and the isolator takes its image's first;
             "compact": the shortened sequence is renumbered 0, 1, ... (on all three axes for M-RoPE); "auto": original
-            for M-RoPE, and where dropped tokens are merged and attention is proportional, otherwise compact.
+            for M-RoPE, and where dropped tokens are merged and attention is proportional, otherwise compact, as for
+            models that cannot attend or answer with gaps in between.
         generator (`torch.Generator`, *optional*): for pruners that sample.
         video_budget (`str`): "clip": the tokens of a video are pruned as one; "frame": those of each frame separately,
             each frame after its own isolator.

@@ -161,7 +161,7 @@ class DualSpeedArguments:
         metadata={
             "help": "'compact': kept tokens are renumbered, as in the paper; 'original': they keep their positions; "
             "'auto': 'original' for models whose positions have rows and columns (M-RoPE), and where dropped tokens "
-            "are merged and attention is proportional, else 'compact'."
+            "are merged and attention is proportional, else 'compact', as for models that cannot take gaps."
         },
     )
     proportional_attention: bool = field(

@@ -283,6 +283,18 @@ def test_beams_keep_their_own_images():
         assert torch.equal(model.generate(**inputs, **options)[0, -5:], short[seed])
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.generates])
+def test_answers_see_the_positions_that_training_saw(name):
+    family, model = FAMILIES[name], FAMILIES[name].model()
+    kind = next(kind for kind in ("image", "audio") if getattr(family, f"{kind}s"))
+    inputs = batch(family, model, [[5, kind, 4]], labels=False)
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        answer = model.generate(**prune_inputs(model, inputs, pruner(0.5)), **options)
+        forward = model(**prune_inputs(model, inputs, pruner(0.5))).logits[:, -1]
+    torch.testing.assert_close(answer.logits[0], forward, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("distil", [False, True])
 @pytest.mark.parametrize("mode", [FAST, SLOW])
 def test_packed_samples_do_not_see_each_other_in_training(mode, distil):
