@@ -16,7 +16,7 @@ from .decoder import LayerPass
 from .encoding import encode
 from .inputs import check_inputs, check_pruner, shorten_inputs
 from .isolator import ModeIsolator
-from .proportional_attention import watch_calls, with_sizes
+from .proportional_attention import handed_on, watch_calls
 
 
 @checked
@@ -74,8 +74,7 @@ def prune_inputs(
     check_media(inputs["input_ids"], inputs, interface.media)
     encodings = encode(interface, inputs, pruner.needs, video_budget)
     short = shorten_inputs(interface, inputs, encodings, pruner, isolator, position_ids, generator)
-    plain = short.log_sizes is None or not proportional_attention
-    return short.inputs if plain else with_sizes(interface, model, short.inputs, short.log_sizes)
+    return handed_on(interface, model, short.inputs, short.log_sizes if proportional_attention else None)
 
 
 @checked

@@ -138,7 +138,7 @@ def shorten_inputs(
     if rows is None and packing is not None:
         short |= packing.shortened(plan, position_ids, inputs)
     elif packing is None and (prompt is not None or original):
-        short |= one_sample(interface, plan)
+        short |= one_sample(interface, plan.source)
     # Hand over: kept tokens in place of pixels, plus key sizes (B, S'), token counts and losses.
     log_sizes = key_log_sizes(places, encodings, kept)
     short |= absent_inputs(interface, consumed) | merged_inputs(interface, short, encodings, kept)

@@ -160,16 +160,16 @@ def is_packed(inputs: Mapping) -> bool:
     return positions.dim() != 3 or len(positions) == 4
 
 
-def one_sample(interface: ModelInterface, plan: Shortening) -> dict:
-    """Declares a batch of one row as one sample for FlashAttention.
+def one_sample(interface: ModelInterface, tokens: torch.Tensor) -> dict:
+    """Declares `tokens` `(B, S, ...)` of one row as one sample for FlashAttention.
 
     From position ids alone, FlashAttention would take each isolator token at the start of a sequence for a sample,
     because all of them have the first position, and begin another one at each gap between original positions.
     """
-    if len(plan.source) != 1 or not is_flash(interface.text_config):
+    if len(tokens) != 1 or not is_flash(interface.text_config):
         return {}
-    length = plan.source.shape[1]
-    return varlen(torch.tensor([0, length], dtype=torch.int32).to(plan.source.device, non_blocking=True), length)
+    length = tokens.shape[1]
+    return varlen(torch.tensor([0, length], dtype=torch.int32).to(tokens.device, non_blocking=True), length)
 
 
 def separate_rows(interface: ModelInterface, plan: Shortening) -> SampleRows | None:

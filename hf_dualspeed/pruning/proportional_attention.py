@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..models.attention import allowed_rows, change_calls
 from ..models.interface import ModelInterface
+from .packing import VARLEN, one_sample
 from .sample_rows import REMEDY as PADDED
 from .sample_rows import SampleRows, layer_kinds
 
@@ -323,12 +324,19 @@ def set_sizes_of(layer: nn.Module, sizes: KeySizes) -> None:
         module.__dict__[ATTRIBUTE] = sizes
 
 
-def with_sizes(interface: ModelInterface, model: nn.Module, inputs: dict, log_sizes: torch.Tensor) -> dict:
-    """Adds the sizes of the keys `(B, S)` to the inputs, for `forward` and `generate` of this model."""
+def handed_on(interface: ModelInterface, model: nn.Module, inputs: dict, log_sizes: torch.Tensor | None) -> dict:
+    """The inputs for `forward` and `generate` of this model, with the sizes of the keys `(B, S)`, if they have any.
+
+    `generate` passes all arguments on to each step but these, so boundaries of the prompt as one sample go with them.
+    """
+    carried = {} if log_sizes is None else {CARRIED: log_sizes}
+    mask = inputs.get("attention_mask")
+    if mask is not None and (carried or VARLEN[0] in inputs):  # the rows are no packed samples
+        carried[UNPACKED] = mask.new_ones(len(mask), 1)
+        inputs = {key: value for key, value in inputs.items() if key not in VARLEN}
+    if not carried:
+        return inputs
     watch_calls(interface, model)
-    carried = {CARRIED: log_sizes}
-    if inputs.get("attention_mask") is not None:  # the rows are no packed samples
-        carried[UNPACKED] = log_sizes.new_ones(len(log_sizes), 1)
     return inputs | {"mm_encoder_outputs": {**(inputs.get("mm_encoder_outputs") or {}), **carried}}
 
 
@@ -352,20 +360,23 @@ def _take_sizes(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     if not sizes.take(model):
         return None
     kwargs, given, unpacked = dict(kwargs), None, False
-    outputs = kwargs.get("mm_encoder_outputs")
-    if isinstance(outputs, Mapping) and CARRIED in outputs:
+    outputs, cache = kwargs.get("mm_encoder_outputs"), kwargs.get("past_key_values")
+    if isinstance(outputs, Mapping) and not {CARRIED, UNPACKED}.isdisjoint(outputs):
         outputs = dict(outputs)  # `generate` passes the same dict at each step
-        given, unpacked = outputs.pop(CARRIED), outputs.pop(UNPACKED, None) is not None
+        given, unpacked = outputs.pop(CARRIED, None), outputs.pop(UNPACKED, None) is not None
         kwargs["mm_encoder_outputs"] = outputs
         if not outputs:  # some models accept no empty dict
             del kwargs["mm_encoder_outputs"]
     # Number of tokens in this call, from ids (B, S) or embeddings (B, S, D).
     states = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
     states = args[0] if states is None else states
-    # `generate` leaves a mask out that hides nothing. Without a cache, gaps in positions would then tell samples apart.
-    if unpacked and kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
+    # `generate` leaves a mask out that hides nothing. Without a cache, gaps in positions would then tell samples apart,
+    # and to FlashAttention with an empty one, too.
+    if unpacked and kwargs.get("attention_mask") is None and cache is None:
         kwargs["attention_mask"] = states.new_ones(states.shape[:2], dtype=torch.long)
-    sizes.set(*continued(kwargs.get("past_key_values"), given, states.shape[1]))
+    if unpacked and (cache is None or not cache.get_seq_length()):
+        kwargs |= one_sample(ModelInterface(model), states)
+    sizes.set(*continued(cache, given, states.shape[1]))
     return args, kwargs
 
 

@@ -7,6 +7,7 @@ import torch
 from families import FAMILIES, batch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
+from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
 from hf_dualspeed import AutoPruner, ModeIsolator, prune_inputs
 from hf_dualspeed.trainer.dual_forward import DualForward
@@ -29,13 +30,31 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
-AttentionInterface.register("flash_on_cpu", varlen_attention)
-AttentionMaskInterface.register("flash_on_cpu", flash_attention_mask)
+def answering_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, position_ids=None, **kwargs
+):
+    """FlashAttention's contract in generation from one row: boundaries, where it is given any, are of these queries."""
+    rows, _, length, _ = query.shape
+    assert attention_mask is None
+    if cu_seq_lens_q is None:
+        assert not _is_packed_sequence(position_ids, rows)
+    else:
+        assert rows == 1
+        assert cu_seq_lens_q.tolist() == [0, length]
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    seen = torch.ones(length, key.shape[2], dtype=torch.bool).tril(key.shape[2] - length)
+    states = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
+    return states.transpose(1, 2), None
+
+
+for name, function in (("flash_on_cpu", varlen_attention), ("flash_answering", answering_attention)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, flash_attention_mask)
 
 
 def model_of(name, attention):
     model = FAMILIES[name].model()
-    if attention == "flash_on_cpu":
+    if attention.startswith("flash"):
         model.config.get_text_config()._attn_implementation = attention
         for module in model.modules():
             if hasattr(module, "config") and module.config is model.config.get_text_config():
@@ -206,7 +225,20 @@ def test_a_packed_training_pass_counts_the_samples_losses():
     torch.testing.assert_close(logits[0], torch.cat(logits[1:]), rtol=1e-3, atol=1e-5)
 
 
-def test_isolator_at_the_start_of_a_row_is_no_sample_of_its_own():
+@pytest.fixture
+def boundaries(monkeypatch):
+    """The boundaries of each call of FlashAttention."""
+    seen = []
+
+    def spy(*args, cu_seq_lens_q=None, **kwargs):
+        seen.append(cu_seq_lens_q.tolist())
+        return varlen_attention(*args, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_on_cpu", spy)
+    return seen
+
+
+def test_isolator_at_the_start_of_a_row_is_no_sample_of_its_own(boundaries):
     """FlashAttention reads repeated first positions in a row without padding as boundaries, unless told otherwise."""
     model = model_of("llava", "flash_on_cpu")
     (sample, *_) = singles("llava", model)
@@ -215,18 +247,36 @@ def test_isolator_at_the_start_of_a_row_is_no_sample_of_its_own():
     pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
     short = prune_inputs(model, sample, pruner, isolator, position_ids="original")
     assert short["position_ids"][0, :4].tolist() == [0, 0, 0, 0]
-    assert short["cu_seq_lens_q"].tolist() == [0, short["input_ids"].shape[1]]
     assert torch.isfinite(model(**short).loss)
+    assert boundaries[0] == [0, short["input_ids"].shape[1]]
 
 
-def test_gaps_between_original_positions_begin_no_sample():
+def test_gaps_between_original_positions_begin_no_sample(boundaries):
     """Without an isolator, too."""
     model = model_of("llava", "flash_on_cpu")
     (sample, *_) = singles("llava", model)
     pruner = AutoPruner.from_name("divprune", pruning_ratio=0.5)
     short = prune_inputs(model, sample, pruner, position_ids="original")
     assert short["position_ids"].diff().max() > 1
-    assert short["cu_seq_lens_q"].tolist() == [0, short["input_ids"].shape[1]]
+    model(**short)
+    assert boundaries[0] == [0, short["input_ids"].shape[1]]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("isolated", [True, False])
+def test_boundaries_of_a_prompt_are_those_of_its_own_call(isolated, proportional, options):
+    """Not of single tokens that are answered, nor of a beam's rows."""
+    answers, pruner = [], AutoPruner.from_name("divprune", pruning_ratio=0.5)
+    for attention in ("sdpa", "flash_answering"):
+        model = model_of("llava", attention)
+        sample = batch(FAMILIES["llava"], model, [["image", 4]], labels=False)
+        isolator = ModeIsolator.for_model(model, 2) if isolated else None
+        short = prune_inputs(model, sample, pruner, isolator, "original", proportional_attention=proportional)
+        asked = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": options.get("num_beams", 1)}
+        asked |= options if attention == "flash_answering" else {}
+        answers.append(model.generate(**short, **asked, output_logits=True, return_dict_in_generate=True).logits)
+    torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-5)
 
 
 MIXING = {
