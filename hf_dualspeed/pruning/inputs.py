@@ -117,7 +117,9 @@ def shorten_inputs(
     plan = plan_shortening(inputs["input_ids"], mask, copies, finite, multiple, one_row, generates)
     packing = Packing.of_rows(interface, inputs["input_ids"]) if one_row else packing
     consumed = set().union(*(e.consumed for e in encodings))
-    original = {} if position_ids != "original" else {"position_ids": full_positions(interface, inputs, mask)}
+    original = {}
+    if position_ids == "original":
+        original = {"position_ids": full_positions(interface, inputs, mask, generates)}
     short = shorten_tensors(interface, inputs, original, plan, consumed)
     # Placeholders of each modality in the shortened batch, (B, S'). They have no labels, because both modes must count
     # the same tokens.
@@ -403,15 +405,17 @@ def compact_positions(
     return compact.expand(*full_positions(interface, inputs, mask_of(inputs)).shape[:-2], -1, -1)
 
 
-def full_positions(interface: ModelInterface, inputs: Mapping, mask: torch.Tensor) -> torch.Tensor:
-    """The positions that the model gives the full sequence, `(B, S)` or `(3, B, S)`."""
+def full_positions(
+    interface: ModelInterface, inputs: Mapping, mask: torch.Tensor, generates: bool = False
+) -> torch.Tensor:
+    """The positions that the model, or its `generate`, gives the full sequence, `(B, S)` or `(3, B, S)`."""
     # The batch may bring its own, and the model may number on several axes.
     positions, owner = inputs.get("position_ids"), interface.positions_owner
     if positions is None and owner is not None:
         positions = numbered(owner, inputs, mask)
     if positions is not None:
         return positions
-    # Some leave padding out, most number 0, 1, ...
-    if interface.skips_padding:
+    # Some leave padding out, as `generate` does; most number 0, 1, ...
+    if generates or interface.skips_padding:
         return (mask.long().cumsum(1) - 1).clamp_(min=0)
     return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)

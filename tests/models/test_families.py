@@ -295,6 +295,26 @@ def test_answers_see_the_positions_that_training_saw(name):
     torch.testing.assert_close(answer.logits[0], forward, rtol=1e-3, atol=1e-5)
 
 
+def test_padding_of_a_prompt_takes_no_position():
+    """Mistral Large 4 scales attention by the position, which `generate` counts without padding."""
+    family, model = FAMILIES["mistral_large4"], FAMILIES["mistral_large4"].model()
+    for name, parameter in model.named_parameters():
+        if name.endswith("softmax_scaling.scale"):
+            torch.nn.init.ones_(parameter)
+    alone, together = (
+        batch(family, model, rows, "left", labels=False) for rows in ([["image", 4]], [["image", 4], [90]])
+    )
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for ratio in (0.0, 0.5):
+        first, second = (
+            model.generate(**prune_inputs(model, inputs, pruner(ratio), position_ids="original"), **options).logits[0][
+                0
+            ]
+            for inputs in (alone, together)
+        )
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("distil", [False, True])
 @pytest.mark.parametrize("mode", [FAST, SLOW])
 def test_packed_samples_do_not_see_each_other_in_training(mode, distil):
