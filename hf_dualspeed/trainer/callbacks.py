@@ -142,6 +142,7 @@ class ModeClock(TrainerCallback, ExportableState):
     def __init__(self, mode: str | None = None):
         self.size: dict = {}  # of a micro-batch, so that a run resumes with the same
         self.view: dict = {}  # settings of the pruned view, for whoever answers from the checkpoint
+        self.unsaid: dict = {}  # those that a checkpoint had which says none, because it is older
         self._restore({})
         self._mode = mode  # of the last micro-batch; of all steps if micro-batches are not counted
         self._begun = 0.0
@@ -162,7 +163,7 @@ class ModeClock(TrainerCallback, ExportableState):
         # The Trainer restores callbacks on request only, as new objects. This one restores itself.
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         self._restore(saved["attributes"] if saved else {})
-        earlier = saved["attributes"].get("view", {}) if saved else {}
+        earlier = saved["attributes"].get("view", self.unsaid) if saved else {}
         changed = [name for name in earlier if earlier[name] != self.view.get(name)]
         if changed:
             before, now = (", ".join(f"{name}={of.get(name)!r}" for name in changed) for of in (earlier, self.view))

@@ -219,6 +219,8 @@ class DualSpeedMixin(
         """
         args = self.args
         self.clock.view = {name: getattr(self.dual_forward, name) for name in VIEW_SETTINGS}
+        # Merged tokens were renumbered, too, when checkpoints said nothing of their view.
+        self.clock.unsaid = {"position_ids": self.dual_forward.interface.position_scheme(args.position_ids)}
         check_optimizer(self.optimizer, self.dual_forward)
         check_optim(args, (name for names in self.mode_parameters.names.values() for name in names))
         self.check_deepspeed()

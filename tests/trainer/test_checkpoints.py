@@ -72,6 +72,13 @@ def test_a_run_that_is_resumed_with_another_view_says_so(run, caplog):
     caplog.clear()
     make(run, max_steps=5, position_ids="compact", **SAVING).train(resume_from_checkpoint=True)
     assert "resumed run" not in caplog.text
+    # One of before, when all tokens were renumbered, and no checkpoint said so.
+    path = run / "checkpoint-5" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["ModeClock"]["attributes"]["view"]
+    path.write_text(json.dumps(state))
+    make(run, max_steps=6, **SAVING).train(resume_from_checkpoint=True)
+    assert "had position_ids='compact', and those of the resumed run have position_ids='original'" in caplog.text
 
 
 def test_weights_of_several_types_come_back_to_the_bit(tmp_path):
