@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_accelerate_available
 
 from ..models.components import language_parts
 from ..models.interface import ModelInterface, foreign_module
@@ -25,6 +26,8 @@ from .training_args import Chosen, Default, DualSpeedArguments
 
 logger = logging.getLogger(__name__)
 
+# The first accelerate whose whole checkpoints of FSDP2 hold all that is trained beside adapters.
+KEEPS_ALL_TRAINED = "1.15.0"
 # Options that are followed where the trainer attaches to the model, and never again.
 AT_CONSTRUCTION = (
     "pruner",
@@ -326,14 +329,16 @@ def check_fsdp(plugin) -> None:
 
 
 def check_shards(plugin, model: nn.Module, dual_forward: DualForward) -> None:
-    """Raises a `ValueError` if FSDP's checkpoints would lack the fast view: where they are shards, accelerate takes a
-    model's adapters alone, while whole ones hold all that is trained."""
+    """Raises a `ValueError` if FSDP's checkpoints would lack the fast view: of a model with adapters, accelerate keeps
+    these alone where checkpoints are shards, and before 1.15 in whole ones, too, which hold all that is trained now."""
     trained = any(parameter.requires_grad for parameter in dual_forward.parameters())
-    if in_shards(plugin) and hasattr(model, "get_base_model") and trained:
+    whole = not in_shards(plugin) and is_accelerate_available(KEEPS_ALL_TRAINED)
+    if hasattr(model, "get_base_model") and trained and not whole:
         raise ValueError(
-            "FSDP's checkpoints are to be shards (SHARDED_STATE_DICT), which hold a model's adapters alone, so that "
-            "isolator and learned pruner would be lost where training is resumed. Set `fsdp_state_dict_type: "
-            "FULL_STATE_DICT` in accelerate's configuration: with adapters, it holds what is trained and no more."
+            "FSDP's checkpoints would hold the adapters alone, so that isolator and learned pruner would be lost where "
+            "training is resumed. Set `fsdp_state_dict_type: FULL_STATE_DICT` in accelerate's configuration, not "
+            f"SHARDED_STATE_DICT, with accelerate {KEEPS_ALL_TRAINED} or newer: with adapters, such a checkpoint holds "
+            "what is trained and no more."
         )
 
 

@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
+from hf_dualspeed.trainer import setup
 from hf_dualspeed.trainer.callbacks import ModeClock
 from hf_dualspeed.trainer.setup import check_fsdp, check_loading, check_shards
 
@@ -285,14 +286,16 @@ def test_fsdp_of_version_1_is_refused(version):
         check_fsdp(FullyShardedDataParallelPlugin(fsdp_version=version))
 
 
+@pytest.mark.parametrize("keeps_all", [True, False])
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_shards_that_would_hold_adapters_alone_are_refused(tmp_path, kind):
+def test_shards_that_would_hold_adapters_alone_are_refused(tmp_path, kind, keeps_all, monkeypatch):
+    monkeypatch.setattr(setup, "is_accelerate_available", lambda version: keeps_all)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
     adapted = get_peft_model(llava(), LoraConfig(target_modules=["q_proj"]))
     for model, options in ((llava(), {}), (adapted, {"isolator_length": 0}), (adapted, {})):
         trainer = make(tmp_path, model=model, **options)
-        refused = kind.startswith("SHARDED") and model is adapted and not options
-        with pytest.raises(ValueError, match="fsdp_state_dict_type: FULL") if refused else nullcontext():
+        refused = model is adapted and not options and (kind.startswith("SHARDED") or not keeps_all)
+        with pytest.raises(ValueError, match="fsdp_state_dict_type: FULL.*or newer") if refused else nullcontext():
             check_shards(plugin, trainer.model, trainer.dual_forward)
 
 
