@@ -248,7 +248,7 @@ GROUPS: dict[str, tuple[Variant, ...]] = {
     "pruners": (FULL, *PRUNERS),
     "deeper": (FULL, MERGED_ONLY, PAPERS[-1], DUALSPEED, timed(FULL), timed(MERGED_ONLY), timed(PAPERS[-1])),
     "reading": (FULL, at_ratios(0.9)[0], *READ, *map(original, READ)),
-    "objects": (FULL, PAPERS[-1], DUALSPEED, TODAYS, original(at_ratios(0.75)[1]), timed(FULL)),
+    "objects": (FULL, DUALSPEED, TODAYS, original(at_ratios(0.75)[1]), timed(FULL)),
     "objects-shallow": (FULL, DUALSPEED, TODAYS, timed(FULL)),
     "cool-down": (FULL, *COOL_DOWN),
     "budgets": (FULL, *BUDGETS),

@@ -173,6 +173,7 @@ TABLES = {
     "ablation_selection": ablation_report.readme_table,
     "ablation_reading": ablation_report.readme_table,
     "ablation_objects-shallow": ablation_report.readme_table,
+    "ablation_objects": ablation_report.readme_table,
     "ablation_selection_cost": ablation_selection_cost.readme_table,
     "estimate_ablation": ablation_estimate.readme_table,
 }
@@ -234,6 +235,21 @@ def test_words_that_are_read_are_those_of_the_ablation():
     )
     assert words.format(full, *ours, *(own / full for own in ours)).replace("%", " %") in said
     assert f"reads {mean(shares['paper:pruning-0.9']):.1%} at".replace("%", " %") in said
+
+
+@pytest.mark.parametrize("name", ["ablation_objects-shallow", "ablation_objects"])
+def test_objects_are_kept_as_in_the_ablation(name):
+    said = " ".join(text_of("docs/ablation.md").split())
+    ways = json.loads(text_of(f"docs/results/{name}.json"))["summary"]
+    ours, full = ways["dualspeed:original"], ways["time:full-tokens"]
+    words = "{:.1%} of full tokens' accuracy at 90%, at {:.2f} times their speed".format(
+        *(ours[column]["mean"] for column in ("retention", "speed_up"))
+    )
+    ends = "full tokens get {:.0f} of their 400 steps and end at {:.1%}, DualSpeed at {:.1%}".format(
+        full["steps"]["slow"], *(way["full"]["mean"] for way in (full, ours))
+    )
+    for sentence in (words, ends):
+        assert sentence.replace("%", " %") in said
 
 
 def test_the_first_figures_are_those_of_the_bench():
