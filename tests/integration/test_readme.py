@@ -221,6 +221,9 @@ def test_the_accuracy_is_that_of_the_ablation():
         )
     steps, ends = full["steps"]["slow"], [f"{way['full']['mean']:.1%}".replace("%", " %") for way in (full, ours)]
     assert "get {:.0f} of 400 steps and end at {}, against {}".format(steps, *ends) in said
+    objects = json.loads(text_of("docs/results/ablation_objects.json"))["summary"]
+    kept = [objects[key]["retention"]["mean"] for key in ("pruning-0.75:original", "dualspeed:original")]
+    assert "keep {:.1%} at 75% pruned and {:.1%} at 90%".format(*kept).replace("%", " %") in said
 
 
 def test_words_that_are_read_are_those_of_the_ablation():
