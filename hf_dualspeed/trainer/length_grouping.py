@@ -167,21 +167,17 @@ class LengthGroupingMixin:
         if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
         # Samples of a micro-batch over all ranks.
-        together = self._train_batch_size if self.accelerator.split_batches else self._samples_at_once()
+        together = self.samples_of_step // self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = ModeLengthSampler(
             self._lengths_by_mode(self._sample_lengths(dataset)),
-            together * self.args.gradient_accumulation_steps,
+            self.samples_of_step,
             self.mode_at,
             len(dataset) - (len(dataset) % together if self.args.dataloader_drop_last else 0),
             lambda: self._epoch_begin.step(sampler.steps_per_epoch),
             seed,
         )
         return sampler
-
-    def _samples_at_once(self) -> int:
-        """Samples of a micro-batch over all ranks with data of their own."""
-        return self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
 
     def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length" or not has_length(eval_dataset):

@@ -239,7 +239,7 @@ class DualSpeedMixin(
             check_compiled(args, self._pruner)
         if args.compile_regions is not None:
             compile_regions(interface, self._pruner, args.compile_regions)
-        check_loading(self.is_loaded_in_shards, self.get_tp_size(), args.world_size)
+        check_loading(self.is_distributed_loading_by_transformers, self.get_tp_size(), args.world_size)
         check_whole_samples(self.get_cp_size() * self.get_sp_size())
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator.state.fsdp_plugin)
@@ -337,7 +337,7 @@ class DualSpeedMixin(
 
     def _run_as_trained(self) -> None:
         """Sets the precision and the head of training, which are known once the accelerator exists."""
-        sharded = self.is_sharded or self.is_loaded_in_shards
+        sharded = self.is_sharded or self.is_distributed_loading_by_transformers
         reasons = {
             "this trainer reads more off the logits than the loss": self.reads_logits,
             "its `compute_loss` may read logits": self.loss_is_its_own and self.args.fused_head_loss == "auto",
@@ -508,11 +508,6 @@ class DualSpeedMixin(
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed, of any stage, runs the model."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    @property
-    def is_loaded_in_shards(self) -> bool:
-        """Whether transformers has sharded the model as it was loaded, for tensor parallelism or else."""
-        return getattr(self.model, "is_distributed_loading_by_transformers", False)
 
     @property
     def parameters_are_sharded(self) -> bool:
