@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from pathlib import Path
 
-from huggingface_hub import CommitInfo, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import CommitInfo
 
-from ..hub.errors import explained
 from ..hub.source import is_repo_id
-from ..hub.upload import card_text, push_files
+from ..hub.upload import push_files
 from ..metrics import CLASSES, metric_folder
 from ..publishing.cards import merge_card
 from ..utils.constants import CARD_NAME
@@ -56,7 +53,14 @@ def push_metric(name: str, repo_id: str, private: bool | None = None, commit_mes
         )
     contents = {file: text.encode("utf-8") for file, text in space_files(name, repo_id).items()}
     message = commit_message or f"Upload the metric {name}"
-    return push_files(contents, repo_id, message, space=True, private=private)
+    return push_files(
+        contents,
+        repo_id,
+        message,
+        space=True,
+        private=private,
+        renew=lambda card, published: merge_card(published, card),
+    )
 
 
 def space_files(name: str, repo_id: str) -> dict[str, str]:
@@ -65,16 +69,7 @@ def space_files(name: str, repo_id: str) -> dict[str, str]:
     card = (folder / CARD_NAME).read_text(encoding="utf-8").replace(HERE, repo_id)
     return {
         f"{repo_id.split('/')[1]}.py": (folder / f"{name}.py").read_text(encoding="utf-8"),
-        CARD_NAME: merge_card(_published(repo_id), card),
+        CARD_NAME: card,
         "app.py": APP.format(repo_id=repo_id),
         "requirements.txt": f"evaluate=={version('evaluate')}\n",
     }
-
-
-def _published(repo_id: str) -> str:
-    try:
-        with explained("push to", f"the Space {repo_id!r}"):
-            path = hf_hub_download(repo_id, CARD_NAME, repo_type="space", force_download=True)
-    except (EntryNotFoundError, RepositoryNotFoundError):
-        return ""
-    return card_text(Path(path), f"{CARD_NAME} of the Space {repo_id!r}")

@@ -13,8 +13,11 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import yaml
+
 from ..hub.source import is_repo_id
 from ..hub.upload import push_files
+from ..publishing.cards import merge_card, split_front_matter
 from ..publishing.results import read_results
 from ..utils.progress import Work
 from ..utils.validation import Parser, check_range
@@ -30,6 +33,8 @@ RUNS = {"baseline": "runs/quickstart_full", "dualspeed": "runs/quickstart", "pru
 COMPARE = "docs/results/compare.md"
 EQUAL_TIME = "ablation_equal_time.png"  # beside the table
 CHECKPOINTS = "checkpoints.json"
+# Of the card's front matter: what the app needs to run, and tags, which are united.
+SETTINGS = ("sdk", "sdk_version", "python_version", "app_file", "models", "tags")
 
 
 def demo_command(argv: list[str]) -> None:
@@ -149,6 +154,8 @@ def compare_file(given: str | None) -> Path | None:
 def push_space(repo_id: str, names: dict[str, str], private: bool | None = None, compare: Path | None = None) -> str:
     """Publishes the Space's files in one commit. Returns the Space's address.
 
+    Title, colours and the like, and sections of the card that a person wrote on the Hub, stay.
+
     Args:
         repo_id (`str`): "user/name". The Space is made where it does not exist.
         names (`dict[str, str]`): Hub ids of checkpoints by role: "baseline", "dualspeed", "pruned".
@@ -166,7 +173,15 @@ def push_space(repo_id: str, names: dict[str, str], private: bool | None = None,
         write_space(Path(folder), names, compare)
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         contents = {path.relative_to(folder).as_posix(): path for path in files}
-        return str(push_files(contents, repo_id, "Upload the DualSpeed demo", space=True, private=private).repo_url)
+        options = {"space": True, "private": private, "renew": _renewed}
+        return str(push_files(contents, repo_id, "Upload the DualSpeed demo", **options).repo_url)
+
+
+def _renewed(card: str, published: str) -> str:
+    """The Space's card with what a person wrote into the published one; the app's own settings win."""
+    (ours, body), (theirs, _) = split_front_matter(card), split_front_matter(published)
+    head = ours | {key: value for key, value in theirs.items() if key not in SETTINGS}
+    return merge_card(published, f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{body}")
 
 
 def library_files() -> list[Path]:

@@ -50,6 +50,7 @@ class Source:
         revision, token, cache_dir, force_download, local_files_only: those of [`~huggingface_hub.hf_hub_download`].
         commit (`str`, *optional*): the commit's hash.
         hurried (`bool`): whether to ask the Hub only once.
+        space (`bool`): whether the repo is a Space, not a model.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Source:
     local_files_only: bool = False
     commit: str | None = None
     hurried: bool = False
+    space: bool = False
 
     def __post_init__(self):
         check_fields(self)
@@ -68,7 +70,8 @@ class Source:
     def __str__(self) -> str:
         if self.local:
             return f"the folder {self.name!r}"
-        return f"the Hub repo {self.name!r} at revision {self.commit or self.revision or 'main'!r}"
+        kind, revision = "Space" if self.space else "Hub repo", self.commit or self.revision or "main"
+        return f"the {kind} {self.name!r} at revision {revision!r}"
 
     def fetch(self, filename: str) -> Path:
         """The path of a file, downloaded if needed; its size is checked first.
@@ -90,6 +93,10 @@ class Source:
         """This source at the commit that the downloaded `path` came from."""
         return self if self.local else replace(self, commit=path.parent.name)
 
+    @property
+    def _kind(self) -> str:
+        return "space" if self.space else "model"
+
     def _in_folder(self, filename: str) -> Path:
         path = Path(self.name) / filename
         if not path.is_file():
@@ -98,7 +105,7 @@ class Source:
 
     def _in_repo(self, filename: str, limit: int) -> Path:
         revision = self.commit or self.revision
-        cached = try_to_load_from_cache(self.name, filename, cache_dir=self.cache_dir, revision=revision)
+        cached = try_to_load_from_cache(self.name, filename, self.cache_dir, revision, self._kind)
         cached = Path(cached) if isinstance(cached, str) and not self.force_download else None
         # A cached file of a commit is never outdated.
         if cached is not None and (self.local_files_only or COMMIT.fullmatch(revision or "")):
@@ -115,9 +122,10 @@ class Source:
             return cached
 
     def _download(self, filename: str, limit: int, hurried: bool) -> Path:
-        options = {"token": self.token, "cache_dir": self.cache_dir, "revision": self.commit or self.revision}
+        there = {"repo_type": self._kind, "revision": self.commit or self.revision}
+        options = {"token": self.token, "cache_dir": self.cache_dir, **there}
         if not self.local_files_only:
-            url = hf_hub_url(self.name, filename, revision=options["revision"])
+            url = hf_hub_url(self.name, filename, **there)
             size = get_hf_file_metadata(url, token=self.token, retry_on_errors=not hurried).size
             check_size(filename, size or 0, limit, self)
             options["force_download"] = self.force_download

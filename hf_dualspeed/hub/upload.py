@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..utils.constants import CARD_NAME
 from .errors import explained
 from .secrets import check_no_secret
 from .source import Source
+
+# How often a push looks at the repo again: those at the same time, such as of a sweep, each get through once.
+ATTEMPTS = 10
+# What the Hub writes into the card of a new Space.
+NEW_SPACE = re.compile(r"\A---\n.*\n---\s*Check out the configuration reference at \S+\s*\Z", re.DOTALL)
 
 
 def card_text(path: Path, what: str) -> str:
@@ -23,14 +30,24 @@ def card_text(path: Path, what: str) -> str:
 
 
 def published_card(repo_id: str, revision: str | None, token: str | bool | None) -> str:
-    """The current card on the Hub, that of the main branch if `revision` is new; "" if there is none."""
-    source = Source(repo_id, local=False, revision=revision, token=token, force_download=True)
+    """The current card of a model on the Hub, that of the main branch if `revision` is new; "" if there is none."""
     try:
-        return card_text(source.fetch(CARD_NAME), f"{CARD_NAME} of {source}")
+        with explained("load", f"the Hub repo {repo_id!r}", CARD_NAME):
+            head = HfApi(token=token).model_info(repo_id, revision=revision).sha
     except RevisionNotFoundError:
         return published_card(repo_id, None, token) if revision is not None else ""
-    except (EntryNotFoundError, RepositoryNotFoundError):
+    except RepositoryNotFoundError:
         return ""
+    return _card_of(Source(repo_id, local=False, revision=revision, token=token, commit=head))
+
+
+def _card_of(source: Source) -> str:
+    """The card at a commit: at a branch, it may change between two requests. "" if there is none but the Hub's own."""
+    try:
+        card = card_text(source.fetch(CARD_NAME), f"{CARD_NAME} of {replace(source, commit=None)}")
+    except EntryNotFoundError:
+        return ""
+    return "" if source.space and NEW_SPACE.search(card) else card
 
 
 def push_files(
@@ -49,7 +66,8 @@ def push_files(
 ) -> CommitInfo:
     """Pushes files in one commit, once it is sure that none is a link or holds a secret.
 
-    A failed push changes nothing in the repo and can be repeated.
+    A failed push changes nothing in the repo and can be repeated. An upload may take hours: where a person or another
+    push commits meanwhile, the repo is looked at again, and what is uploaded already is not sent twice.
 
     Args:
         contents (`Mapping[str, Path or bytes]`): names in the repo, with files or their bytes.
@@ -59,8 +77,7 @@ def push_files(
         create (`bool`, *optional*): whether to make the repo, `private` or not, and the branch where they are missing.
         private, token, revision: those of [`~huggingface_hub.HfApi.create_commit`] and `create_repo`.
         stale (`Callable`, *optional*): says by its name whether a file of the repo is to go if it is not in `contents`.
-        renew (`Callable`, *optional*): makes the card of the one in `contents` and that of the repo, once all else is
-            uploaded: that may take hours, in which a person may write into it.
+        renew (`Callable`, *optional*): makes the card of the one in `contents` and that of the repo, "" if it has none.
         folder (`str` or `Path`, *optional*): where they come from, for messages.
 
     Raises:
@@ -78,20 +95,22 @@ def push_files(
             api.create_repo(repo_id, repo_type=kind, space_sdk=sdk, private=private, exist_ok=True)
         if create and revision is not None:
             api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repo_id, repo_type=kind, revision=revision) if stale else ()
-        gone = sorted(name for name in there if name not in contents and stale(name))
-        additions = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
-        if renew is not None and CARD_NAME in contents:
-            api.preupload_lfs_files(repo_id, additions.values(), repo_type=kind, revision=revision)
-            local = contents[CARD_NAME]
-            local = local if isinstance(local, bytes) else local.read_bytes()
-            card = renew(local.decode("utf-8"), published_card(repo_id, revision, token)).encode("utf-8")
-            check_no_secret({CARD_NAME: card}, [token], folder)
-            additions[CARD_NAME] = CommitOperationAdd(CARD_NAME, card)
-        return api.create_commit(
-            repo_id,
-            [*additions.values(), *map(CommitOperationDelete, gone)],
-            repo_type=kind,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        for left in reversed(range(ATTEMPTS)):
+            head = api.repo_info(repo_id, repo_type=kind, revision=revision).sha
+            there = api.list_repo_files(repo_id, repo_type=kind, revision=head) if stale else ()
+            gone = sorted(name for name in there if name not in contents and stale(name))
+            additions = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
+            if renew is not None and CARD_NAME in contents:
+                local = contents[CARD_NAME]
+                local = local if isinstance(local, bytes) else local.read_bytes()
+                source = Source(repo_id, local=False, revision=revision, token=token, commit=head, space=space)
+                card = renew(local.decode("utf-8"), _card_of(source)).encode("utf-8")
+                check_no_secret({CARD_NAME: card}, [token], folder)
+                additions[CARD_NAME] = CommitOperationAdd(CARD_NAME, card)
+            operations = [*additions.values(), *map(CommitOperationDelete, gone)]
+            options = {"repo_type": kind, "revision": revision, "commit_message": commit_message}
+            try:
+                return api.create_commit(repo_id, operations, parent_commit=head, **options)
+            except HfHubHTTPError as error:
+                if error.response.status_code != 412 or not left:  # 412: there is a newer commit than `head`
+                    raise

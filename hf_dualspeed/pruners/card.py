@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import CommitInfo
 
 from ..hub.source import is_repo_id, lies_in_module
-from ..hub.upload import published_card, push_files
+from ..hub.upload import push_files
 from ..publishing.cards import code, merge_card, render
 from ..utils.constants import CARD_NAME, PRUNER_WEIGHTS_NAME
 from ..utils.validation import checked
@@ -51,16 +51,20 @@ def push_pruner(
             "pushed with it, and without it nobody can load the pruner. Move the class to the top of a file of its "
             f"own, such as {pruner.config.pruner_type}_pruner.py, import it from there, and push again."
         )
-    existing = published_card(repo_id, hub.get("revision"), hub.get("token"))
-    if existing and own_card and own_card != existing:
-        logger.warning("%s has a card already: it is renewed, and the local %s left out.", repo_id, CARD_NAME)
-    card = merge_card(existing or own_card, pruner_card(pruner, repo_id, results))
+    generated = pruner_card(pruner, repo_id, results)
+
+    def renewed(_: str, published: str) -> str:
+        if published and own_card and own_card != published:
+            logger.warning("%s has a card already: it is renewed, and the local %s left out.", repo_id, CARD_NAME)
+        return merge_card(published or own_card, generated)
+
     with tempfile.TemporaryDirectory() as folder:
         pruner.save_pretrained(folder)
-        write_file(Path(folder) / CARD_NAME, card)
+        write_file(Path(folder) / CARD_NAME, merge_card(own_card, generated))
         contents = {path.name: path for path in Path(folder).iterdir()}
         message = commit_message or f"Upload pruner {pruner.config.pruner_type}"
-        return push_files(contents, repo_id, message, stale=lambda name: name == PRUNER_WEIGHTS_NAME, **hub)
+        stale = {PRUNER_WEIGHTS_NAME}.__contains__
+        return push_files(contents, repo_id, message, stale=stale, renew=renewed, **hub)
 
 
 @checked

@@ -113,6 +113,22 @@ class Failure:
         return met
 
 
+# The card of a new Space, as the Hub writes it.
+NEW_SPACE = """---
+title: {}
+emoji: 🌖
+colorFrom: purple
+colorTo: red
+sdk: gradio
+sdk_version: 5.0.0
+app_file: app.py
+pinned: false
+---
+
+Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference
+"""
+
+
 class LoopbackHub:
     """The server, what it holds, and switches for failures.
 
@@ -339,6 +355,8 @@ class Handler(BaseHTTPRequestHandler):
             message = "You already created this model repo"
             return self.send({"error": message, "url": url, "name": repo_id}, 409, X_Error_Message=message)
         self.hub.create(repo_id, asked.get("visibility") == "private" or bool(asked.get("private")))
+        if asked.get("type") == "space":
+            self.hub.put(repo_id, {"README.md": NEW_SPACE.format(asked["name"].title())})
         self.send({"url": url, "name": repo_id, "id": "0"})
 
     @route("GET", REPO + r"(?:/revision/([^/]+))?")
@@ -514,7 +532,11 @@ def listed_folder(name: str) -> dict:
 
 def front_matter(card: File | None) -> dict:
     match = re.match(rb"---\s*\n(.*?)\n---", card.data, re.DOTALL) if card is not None else None
-    return (yaml.safe_load(match[1]) or {}) if match else {}
+    try:
+        values = yaml.safe_load(match[1]) if match else {}
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def now() -> str:

@@ -335,8 +335,8 @@ def test_other_refusals(hub, status, headers, said):
         AutoPruner.from_pretrained(REPO)
 
 
-def test_a_push_that_meets_another(hub):
-    hub.fail(412, 1, "POST", "/commit/")
+def test_a_push_that_meets_others_again_and_again(hub):
+    hub.fail(412, 100, "POST", "/commit/")
     with pytest.raises(HfHubHTTPError, match="'tester/pruner'.*changed meanwhile"):
         divprune().push_to_hub(REPO)
 

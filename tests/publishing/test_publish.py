@@ -210,7 +210,8 @@ def test_words_that_a_person_writes_while_files_are_uploaded_stay(folder, hub):
     def slow_upload(api, *given, **options):
         upload(api, *given, **options)
         card = hub.files(REPO)["README.md"].decode()
-        hub.put(REPO, {"README.md": card.removesuffix(words) + words})
+        if words not in card:
+            hub.put(REPO, {"README.md": card + words})
 
     (folder / "results.json").write_text(json.dumps({"name": "run", "steps": {"fast": 7, "slow": 1}}))
     with pytest.MonkeyPatch.context() as patch:
