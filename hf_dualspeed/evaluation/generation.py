@@ -122,8 +122,10 @@ def answers(
     if prepare is not None:
         inputs = prepare(inputs)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-    # Answers are the tokens behind the prompt (B, S'), which `prepare` may have shortened.
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    # Answers are the tokens behind the prompt (B, S'), which `prepare` may have shortened. Behind embeddings, as some
+    # families get them, `generate` returns the answers alone.
+    ids = inputs.get("input_ids")
+    return processor.batch_decode(output if ids is None else output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def prompts(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict[str, Any]]) -> dict[str, Any]:

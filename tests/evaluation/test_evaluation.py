@@ -144,6 +144,18 @@ def test_prepare_may_shorten_the_prompt(trained):
     assert result["predictions"] == list(ANSWERS.values())
 
 
+def test_prepare_may_embed_the_prompt(trained):
+    """As `prune_inputs` does where `forward` takes no encoded images: Llama 4."""
+    model, processor = trained
+
+    def embedded(inputs: dict) -> dict:
+        states = model.get_input_embeddings()(inputs["input_ids"])
+        return {**inputs, "input_ids": None, "inputs_embeds": states}
+
+    result = answer_accuracy(model, processor, rows(ANSWERS), prepare=embedded)
+    assert result["predictions"] == list(ANSWERS.values())
+
+
 def test_arguments(trained):
     with pytest.raises(ValueError, match="`dataset` has no rows"):
         answer_accuracy(*trained, rows(ANSWERS).select([]))
