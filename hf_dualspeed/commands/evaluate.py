@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
     try:
         entries = evaluate(evaluation)
     except KeyboardInterrupt:
-        print("Interrupted. Rerun the same command to resume.", file=sys.stderr)
+        same = "the command without --overwrite" if options.overwrite else "the same command"
+        print(f"Interrupted. Rerun {same} to resume.", file=sys.stderr)
         return INTERRUPTED
     record(evaluation, entries)
     show(evaluation, entries)

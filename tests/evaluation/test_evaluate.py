@@ -177,6 +177,15 @@ def test_an_interrupted_evaluation_goes_on_and_loses_one_batch_at_most(folder, a
     assert len(read_results("run")["evaluations"]) == 4
 
 
+def test_an_interrupted_evaluation_does_not_advise_to_overwrite_its_answers(folder, asked, capsys):
+    asked.stop_at = 1
+    assert evaluate("--overwrite") == 130
+    assert "Rerun the command without --overwrite to resume" in " ".join(capsys.readouterr().err.split())
+    asked.stop_at = None
+    assert evaluate() == 0
+    assert len(asked) == 4
+
+
 def test_half_a_batch_is_answered_again(folder, asked):
     evaluate("--output", "whole")
     asked.clear()
