@@ -142,7 +142,12 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
         return host.tolist()
 
     def _follow(self, full: float, pruned: float, step: int) -> None:
-        """Changes the ratios from `step` on by the measurement of an earlier slow step."""
+        """Changes the ratios from `step` on by the measurement of an earlier slow step.
+
+        A step without targets, or whose loss has overflowed, says nothing; its gap would stay in the average.
+        """
+        if not (full < math.inf and 0 < pruned < math.inf):
+            return
         # Smooth the gap and turn it, with its trend, into a factor.
         gap = full / max(pruned, 1e-6) - 1
         before = gap if self.gap is None else self.gap

@@ -60,6 +60,17 @@ def test_only_what_the_step_added_is_measured():
     assert following.schedule.gap == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("losses", [(0.0, 0.0), (math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf)])
+def test_a_step_that_measures_nothing_changes_nothing(losses):
+    following = Following()
+    following.slow_step(*losses)
+    following.losses.sums = {}  # as a log leaves them
+    following.slow_step(1.2, 1.0)
+    assert (following.schedule.ratio, following.schedule.gap) == (0.1, None)
+    following.slow_step(1.2, 1.0)
+    assert following.schedule.ratio == pytest.approx(0.1 * math.exp(MOST))
+
+
 def test_the_pruning_ratio_moves_within_its_bounds():
     pruner = AutoPruner.from_name("divprune", pruning_ratio=0.9)
     following = Following(pruner=pruner, min_pruning_ratio=0.6)
