@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ def encode(
     options["add_special_tokens"] = not (bos and texts[0].startswith(bos))
     if videos and any(videos):
         # The frames were chosen already; the processor must not sample from them.
+        warn_of_times(type(processor))
         options |= {"videos": [clip for clips in videos for clip in clips], "do_sample_frames": False}
     if not any(images):
         return processor(images=None, **options)
@@ -86,6 +88,19 @@ def encode(
             raise
         # Processors for a single image per text, such as GOT-OCR2, take no lists of lists.
         return processor(images=[row[0] for row in images], **options)
+
+
+@cache
+def warn_of_times(processor: type[ProcessorMixin]) -> None:
+    """Says once that the times of frames are made up, in a class of processors that writes them or places frames by
+    them."""
+    if (getattr(processor, "videos_kwargs", None) or {}).get("return_metadata"):
+        logger.warning(
+            "Clips are given as frames, without their times: %s takes them at transformers' default rate, mostly 24 a "
+            "second, for the times that it writes into the text or by which the model places frames. Where these "
+            "matter, pass the processor `video_metadata` in a collator of your own, which returns `labels`.",
+            processor.__name__,
+        )
 
 
 class VisionLanguageCollator:

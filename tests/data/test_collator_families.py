@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_models import clip_config, text_config
 from tiny_processors import EDGE, FAMILIES, PATCH_SIZE, qwen
 from transformers import (
+    BatchFeature,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Idefics3Config,
@@ -23,6 +24,7 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.video_utils import make_batched_metadata
 
 from hf_dualspeed import AutoPruner, DualSpeedTrainer, DualSpeedTrainingArguments, prune_inputs
 from hf_dualspeed.data.checking import check_samples
@@ -387,6 +389,31 @@ def test_videos_of_every_kind_give_the_same_pixels(kind):
     reference = VisionLanguageCollator(processor)([{**talk("q", "a"), "videos": [frames]}])
     rows = len(reference["pixel_values_videos"])
     assert torch.equal(batch["pixel_values_videos"][:rows], reference["pixel_values_videos"])
+
+
+class Clips:
+    """Stands in for transformers' video processors, which need torchvision: two frames are a token."""
+
+    merge_size, temporal_patch_size = 1, 2
+
+    def __call__(self, videos, **options):
+        grid = torch.tensor([[len(video) // 2, 1, 1] for video in videos])
+        metadata = make_batched_metadata(videos, options.get("video_metadata"))
+        found = {"pixel_values_videos": torch.zeros(int(grid[:, 0].sum()), 3), "video_grid_thw": grid}
+        return BatchFeature(found | {"video_metadata": metadata})
+
+
+def test_times_between_frames_are_no_labels_and_said_to_be_made_up(caplog):
+    processor = build("qwen3_vl")
+    processor.video_processor = Clips()
+    examples = [{**talk("<video> and <video>?", "no"), "videos": [clip(2), clip(4)]}, talk("Hello?", "Hi!")]
+    collator = VisionLanguageCollator(processor)
+    batch = collator(examples)
+    collator(examples)
+    assert [supervised(processor, batch, row) for row in range(2)] == ["no<|im_end|>", "Hi!<|im_end|>"]
+    assert batch["mm_token_type_ids"].sum(1).tolist() == [2 * 3, 0]
+    assert "<0.1 seconds>" in processor.decode(batch["input_ids"][0])
+    assert caplog.text.count("without their times: Qwen3VLProcessor") == 1
 
 
 def test_videos_that_cannot_be_used_are_refused():
