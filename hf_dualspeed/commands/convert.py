@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -51,4 +52,4 @@ def main(argv: list[str]) -> None:
     with Work(f"Reading {words.source}"):
         count = convert(words.layout, words, words.output, start)
     console.print(f"{count:,} questions: {words.output}")
-    console.print(f"Next: dualspeed train --config ... --dataset {words.output}")
+    console.print(f"Next: dualspeed train --config ... --dataset {shlex.quote(str(words.output))}")

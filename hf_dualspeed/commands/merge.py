@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.console import Console
 
 from ..evaluation.merge import merge
@@ -33,4 +35,5 @@ def main(argv: list[str]) -> None:
     with Work(f"Merging {words.adapter}"):
         found = merge(words.adapter, words.output, words.base, words.dtype, words.trust_remote_code)
     console.print(f"Merged {words.adapter} into {found.base}: {words.output}")
-    console.print(f"Next: dualspeed evaluate {words.output} --dataset ..., dualspeed push {words.output} user/name")
+    folder = shlex.quote(words.output)
+    console.print(f"Next: dualspeed evaluate {folder} --dataset ..., dualspeed push {folder} user/name")

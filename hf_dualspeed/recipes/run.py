@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -284,14 +285,22 @@ def _accuracy(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
         return _evaluate(recipe, trainer, train, test, whole)
     except Exception as error:  # must not cost the card and the push of what is trained and saved
         logger.warning(
-            "The accuracy is not measured: %s: %s. The model is saved. Measure it with: dualspeed evaluate %s "
-            "--dataset %s",
+            "The accuracy is not measured: %s: %s. The model is saved. Measure it with: %s",
             type(error).__name__,
             one_line(error),
-            trainer.args.output_dir,
-            recipe.eval_dataset,
+            _evaluate_later(recipe, trainer.args.output_dir),
         )
         return {}
+
+
+def _evaluate_later(recipe: RecipeArguments, folder: str) -> str:
+    """The command that asks a saved model what the recipe would have."""
+    columns = recipe.image_column if recipe.eval_image_column is None else recipe.eval_image_column
+    words = ["dualspeed", "evaluate", folder, "--dataset", recipe.eval_dataset, "--split", recipe.eval_split]
+    words += [] if recipe.image_folder is None else ["--image_folder", recipe.image_folder]
+    words += [] if columns is None else ["--image_column", *columns]
+    words += [] if recipe.eval_limit is None else ["--limit", str(recipe.eval_limit)]
+    return shlex.join([*words, "--max_new_tokens", str(recipe.max_new_tokens)])
 
 
 def _evaluate(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset, test: Dataset, whole: int) -> dict:

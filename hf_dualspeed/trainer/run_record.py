@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import tempfile
 import time
 from concurrent.futures import Future
@@ -424,7 +425,7 @@ class RunRecordMixin:
     def _push_later(self) -> str:
         return (
             f"Nothing on this machine is lost. When training has ended and the model is saved, push it with: "
-            f"dualspeed push {self.args.output_dir} {self._repo_id()}"
+            f"dualspeed push {shlex.quote(self.args.output_dir)} {self._repo_id()}"
         )
 
     def _repo_id(self) -> str:

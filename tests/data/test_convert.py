@@ -43,6 +43,13 @@ def test_a_table_under_any_names(place):
     assert converted(place, "table", source, *words) == [("Was ist, was?", ["007"]), ("Two?", ["a; b"])]
 
 
+def test_the_next_command_is_one_of_paths_with_spaces_too(place, capsys):
+    source = put(place / "t.json", [{"image": "pics/a.png", "question": "What?", "answer": "red"}])
+    made = str(place / "my data" / "made.jsonl")
+    assert cli.main(["convert", "table", source, made]) == 0
+    assert shlex.split(capsys.readouterr().out.partition("Next: ")[2])[-2:] == ["--dataset", made]
+
+
 def test_one_question_for_a_whole_table(place):
     source = put(place / "t.jsonl", json.dumps({"image": "a.png", "answer": ["one", "uno"]}))
     words = ("--question", "What?", "--image_folder", str(place / "pics"))

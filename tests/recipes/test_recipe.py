@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from hf_dualspeed import AutoPruner
+from hf_dualspeed.commands.evaluate import parse as parse_evaluation
 from hf_dualspeed.evaluation import visualize as kept_tokens
 from hf_dualspeed.evaluation.visualize import FRAME
 from hf_dualspeed.models.components import freeze_roles, parameter_roles
@@ -433,6 +435,23 @@ def test_an_evaluation_that_fails_costs_neither_card_nor_results(run, tmp_path, 
     folder = tmp_path / "run"
     assert "RuntimeError: out of memory. The model is saved" in caplog.text
     assert f"dualspeed evaluate {folder} --dataset easy-vqa" in caplog.text
+
+
+def test_a_later_evaluation_asks_what_the_recipe_would_have():
+    recipe = RecipeArguments(
+        model_name_or_path="org/model",
+        dataset="data",
+        eval_dataset="my data/test",
+        eval_split="validation",
+        image_folder="my pictures",
+        eval_image_column=["left", "right"],
+        eval_limit=7,
+    )
+    _, command, *words = shlex.split(running._evaluate_later(recipe, "my run"))
+    options = parse_evaluation(words)
+    assert (command, options.checkpoint, options.dataset) == ("evaluate", "my run", "my data/test")
+    assert (options.split, options.image_folder) == ("validation", "my pictures")
+    assert (options.image_column, options.limit, options.max_new_tokens) == (["left", "right"], 7, 8)
 
 
 def test_a_run_resumes_from_its_last_checkpoint(run, tmp_path):
