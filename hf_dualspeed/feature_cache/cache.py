@@ -200,12 +200,19 @@ class FeatureCache(TrainerCallback):
 
 
 def feature_cache_of(
-    folder: str | None, bound_gib: float, model: nn.Module, pruner: Pruner, precision: str, separable: bool
+    folder: str | None,
+    bound_gib: float,
+    model: nn.Module,
+    pruner: Pruner,
+    precision: str,
+    separable: bool,
+    dispatched: bool = False,
 ) -> FeatureCache | None:
     """The cache in `folder` for the tower of `model`, which runs in `precision`; None without a folder.
 
     Raises:
-        ValueError: it cannot be used, or the tower is not `separable` from the model; the message says why.
+        ValueError: it cannot be used, the tower is not `separable` from the model, or batches are `dispatched` by one
+            process; the message says why.
     """
     if folder is None:
         return None
@@ -213,6 +220,12 @@ def feature_cache_of(
         raise ValueError(
             "`vision_feature_cache` is set, but a sharded tower has to run in all processes at once, and a compiled "
             f"one cannot be left out. {REMEDY}"
+        )
+    if dispatched:
+        raise ValueError(
+            "`vision_feature_cache` is set, but with `dispatch_batches` one process makes a batch for all and cuts it "
+            "into theirs, which leaves no images to look up. Set dispatch_batches=False in accelerator_config. "
+            f"{REMEDY}"
         )
     cache = FeatureCache(folder, bound_gib, pruner, precision)
     cache.check(model)

@@ -266,6 +266,7 @@ class DualSpeedMixin(
             separable=not (
                 self.is_sharded or self.get_tp_size() > 1 or self.is_compiled or args.compile_regions is not None
             ),
+            dispatched=bool(self.accelerator.dispatch_batches) and self.accelerator.num_processes > 1,
         )
         self._follow_schedule()
 

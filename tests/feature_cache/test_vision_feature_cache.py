@@ -609,6 +609,13 @@ def test_sharded_training_is_refused(tmp_path):
         feature_cache_of(str(tmp_path), 1.0, trainer.model, trainer._pruner, "no", separable=False)
 
 
+def test_batches_that_one_process_makes_for_all_are_refused(tmp_path):
+    trainer, _ = cached(tmp_path)
+    given = (str(tmp_path), 1.0, trainer.model, trainer._pruner, "no")
+    with pytest.raises(ValueError, match="Set dispatch_batches=False.*vision_feature_cache=None"):
+        feature_cache_of(*given, separable=True, dispatched=True)
+
+
 def test_collators_are_wrapped_for_training_alone_and_pickled(tmp_path):
     model = frozen("llava")
     cache = cache_for(tmp_path, model)
