@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,6 +19,8 @@ from ..utils.text import loads
 from ..utils.validation import check_choice
 from .columns import filled, unread_picture
 from .media import DOWNLOAD, is_web, shown
+
+logger = logging.getLogger(__name__)
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 # Roles that data sets write, and those of chat templates.
@@ -31,6 +35,8 @@ CHOICES = ("choices", "options")  # columns of texts, one of which an answer may
 
 # Keys of a content part that hold its picture or clip, as Qwen, OpenAI, Unsloth and transformers write them.
 SOURCES = {"image": ("image", "image_url", "path", "url", "base64"), "video": ("video",)}
+# Keys by which Qwen's parts give a picture or clip a size of its own.
+SIZES = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
 LEAVE_OUT = "Correct it, or leave the sample out."
 # Further keys of a turn that say whether it is learned, as ms-swift and Axolotl write them.
 LEARNED = ("loss", "train")
@@ -379,7 +385,7 @@ def _turn(turn: Mapping[str, Any], column: str, name: str) -> dict:
 
 def _json_parts(content: Any) -> Any:
     """Content whose parts are written as JSON text, as tables hold them, decoded; any other stays as it is."""
-    keys = {"type", "text", *SOURCES["image"], *SOURCES["video"]}
+    keys = {"type", "text", *SOURCES["image"], *SOURCES["video"], *SIZES}
     try:
         parts = loads(content) if isinstance(content, str) and content.lstrip().startswith("[") else None
     except json.JSONDecodeError:
@@ -455,8 +461,21 @@ def _part(part: Any, own: dict[str, list], name: str) -> dict:
             raise _refused(name, "text", part.get("text"), why)
         check_unicode(name, "text", part["text"])
         return {"type": "text", "text": part["text"]}
+    for key in SIZES:
+        if filled(part.get(key)):
+            warn_of_size(key)
     own[kind].append(_source(part, kind, name))
     return {"type": kind}
+
+
+@cache
+def warn_of_size(key: str) -> None:
+    """Says once that a size under `key` is not read."""
+    logger.warning(
+        "Parts of the data hold `%s`, a size of one picture or clip, which is not read: the processor has one rule for "
+        "all. Set that, by max_pixels or processor_options in a recipe, or resize the pictures themselves.",
+        key,
+    )
 
 
 def _source(part: Mapping[str, Any], kind: str, name: str) -> Any:

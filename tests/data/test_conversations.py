@@ -18,7 +18,7 @@ from tiny import tiny_llava_processor, tiny_qwen2_5_vl_processor
 
 from hf_dualspeed.data.checking import check_samples
 from hf_dualspeed.data.collators import VisionLanguageCollator
-from hf_dualspeed.data.conversations import sample_name, to_messages
+from hf_dualspeed.data.conversations import sample_name, to_messages, warn_of_size
 from hf_dualspeed.data.loading import load_examples, undecoded
 from hf_dualspeed.evaluation.generation import prompts
 
@@ -69,6 +69,15 @@ def test_pictures_are_taken_from_the_parts(name):
     assert sample["messages"][0]["content"] == [{"type": "image"}, TEXT]
     assert sample["images"] == [expected]
     assert example["messages"][0]["content"][0] is part
+
+
+def test_sizes_of_single_pictures_are_said_once_not_to_be_read(caplog):
+    warn_of_size.cache_clear()
+    parts = [{"type": "image", "image": "a.png", "max_pixels": pixels} for pixels in (None, 50176, 50176)]
+    for content in (parts, json.dumps(parts)):
+        sample = {"messages": [{"role": "user", "content": content}, ANSWER]}
+        assert to_messages(sample)["images"] == ["a.png"] * 3
+    assert caplog.text.count("`max_pixels`, a size of one picture or clip, which is not read") == 1
 
 
 def test_the_parts_pictures_reach_the_batch(tmp_path):
