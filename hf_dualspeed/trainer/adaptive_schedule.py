@@ -38,7 +38,7 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
 
     Args:
         losses ([`ModeLosses`]): holds the sums of `slow_loss` and `pruned_loss`.
-        reduced (`Callable`): maps a tensor to its sum or mean over all ranks.
+        reduced (`Callable`): maps a tensor to its mean over all ranks.
         start (`float`): the initial ratio.
         bounds (`tuple[float, float]`): of the ratio.
         pruner (`Pruner`, *optional*): whose pruning ratio changes as well.

@@ -278,10 +278,10 @@ class ModeLosses(TrainerCallback):
 
         return restore
 
-    def pop(self, accelerator, window: dict, reduction: str) -> dict:
+    def pop(self, accelerator, window: dict, shares: int) -> dict:
         """Mean loss of each kind per optimizer step over all ranks, and the window's step counts. Clears the sums.
 
-        `reduction` over ranks is "sum" if each rank's loss is its share of the step's, else "mean".
+        A step's loss is the sum of so many `shares`, of which each rank has one.
         """
         steps = {
             "fast_loss": window[FAST],
@@ -303,8 +303,8 @@ class ModeLosses(TrainerCallback):
             zero = next(iter(self.sums.values())).new_zeros(())
             sums = [self.sums.get(name, zero) for name in names]
             there = [zero + (name in self.sums) for name in names]
-            means = accelerator.reduce(torch.stack([*sums, *there]), reduction=reduction).tolist()
+            means = accelerator.reduce(torch.stack([*sums, *there]), reduction="mean").tolist()
             found = zip(names, means[: len(names)], means[len(names) :], strict=True)
-            logs |= {name: mean / max(1, steps[name]) for name, mean, there in found if there}
+            logs |= {name: shares * mean / max(1, steps[name]) for name, mean, there in found if there}
         self.sums = {}
         return logs

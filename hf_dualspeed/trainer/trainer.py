@@ -653,15 +653,14 @@ class DualSpeedMixin(
         self.loss_is_scaled_for_ga = items is not None
         if items is not None and self.args.average_tokens_across_devices:
             # Items are counted over all ranks and DDP averages over them, which divides by the ranks twice: undo one.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+            loss = loss * self.loss_shares
 
         # The auxiliary loss of a learned pruner (fast steps) and that of a mixture of experts, means over this
         # micro-batch.
         for name, auxiliary in (("pruner_loss", outputs.auxiliary_loss), ("router_loss", outputs.router_loss)):
             if auxiliary is not None:
                 micro_batches = self.current_gradient_accumulation_steps
-                ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-                logged.add(name, auxiliary / (micro_batches * ranks))
+                logged.add(name, auxiliary / (micro_batches * self.loss_shares))
                 loss = loss + auxiliary / (micro_batches if self.loss_is_scaled_for_ga else 1)
         return loss
 
@@ -694,13 +693,16 @@ class DualSpeedMixin(
         return shares
 
     def _reduced(self, shares: torch.Tensor) -> torch.Tensor:
-        """Losses of the step over all ranks."""
-        return self.accelerator.reduce(shares, reduction=self.loss_shares)
+        """Mean losses of the step over all ranks."""
+        return self.accelerator.reduce(shares, reduction="mean")
 
     @property
-    def loss_shares(self) -> str:
-        """How ranks' losses make up the step's: as shares of a "sum", or with a "mean" over ranks."""
-        return "sum" if self.args.average_tokens_across_devices else "mean"
+    def loss_shares(self) -> int:
+        """Of how many shares, one for each batch of a rank's own, the losses of a step are the sum. Tensor parallel
+        ranks receive the same batch. 1 if each rank's losses are means of their own."""
+        if not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes // self.get_tp_size()
 
     def summary(self) -> dict:
         """Settings, steps and wall seconds by mode, for the results file and the model card."""

@@ -147,13 +147,13 @@ def test_ranks_exchange_logged_losses_of_one_shape():
     given = {"fast_loss": 2.0, "pruner_loss": 4.0}, {"fast_loss": 6.0}
     window = {"fast": 2, "slow": 0, "steps_per_second": 1.0}
     sent, logs = [], []
-    for reduce in (lambda own, reduction: (sent.append(own), own)[1], lambda own, reduction: sum(sent[:2])):
+    for reduce in (lambda own, reduction: (sent.append(own), own)[1], lambda own, reduction: sum(sent[:2]) / 2):
         for sums in given:
             kept = ModeLosses()
             for name, loss in sums.items():
                 kept.add(name, torch.tensor(loss))
-            logs.append(kept.pop(SimpleNamespace(reduce=reduce), window, "sum"))
+            logs.append(kept.pop(SimpleNamespace(reduce=reduce), window, 2))
     assert sent[0].shape == sent[1].shape
     steps = {"fast_steps": 2, "slow_steps": 0, "steps_per_second": 1.0}
-    assert logs[:2] == [{**steps, "fast_loss": 1.0, "pruner_loss": 2.0}, {**steps, "fast_loss": 3.0}]
+    assert logs[:2] == [{**steps, "fast_loss": 2.0, "pruner_loss": 4.0}, {**steps, "fast_loss": 6.0}]
     assert logs[2:] == [{**steps, "fast_loss": 4.0, "pruner_loss": 2.0}] * 2

@@ -180,6 +180,23 @@ def test_modes_follow_the_schedule_and_losses_are_logged_by_mode(tmp_path):
     assert all(seconds > 0 for seconds in summary["seconds"].values())
 
 
+def test_tensor_parallel_ranks_log_the_loss_of_their_batch_once(tmp_path, monkeypatch):
+    trainer = make(tmp_path, slow_mode_ratio=0.5, mode_schedule="periodic", max_steps=2, distillation_weight=0.5)
+
+    def of_two(own, reduction="mean", scale=1.0):  # which receive the same batch
+        return 2 * own if reduction == "sum" else own
+
+    monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer.accelerator, "reduce", of_two)
+    trainer.train()
+    (fast, fast_loss, *_), (slow, _, slow_loss, kl) = history(
+        trainer, "loss", "fast_loss", "slow_loss", "distillation_loss"
+    )
+    assert fast_loss == pytest.approx(fast)
+    assert slow_loss + 0.5 * kl == pytest.approx(slow)
+
+
 def test_trackers_get_the_metrics_of_each_mode(tmp_path, monkeypatch):
     """By `report_to`, through transformers' own callback of TensorBoard, with a writer that remembers."""
     written = {}
