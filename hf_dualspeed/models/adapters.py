@@ -99,8 +99,10 @@ def check_adapter(config) -> None:
         )
 
 
-def load_adapters(model: nn.Module, folder: str | Path) -> bool:
+def load_adapters(model: nn.Module, folder: str | Path, beside: tuple[str, ...] = ()) -> bool:
     """Fills each adapter of `model` from a checkpoint, in place; False if either has none.
+
+    Tensors whose names begin as one `beside` them are no adapter's, whatever PEFT makes of their ends.
 
     The Trainer's own loading (transformers 5.23) freezes all adapters but one, and the optimizer then loses an adapter
     used by the fast view only. It also skips adapters that transformers' `add_adapter` made.
@@ -120,7 +122,8 @@ def load_adapters(model: nn.Module, folder: str | Path) -> bool:
         weights = load_peft_weights(str(path), device="cpu")
         if not isinstance(model, PeftModel):  # the file has the names of a PeftModel
             weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
-        known = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
+        own = {key: value for key, value in model.state_dict().items() if not key.startswith(beside)}
+        known = get_peft_model_state_dict(model, own, name, save_embedding_layers=False).keys()
         loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
         check_tensors(path, known - weights.keys(), loaded.unexpected_keys)
     return True

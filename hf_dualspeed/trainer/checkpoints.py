@@ -226,7 +226,7 @@ class CheckpointMixin:
 
     def _load_adapters(self, folder) -> bool:
         """Loads the PEFT adapters of a checkpoint; False for whole models, FSDP and DeepSpeed."""
-        return not self.is_sharded and load_adapters(self.accelerator.unwrap_model(self.model), folder)
+        return not self.is_sharded and load_adapters(self.accelerator.unwrap_model(self.model), folder, (f"{NAME}.",))
 
     def _load_fast_view(self, folder) -> None:
         # Sharded checkpoints hold isolator and pruner among the model's own weights.

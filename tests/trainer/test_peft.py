@@ -151,6 +151,13 @@ def test_a_learned_pruner_beside_adapters(tmp_path, learned_pruner):  # noqa: F8
     assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "dualspeed" in key]
 
 
+def test_a_run_of_adapters_with_biases_beside_a_learned_pruner_is_resumed(tmp_path, learned_pruner):  # noqa: F811
+    options = {"pruner": "scored", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = run(tmp_path, adapted(bias="all")[0], **options)
+    rest = run(tmp_path / "rest", adapted(bias="all")[0], resume=str(tmp_path / "checkpoint-2"), **options)
+    assert not changed(rest.model, snapshot(whole.model))
+
+
 # --- other families, adapters on every linear layer -----------------------------------------------------------------
 
 CASES = {
