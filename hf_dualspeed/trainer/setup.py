@@ -261,10 +261,11 @@ def check_ddp(args: DualSpeedArguments, model: nn.Module) -> None:
         raise ValueError(f"`ddp_static_graph` is True, but {passes}. Leave it out.")
     unseen = f"but {passes}, and DDP cannot see what is used inside reentrant checkpoints."
     if args.activation_checkpointing:  # the Trainer turns it on anew
-        if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                f"`activation_checkpointing_kwargs` has use_reentrant=True, {unseen} Leave it out, or set it to False."
-            )
+        given = args.activation_checkpointing_kwargs or {}
+        of_torch = given.keys() - {"every_n_layers", "offload"}  # without any, transformers asks for False
+        if of_torch and given.get("use_reentrant") is not False:
+            has = "use_reentrant=True" if "use_reentrant" in given else "no use_reentrant, which torch takes for True"
+            raise ValueError(f"`activation_checkpointing_kwargs` has {has}, {unseen} Set it to False.")
     elif is_reentrant(model):
         raise ValueError(
             "The model's own activation checkpointing is reentrant, as PEFT's prepare_model_for_kbit_training makes "

@@ -99,6 +99,10 @@ def test_what_one_micro_batch_reaches_moves(tmp_path):
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
             "`activation_checkpointing_kwargs` has use_reentrant=True",
         ),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"preserve_rng_state": False}},
+            "`activation_checkpointing_kwargs` has no use_reentrant, which torch takes for True",
+        ),
     ],
 )
 def test_options_that_ddp_cannot_follow_are_refused(tmp_path, options, message):
@@ -113,7 +117,9 @@ def test_checkpointing_of_the_model_itself_that_ddp_cannot_follow_is_refused(tmp
         model.activation_checkpointing_enable(given)
         with pytest.raises(ValueError, match="reentrant, as PEFT's .* Set activation_checkpointing=True"):
             check_ddp(arguments, model)
-    check_ddp(DualSpeedTrainingArguments(str(tmp_path), use_cpu=True, activation_checkpointing=True), model)
+    for kwargs in (None, {"every_n_layers": 2}, {"use_reentrant": False, "preserve_rng_state": False}):
+        options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}
+        check_ddp(DualSpeedTrainingArguments(str(tmp_path), use_cpu=True, **options), model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     check_ddp(arguments, model)
 
