@@ -168,6 +168,17 @@ def language_model_is_frozen(interface: ModelInterface) -> bool:
     return not any(p.requires_grad for part in language_parts(interface.outer) for p in part.parameters())
 
 
+def check_trained(model: nn.Module, dual_forward: DualForward) -> None:
+    """Raises a `ValueError` if nothing is trained but the isolator, which no answer is made of."""
+    ours = {id(p) for p in dual_forward.parameters()}
+    trained = any(p.requires_grad and id(p) not in ours for p in model.parameters())
+    if not trained and not any(p.requires_grad for p in dual_forward.pruner.parameters()):
+        raise ValueError(
+            "All parameters of the model are frozen, so that nothing would be trained but the isolator. Unfreeze what "
+            "is to learn; adapters that are read by PeftModel.from_pretrained need is_trainable=True."
+        )
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualForward) -> None:
     """Raises a `ValueError` if an optimizer that was made earlier lacks the isolator or a learned pruner."""
     if optimizer is None:

@@ -59,6 +59,7 @@ from .setup import (
     check_optimizer,
     check_router_loss,
     check_shards,
+    check_trained,
     check_unchanged,
     check_whole_samples,
     check_wrapper,
@@ -367,6 +368,7 @@ class DualSpeedMixin(
                 "another DualSpeedTrainer has been made for it. Make a new trainer."
             )
         check_loss_func(self.compute_loss_func)
+        check_trained(self.model, self.dual_forward)
         self._micro = (-1, 0)  # of an earlier call, which may have ended within a step
         self._roles = parameter_counts(self.dual_forward.interface.outer, self.dual_forward)  # before they are sharded
         mask_labels(train_dataloader, self._masking)

@@ -158,6 +158,22 @@ def test_a_run_of_adapters_with_biases_beside_a_learned_pruner_is_resumed(tmp_pa
     assert not changed(rest.model, snapshot(whole.model))
 
 
+def test_adapters_that_were_read_frozen_are_refused(tmp_path):
+    adapted()[0].save_pretrained(tmp_path / "adapters")
+    model = PeftModel.from_pretrained(FAMILIES["llava"].build()[0], tmp_path / "adapters")
+    trainer = make(tmp_path, model=model, max_steps=1)
+    with pytest.raises(ValueError, match=r"All parameters of the model are frozen.*need is_trainable=True"):
+        trainer.train()
+
+
+def test_a_learned_pruner_is_trained_with_a_frozen_model(tmp_path, learned_pruner):  # noqa: F811
+    model = FAMILIES["llava"].build()[0].requires_grad_(False)
+    trainer = make(tmp_path, model=model, pruner="scored", max_steps=2)
+    before = snapshot(model)
+    trainer.train()
+    assert changed(model, before) >= {PROMPT, "dualspeed.pruner.score.weight"}
+
+
 # --- other families, adapters on every linear layer -----------------------------------------------------------------
 
 CASES = {
