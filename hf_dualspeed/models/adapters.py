@@ -17,6 +17,9 @@ from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 
 from ..utils.validation import as_type, check_keys, check_range, check_tensors, checked, hints_of
 
+# Adapters whose wrapper adds to the loss that the model returns, and the weight of what it adds.
+OWN_LOSSES = {"ADALORA": "orth_reg_weight", "SHADOW": "auxiliary_loss_weight"}
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -91,11 +94,18 @@ def seems_trained(model: nn.Module, adapter: str, config) -> bool:
 
 
 def check_adapter(config) -> None:
-    """Raises a `ValueError` for PEFT methods that put virtual tokens before the sequence."""
+    """Raises a `ValueError` for PEFT methods that put virtual tokens before the sequence, or add to the loss."""
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
             f"`peft_config` ({type(config).__name__}) learns virtual tokens, which shift every position that DualSpeed "
             "prunes by. Use another adapter, such as LoraConfig."
+        )
+    weight = OWN_LOSSES.get(getattr(config, "peft_type", None))
+    if weight is not None and getattr(config, weight, 0):
+        raise ValueError(
+            f"`peft_config` ({type(config).__name__}) adds a term of its own to the model's loss, in whose place "
+            f"DualSpeed computes another one, so that the term would be lost. Set its {weight}=0, or use another "
+            "adapter, such as LoraConfig."
         )
 
 

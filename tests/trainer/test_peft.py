@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_cases import PROMPT, adapted, changed, lora, run, snapshot
+from adapter_cases import PROMPT, TARGETS, adapted, changed, lora, run, snapshot
 from families import FAMILIES as ALL
 from families import MIXED, MIXED_AUDIO, MIXED_VIDEO
 from families import batch as written
 from huggingface_hub import ModelCard
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, batch
 from training import DATA, QUIET, Collator, history, learned_pruner, make  # noqa: F401
@@ -318,6 +318,21 @@ def test_virtual_tokens_are_refused(tmp_path):
     model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match=r"\(PromptTuningConfig\) learns virtual tokens"):
         make(tmp_path, model=model)
+
+
+def test_adapters_with_a_loss_of_their_own_are_refused(tmp_path):
+    options = {"target_modules": TARGETS, "init_r": 2, "target_r": 1, "total_step": 8, "tinit": 1, "tfinal": 1}
+    model, _ = FAMILIES["llava"].build()
+    model = get_peft_model(model, AdaLoraConfig(**options))
+    assert model.active_peft_config.orth_reg_weight
+    with pytest.raises(ValueError, match=r"\(AdaLoraConfig\) adds a term.*Set its orth_reg_weight=0"):
+        make(tmp_path, model=model)
+    model, _ = FAMILIES["llava"].build()
+    model = get_peft_model(model, AdaLoraConfig(**options, orth_reg_weight=0.0))
+    trainer = make(tmp_path, model=model, slow_mode_ratio=0.5, max_steps=2)
+    before = snapshot(model)
+    trainer.train()
+    assert any("lora_E" in name for name in changed(model, before))
 
 
 def test_adapters_are_saved_with_processor_and_card(tmp_path):
