@@ -193,11 +193,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, dual_forward: DualF
         )
 
 
+def steps_in_backward(args: DualSpeedArguments) -> bool:
+    """Whether the optimizer updates parameters inside backward."""
+    return str(getattr(args.optim, "value", args.optim)).endswith(("lomo", "layerwise"))
+
+
 def check_optim(args: DualSpeedArguments, own: Iterable[str]) -> None:
     """Raises a `ValueError` for an optimizer that updates parameters inside backward, if modes differ in what they
     update, which is `own` of one of them, or a step may have several backward passes."""
-    name = str(getattr(args.optim, "value", args.optim))
-    if not name.endswith(("lomo", "layerwise")):
+    if not steps_in_backward(args):
         return
     one, reason = next(iter(own), None), None
     if one is not None:
@@ -212,6 +216,7 @@ def check_optim(args: DualSpeedArguments, own: Iterable[str]) -> None:
             "number for per_device_train_batch_size."
         )
     if reason is not None:
+        name = str(getattr(args.optim, "value", args.optim))
         raise ValueError(f"`optim` is {name!r}, which updates parameters inside backward, {reason}")
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pickle
 import random
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from launching import DDP, run
 from torch import nn
 from torch.utils.data import IterableDataset
 from training import Collator, history, make
-from transformers import Adafactor
+from transformers import Adafactor, trainer_optimizer
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.publishing import display
@@ -446,6 +447,23 @@ def test_what_cannot_be_measured_is_named(tmp_path, capsys):
 
     make(tmp_path, cls=Own, memory_gib=1.0, **TOLD).train()
     assert lines(capsys)[0] == {"batch": {"why": "Own.compute_loss would be called more often than there are steps"}}
+
+
+def test_an_optimizer_that_steps_inside_backward_is_made_once(tmp_path, capsys, monkeypatch):
+    """To ask the Trainer for its options sets hooks on the parameters, which step in every backward."""
+    monkeypatch.setattr(trainer_optimizer, "is_galore_torch_available", lambda: True)
+    kinds = ("GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreAdafactor")
+    monkeypatch.setitem(sys.modules, "galore_torch", SimpleNamespace(**dict.fromkeys(kinds, torch.optim.AdamW)))
+    options = {"optim": "galore_adamw_layerwise", "optim_target_modules": ["q_proj"], "isolator_length": 0}
+    told, silent = (
+        make(tmp_path, tell_size=tell, memory_gib=1.0, **{**TOLD, "slow_mode_ratio": 0.0, **options})
+        for tell in (True, False)
+    )
+    told.train()
+    assert "hooks on the parameters, such as those of optim=" in lines(capsys)[0]["batch"]["why"]
+    silent.train()
+    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in told.model.parameters() if p.requires_grad)
+    assert all(torch.equal(weights(told)[name], weight) for name, weight in weights(silent).items())
 
 
 def test_a_failed_measurement_does_not_end_the_training(tmp_path, capsys, monkeypatch):

@@ -25,6 +25,7 @@ from ...models.interface import ModelInterface
 from ...utils.memory import GIB, bytes_of, peak_memory
 from ..batch_splitting import can_be_split, parts_of
 from ..schedule import FAST, SLOW
+from ..setup import steps_in_backward
 from ..speedup import untouched
 from .choice import USABLE, line
 
@@ -53,7 +54,8 @@ def why_not_measured(trainer) -> str | None:
         return f"{type(trainer).__name__}.get_train_dataloader makes batches of its own"
     if trainer.is_model_parallel or trainer.is_distributed_loading_by_transformers:
         return "the model lies on several devices"
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trainer.model.parameters()):
+    hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trainer.model.parameters())
+    if hooked or steps_in_backward(args):  # which sets its hooks where it is made
         return f"hooks on the parameters, such as those of optim={str(args.optim)!r}, act in backward"
     if budget_of(trainer) is None:
         return NO_CARD
