@@ -139,6 +139,23 @@ def load_adapters(model: nn.Module, folder: str | Path, beside: tuple[str, ...] 
     return True
 
 
+def unsaved(model: nn.Module, beside: tuple[str, ...] = ()) -> list[str]:
+    """The trained parameters of a model with adapters that PEFT saves with none of them: those of layers that were
+    unfrozen by hand. `beside` is that of [`load_adapters`]."""
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:
+        return []
+    from peft import get_peft_model_state_dict
+
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(beside)}
+    apart = {n: p for n, p in trained.items() if not any(f".{adapter}." in f"{n}." for adapter in adapters)}
+    # Some have no adapter's name: biases, for one.
+    state = model.state_dict(keep_vars=True) if apart else {}
+    saved = [get_peft_model_state_dict(model, state, name, save_embedding_layers=False) for name in adapters if apart]
+    known = {id(tensor) for tensors in saved for tensor in tensors.values()}
+    return [name for name, parameter in apart.items() if id(parameter) not in known]
+
+
 def lora_config(options: dict):
     """The `peft.LoraConfig` of a recipe's adapters.
 

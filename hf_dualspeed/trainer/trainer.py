@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from ..data.collators import MaskVisualLabels, mask_labels
 from ..feature_cache.cache import dropout_rates, feature_cache_of, image_tower
 from ..feature_cache.units import WithImageUnits
-from ..models.adapters import check_adapter, remember_origins
+from ..models.adapters import check_adapter, remember_origins, unsaved
 from ..models.components import parameter_counts
 from ..models.interface import ModelInterface, argument_names
 from ..pruners import Pruner, available_pruners
@@ -369,6 +369,15 @@ class DualSpeedMixin(
             )
         check_loss_func(self.compute_loss_func)
         check_trained(self.model, self.dual_forward)
+        lost = unsaved(self.model, (f"{NAME}.",))
+        if lost:
+            logger.warning(
+                "PEFT saves adapters alone, and so save_model() and ordinary checkpoints lack %d parameters that are "
+                "trained beside them, such as %s: a resumed run begins with their old values. Name their modules in "
+                "`modules_to_save` of the adapters' config, or save trainer.model.merge_and_unload() as well.",
+                len(lost),
+                lost[0],
+            )
         self._micro = (-1, 0)  # of an earlier call, which may have ended within a step
         self._roles = parameter_counts(self.dual_forward.interface.outer, self.dual_forward)  # before they are sharded
         mask_labels(train_dataloader, self._masking)

@@ -158,6 +158,19 @@ def test_a_run_of_adapters_with_biases_beside_a_learned_pruner_is_resumed(tmp_pa
     assert not changed(rest.model, snapshot(whole.model))
 
 
+def test_what_is_trained_beside_adapters_and_not_saved_is_named(tmp_path, caplog):
+    said = "save_model() and ordinary checkpoints lack 4 parameters that are trained beside them, such as base_model."
+    model = adapted()[0]
+    model.get_base_model().model.multi_modal_projector.requires_grad_(True)
+    run(tmp_path, model, max_steps=1)
+    assert said in caplog.text
+    caplog.clear()
+    for options in ({"modules_to_save": ["multi_modal_projector"]}, {"bias": "all"}, {"trainable_token_indices": [1]}):
+        run(tmp_path, adapted(**options)[0], max_steps=1)
+    run(tmp_path, with_transformers_own(), max_steps=1)
+    assert "lack" not in caplog.text
+
+
 def test_adapters_that_were_read_frozen_are_refused(tmp_path):
     adapted()[0].save_pretrained(tmp_path / "adapters")
     model = PeftModel.from_pretrained(FAMILIES["llava"].build()[0], tmp_path / "adapters")
