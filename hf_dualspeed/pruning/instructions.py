@@ -41,8 +41,14 @@ class Instructions:
         real = real[:, :most].bool()
         # Any text id on padding, because some placeholder ids have no row in the embedding.
         text = ids[self.rows].gather(1, order[:, :most]).masked_fill(~real, 0)
-        with torch.no_grad():
-            return outer.get_input_embeddings()(text), real
+        embeddings = outer.get_input_embeddings()
+        # NEFTune's noise is for what the language model reads, and larger for few tokens: pruners get none.
+        training, embeddings.training = embeddings.training, False
+        try:
+            with torch.no_grad():
+                return embeddings(text), real
+        finally:
+            embeddings.training = training
 
 
 def instructions(interface: ModelInterface, inputs: Mapping, token_id: int, lengths: list[int]) -> Instructions:

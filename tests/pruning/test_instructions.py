@@ -7,6 +7,7 @@ import torch
 from families import FAMILIES, MIXED, batch
 from families.base import EOS
 from tower_cases import SUPPLY, patches_of_tokens
+from transformers.integrations.neftune import activate_neftune
 
 from hf_dualspeed.models.attention import penultimate_layer
 from hf_dualspeed.models.interface import ModelInterface, unwrap, visual_token_ids
@@ -52,6 +53,20 @@ def test_labels_on_placeholders_are_none():
 def test_an_image_between_answers_only_has_no_instruction():
     ids = [[90, 90, 21, 22, 90, 90]]
     assert found(ids, labels=[[IGNORED] * 2 + [21, 22] + [IGNORED] * 2]) == [[], []]
+
+
+def test_the_noise_of_neftune_is_not_in_what_pruners_read():
+    family = FAMILIES["llava"]
+    model = family.model().train()
+    inputs = batch(family, model, MIXED)
+    (clean,) = encode(ModelInterface(model), inputs, frozenset({"text"}))
+    handle = activate_neftune(model, 5.0)
+    (noisy,) = encode(ModelInterface(model), inputs, frozenset({"text"}))
+    assert torch.equal(noisy.text, clean.text)
+    assert model.get_input_embeddings().training
+    ids = inputs["input_ids"][:, -1:]
+    assert not torch.equal(model.get_input_embeddings()(ids), model.get_input_embeddings()(ids))
+    handle.remove()
 
 
 def test_packed_samples_do_not_instruct_each_other():
