@@ -52,6 +52,7 @@ ROWS = (
     Row(OBJECTS, "576", TINY, "90%", "ablation_objects-shallow", TODAYS.key),
     Row(OBJECTS, DEEP_TOKENS, DEEP, "75%", "ablation_objects", f"pruning-0.75{ORIGINAL}"),
     Row(OBJECTS, DEEP_TOKENS, DEEP, "90%", "ablation_objects", TODAYS.key),
+    Row(OBJECTS, DEEP_TOKENS, DEEP, "90%, by `fastv`, k = 2", "ablation_first-layers", f"fastv-2{ORIGINAL}"),
     *(
         Row(READING, "576", TINY, f"{ratio:.0%}", "ablation_reading", f"pruning-{ratio}{ORIGINAL}")
         for ratio in (0.5, 0.75, 0.9)

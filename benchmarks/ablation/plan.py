@@ -192,7 +192,7 @@ FIRST_LAYERS = (
     Variant(TODAYS.key, "divprune", TODAYS.options),
     *(
         Variant(
-            f"fastv-{layer}",
+            f"fastv-{layer}{ORIGINAL}",
             f"fastv, k = {layer}",
             {**TODAYS.options, "pruner": "fastv", "pruner_kwargs": {"layer": layer}},
         )

@@ -68,7 +68,7 @@ KINDS = {
     "objects": (1, ("full-tokens", "dualspeed", "time:full-tokens")),
     "cool-down": (1, ("full-tokens", "tail-0.05", "paper:slow-0.02")),
     "budgets": (1, ("full-tokens", "budgets")),
-    "first-layers": (4, ("fastv-1", "fastv-2", "pruner-pyramiddrop:original")),
+    "first-layers": (4, ("fastv-1:original", "fastv-2:original", "pruner-pyramiddrop:original")),
     "selection": (1, ("full-tokens", "random-0.9:kmeans-1", "tome-0.97:kmeans-2", "divprune-0.97:kmeans-1")),
 }
 

@@ -174,6 +174,7 @@ TABLES = {
     "ablation_reading": ablation_report.readme_table,
     "ablation_objects-shallow": ablation_report.readme_table,
     "ablation_objects": ablation_report.readme_table,
+    "ablation_first-layers": ablation_report.readme_table,
     "ablation_selection_cost": ablation_selection_cost.readme_table,
     "estimate_ablation": ablation_estimate.readme_table,
 }
@@ -253,6 +254,28 @@ def test_objects_are_kept_as_in_the_ablation(name):
     )
     for sentence in (words, ends):
         assert sentence.replace("%", " %") in said
+
+
+def test_pruners_in_the_first_layers_do_as_in_the_ablation():
+    said = " ".join(text_of("docs/ablation.md").split())
+    results = json.loads(text_of("docs/results/ablation_first-layers.json"))
+    ways = results["summary"]
+    figures = [
+        ways[key][column]["mean"]
+        for key in ("fastv-2:original", "dualspeed:original", "fastv-1:original", "pruner-pyramiddrop:original")
+        for column in ("retention", "speed_up")
+    ]
+    words = (
+        "keeps {:.1%} at {:.2f} times the speed of full tokens, where `divprune` keeps {:.1%} at {:.2f} times. Behind "
+        "one layer it keeps {:.1%} at {:.2f} times",
+        "`pyramiddrop` keeps {:.1%} at {:.2f} times",
+    )
+    assert words[0].format(*figures[:6]).replace("%", " %") in said
+    assert words[1].format(*figures[6:]).replace("%", " %") in said
+    shares = {(run["way"], run["seed"]): run["full"]["all"] for run in results["runs"]}
+    gains = [shares["fastv-2:original", seed] - shares["dualspeed:original", seed] for seed in results["seeds"]]
+    assert min(gains) > 0
+    assert f"in each pair of seeds, by {100 * mean(gains):.1f} points on average" in said
 
 
 def test_the_first_figures_are_those_of_the_bench():
