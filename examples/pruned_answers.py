@@ -28,8 +28,10 @@ for pruner in (None, "divprune", "grid", "random", "tome"):
     start = time.perf_counter()
     # `inputs` stay as they are; what is generated from is a shorter copy.
     short = inputs if pruner is None else prune_inputs(model, inputs, AutoPruner.from_name(pruner, pruning_ratio=0.9))
-    length = short["input_ids"].shape[1]
-    answer = model.generate(**short, max_new_tokens=16, do_sample=False)[0, length:]
+    length = short["attention_mask"].shape[1]
+    answer = model.generate(**short, max_new_tokens=16, do_sample=False)[0]
+    # Behind ids, the answer follows the prompt; behind embeddings, which Llama 4 is given, it stands alone.
+    answer = answer if short.get("input_ids") is None else answer[length:]
     seconds = time.perf_counter() - start
     said = processor.decode(answer, skip_special_tokens=True)
     print(f"{pruner or 'all':>9}: {length:5} tokens, {seconds:.2f} s: {said}")
