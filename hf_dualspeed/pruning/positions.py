@@ -63,6 +63,9 @@ class WithPositions:
     Args:
         collator (`Callable`): makes a batch.
         interface (`ModelInterface`): of a model that numbers tokens on several axes.
+
+    Raises:
+        ValueError: a batch has other placeholders than its images have tokens.
     """
 
     def __init__(self, collator: Callable[[list], dict[str, Any]], interface: ModelInterface):
@@ -80,6 +83,12 @@ class WithPositions:
             logger.info("Positions are numbered in each step, not ahead of it (%s).", one_line(error))
             self.owner = None
             return batch
+        # Placeholders and grids of images differ. A StopIteration would end the epoch without a word.
+        except (LookupError, RuntimeError, StopIteration) as error:
+            raise ValueError(
+                f"The model cannot number the tokens of a batch ({one_line(error)}). Give the processor as many images "
+                "(or videos, or audios) as placeholders, and do not truncate them (raise max_length)."
+            ) from error
         return batch if positions is None else {**batch, POSITIONS: positions.transpose(0, 1).contiguous()}
 
 

@@ -93,6 +93,21 @@ def test_batches_that_bring_positions_or_are_packed_stay_as_they_are():
         assert collator([batch]) is batch
 
 
+@pytest.mark.parametrize("more", [-1, 1], ids=["cut", "without_an_image"])
+def test_placeholders_that_no_image_fits_are_an_error_with_a_remedy(more):
+    """Of a truncated image, and of one too many, at which the model's own StopIteration would end the epoch."""
+    model, _ = TRAINED["qwen2_5_vl"].build()
+    interface = ModelInterface(model)
+    image, text = interface.config.image_token_id, 9
+    ids = torch.tensor([[text, image, image, image, image, text, image]])
+    ids = ids[:, :4] if more < 0 else ids
+    grid = torch.tensor([[1, 4, 4]])  # four tokens
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": grid}
+    batch |= {"pixel_values": torch.zeros(16, 1), "mm_token_type_ids": (ids == image).int()}
+    with pytest.raises(ValueError, match="cannot number the tokens of a batch .*Give the processor .*raise max_length"):
+        WithPositions(same, interface)([batch])
+
+
 def test_types_of_tokens_are_asked_for_where_there_are_images(tmp_path):
     """A collator may leave texts alone to the tokenizer, which makes none."""
     trainer = make(tmp_path, "qwen2_5_vl", data=[DATA[2]] * 4, slow_mode_ratio=0.5, slow_mode_splits=2)
