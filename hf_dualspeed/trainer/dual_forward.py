@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from transformers.utils import ModelOutput
@@ -151,6 +152,7 @@ class DualForward(nn.Module):
         self.padding_free = padding_free
         self.length_multiple = length_multiple
         self.trained = False  # in fast passes, here or in the one whose weights it has
+        self.offloads = False  # whether each call runs inside TRL's offloading of activations, until its backward
         self._handles: list = []
         self._adapters: dict[str, list[str]] = {}
         self._in_order = False
@@ -404,7 +406,11 @@ class DualForward(nn.Module):
         """The batch, or its next part, and its encoded tokens. All parts are encoded together, before the first."""
         if state.batch is None:
             needs = self.pruner.needs if state.mode == FAST or state.distil else frozenset()
-            with self.autocast(), record_function("dualspeed.encode"):
+            # What the encoder saves for backward is read with the last part. Offloading, which begins anew with each
+            # part, would have forgotten it.
+            kept = self.offloads and state.parts > 1
+            saved = saved_tensors_hooks(unchanged, unchanged) if kept else nullcontext()
+            with self.autocast(), saved, record_function("dualspeed.encode"):
                 told = (state.served, self.plain, state.repeats)
                 encodings = encode(self.interface, inputs, needs, self.video_budget, *told)
             state.lengths = {e.modality: e.lengths for e in encodings}
@@ -608,6 +614,11 @@ def visual_parameters(outer: nn.Module) -> Iterator[nn.Parameter]:
 def is_shard(parameter: nn.Parameter) -> bool:
     """Whether this process may hold no more than a shard of the parameter: under FSDP2 or ZeRO-3."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    """Leaves a tensor that is saved for backward as it is."""
+    return tensor
 
 
 class Unused(torch.autograd.Function):

@@ -93,6 +93,7 @@ class DualSpeedSFTTrainer(DualSpeedMixin, CardlessCheckpoints, SFTTrainer, Attac
             super().__init__(model, args, pruner=pruner, peft_config=peft_config, **kwargs)
         finally:
             args.padding_free = self._padding_free
+        self.dual_forward.offloads = args.activation_offloading
         interface = self.dual_forward.interface
         if self.aux_loss_enabled and not interface.takes_router_logits:
             raise ValueError(

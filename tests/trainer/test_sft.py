@@ -13,6 +13,7 @@ from sft_training import DATA, FAST, QUIET, SGD, completions, history, make, mes
 from tiny_models import FAMILIES
 from transformers import HfArgumentParser, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hf_dualspeed import DualSpeedSFTConfig, DualSpeedSFTTrainer, DualSpeedTrainer, DualSpeedTrainingArguments
@@ -133,6 +134,25 @@ def test_options_of_trl(tmp_path, options):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before - 0.5
+
+
+def test_activations_are_offloaded_in_slow_steps_of_several_parts(tmp_path, monkeypatch):
+    """Images are encoded in the first part, and backward comes to them in the last one."""
+
+    def on_cpu(model):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+            return get_act_offloading_ctx_manager(model, use_pin_memory=False, use_streams=False)
+
+    monkeypatch.setattr("trl.trainer.sft_trainer.get_act_offloading_ctx_manager", on_cpu)
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+    runs = []
+    for offloads in (False, True):
+        options = {"slow_mode_ratio": 1.0, "slow_mode_splits": 2, "max_steps": 2, **SGD}
+        trainer = make(tmp_path, messages(), activation_offloading=offloads, **options)
+        trainer.train()
+        runs.append(history(trainer, "loss", "grad_norm"))
+    torch.testing.assert_close(*runs)
 
 
 def test_assistant_only_loss_supervises_answers(tmp_path):
