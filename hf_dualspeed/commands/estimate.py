@@ -165,7 +165,10 @@ def settings_of(options: argparse.Namespace, size: tuple[int, int]) -> Settings:
 
 
 def joined(models: list[dict], found: dict) -> list[dict]:
-    """The estimates with one more. It replaces those of the same settings, but for ways to train that it lacks."""
+    """The estimates with one more, which replaces its way to train wherever that has the same settings.
+
+    Those of other versions, or of a config of other sizes, stay apart until all of their ways are replaced.
+    """
 
     def key(model: dict) -> tuple:
         return model["model"].lower(), json.dumps(model["settings"], sort_keys=True)
@@ -173,9 +176,20 @@ def joined(models: list[dict], found: dict) -> list[dict]:
     def way(run: dict) -> tuple:
         return TRAINS.index(run["train"]), SETTINGS.index(run["checkpointing"])
 
-    before = [run for model in models if key(model) == key(found) for run in model["runs"]]
-    runs = {way(run): run for run in (*before, *found["runs"])}
-    others = [model for model in models if key(model) != key(found)]
+    def origin(model: dict) -> tuple:
+        return model["versions"], model["parameters"]
+
+    new, others = {way(run): run for run in found["runs"]}, []
+    runs = dict(new)
+    for model in models:
+        if key(model) != key(found):
+            others.append(model)
+            continue
+        left = [run for run in model["runs"] if way(run) not in new]
+        if origin(model) == origin(found):
+            runs |= {way(run): run for run in left}
+        elif left:
+            others.append({**model, "runs": left})
     return sorted([*others, {**found, "runs": [runs[number] for number in sorted(runs)]}], key=key)
 
 

@@ -479,6 +479,19 @@ def test_further_ways_to_train_join_those_in_the_file(found):
     assert command.joined([both], third) == [both]
 
 
+def test_ways_to_train_keep_the_versions_that_made_them(found):
+    """So that `--resume` measures each of them anew."""
+    runs = [{**found["runs"][0], "train": train} for train in est.TRAINS]
+    models = [{**found, "versions": {**found["versions"], "torch": "0"}, "runs": runs}]
+    for number, run in enumerate(runs):
+        models = command.joined(models, {**found, "runs": [run]})
+        made = {run["train"]: model["versions"]["torch"] for model in models for run in model["runs"]}
+        new = [train for train, torch in made.items() if torch != "0"]
+        assert sorted(new) == sorted(est.TRAINS[: number + 1])
+        assert made.keys() == set(est.TRAINS)
+    assert models == [{**found, "runs": runs}]
+
+
 def test_a_call_goes_on_where_another_ended(measured_before, config_file, tmp_path):
     path = str(tmp_path / "memory.json")
     words = ["estimate", str(config_file), *FLAGS, "--json", path]
