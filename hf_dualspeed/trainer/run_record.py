@@ -114,10 +114,11 @@ class RunRecordMixin:
         clock, peak = self.clock, peak_memory(self.args.device)
         clock.set_total(**clock.visual_tokens)
         if self.accelerator.num_processes > 1:
-            counts = torch.tensor([*clock.visual_tokens.values(), 0], device=self.args.device)
-            full, kept, _ = self.accelerator.reduce(counts, "sum").tolist()
-            shared = self.get_tp_size()  # tensor parallel ranks receive the same batch
-            clock.set_total(full // shared, kept // shared)
+            # Tensor parallel ranks receive the same batch, which the first of them counts for all.
+            counts = torch.tensor([*clock.visual_tokens.values()], device=self.args.device)
+            counts *= self.args.process_index % self.get_tp_size() == 0
+            full, kept = self.accelerator.reduce(counts, "sum").tolist()
+            clock.set_total(full, kept)
             held = torch.tensor([peak["bytes"] if peak else 0], device=self.args.device)
             peak = peak and {**peak, "bytes": self.accelerator.gather(held).max().item()}
         self._peak = peak

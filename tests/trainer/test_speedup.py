@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from training import make
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.trainer import speedup
+from hf_dualspeed.trainer.callbacks import ModeClock
+from hf_dualspeed.trainer.run_record import RunRecordMixin
 from hf_dualspeed.trainer.speedup import STEPS_PER_ROUND, SpeedupMeter, rotated, summary
 
 ENOUGH = {"speedup_rounds": 1, "max_steps": 10, "slow_mode_ratio": 0.3, "logging_steps": 5}
@@ -331,6 +334,29 @@ def test_visual_tokens_are_counted_and_resumed(tmp_path):
     assert again.clock.visual_tokens == trainer.clock.visual_tokens
     assert again.clock.total_seconds > sum(again.clock.seconds.values()) > 0
     assert again.record()["seconds"]["total"] >= trainer.clock.seconds["fast"] / 2
+
+
+def test_tensor_parallel_ranks_count_their_batch_once():
+    """Also behind the sum of an earlier part of the run, with which the first rank goes on."""
+    given = []
+    ranks = [
+        SimpleNamespace(
+            args=SimpleNamespace(device=torch.device("cpu"), process_index=rank),
+            clock=ModeClock(),
+            get_tp_size=lambda: 2,
+            longest_data_wait=lambda: None,
+            accelerator=SimpleNamespace(num_processes=2, gather=lambda held: held, reduce=None),
+        )
+        for rank in range(2)
+    ]
+    for rank, earlier in zip(ranks, (100, 0), strict=True):
+        rank.clock.visual_tokens = {"full": earlier + 8, "kept": earlier // 10 + 2}
+        rank.accelerator.reduce = lambda own, how: given.append(own.clone()) or own
+        RunRecordMixin.add_up(rank)
+    for rank in ranks:
+        rank.accelerator.reduce = lambda own, how: sum(given)
+        RunRecordMixin.add_up(rank)
+        assert rank.clock.all_visual_tokens == {"full": 108, "kept": 12}
 
 
 def test_memory_is_that_of_the_process(tmp_path):
