@@ -142,7 +142,7 @@ def model_card(results: dict) -> str:
         "name": data.model_name,
         "repo_id": hub.get("repo_id"),
         "processor": results.get("processor", True),
-        "pruned": pruning_words(settings["pruner"]) if "pruner" in settings else None,
+        "pruned": pruning_words(settings["pruner"], settings.get("min_pruning_ratio")) if "pruner" in settings else "",
         "chosen": settings_rows(results),
         "modes": known((mode, steps.get(mode), _formatted(seconds.get(mode), ".1f")) for mode in ("fast", "slow")),
         "seconds": seconds,
@@ -288,14 +288,16 @@ def _metrics(results: dict) -> dict[str, float]:
     return {k: value for k, value in found.items() if not k.endswith(EVALUATION_TIMES) and math.isfinite(value)}
 
 
-def pruning_words(pruner: dict) -> Markdown:
-    """A pruner's name and ratio in words, as a verb phrase; the ratio may change over training."""
+def pruning_words(pruner: dict, least: float | None = None) -> Markdown:
+    """A pruner's name and ratio in words, as a verb phrase; the ratio may change over training: by a schedule of its
+    own, or down to `least` with the losses."""
     name, end, schedule = pruner["pruner_type"], pruner["pruning_ratio"], pruner.get("pruning_schedule", "constant")
-    if schedule == "constant":
-        return Markdown(f"{code(name)} leaves of the visual tokens, {end:.4g} of them removed")
-    start = pruner["initial_pruning_ratio"]
-    shares = f"at first {start:.4g} and in the end {end:.4g} of them removed ({plain(schedule)})"
-    return Markdown(f"{code(name)} leaves of the visual tokens, {shares}")
+    removed = f"{end:.4g} of them removed"
+    if least is not None:
+        removed = f"{least:.4g} to {removed} (adaptive)"
+    elif schedule != "constant":
+        removed = f"at first {pruner['initial_pruning_ratio']:.4g} and in the end {removed} ({plain(schedule)})"
+    return Markdown(f"{code(name)} leaves of the visual tokens, {removed}")
 
 
 def _formatted(value: float | None, form: str) -> str | None:

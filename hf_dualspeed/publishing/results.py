@@ -53,7 +53,10 @@ SHAPE = {
     "datasets": WORDS,
     "tags": WORDS,
     "language": WORD_OR_LIST,
-    "settings": {"pruner": {"pruner_type": WORD, "pruning_schedule": WORD, "*ratio": NUMBER}},
+    "settings": {
+        "pruner": {"pruner_type": WORD, "pruning_schedule": WORD, "*ratio": NUMBER},
+        "min_pruning_ratio": NUMBER,
+    },
     "training": {"processes": NUMBER},
     "seeds": {},
     "versions": {},

@@ -28,7 +28,8 @@ from .training_args import DualSpeedArguments
 GAIN, MOST = 4.0, 0.5
 SMOOTHING = 0.5  # weight of the newest gap in the moving average, because batches differ
 # Options that it is made of, beside the ratio.
-ADAPTIVE = ("mode_schedule", "min_slow_mode_ratio", "max_slow_mode_ratio", "min_pruning_ratio")
+BOUNDS = ("min_slow_mode_ratio", "max_slow_mode_ratio", "min_pruning_ratio")
+ADAPTIVE = ("mode_schedule", *BOUNDS)
 
 
 class AdaptiveSchedule(TrainerCallback, ExportableState):
@@ -75,6 +76,11 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
     def ratio(self) -> float:
         """The slow ratio of the next step."""
         return self.ratios[-1]
+
+    @property
+    def pruning_ratio(self) -> float | None:
+        """The pruning ratio of the next step; None if it stays as configured."""
+        return None if self.pruner is None else self.pruner.config.pruning_ratio
 
     def mode_at(self, schedule: ModeSchedule, step: int) -> str:
         """ "fast" or "slow". A future step uses the current ratio."""

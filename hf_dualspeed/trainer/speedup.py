@@ -40,10 +40,18 @@ class SpeedupMeter:
 
     def __init__(self, rounds: int):
         self.rounds = rounds
-        self.batches: list[dict] = []
+        self.batches: list[tuple[dict, float | None]] = []  # with the pruning ratio, where a schedule moved it
         self.reason: str | None = "speedup_rounds=0"  # why nothing is measured
 
-    def observe(self, inputs: dict, step: int, total_steps: int, micro: int, micro_batches: int) -> None:
+    def observe(
+        self,
+        inputs: dict,
+        step: int,
+        total_steps: int,
+        micro: int,
+        micro_batches: int,
+        pruning_ratio: float | None = None,
+    ) -> None:
         """Keeps a micro-batch if one is due, without waiting for the device.
 
         Picks are spread over training, because early batches may be longest, and over the micro-batches of a step, for
@@ -51,21 +59,23 @@ class SpeedupMeter:
 
         Args:
             inputs (`dict`): micro-batch `micro` of the `micro_batches` of optimizer step `step`, of `total_steps`.
+            pruning_ratio (`float`, *optional*): that of the step, where an adaptive schedule moves it.
         """
         kept, wanted = len(self.batches), self.rounds + 1 if self.rounds else 0
         due = kept < wanted and step >= int((kept + 0.5) * total_steps / wanted)
         if due and micro == kept % micro_batches:
-            self.batches.append(recursively_apply(on_host, dict(inputs)))
+            self.batches.append((recursively_apply(on_host, dict(inputs)), pruning_ratio))
 
     def measure(self, trainer, steps: int) -> dict | None:
         """Times plain, fast and slow passes, forward and backward, and forgets the micro-batches. Returns None, with a
         log message, if that is impossible or interrupted.
 
         A plain pass is `transformers.Trainer`'s own: the model's loss on all tokens. Fast and slow passes are those of
-        training. Rounds are interleaved, the first one is a warm-up, and medians are compared. The speed-up is `plain /
-        ((1 - r) * fast + r * slow)`, where r is the share of slow steps in the training. Gradients are dropped, and
-        weights, buffers, random states and counters do not change. Each of several processes measures without
-        exchanging gradients, and the means over processes are compared. Call it on all of them.
+        training, also in the pruning ratio that the micro-batch had. Rounds are interleaved, the first one is a
+        warm-up, and medians are compared. The speed-up is `plain / ((1 - r) * fast + r * slow)`, where r is the share
+        of slow steps in the training. Gradients are dropped, and weights, buffers, random states and counters do not
+        change. Each of several processes measures without exchanging gradients, and the means over processes are
+        compared. Call it on all of them.
 
         Args:
             trainer (`DualSpeedMixin`): after training.
@@ -93,7 +103,7 @@ class SpeedupMeter:
         if any(math.isnan(mean) for mean in means):  # some process failed
             return None
         seconds = dict(zip((PLAIN, *modes), means, strict=True))
-        samples = max(len(batch["input_ids"]) for batch in batches)  # of the largest micro-batch
+        samples = max(len(batch["input_ids"]) for batch, _ in batches)  # of the largest micro-batch
         return summary(seconds, trainer.clock.steps, self.rounds, samples)
 
 
@@ -110,7 +120,7 @@ def summary(seconds: dict[str, float], steps: dict[str, int], rounds: int, count
     }
 
 
-def not_measurable(trainer, batches: list[dict], steps: int, rounds: int) -> str | None:
+def not_measurable(trainer, batches: list, steps: int, rounds: int) -> str | None:
     """Why the speed-up cannot be measured, or not without changing the trained model; None if it can."""
     if not batches or not sum(trainer.clock.steps.values()):
         return "nothing was trained"
@@ -128,7 +138,9 @@ def not_measurable(trainer, batches: list[dict], steps: int, rounds: int) -> str
     return None
 
 
-def time_rounds(trainer, batches: list[dict], modes: list[str], rounds: int, work: Work) -> dict[str, list[float]]:
+def time_rounds(
+    trainer, batches: list[tuple[dict, float | None]], modes: list[str], rounds: int, work: Work
+) -> dict[str, list[float]]:
     """Seconds of each kind of pass by round, without the warm-up round.
 
     Each round first runs its micro-batch plainly without timing it: the first pass over a shape takes longer, and
@@ -138,7 +150,9 @@ def time_rounds(trainer, batches: list[dict], modes: list[str], rounds: int, wor
     # DistributedDataParallel would exchange gradients, so several processes run the model inside it.
     model = trainer.model_wrapped if trainer.args.world_size == 1 else trainer.model
     for number in range(-1, rounds):
-        inputs = batches[number % len(batches)]
+        inputs, ratio = batches[number % len(batches)]
+        if ratio is not None:
+            trainer._pruner.reconfigure(pruning_ratio=ratio)
         # Evenly spread over training, for pruning ratios that change.
         progress = (max(number, 0) + 0.5) / rounds
         passes = {PLAIN: partial(plain_pass, trainer, model, inputs)}
@@ -207,6 +221,8 @@ def untouched(trainer) -> Iterator[None]:
         for name, value in kept.items():
             setattr(trainer, name, value)
         restore_losses()
+        if trainer.adaptive_schedule is not None:
+            trainer.adaptive_schedule.end()
         model.zero_grad()
         for module, training in modes.items():
             module.training = training

@@ -30,7 +30,7 @@ from ..pruning.repeats import REPEATS, WithRepeats
 from ..publishing.display import RunDisplay, takes_the_place_of_defaults
 from ..utils.constants import ISOLATOR_WEIGHTS_NAME, VIEW_SETTINGS
 from ..utils.validation import checked
-from .adaptive_schedule import ADAPTIVE, AdaptiveSchedule, adaptive_schedule_of
+from .adaptive_schedule import ADAPTIVE, BOUNDS, AdaptiveSchedule, adaptive_schedule_of
 from .batch_splitting import can_be_split, parts_of
 from .callbacks import ModeClock, ModeLosses
 from .checkpoints import CheckpointMixin
@@ -483,8 +483,9 @@ class DualSpeedMixin(
         inputs, places = positions.taken(inputs)
         # Keep some micro-batches to measure the speed-up after training.
         if self.is_in_train:
-            micro_batches = self.current_gradient_accumulation_steps
-            self.speedup_meter.observe(inputs, step, self.state.max_steps, self._micro[1], micro_batches)
+            place = step, self.state.max_steps, self._micro[1], self.current_gradient_accumulation_steps
+            ratio = None if self.adaptive_schedule is None else self.adaptive_schedule.pruning_ratio
+            self.speedup_meter.observe(inputs, *place, ratio)
 
         # Encode, prune, forward, loss and backward.
         inputs = {**inputs, **places}
@@ -719,11 +720,13 @@ class DualSpeedMixin(
         """Settings, steps and wall seconds by mode, for the results file and the model card."""
         with self.as_configured():
             pruner = self._pruner.config.to_dict()
+        bounds = {} if self.adaptive_schedule is None else {name: getattr(self.args, name) for name in BOUNDS}
         return {
             "pruner": pruner,
             "pruning_ratio": pruner["pruning_ratio"],
             "slow_mode_ratio": self.slow_mode_ratio,
             "mode_schedule": self.args.mode_schedule,
+            **bounds,
             "slow_warmup_steps": self.args.slow_warmup_steps,
             "slow_tail_ratio": self.args.slow_tail_ratio,
             "position_ids": self.dual_forward.position_ids,

@@ -301,6 +301,13 @@ def test_a_changing_ratio_in_words():
     )
 
 
+def test_a_ratio_that_followed_the_losses_in_words():
+    settings = {**RESULTS["settings"], "mode_schedule": "adaptive", "min_pruning_ratio": 0.25}
+    text = model_card({**RESULTS, "settings": settings})
+    end = settings["pruner"]["pruning_ratio"]
+    assert f"leaves of the visual tokens, 0.25 to {end:.4g} of them removed (adaptive)" in text
+
+
 def test_the_repo_is_named_once_it_is_known():
     text = model_card({**RESULTS, "hub": {"repo_id": "someone/thing"}})
     assert text.count('.from_pretrained("someone/thing")') == 2

@@ -139,6 +139,7 @@ def test_an_interrupted_run_keeps_its_ratio_and_goes_on_within_other_bounds(tmp_
     assert 0.25 < history(trainer, "pruning_ratio")[-1][0] < 0.75
     assert trainer.summary()["pruning_ratio"] == PrunerConfig.from_pretrained(tmp_path / "checkpoint-3").pruning_ratio
     assert trainer.summary()["pruning_ratio"] == 0.75
+    assert trainer.record()["settings"]["min_pruning_ratio"] == 0.25
     # A run with other bounds keeps to them from its first step on.
     other = {"pruning_ratio": 0.5, "max_slow_mode_ratio": 0.5, "min_pruning_ratio": 0.4}
     trainer = make(tmp_path / "b", **{**options, **other})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from launching import DDP, run
-from training import make
+from training import ADAPTIVE, history, make
 
 from hf_dualspeed import DualSpeedTrainer, DualSpeedTrainingArguments
 from hf_dualspeed.trainer import speedup
@@ -186,6 +186,26 @@ def test_only_modes_that_were_run(tmp_path):
     assert found["slow_share"] == 0.0
 
 
+def test_fast_passes_prune_as_their_step_did(tmp_path, monkeypatch):
+    """An adaptive schedule has moved the ratio, and given back the configured one at the end of training."""
+    ratios = []
+
+    def noted(trainer, model, run):
+        ratios.append(trainer._pruner.config.pruning_ratio)
+        return 0.5
+
+    monkeypatch.setattr(speedup, "timed", noted)
+    options = {**ADAPTIVE, "pruning_ratio": 0.75, "min_pruning_ratio": 0.25, "slow_warmup_steps": 20}
+    trainer = make(tmp_path, **{**ENOUGH, **options, "speedup_rounds": 2, "max_steps": 20, "logging_steps": 1})
+    trainer.train()
+    moved = [ratio for (ratio,) in history(trainer, "pruning_ratio")]
+    # Steps 3, 10 and 16 of 20, whose logs before them hold their ratios; the last one warms up.
+    middle = [moved[step - 1] for step in (16, 3, 10)]
+    assert len(set(middle)) > 1
+    assert ratios == pytest.approx([middle[0]] * 2 + [middle[1]] * 3 + [middle[2]] * 3, abs=1e-6)
+    assert trainer._pruner.config.pruning_ratio == 0.75
+
+
 def test_trl_counts_its_tokens_as_without_it(tmp_path):
     pytest.importorskip("trl")
     import sft_training
@@ -306,7 +326,7 @@ def test_micro_batches_are_kept_as_they_were():
     meter = SpeedupMeter(1)
     meter.observe(inputs, 0, 1, 0, 1)
     inputs.pop("labels")  # as the Trainer's label smoothing does
-    assert meter.batches[0].keys() == {"input_ids", "labels"}
+    assert meter.batches[0][0].keys() == {"input_ids", "labels"}
 
 
 # --- visual tokens, time and memory -------------------------------------------------------------------------------
