@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,6 +18,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.constants import POSITION_IDS, VIDEO_BUDGETS
 from ..utils.validation import as_count, as_dict, check_choice, check_fields, check_range
+
+logger = logging.getLogger(__name__)
 
 MODE_SCHEDULES = ("random", "periodic", "growing", "shrinking", "adaptive")
 
@@ -428,6 +431,13 @@ class DualSpeedArguments:
         check_order(self, "min_slow_mode_ratio", "max_slow_mode_ratio")
         if self.mode_schedule != "adaptive":  # which the trainer compares with the pruner's own
             check_order(self, "min_pruning_ratio", "pruning_ratio")
+            if self.min_pruning_ratio is not None:
+                logger.warning(
+                    "`min_pruning_ratio` is %s, but `mode_schedule` is %r, with which the pruning ratio stays. "
+                    "Set mode_schedule='adaptive', or leave it out.",
+                    self.min_pruning_ratio,
+                    self.mode_schedule,
+                )
             return
         low, start, high = self.min_slow_mode_ratio, self.slow_mode_ratio, self.max_slow_mode_ratio
         if not low <= start <= high:

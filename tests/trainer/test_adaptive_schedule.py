@@ -209,6 +209,14 @@ def test_wrong_options(tmp_path, options, message):
         DualSpeedTrainingArguments(output_dir=str(tmp_path), **{"mode_schedule": "adaptive", **options})
 
 
+def test_a_least_pruning_ratio_that_nothing_follows_is_named(tmp_path, caplog):
+    DualSpeedTrainingArguments(output_dir=str(tmp_path), min_pruning_ratio=0.5)
+    assert "`min_pruning_ratio` is 0.5, but `mode_schedule` is 'random'" in caplog.text
+    caplog.clear()
+    DualSpeedTrainingArguments(output_dir=str(tmp_path), min_pruning_ratio=0.5, mode_schedule="adaptive")
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("kind", ["growing", "shrinking"])
 def test_changing_ratios_have_the_mean_that_was_asked_for(kind):
     schedule = ModeSchedule(0.2, kind, total_steps=4000)
