@@ -288,6 +288,35 @@ def test_the_first_figures_are_those_of_the_bench():
             assert words.format(*(of[shape, checkpointing] for shape in ("llava-1.5", "llava-next"))) in said
 
 
+def test_results_of_another_default_are_named():
+    """Today's default leaves merged tokens in their places."""
+    said, speed = (" ".join(text_of(page).split()) for page in ("README.md", "docs/speed.md"))
+    changed = "2026-11-29 09:02"
+    assert all(json.loads(text_of(f"docs/results/{name}.json"))["date"] < changed for name in CPU)
+    assert "with today's defaults but renumbered tokens" in said
+    dated = (*TABLES_OF["docs/speed.md"], "dinov2_smollm2_finetune")
+    assert all(json.loads(text_of(f"docs/results/{name}.json"))["date"] < changed for name in dated)
+    assert "all are older than the default by which merged tokens stay in their places" in speed
+    assert "in one run with renumbered tokens (then the default)" in " ".join(text_of("docs/training.md").split())
+
+
+def test_recomputing_fast_steps_take_the_time_that_was_measured():
+    said = " ".join(text_of("docs/speed.md").split())
+    (run, *_) = json.loads(text_of("docs/results/bench_same_memory.json"))["runs"]
+    assert run["checkpointing"] == "on"
+    trials = {(trial["optimizer"], trial["fast_mode_checkpointing"]): trial for trial in run["trials"]}
+    more = []
+    for optimizer in ("none", "adamw"):
+        without, recomputed = (trials[optimizer, fast] for fast in (False, True))
+        assert recomputed["micro_batch"]["fast"] > 2 * without["micro_batch"]["fast"]
+        each = [trial["seconds"]["fast"]["median"] / trial["samples"] for trial in (without, recomputed)]
+        more.append(each[1] / each[0] - 1)
+    words = (
+        "more than twice the samples at once, in {:.0%} more time for each without an optimizer and {:.0%} less with"
+    )
+    assert words.format(more[0], -more[1]).replace("%", " %") in said
+
+
 def test_readme_is_short():
     assert len(text_of("README.md")) <= 9000
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +121,24 @@ def test_the_speed_up_is_bound_by_tokens(tmp_path, capsys, ratio, isolator):
     assert ("speed-up", f"at most {facts['speedup_limit']:.1f} x in the language model, by its tokens") in (
         display.panel_rows(facts)
     )
+
+
+def test_the_page_shows_the_rows_of_the_panel():
+    """Of the quickstart."""
+    roles = {"vision_tower": 119_808, "projector": 24_832, "language_model": 660_608, "fast_view": 512}
+    facts = {
+        "model": "LlavaForConditionalGeneration",
+        "parameters": {"trained": sum(roles.values()), "frozen": 0},
+        "roles": {role: {"trained": count, "frozen": 0} for role, count in roles.items()},
+        **{"weights_bytes": 3_223_040, "adapters": [], "pruner": "divprune", "pruned_in_language_model": False},
+        **{"isolator_length": 4, "step": 0, "max_steps": 30, "steps": {"fast": 26, "slow": 4}, "samples": 16},
+        **{"processes": 1, "batch": None, "speedup_limit": 3.649},
+        "visual_tokens": {"image": {"count": 16, "full": 256.0, "kept": 25.0, "least": 256, "most": 256}},
+    }
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = page.partition("╭─ DualSpeed")[2].partition("╰")[0].replace("│", " ").splitlines()[1:]
+    rows = [f"{name} {words}" for name, words in display.panel_rows(facts)]
+    assert " ".join(" ".join(shown).split()) == " ".join(rows)
 
 
 def test_images_of_several_sizes_are_told_by_their_means(tmp_path, capsys):
