@@ -21,28 +21,33 @@ logger = logging.getLogger(__name__)
 WAITS_MUCH, HINT_AFTER = 0.1, 50
 # The steps of a mode whose mean time is that of the next ones.
 RECENT = 64
+# Ends the names of spans that are a mode's steps without their waits.
+WORK = "_work"
 
 
 class DataWait:
-    """The share of their time that steps wait for their batches, measured without waiting for the device.
+    """The time of steps, and the share of it that they wait for their batches, measured without waiting for the device.
 
-    A step lasts from where it asks for its batches to the end of the optimizer step; evaluation and saving are none of
-    it. On a CUDA device, both times are those of its stream, between events: it waits from the end of all work that it
-    was given until the batch has come and been copied to it. A batch for which the host waits while the device is still
-    at work costs nothing. On other devices, the times are the host's.
+    A step lasts from where it asks for its batches to the optimizer's update; evaluation, saving and what callbacks do
+    behind it are none of it. On a CUDA device, all times are those of its stream, between events: it waits from the end
+    of all work that it was given until the batch has come and been copied to it. A batch for which the host waits while
+    the device is still at work costs nothing. On other devices, the times are the host's.
 
     Args:
         waited (`float`), seconds (`float`): of an earlier part of the run.
+        work (`dict[str, float]`, *optional*): seconds of the steps of each mode from their first micro-batch on, to
+            which those to come are added.
     """
 
-    def __init__(self, waited: float = 0.0, seconds: float = 0.0):
+    def __init__(self, waited: float = 0.0, seconds: float = 0.0, work: dict[str, float] | None = None):
         self.sums = {"waited": waited, "seconds": seconds}
+        self.work = {} if work is None else work
         self.device = torch.device("cpu")
         self.steps = 0  # since training began here
         self._spans: list[tuple[str, Any, Any]] = []  # whose end the device may not have reached
         # Seconds of the last steps of each mode, their wait included, without the first one, which takes longer.
         self.recent: dict[str, deque[float]] = {}
-        self._begun = None
+        self._begun = self._work_begun = None
         self._logged = dict(self.sums)
         self._hinted = False
 
@@ -56,20 +61,29 @@ class DataWait:
                 return
             yield batch
 
+    def begin_work(self) -> None:
+        """Begins the first micro-batch of a step, whose batches have come."""
+        self._work_begun = self._mark()
+
     def end_step(self, mode: str | None = None) -> None:
-        """Ends the step that the last batches were for, and that was of this mode."""
-        if self._begun is not None:  # a `get_batch_samples` in front of ours may not call it
-            ended = self._mark()
-            self._spans.append(("seconds", self._begun, ended))
+        """Ends the step that the last batches were for, and that was of this mode; nothing where it has ended."""
+        begun, work_begun = self._begun, self._work_begun
+        self._begun = self._work_begun = None
+        if begun is None and work_begun is None:
+            return
+        ended = self._mark()
+        if work_begun is not None and mode is not None:
+            self._spans.append((f"{mode}{WORK}", work_begun, ended))
+        if begun is not None:  # a `get_batch_samples` in front of ours may not call it
+            self._spans.append(("seconds", begun, ended))
             if mode is not None:
-                self._spans.append((mode, self._begun, ended))
-            self._begun = None
+                self._spans.append((mode, begun, ended))
             self.steps += 1
-            self._settle()
+        self.settle()
 
     def shares(self) -> tuple[float, float]:
         """The share of waiting since the last log, and that of the whole run; 0 before the first step."""
-        self._settle()
+        self.settle()
         since = {name: value - self._logged[name] for name, value in self.sums.items()}
         return share_of(since), share_of(self.sums)
 
@@ -100,7 +114,7 @@ class DataWait:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Adds up the spans whose end is past."""
         while self._spans:
             name, begun, ended = self._spans[0]
@@ -113,6 +127,9 @@ class DataWait:
             self._spans.pop(0)
             if name in self.sums:
                 self.sums[name] += taken
+            elif name.endswith(WORK):
+                mode = name.removesuffix(WORK)
+                self.work[mode] = self.work.get(mode, 0.0) + taken
             else:
                 self._note(name, taken)
 
@@ -130,13 +147,15 @@ def share_of(sums: dict[str, float]) -> float:
 
 
 class ModeClock(TrainerCallback, ExportableState):
-    """Optimizer steps and their wall seconds by mode, saved in the checkpoint.
+    """Optimizer steps and their seconds by mode, saved in the checkpoint.
 
-    A step is timed from its first micro-batch to the end of the optimizer step. Data loading, evaluation and saving
-    count in `total_seconds` only. `visual_tokens` are those of the fast steps of this process, before and after
-    pruning; the checkpoint holds `all_visual_tokens`, the sum over all processes, which the trainer sets. `fast_tokens`
-    are the tokens of the largest batch of a fast step, padding included. `data` times how long steps wait for their
-    batches; `data_wait` is that share in the process that waits longest, which the trainer sets.
+    A step is timed from its first micro-batch to the optimizer's update, as [`DataWait`] does it: on a CUDA device by
+    the device, which the host does not wait for, so that work of a slow step is not counted in the next fast one. Data
+    loading, evaluation, saving and other callbacks count in `total_seconds` only. `visual_tokens` are those of the fast
+    steps of this process, before and after pruning; the checkpoint holds `all_visual_tokens`, the sum over all
+    processes, which the trainer sets. `fast_tokens` are the tokens of the largest batch of a fast step, padding
+    included. `data` times how long steps wait for their batches; `data_wait` is that share in the process that waits
+    longest, which the trainer sets.
     """
 
     def __init__(self, mode: str | None = None):
@@ -145,7 +164,6 @@ class ModeClock(TrainerCallback, ExportableState):
         self.unsaid: dict = {}  # those that a checkpoint had which says none, because it is older
         self._restore({})
         self._mode = mode  # of the last micro-batch; of all steps if micro-batches are not counted
-        self._begun = 0.0
         self._logged = ({FAST: 0, SLOW: 0}, time.perf_counter())
 
     def _restore(self, values: dict) -> None:
@@ -155,7 +173,7 @@ class ModeClock(TrainerCallback, ExportableState):
         self.visual_tokens = dict(values.get("visual_tokens", {"full": 0, "kept": 0}))
         self.all_visual_tokens = dict(self.visual_tokens)
         self.fast_tokens = values.get("fast_tokens", 0)
-        self.data = DataWait(**values.get("data_times", {}))
+        self.data = DataWait(**values.get("data_times", {}), work=self.seconds)
         self.data_wait: float | None = None
         self._seen: float | None = None
 
@@ -178,7 +196,10 @@ class ModeClock(TrainerCallback, ExportableState):
         self._logged = (dict(self.steps), self._seen)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._begun = time.perf_counter()
+        self.data.begin_work()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.data.end_step(self._mode)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._mode is None:
@@ -187,7 +208,6 @@ class ModeClock(TrainerCallback, ExportableState):
                 "Call super().training_step(...) there."
             )
         self.steps[self._mode] += 1
-        self.seconds[self._mode] += time.perf_counter() - self._begun
         self.data.end_step(self._mode)
         self.pass_time()
 
@@ -196,7 +216,8 @@ class ModeClock(TrainerCallback, ExportableState):
         self._seen = None
 
     def pass_time(self) -> None:
-        """Updates `total_seconds` while training runs."""
+        """Updates `total_seconds` while training runs, and `seconds`."""
+        self.data.settle()
         if self._seen is not None:
             now = time.perf_counter()
             self.total_seconds, self._seen = self.total_seconds + now - self._seen, now

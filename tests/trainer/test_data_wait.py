@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from training import history, make
+from transformers import TrainerCallback
 
 from hf_dualspeed.publishing.model_card import model_card
 from hf_dualspeed.publishing.results import read_results
@@ -103,6 +104,52 @@ def test_events_of_the_device_are_read_when_they_are_past():
     ended.past = True
     assert data.shares() == (1, 1)
     assert data.sums == {"waited": 0.25, "seconds": 0.25}
+
+
+def test_a_mode_has_the_time_that_the_device_worked_for_it(monkeypatch):
+    """The host is ahead of the device, and waits for a step's work only in the middle of the next one."""
+    device = SimpleNamespace(seconds=0.0, done=False)
+
+    class Event:
+        def __init__(self):
+            self.at = device.seconds
+
+        def query(self):
+            return device.done
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(DataWait, "_mark", lambda data: Event())
+    clock = ModeClock()
+    for mode, work in (("fast", 1), ("slow", 10), ("fast", 2)):
+        next(clock.data.batches(iter("b")))
+        clock.on_step_begin(None, None, None)
+        clock.count(mode, 1, 0, 0)
+        device.seconds += work
+        clock.on_optimizer_step(None, None, None)
+        device.seconds += 100  # an evaluation
+        clock.on_step_end(None, None, None)
+    assert clock.seconds == {"fast": 0, "slow": 0}
+    device.done = True
+    clock.pass_time()
+    assert clock.seconds == pytest.approx({"fast": 3, "slow": 10})
+    assert clock.state()["attributes"]["seconds"] == clock.seconds
+
+
+def test_what_callbacks_do_behind_a_step_is_none_of_its_time(tmp_path, clock):
+    class Slow(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            clock.seconds += 2
+
+        def on_step_end(self, *args, **kwargs):
+            clock.seconds += 100
+
+    trainer = make(tmp_path, callbacks=[Slow()], slow_mode_ratio=0.0, max_steps=3)
+    trainer.train()
+    assert trainer.clock.seconds == pytest.approx({"fast": 6, "slow": 0})
+    assert trainer.pace()["fast_step_seconds"] == 2
+    assert trainer.clock.total_seconds >= 306
 
 
 def test_of_several_processes_the_one_that_waits_longest_counts(clock):
