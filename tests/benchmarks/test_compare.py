@@ -255,6 +255,22 @@ def test_errors_name_what_is_wrong(tmp_path, keys, words, message):
         compare.main([*write_recipe(tmp_path, **keys), "--results", str(tmp_path / "c.json"), *words])
 
 
+@pytest.mark.parametrize(("columns", "read"), [([], ["a"]), (["--eval_image_column", "b"], ["b"])])
+def test_pictures_are_read_from_the_columns_of_the_recipe(tmp_path, monkeypatch, columns, read):
+    calls = []
+
+    def load(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise StopIteration
+
+    monkeypatch.setattr(compare, "load_examples", load)
+    words = write_recipe(tmp_path, dataset="one", eval_dataset="two")
+    with pytest.raises(StopIteration):
+        compare.compare([*words, "--image_column", "a", *columns], [0])
+    assert calls == [("one", "train", None, ["a"]), ("two", "test", None, read)]
+
+
 def test_nothing_to_render_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file to render"):
         compare.main(["--render-only", "--results", str(tmp_path / "none.json")])
