@@ -236,8 +236,8 @@ def _name(results: dict) -> str:
 def _eval_results(results: dict) -> list[EvalResult] | None:
     """Results for the Hub's widget: those on a data set with a known name."""
     measured = _metrics(results) if results.get("eval_dataset") else {}
-    if results.get("eval_dataset") and not results.get("eval_part"):
-        measured["accuracy"] = results.get("accuracy")
+    if results.get("eval_dataset") and results.get("accuracy") is not None and not results.get("eval_part"):
+        measured["accuracy"] = results["accuracy"]
     names = {"accuracy": "Accuracy with all visual tokens"}
     rows = [
         (

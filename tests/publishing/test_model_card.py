@@ -322,6 +322,9 @@ def test_evaluation_of_the_trainer_is_shown():
     assert "| loss | 1.25 |\n| f1 | 0.5 |" in card.text
     assert "runtime" not in card.text
     assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {"loss": 1.25, "f1": 0.5}
+    # Also where a metric of one's own is called as a recipe's is.
+    own = ModelCard(model_card({**results, "evaluation": {"eval_accuracy": 0.75}})).data
+    assert [(result.metric_type, result.metric_value) for result in own.eval_results] == [("accuracy", 0.75)]
     nameless = ModelCard(model_card({key: value for key, value in results.items() if key != "eval_dataset"}))
     assert "| loss | 1.25 |" in nameless.text
     assert nameless.data.eval_results is None  # of what data, the Hub could not say
