@@ -84,12 +84,14 @@ class RunDisplay(ProgressCallback):
         """Copies are not in the middle of a run."""
         return {**self.__dict__, "_training": None, "_evaluating": None}
 
-    def saw(self, lengths: dict[str, list[int]], visual_tokens: tuple[int, int], shape: tuple[int, int]) -> None:
+    def saw(
+        self, lengths: dict[str, list[int]], visual_tokens: tuple[int, int], tokens: int, fast_tokens: int | None
+    ) -> None:
         """Notes the visual tokens of a micro-batch: of each image by modality, and of all before and after pruning; and
-        its samples and their length."""
+        its tokens, padding included, before pruning and, in a fast step, after it."""
         if self._seen is not None and not self._seen and lengths:
             units = {name: list(own) for name, own in lengths.items()}
-            self._seen = {"lengths": units, "all": visual_tokens, "shape": shape}
+            self._seen = {"lengths": units, "all": visual_tokens, "tokens": (tokens, fast_tokens)}
 
     def tell_size(self, args: TrainingArguments, size: dict) -> None:
         """Says in one line how large the micro-batch is, what it takes and what would fit."""
@@ -206,15 +208,15 @@ def tokens_of_images(seen: dict, kept: Callable[[int], int]) -> dict[str, dict]:
 
 
 def speedup_limit(facts: dict, seen: dict) -> float | None:
-    """How many times fewer tokens the language model reads than with full steps alone; None where that is not known."""
-    steps, images = facts["steps"], facts["visual_tokens"].values()
-    if not images or facts["pruned_in_language_model"] or not sum(steps.values()):
+    """How many times fewer tokens the language model reads than with full steps alone; None where that is not known, as
+    of fast steps where the first one is slow."""
+    steps, (full, fast) = facts["steps"], seen.get("tokens", (0, None))
+    if not facts["visual_tokens"] or facts["pruned_in_language_model"] or not sum(steps.values()):
         return None
-    samples, length = seen["shape"]
-    gone = sum(one["count"] * (one["full"] - one["kept"]) for one in images)
-    fast = samples * (length + facts["isolator_length"]) - gone
+    if not steps["fast"]:
+        return 1.0
     slow = steps["slow"] / sum(steps.values())
-    return samples * length / (fast + slow * (samples * length - fast))
+    return None if fast is None else full / (fast + slow * (full - fast))
 
 
 def panel(facts: dict) -> Panel:

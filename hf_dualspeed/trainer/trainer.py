@@ -491,7 +491,8 @@ class DualSpeedMixin(
         inputs = {**inputs, **places}
         loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served, repeats)
         self.clock.count(mode, done.tokens, *done.visual_tokens)
-        self.display.saw(done.lengths, done.visual_tokens, tuple(inputs["input_ids"].shape))
+        tokens = done.tokens if mode == FAST else None
+        self.display.saw(done.lengths, done.visual_tokens, inputs["input_ids"].numel(), tokens)
         self._modalities |= done.modalities
         self._share_run = done.tokens / inputs["input_ids"].numel() if mode == FAST else 1.0
 

@@ -111,16 +111,28 @@ def test_tokens_are_known_whatever_the_first_mode(tmp_path, capsys, slow):
 
 @pytest.mark.parametrize(("ratio", "isolator"), [(0.0, 0), (0.5, 4), (1.0, 0)])
 def test_the_speed_up_is_bound_by_tokens(tmp_path, capsys, ratio, isolator):
-    trainer = make(tmp_path, disable_tqdm=False, slow_mode_ratio=ratio, isolator_length=isolator, pruning_ratio=0.75)
+    """Of a batch whose longest row, with two images, is the one that pruning shortens."""
+    options = {"slow_mode_ratio": ratio, "isolator_length": isolator, "mode_schedule": "periodic"}
+    trainer = make(tmp_path, disable_tqdm=False, pruning_ratio=0.75, data=[DATA[1], DATA[2]], **options)
+    sizes = []
+    trainer.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
     trainer.train()
     facts = said(capsys)[0]["start"]
-    samples, length = next(iter(trainer.get_train_dataloader()))["input_ids"].shape
-    fast = length + isolator - 12 * facts["visual_tokens"]["image"]["count"] / samples  # 12 of 16 go
+    full = next(iter(trainer.get_train_dataloader()))["input_ids"].numel()
     slow = facts["steps"]["slow"] / sum(facts["steps"].values())
-    assert facts["speedup_limit"] == pytest.approx(length / ((1 - slow) * fast + slow * length))
+    assert facts["speedup_limit"] == pytest.approx(full / ((1 - slow) * sizes[0] + slow * full))
     assert ("speed-up", f"at most {facts['speedup_limit']:.1f} x in the language model, by its tokens") in (
         display.panel_rows(facts)
     )
+
+
+def test_the_bound_is_not_known_before_a_fast_step(tmp_path, capsys):
+    make(tmp_path, disable_tqdm=False, slow_mode_ratio=0.0, slow_warmup_steps=1, max_steps=2).train()
+    facts = said(capsys)[0]["start"]
+    assert facts["speedup_limit"] is None
+    assert "speed-up" not in dict(display.panel_rows(facts))
 
 
 def test_the_page_shows_the_rows_of_the_panel():
