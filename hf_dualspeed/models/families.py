@@ -23,6 +23,7 @@ class Family:
         layered (`bool`): the field is a list of (layer, tokens), added to the hidden states of several layers.
         runs (`bool`): a unit is a run of placeholders, because the encoder returns tiles of an image, or all images of
             a sample.
+        lines (`bool`): an image's placeholders stand in lines, with one other token between two of them.
         shares_placeholder (`bool`): video frames use the image placeholder.
         row_mask (`str`): the input that selects the rows of the encoder's output that `forward` takes.
         project (`Callable`, *optional*): `forward` projects the encoder's output itself, which leaves no room for the
@@ -38,6 +39,7 @@ class Family:
     field: str = "pooler_output"
     layered: bool = False
     runs: bool = False
+    lines: bool = False
     shares_placeholder: bool = False
     row_mask: str = ""
     project: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
@@ -93,7 +95,7 @@ FAMILIES = {
     "exaone4_5": Family(counts=True),
     "hyperclovax_vision_v2": Family(counts=True),
     "chameleon": Family(slices_logits=False),  # its forward writes into logits (B, S, V)
-    "fuyu": Family(field="last_hidden_state"),
+    "fuyu": Family(field="last_hidden_state", lines=True),
     "granite4_vision": Family(field="deepstack_features", layered=True),
     "llama4": Family(field="last_hidden_state", project=lambda owner, rows: owner.multi_modal_projector(rows)),
     "minimax_m3_vl": Family(places=True),

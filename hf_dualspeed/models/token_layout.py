@@ -320,14 +320,17 @@ def masked_parts(parts: list[list[int]], kept: torch.Tensor) -> list[list[int]]:
     return [[int(next(counts)) for _ in unit] for unit in parts]
 
 
-def placeholder_runs(input_ids: torch.Tensor, token_id: int) -> list[int]:
+def placeholder_runs(input_ids: torch.Tensor, token_id: int, lines: bool = False) -> list[int]:
     """Lengths of the runs of placeholders in `(B, S)`, row by row. Waits for the device.
 
-    The runs are the units of an encoder that returns one flat tensor.
+    The runs are the units of an encoder that returns one flat tensor. With `lines`, one other token ends none.
     """
     # A run begins at a placeholder whose left neighbour is none; a zero column (B, S + 1) starts each row.
     is_token = torch.nn.functional.pad(input_ids == token_id, (1, 0))
-    begins = (is_token[:, 1:] & ~is_token[:, :-1]).flatten()
+    inside = is_token.clone()
+    if lines:  # so is a token between two placeholders
+        inside[:, 1:-1] |= is_token[:, :-2] & is_token[:, 2:]
+    begins = (inside[:, 1:] & ~inside[:, :-1]).flatten()
     # Number of the run of each placeholder, (T,), and tokens of each run.
     run = begins.cumsum(0)[is_token[:, 1:].flatten()]
     return torch.bincount(run)[1:].tolist()

@@ -306,7 +306,7 @@ def parts_of(container: Container, family: Family, inputs: Mapping, token_id: in
     if parts is not None and not family.runs:
         return parts
     # Each run of placeholders is a unit: split the encoder's parts at the runs.
-    runs = placeholder_runs(inputs["input_ids"], token_id)
+    runs = placeholder_runs(inputs["input_ids"], token_id, family.lines)
     return [[n] for n in runs] if parts is None else units_by_runs(parts, runs)
 
 

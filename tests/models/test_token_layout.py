@@ -129,6 +129,13 @@ def test_a_square_count_is_no_square_image():
     assert shape(frames([16], (384, 384))) == [(4, 4)]
 
 
+def test_lines_of_an_image_are_one_unit():
+    """Fuyu writes a newline behind each line of patches, and its encoder returns those of all images in one matrix."""
+    (encoding,), inputs = encoded("fuyu", "image")
+    assert encoding.features.shape[0] == inputs["pixel_values"].shape[0] == 24
+    assert encoding.lengths == [8, 8, 8]
+
+
 def test_merged_frames_are_believed_of_known_merges_only():
     assert fit(16, [(4, 8, 8)], [2]).views == [(1, 4, 4)]
     assert fit(16, [(4, 8, 8)], []).views == [(4, 2, 2)]

@@ -394,9 +394,9 @@ def fuyu():
 
 
 def fuyu_images(model, rows):
-    """Patches of images of one size; each line of patches ends in a newline token."""
+    """Patches of all images in one matrix, as its processor joins them; lines of patches end in newline tokens."""
     seeds = flat(rows)
-    patches = torch.cat([noise((1, 8, 3 * PATCH**2), s) for s in seeds])
+    patches = torch.cat([noise((8, 3 * PATCH**2), s) for s in seeds])
     return {"pixel_values": patches}, [[*[IMAGE] * 4, ROW] * 2 + [BOS] for _ in seeds]
 
 
