@@ -16,6 +16,7 @@ from .decoder import LayerPass
 from .encoding import encode
 from .inputs import check_inputs, check_pruner, shorten_inputs
 from .isolator import ModeIsolator
+from .positions import remember
 from .proportional_attention import handed_on, watch_calls
 
 
@@ -74,6 +75,8 @@ def prune_inputs(
     check_media(inputs["input_ids"], inputs, interface.media)
     encodings = encode(interface, inputs, pruner.needs, video_budget)
     short = shorten_inputs(interface, inputs, encodings, pruner, isolator, position_ids, generator)
+    if encodings and inputs.get("labels") is None:  # a later turn may follow
+        remember(interface.positions_owner, short.inputs)
     return handed_on(interface, model, short.inputs, short.log_sizes if proportional_attention else None)
 
 
@@ -114,6 +117,8 @@ def prune_visual_tokens(
             layers = LayerPass(interface, pruner, proportional_attention)
             layer_passes.append(layers)
         short = shorten_inputs(interface, kwargs, encodings, pruner, isolator, position_ids, generator, layers)
+        if encodings and kwargs.get("labels") is None:  # a later turn may follow
+            remember(interface.positions_owner, short.inputs)
         # Proportional attention for this call; `close` ends it.
         key_sizes.take(model)
         key_sizes.set(short.log_sizes if proportional_attention else None)

@@ -47,6 +47,20 @@ def numbered(owner: nn.Module, inputs: Mapping, mask: torch.Tensor) -> torch.Ten
     return positions
 
 
+def remember(owner: nn.Module | None, prompt: Mapping) -> None:
+    """Stores how far the positions of a `prompt` are from a count of its tokens, `(B, 1)`, for a turn that follows.
+
+    Models store it when they number a prompt, and add it to the count of all later tokens. A prompt that brings its own
+    positions would leave that of an earlier one.
+    """
+    positions, mask = prompt.get("position_ids"), prompt.get("attention_mask")
+    if owner is None or positions is None or positions.dim() != 3 or mask is None:
+        return
+    # The last position of each sample, on any axis, (A, B, S) -> (B, 1).
+    last = positions.amax(0).masked_fill(~mask.bool(), -1).amax(1, keepdim=True)
+    owner.rope_deltas = last + 1 - mask.long().sum(1, keepdim=True)
+
+
 def without_weights(owner: nn.Module) -> nn.Module:
     """A module of `owner`'s class with its config and plain values, and nothing else, for a data loader's worker."""
     bare = object.__new__(type(owner))

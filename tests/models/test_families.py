@@ -295,6 +295,24 @@ def test_answers_see_the_positions_that_training_saw(name):
     torch.testing.assert_close(answer.logits[0], forward, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["original", "compact"])
+def test_a_later_turn_counts_on_from_the_pruned_prompt(scheme):
+    """Its model adds to the count what the last prompt has lacked that it numbered itself, here one on all tokens."""
+    family, model = FAMILIES["qwen2_5_vl"], FAMILIES["qwen2_5_vl"].model()
+    inputs = batch(family, model, [[5, "image", 4]], labels=False)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [60, 61]}
+    model.generate(**inputs, **options)
+    short = prune_inputs(model, inputs, pruner(0.5), position_ids=scheme)
+    end = int(short["position_ids"].max())
+    first = model.generate(**short, **options, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, torch.tensor([[20, 21]])], dim=1)
+    given = []
+    model.model.language_model.rotary_emb.register_forward_pre_hook(lambda _, args: given.append(args[1]))
+    model.generate(ids, past_key_values=first.past_key_values, **options)
+    # The last answered token has not been read yet, and two more follow it.
+    assert (given[0] == end + torch.tensor([3, 4, 5])).all()
+
+
 def test_padding_of_a_prompt_takes_no_position():
     """Mistral Large 4 scales attention by the position, which `generate` counts without padding."""
     family, model = FAMILIES["mistral_large4"], FAMILIES["mistral_large4"].model()
