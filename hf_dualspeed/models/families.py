@@ -20,7 +20,8 @@ class Family:
 
     Args:
         field (`str`): the field of the encoder's output with the tokens that `forward` merges.
-        layered (`bool`): the field is a list of (layer, tokens), added to the hidden states of several layers.
+        layered (`bool`): the field is a list of (layer, tokens), added to the hidden states of several layers. Those of
+            the lowest layer are pruned, and the isolator stands before them.
         runs (`bool`): a unit is a run of placeholders, because the encoder returns tiles of an image, or all images of
             a sample.
         lines (`bool`): an image's placeholders stand in lines, with one other token between two of them.

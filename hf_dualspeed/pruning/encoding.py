@@ -11,7 +11,7 @@ batch, P patches of the tower, L tokens of an instruction (padded), D hidden, D'
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -89,9 +89,11 @@ class VisualEncoding:
         containers."""
         output, name = copy.copy(self.output), self.family.field
         old = getattr(output, name)
-        # A list of (layer, tokens): the first level is the features, the others are companions.
+        # A list of (layer, tokens): one level is the features, the others are companions.
         if self.family.layered:
-            levels = zip(old, [features, *companions[name]], strict=True)
+            levels = list(companions[name])
+            levels.insert(lowest(old), features)
+            levels = zip(old, levels, strict=True)
             setattr(output, name, [(layer, refill(was, rows, lengths)) for (layer, was), rows in levels])
             return output
         # Tokens and companions are separate fields: (sum K_i, D) into their containers.
@@ -312,11 +314,18 @@ def parts_of(container: Container, family: Family, inputs: Mapping, token_id: in
 
 def companions_of(output, family: Family) -> dict[str, list[torch.Tensor]]:
     """Other features of the same tokens that `forward` reads, each level `(T, D')`."""
-    # The first level holds the tokens themselves.
+    # The lowest level holds the tokens themselves.
     if family.layered:
-        return {family.field: [flat_rows(tokens) for _, tokens in getattr(output, family.field)[1:]]}
+        levels = list(getattr(output, family.field))
+        del levels[lowest(levels)]
+        return {family.field: [flat_rows(tokens) for _, tokens in levels]}
     levels = {name: getattr(output, name, None) for name in COMPANIONS}
     return {name: [flat_rows(level) for level in value] for name, value in levels.items() if value is not None}
+
+
+def lowest(levels: Sequence[tuple[int, Container]]) -> int:
+    """Which of the levels (layer, tokens) enters the language model first."""
+    return min(range(len(levels)), key=lambda level: levels[level][0])
 
 
 def encoder_arguments(encoder: Encoder, inputs: Mapping) -> tuple[dict[str, object], set[str]]:
@@ -354,9 +363,9 @@ def check_pixels(inputs: Mapping, modality: Modality) -> None:
 def tokens_of(output, family: Family, name: str) -> Container:
     """The visual tokens in the encoder's output, in their container."""
     container = getattr(output, family.field, None)
-    # A list of (layer, tokens): the first level.
+    # A list of (layer, tokens): the lowest level.
     if family.layered:
-        container = container[0][1]
+        container = container[lowest(container)][1]
     # A tensor (U, N, D) or (T, D), or one (..., N, D) per unit.
     known = isinstance(container, (torch.Tensor, list, tuple)) and len(container)
     if not known or not all(isinstance(unit, torch.Tensor) for unit in container):

@@ -112,6 +112,24 @@ def test_deepstack_features_are_pruned_like_the_tokens():
         torch.testing.assert_close(rows, torch.cat(expected))
 
 
+def test_the_isolator_enters_the_lowest_layer():
+    """Granite 4 Vision lists its layers from above: [9, 6, 3, 0, 12, ...] in the published models, [1, 0, 2] here."""
+    family, model = FAMILIES["granite4_vision"], FAMILIES["granite4_vision"].model()
+    inputs = batch(family, model)
+    encoding = encode(ModelInterface(model), inputs)[0]
+    levels = dict(encoding.output.deepstack_features)
+    assert list(levels) == [1, 0, 2]
+    torch.testing.assert_close(encoding.features, torch.cat(levels[0]))
+    isolator = ModeIsolator.for_model(model, 2)
+    short = prune_inputs(model, inputs, pruner(0.5, dropped_tokens="discard"), isolator)["mm_encoder_outputs"]["image"]
+    kept = pruner(0.5, dropped_tokens="discard")(encoding.tokens())
+    assert [layer for layer, _ in short.deepstack_features] == [1, 0, 2]
+    for layer, rows in short.deepstack_features:
+        prompt = isolator.prompt if layer == 0 else torch.zeros_like(isolator.prompt)
+        tokens = levels[layer][0][kept.positions[0, : kept.lengths[0]]]
+        torch.testing.assert_close(rows[0].view(-1, rows[0].shape[-1]), torch.cat([prompt, tokens]))
+
+
 @pytest.mark.parametrize("name", ["avg_pool", "divprune"])
 def test_merging_pruners_merge_deepstack_features_too(name):
     family = FAMILIES["qwen3_vl"]

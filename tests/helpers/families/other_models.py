@@ -493,9 +493,9 @@ def granite4_vision():
         image_token_index=IMAGE,
         image_grid_pinpoints=PINPOINTS,
         downsample_rate="1/2",
-        deepstack_layer_map=[[-1, 0]],
+        deepstack_layer_map=[[-2, 1], [-1, 0]],  # the lowest layer comes last, as in the published models
         spatial_vision_layer=-2,
-        spatial_target_layers=[1, 2],
+        spatial_target_layers=[2],
         projector_dropout=0.0,
     )
     return Granite4VisionForConditionalGeneration(config)
