@@ -9,8 +9,8 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help quickstart demo chromium compare ablation ablation-deeper ablation-reading ablation-objects \
-	ablation-objects-shallow ablation-cool-down ablation-budgets ablation-first-layers ablation-selection \
+.PHONY: help quickstart demo chromium compare ablation ablation-deeper ablation-deeper-positions ablation-reading \
+	ablation-objects ablation-objects-shallow ablation-cool-down ablation-budgets ablation-first-layers ablation-selection \
 	ablation-selection-cost ablation-large ablation-estimate cards bench bench-gpu gpu memory conformance test test-min \
 	test-deepspeed lint docs
 
@@ -19,7 +19,7 @@ help:
 	@echo "make demo        ask the quickstart, and two runs of it without fast or slow steps, in the browser"
 	@echo "make compare     train with and without DualSpeed and compare them"
 	@echo "make ablation    measure what each part, ratio, pruner and schedule is worth (hours; rerun it to resume)"
-	@echo "make ablation-GROUP one more of deeper, reading, objects, objects-shallow, cool-down, budgets, first-layers, selection (hours each)"
+	@echo "make ablation-GROUP one more of deeper, deeper-positions, reading, objects, objects-shallow, cool-down, budgets, first-layers, selection (hours each)"
 	@echo "make ablation-estimate how long each of them would take here (minutes)"
 	@echo "make ablation-selection-cost time what selects tokens, side by side (minutes)"
 	@echo "make ablation-large full tokens, the paper's way and ours on one GPU of 80 GB; rerun it for the next seeds"
@@ -72,7 +72,7 @@ ablation: $(STAMP)
 	$(ABLATION)_longer.json --steps 800 --groups parts "equal time"
 
 # One of the deeper, wider and harder groups: its name is the group's.
-ablation-deeper ablation-reading ablation-objects ablation-objects-shallow ablation-cool-down ablation-budgets ablation-first-layers ablation-selection: $(STAMP)
+ablation-deeper ablation-deeper-positions ablation-reading ablation-objects ablation-objects-shallow ablation-cool-down ablation-budgets ablation-first-layers ablation-selection: $(STAMP)
 	$(ABLATION)_$(@:ablation-%=%).json --groups $(@:ablation-%=%)
 
 ablation-selection-cost: $(STAMP)

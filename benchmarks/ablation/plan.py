@@ -247,6 +247,7 @@ GROUPS: dict[str, tuple[Variant, ...]] = {
     "pruning ratios": (FULL, *PRUNING_RATIOS),
     "pruners": (FULL, *PRUNERS),
     "deeper": (FULL, MERGED_ONLY, PAPERS[-1], DUALSPEED, timed(FULL), timed(MERGED_ONLY), timed(PAPERS[-1])),
+    "deeper-positions": (FULL, DUALSPEED, TODAYS),
     "reading": (FULL, at_ratios(0.9)[0], *READ, *map(original, READ)),
     "objects": (FULL, DUALSPEED, TODAYS, original(at_ratios(0.75)[1]), timed(FULL)),
     "objects-shallow": (FULL, DUALSPEED, TODAYS, timed(FULL)),
@@ -270,6 +271,7 @@ LARGE = {
 PLAIN_SETUP = Setup()
 SETUPS = {
     "deeper": DEEPER,
+    "deeper-positions": DEEPER,
     "reading": Setup("reading", {"heads": 2, "test_grids": 300}, bf16=True),
     "objects": OBJECTS,
     "objects-shallow": Setup("objects", {"heads": 2, "test_grids": 300}, bf16=True),

@@ -57,7 +57,7 @@ def write_report(results: dict, path: Path) -> None:
     for group in results["groups"]:
         print_table(header(results), group_rows(results, group), group)
     plot(results, path.with_suffix(".png"))
-    if any(run.get("curve") for run in results["runs"]):
+    if results.get("timed", True) and any(run.get("curve") for run in results["runs"]):
         plot_curves(results, path.with_name(f"{path.stem}_curve.png"))
 
 

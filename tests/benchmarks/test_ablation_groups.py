@@ -24,7 +24,7 @@ from benchmarks.ablation.letters import LETTERS, NAMES
 from benchmarks.ablation.objects import LEAST
 from benchmarks.ablation.plan import GROUPS, SETUPS, TODAYS, setup_of
 from benchmarks.ablation.reading import READING
-from benchmarks.ablation.report import readme_table
+from benchmarks.ablation.report import readme_table, write_report
 from benchmarks.ablation.worlds import WORLDS, world_of
 from hf_dualspeed import cli
 from hf_dualspeed.pruners import AutoPruner, registry
@@ -91,6 +91,9 @@ def test_each_kind_of_run_trains(place, group, monkeypatch):
         points = 1 if timed and steps != 4 else steps
         assert len(run.get("curve", ())) == min(setup_of(group).curve, points)
     assert f"conversations about 4 {world_of(setup_of(group).world).shows}" in readme_table(results)
+    write_report({**results, "timed": False}, place / "untimed.json")
+    assert (place / "untimed.png").is_file()
+    assert not (place / "untimed_curve.png").exists()  # which is drawn over seconds
 
 
 def test_groups_without_their_pictures_are_skipped_by_name(place, monkeypatch, capsys):
