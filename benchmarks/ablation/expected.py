@@ -49,6 +49,7 @@ ROWS = (
     Row(GRIDS, "144", TINY, "90%", "ablation_equal_time", "dualspeed"),
     Row("colour of a shape, trained from scratch", "256", "4 layers of 192", "90%", "compare", "dualspeed"),
     Row(GRIDS, DEEP_TOKENS, DEEP, "90%", "ablation_deeper", "dualspeed"),
+    Row(GRIDS, DEEP_TOKENS, DEEP, "90%", "ablation_deeper-positions", TODAYS.key),
     Row(OBJECTS, "576", TINY, "90%", "ablation_objects-shallow", TODAYS.key),
     Row(OBJECTS, DEEP_TOKENS, DEEP, "75%", "ablation_objects", f"pruning-0.75{ORIGINAL}"),
     Row(OBJECTS, DEEP_TOKENS, DEEP, "90%", "ablation_objects", TODAYS.key),

@@ -164,6 +164,7 @@ TABLES = {
     "ablation_slow_ratios": ablation_report.readme_table,
     "ablation_equal_time": ablation_report.readme_table,
     "ablation_deeper": ablation_report.readme_table,
+    "ablation_deeper-positions": ablation_report.readme_table,
     "ablation_pruning": ablation_report.readme_table,
     "ablation_schedules": ablation_report.readme_table,
     "ablation_pruners": ablation_report.readme_table,
@@ -222,6 +223,10 @@ def test_the_accuracy_is_that_of_the_ablation():
         )
     steps, ends = full["steps"]["slow"], [f"{way['full']['mean']:.1%}".replace("%", " %") for way in (full, ours)]
     assert "get {:.0f} of 400 steps and end at {}, against {}".format(steps, *ends) in said
+    today = json.loads(text_of("docs/results/ablation_deeper-positions.json"))["summary"]["dualspeed:original"]
+    share = f"{today['retention']['mean']:.1%}".replace("%", " %")
+    assert f"with today's positions it keeps {share}" in said
+    assert f"That keeps {share} where renumbered" in " ".join(text_of("docs/ablation.md").split())
     objects = json.loads(text_of("docs/results/ablation_objects.json"))["summary"]
     kept = [objects[key]["retention"]["mean"] for key in ("pruning-0.75:original", "dualspeed:original")]
     assert "keep {:.1%} at 75% pruned and {:.1%} at 90%".format(*kept).replace("%", " %") in said
