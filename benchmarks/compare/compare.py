@@ -125,10 +125,8 @@ def compare(words: list[str], seeds: list[int], command: str = COMMAND) -> dict:
     """
     recipe, args = parse_recipe(words, prog=COMMAND)
     _check(recipe, args, seeds)
-    folder, columns = recipe.image_folder, recipe.image_column
-    train = load_examples(recipe.dataset, recipe.dataset_split, folder, columns)
-    columns = columns if recipe.eval_image_column is None else recipe.eval_image_column
-    test = load_examples(recipe.eval_dataset, recipe.eval_split, folder, columns)
+    train = load_examples(recipe.dataset, recipe.dataset_split, recipe.image_folder, recipe.image_column)
+    test = load_examples(recipe.eval_dataset, recipe.eval_split, recipe.image_folder, recipe.eval_columns)
     plan, results, warm = list(order(seeds)), [], False
     for number, (variant, seed) in enumerate(plan, start=1):
         folder = Path(args.output_dir) / f"{variant.key}-seed{seed}"

@@ -53,14 +53,7 @@ def push_metric(name: str, repo_id: str, private: bool | None = None, commit_mes
         )
     contents = {file: text.encode("utf-8") for file, text in space_files(name, repo_id).items()}
     message = commit_message or f"Upload the metric {name}"
-    return push_files(
-        contents,
-        repo_id,
-        message,
-        space=True,
-        private=private,
-        renew=lambda card, published: merge_card(published, card),
-    )
+    return push_files(contents, repo_id, message, space=True, private=private, renew=merge_card)
 
 
 def space_files(name: str, repo_id: str) -> dict[str, str]:

@@ -177,7 +177,7 @@ def push_space(repo_id: str, names: dict[str, str], private: bool | None = None,
         return str(push_files(contents, repo_id, "Upload the DualSpeed demo", **options).repo_url)
 
 
-def _renewed(card: str, published: str) -> str:
+def _renewed(published: str, card: str) -> str:
     """The Space's card with what a person wrote into the published one; the app's own settings win."""
     (ours, body), (theirs, _) = split_front_matter(card), split_front_matter(published)
     head = ours | {key: value for key, value in theirs.items() if key not in SETTINGS}

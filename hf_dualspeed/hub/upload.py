@@ -77,7 +77,7 @@ def push_files(
         create (`bool`, *optional*): whether to make the repo, `private` or not, and the branch where they are missing.
         private, token, revision: those of [`~huggingface_hub.HfApi.create_commit`] and `create_repo`.
         stale (`Callable`, *optional*): says by its name whether a file of the repo is to go if it is not in `contents`.
-        renew (`Callable`, *optional*): makes the card of the one in `contents` and that of the repo, "" if it has none.
+        renew (`Callable`, *optional*): makes the card of the repo's, "" if it has none, and the one in `contents`.
         folder (`str` or `Path`, *optional*): where they come from, for messages.
 
     Raises:
@@ -99,15 +99,14 @@ def push_files(
             head = api.repo_info(repo_id, repo_type=kind, revision=revision).sha
             there = api.list_repo_files(repo_id, repo_type=kind, revision=head) if stale else ()
             gone = sorted(name for name in there if name not in contents and stale(name))
-            additions = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
+            files = dict(contents)
             if renew is not None and CARD_NAME in contents:
-                local = contents[CARD_NAME]
-                local = local if isinstance(local, bytes) else local.read_bytes()
+                card = contents[CARD_NAME]
+                card = card if isinstance(card, bytes) else card.read_bytes()
                 source = Source(repo_id, local=False, revision=revision, token=token, commit=head, space=space)
-                card = renew(local.decode("utf-8"), _card_of(source)).encode("utf-8")
-                check_no_secret({CARD_NAME: card}, [token], folder)
-                additions[CARD_NAME] = CommitOperationAdd(CARD_NAME, card)
-            operations = [*additions.values(), *map(CommitOperationDelete, gone)]
+                files[CARD_NAME] = renew(_card_of(source), card.decode("utf-8")).encode("utf-8")
+                check_no_secret({CARD_NAME: files[CARD_NAME]}, [token], folder)
+            operations = [*map(CommitOperationAdd, files, files.values()), *map(CommitOperationDelete, gone)]
             options = {"repo_type": kind, "revision": revision, "commit_message": commit_message}
             try:
                 return api.create_commit(repo_id, operations, parent_commit=head, **options)

@@ -53,18 +53,20 @@ def push_pruner(
         )
     generated = pruner_card(pruner, repo_id, results)
 
-    def renewed(_: str, published: str) -> str:
-        if published and own_card and own_card != published:
+    def renewed(published: str, card: str) -> str:
+        if not published:
+            return card
+        if own_card and own_card != published:
             logger.warning("%s has a card already: it is renewed, and the local %s left out.", repo_id, CARD_NAME)
-        return merge_card(published or own_card, generated)
+        return merge_card(published, generated)
 
     with tempfile.TemporaryDirectory() as folder:
         pruner.save_pretrained(folder)
         write_file(Path(folder) / CARD_NAME, merge_card(own_card, generated))
         contents = {path.name: path for path in Path(folder).iterdir()}
         message = commit_message or f"Upload pruner {pruner.config.pruner_type}"
-        stale = {PRUNER_WEIGHTS_NAME}.__contains__
-        return push_files(contents, repo_id, message, stale=stale, renew=renewed, **hub)
+        hub |= {"stale": lambda name: name == PRUNER_WEIGHTS_NAME, "renew": renewed}
+        return push_files(contents, repo_id, message, **hub)
 
 
 @checked

@@ -109,7 +109,7 @@ def adopt_published_card(
         write_file(path, adopted)
 
 
-def with_latest_words(local: str, published: str) -> str:
+def with_latest_words(published: str, local: str) -> str:
     """A card that is ready to be pushed, with what a person wrote into the published one meanwhile."""
     return adopt_card(local, "" if is_empty_form(published) else published, generated=False)
 

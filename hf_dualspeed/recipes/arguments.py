@@ -286,6 +286,11 @@ class RecipeArguments:
                 "would be trained. Set at least one of them to True."
             )
 
+    @property
+    def eval_columns(self) -> list[str] | None:
+        """The columns of the evaluation's pictures: its own, or those of the training."""
+        return self.image_column if self.eval_image_column is None else self.eval_image_column
+
 
 def check_evaluation(recipe: RecipeArguments, args: DualSpeedTrainingArguments) -> None:
     """Checks what evaluation during training needs of both: data, the loss as metric, and what early stopping asks for.

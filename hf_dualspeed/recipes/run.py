@@ -69,12 +69,10 @@ def run_recipe(recipe: RecipeArguments, training_args: DualSpeedTrainingArgument
         hide_bars()
     with training_args.main_process_first(desc="loading the data"), Work("Reading the data", disable=silent):
         check_pruner(training_args, recipe.trust_remote_code)
-        folder, columns = recipe.image_folder, recipe.image_column
-        train = load_examples(recipe.dataset, recipe.dataset_split, folder, columns)
+        train = load_examples(recipe.dataset, recipe.dataset_split, recipe.image_folder, recipe.image_column)
         test = None
         if recipe.eval_dataset is not None:
-            columns = columns if recipe.eval_image_column is None else recipe.eval_image_column
-            test = load_examples(recipe.eval_dataset, recipe.eval_split, folder, columns)
+            test = load_examples(recipe.eval_dataset, recipe.eval_split, recipe.image_folder, recipe.eval_columns)
     # The data are looked at before weights are loaded, which takes long. A small LLaVA is made at once.
     if recipe.tiny_llava is None:
         with Work("Loading the processor", disable=silent):
@@ -295,10 +293,9 @@ def _accuracy(recipe: RecipeArguments, trainer: DualSpeedTrainer, train: Dataset
 
 def _evaluate_later(recipe: RecipeArguments, folder: str) -> str:
     """The command that asks a saved model what the recipe would have."""
-    columns = recipe.image_column if recipe.eval_image_column is None else recipe.eval_image_column
     words = ["dualspeed", "evaluate", folder, "--dataset", recipe.eval_dataset, "--split", recipe.eval_split]
     words += [] if recipe.image_folder is None else ["--image_folder", recipe.image_folder]
-    words += [] if columns is None else ["--image_column", *columns]
+    words += [] if recipe.eval_columns is None else ["--image_column", *recipe.eval_columns]
     words += [] if recipe.eval_limit is None else ["--limit", str(recipe.eval_limit)]
     return shlex.join([*words, "--max_new_tokens", str(recipe.max_new_tokens)])
 

@@ -125,7 +125,7 @@ class AdaptiveSchedule(TrainerCallback, ExportableState):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Gives the pruner its configured ratio for the body, in which it is saved or described."""
+        """Gives the pruner its configured ratio for the body, in which it is saved, described or given others."""
         now = self.pruner and self.pruner.config.pruning_ratio
         self.end()
         try:

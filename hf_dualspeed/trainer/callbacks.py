@@ -66,12 +66,9 @@ class DataWait:
         self._work_begun = self._mark()
 
     def end_step(self, mode: str | None = None) -> None:
-        """Ends the step that the last batches were for, and that was of this mode; nothing where it has ended."""
-        begun, work_begun = self._begun, self._work_begun
+        """Ends the step that the last batches were for, and that was of this mode."""
+        begun, work_begun, ended = self._begun, self._work_begun, self._mark()
         self._begun = self._work_begun = None
-        if begun is None and work_begun is None:
-            return
-        ended = self._mark()
         if work_begun is not None and mode is not None:
             self._spans.append((f"{mode}{WORK}", work_begun, ended))
         if begun is not None:  # a `get_batch_samples` in front of ours may not call it
@@ -208,7 +205,6 @@ class ModeClock(TrainerCallback, ExportableState):
                 "Call super().training_step(...) there."
             )
         self.steps[self._mode] += 1
-        self.data.end_step(self._mode)
         self.pass_time()
 
     def on_train_end(self, args, state, control, **kwargs):

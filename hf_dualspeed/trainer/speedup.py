@@ -91,7 +91,8 @@ class SpeedupMeter:
         modes = [mode for mode in (FAST, SLOW) if trainer.clock.steps[mode]]
         times, passes = None, self.rounds * (len(modes) + 2) + len(modes) + 1
         try:
-            with untouched(trainer), Work("Measuring the speed-up", passes, is_silent(trainer.args)) as work:
+            told = Work("Measuring the speed-up", passes, is_silent(trainer.args))
+            with untouched(trainer), trainer.as_configured(), told as work:
                 times = time_rounds(trainer, batches, modes, self.rounds, work)
         # Neither a failure here, such as too little memory for a plain pass, nor Ctrl-C, which ends the measurement
         # alone, must lose a training that is not saved yet.
@@ -221,8 +222,6 @@ def untouched(trainer) -> Iterator[None]:
         for name, value in kept.items():
             setattr(trainer, name, value)
         restore_losses()
-        if trainer.adaptive_schedule is not None:
-            trainer.adaptive_schedule.end()
         model.zero_grad()
         for module, training in modes.items():
             module.training = training

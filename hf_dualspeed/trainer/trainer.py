@@ -491,10 +491,10 @@ class DualSpeedMixin(
         inputs = {**inputs, **places}
         loss, done = self.step_in_mode(mode, model, inputs, num_items_in_batch, progress, served, repeats)
         self.clock.count(mode, done.tokens, *done.visual_tokens)
-        tokens = done.tokens if mode == FAST else None
-        self.display.saw(done.lengths, done.visual_tokens, inputs["input_ids"].numel(), tokens)
+        tokens, fast_tokens = inputs["input_ids"].numel(), done.tokens if mode == FAST else None
+        self.display.saw(done.lengths, done.visual_tokens, tokens, fast_tokens)
         self._modalities |= done.modalities
-        self._share_run = done.tokens / inputs["input_ids"].numel() if mode == FAST else 1.0
+        self._share_run = 1.0 if fast_tokens is None else fast_tokens / tokens
 
         # Parameters of the other mode do not move: the optimizer skips those without a gradient.
         if self.accelerator.sync_gradients:
